@@ -1,0 +1,71 @@
+"""What a panel shows at one moment, as a value: the only thing that a view is given.
+
+Knows neither how it was measured nor how it is drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlab.core.config import QuantPlan
+from qlab.core.spec import ModelSpec
+from qlab.core.table import ErrorTable
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The memory that a model must fit into.
+
+    Attributes:
+        label: what to call it, such as ``this machine, 25.2 GB``.
+        total_nbytes: memory that the device may use.
+        free_nbytes: the part of it that is free now.
+    """
+
+    label: str
+    total_nbytes: int
+    free_nbytes: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A running job: what it does, and how far it is. ``done == total`` means finished."""
+
+    what: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, eq=False)
+class PanelState:
+    """One moment of a quantizer panel.
+
+    Attributes:
+        spec: the model.
+        table: errors and sizes, all slider positions.
+        plan: the storage chosen now.
+        solver: name of the solver chosen now.
+        solvers: ``(name, title)`` of every solver on the shelf.
+        modes: ``(name, title, bits, group_sizes, default_bits, default_group_size)`` of every scheme on the shelf.
+        machine: the budget.
+        calibration: what text the predicted ΔKL comes from, such as ``embedded text, 1024 tokens``; empty if none yet.
+        totals: measured end-to-end numbers by name, such as ``{"kl_nats": 0.39, "perplexity": 31.2}``; may be empty.
+        progress: the running job, or None.
+        error: the last error in words, or an empty string.
+        code: the line of Python that rebuilds this state.
+        measure: measure that the bars show: ``kl_nats`` or ``relative_error``.
+    """
+
+    spec: ModelSpec
+    table: ErrorTable
+    plan: QuantPlan
+    solver: str
+    solvers: tuple[tuple[str, str], ...]
+    modes: tuple[tuple[str, str, tuple[int, ...], tuple[int, ...], int, int], ...]
+    machine: Machine
+    calibration: str = ""
+    totals: tuple[tuple[str, float], ...] = ()
+    progress: Progress | None = None
+    error: str = ""
+    code: str = ""
+    measure: str = "relative_error"

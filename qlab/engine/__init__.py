@@ -1,0 +1,1 @@
+"""Does the work on the one MLX thread; yields events; shows nothing, prints nothing."""

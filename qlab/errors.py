@@ -1,0 +1,46 @@
+"""Every error that a user can meet. Each says what is wrong, where, and the nearest legal value.
+
+Knows nothing of models, widgets or MLX.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QlabError(Exception):
+    """Base class of all errors that qlab raises on purpose."""
+
+
+class ConfigError(QlabError, ValueError):
+    """A setting is not legal (bits, group size, mode, budget, option name)."""
+
+
+class LayerNotFoundError(QlabError, KeyError):
+    """A layer path names no layer of the model."""
+
+    def __str__(self) -> str:  # KeyError would show the repr, with quotes and escapes
+        return str(self.args[0]) if self.args else ""
+
+
+class LoadError(QlabError, OSError):
+    """A model source is missing, truncated, not a model, or of an unknown architecture."""
+
+
+class SaveError(QlabError, OSError):
+    """A model could not be written; whatever stood at the path before is untouched."""
+
+
+class WeightsError(QlabError, ValueError):
+    """Weights hold NaN or infinity, or no layer of the model can be quantized."""
+
+
+class BusyError(QlabError, RuntimeError):
+    """The object is in use by a running job."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the candidate closest to ``name``, or an empty string."""
+    found = difflib.get_close_matches(str(name), list(candidates), n=1, cutoff=0.4)
+    return f" Did you mean {found[0]!r}?" if found else ""

@@ -1,0 +1,1 @@
+"""Shelf: how numbers are stored, one file a format."""

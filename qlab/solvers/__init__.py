@@ -1,0 +1,1 @@
+"""Shelf: how codes are chosen for a format, one file a solver."""

@@ -1,0 +1,1 @@
+"""Draws frozen reports as text, HTML and live widget; emits intents; never sees a model."""
