@@ -1,0 +1,206 @@
+"""The one MLX thread of the process, and jobs that run on it a step at a time.
+
+MLX's streams belong to the thread that made them, so all MLX work of qlab happens on one long-lived thread; it clears
+its streams when the process ends (otherwise the interpreter aborts). A job is a generator: after each event the thread
+serves whoever else waits, so a long job never blocks a short call, and a stop takes effect within one step.
+Knows no model and shows nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, TimeoutError
+from typing import Any
+
+from qlab.errors import BusyError
+
+_POLL_S = 0.1  # a blocking wait wakes this often, so that a kernel interrupt is seen
+
+
+class _MLXThread:
+    """Serial executor on one daemon thread, started at first use."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def submit(self, fn: Callable[[], Any]) -> Future:
+        """Queue a call; return its future."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, daemon=True, name="qlab-mlx")
+                self._thread.start()
+                atexit.register(self.close)
+        future: Future = Future()
+        self._queue.put((future, fn))
+        return future
+
+    def is_current(self) -> bool:
+        """Whether the caller is on the MLX thread."""
+        return threading.current_thread() is self._thread
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            future, fn = item
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(fn())
+                except BaseException as error:
+                    future.set_exception(error)
+            del item, future, fn  # the last call's arrays must not live until the next one
+        import mlx.core as mx
+
+        mx.synchronize()
+        mx.clear_streams()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """End the thread after the calls that are queued."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(timeout_s)
+
+
+_thread = _MLXThread()
+
+
+def wait_for(future: Future) -> Any:
+    """Wait for a future in short polls, so that a kernel interrupt is raised here within 0.1 s."""
+    while True:
+        try:
+            return future.result(timeout=_POLL_S)
+        except TimeoutError:
+            if future.done():
+                return future.result()
+
+
+def mlx_call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a function on the MLX thread and wait for its result; arrays in it must be evaluated.
+
+    Safe from the main thread, from widget callbacks and from the MLX thread itself.
+    """
+    if _thread.is_current():
+        return fn(*args, **kwargs)
+    return wait_for(_thread.submit(lambda: fn(*args, **kwargs)))
+
+
+class Job:
+    """A generator that runs on the MLX thread, an event at a time.
+
+    Args:
+        events: makes the generator (called on the MLX thread); what it returns is the job's result.
+        on_event: called on the MLX thread with every event; must be quick.
+        on_end: called on the MLX thread once, with the job, when it has ended for whatever reason.
+
+    Attributes:
+        state: ``idle``, ``running``, ``paused``, ``stopped``, ``done`` or ``failed``.
+        error: the exception that ended the job, or None.
+    """
+
+    def __init__(
+        self,
+        events: Callable[[], Generator[Any, None, Any]],
+        on_event: Callable[[Any], None] | None = None,
+        on_end: Callable[[Job], None] | None = None,
+    ) -> None:
+        self._events, self._on_event, self._on_end = events, on_event, on_end
+        self._generator: Generator[Any, None, Any] | None = None
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._ended: Future = Future()
+        self.state = "idle"
+        self.error: BaseException | None = None
+
+    def start(self) -> Job:
+        """Queue the job; return at once.
+
+        Raises:
+            BusyError: it was started before.
+        """
+        with self._lock:
+            if self.state != "idle":
+                raise BusyError(f"This job is {self.state}; a job starts once.")
+            self.state = "running"
+        _thread.submit(self._step)
+        return self
+
+    def stop(self) -> None:
+        """Ask the job to end after its current step; it keeps what it has done."""
+        self._stop.set()
+        with self._lock:
+            waiting, self.state = self.state, "running" if self.state == "paused" else self.state
+        if waiting == "idle":
+            self._end("stopped")
+        elif waiting == "paused":
+            _thread.submit(self._step)
+
+    def pause(self) -> None:
+        """Hold the job after its current step; ``resume`` goes on."""
+        with self._lock:
+            if self.state == "running":
+                self.state = "paused"
+
+    def resume(self) -> None:
+        """Go on after ``pause``."""
+        with self._lock:
+            if self.state != "paused":
+                return
+            self.state = "running"
+        _thread.submit(self._step)
+
+    @property
+    def active(self) -> bool:
+        """Whether the job is running or paused."""
+        return self.state in ("running", "paused")
+
+    def wait(self) -> Any:
+        """Wait for the end; return the generator's result, or None if the job was stopped.
+
+        A kernel interrupt stops the job cleanly and is then raised.
+
+        Raises:
+            BaseException: whatever the job failed with.
+        """
+        if _thread.is_current():
+            raise BusyError("A job cannot be waited for on the MLX thread, which runs it.")
+        try:
+            return wait_for(self._ended)
+        except KeyboardInterrupt:
+            if not self._ended.done():
+                self.stop()
+                wait_for(self._ended)
+            raise
+
+    def _step(self) -> None:
+        with self._lock:
+            if self.state != "running":
+                return
+        try:
+            if self._stop.is_set():
+                if self._generator is not None:
+                    self._generator.close()
+                return self._end("stopped")
+            if self._generator is None:
+                self._generator = self._events()
+            event = next(self._generator)
+            if self._on_event is not None:
+                self._on_event(event)
+        except StopIteration as finished:
+            return self._end("done", result=finished.value)
+        except BaseException as error:
+            return self._end("failed", error=error)
+        _thread.submit(self._step)
+
+    def _end(self, state: str, result: Any = None, error: BaseException | None = None) -> None:
+        self.state, self.error, self._generator = state, error, None
+        try:
+            if self._on_end is not None:
+                self._on_end(self)
+        finally:
+            if error is not None:
+                self._ended.set_exception(error)
+            else:
+                self._ended.set_result(result)
