@@ -1,3 +1,43 @@
-"""qlab: a notebook-native laboratory for quantized LLMs on MLX."""
+"""qlab: a notebook-native laboratory for quantized LLMs on MLX.
+
+The door: public names are resolved at first use, so that importing qlab loads neither MLX nor widgets. On Linux the one
+thing done at import is to load OpenBLAS, which must happen before MLX is imported (``qlab.engine.blas``).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from qlab.engine import blas as _blas
 
 __version__ = "0.1.0"
+
+_blas.preload()
+
+_HOME = {
+    "load": "qlab.model",
+    "Model": "qlab.model",
+    "Quantizer": "qlab.quantizer",
+    "QuantConfig": "qlab.core.config",
+    "QuantPlan": "qlab.core.config",
+    "QuantReport": "qlab.core.report",
+    "QlabError": "qlab.errors",
+    "doctor": "qlab.engine.device",
+    "register": "qlab.registry",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        from qlab.errors import nearest
+
+        raise AttributeError(f"qlab has no attribute {name!r}.{nearest(name, _HOME)}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
