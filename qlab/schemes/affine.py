@@ -1,0 +1,39 @@
+"""MLX's own format: unsigned codes with a scale and a bias per group. Knows no model."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+
+from qlab.core.config import QuantConfig
+from qlab.core.scheme import Scheme
+
+
+class Affine(Scheme):
+    """w ≈ scale·q + bias, q in 0…2^bits−1; zero and the edge of larger magnitude are exact (mlx ``affine_quantize``)."""
+
+    name = "affine"
+    title = "unsigned integers, scale and bias per group (MLX's default)"
+    bits = (1, 2, 3, 4, 5, 6, 8)
+    group_sizes = (32, 64, 128)
+    default_bits = 4
+    default_group_size = 64
+    stock_mode = "affine"
+
+    def nbytes(self, shape: tuple[int, ...], config: QuantConfig, itemsize: int) -> int:
+        size = prod(shape)
+        return size * config.bits // 8 + 2 * itemsize * (size // config.group_size)
+
+    def quantize(self, weight: Any, config: QuantConfig) -> dict[str, Any]:
+        packed, scales, biases = mx.quantize(weight, config.group_size, config.bits)
+        return {"weight": packed, "scales": scales, "biases": biases}
+
+    def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
+        return mx.dequantize(
+            packed["weight"], packed["scales"], packed["biases"], config.group_size, config.bits, dtype=dtype
+        )
+
+
+SHELF = (Affine(),)

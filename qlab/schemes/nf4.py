@@ -1,0 +1,130 @@
+"""NF4 of QLoRA: sixteen quantiles of a Gaussian, scaled per block; optionally with double-quantized scales.
+
+Knows no model. Source: bitsandbytes' exact rule (``functional.py``, ``csrc/kernels.cu``); paper arXiv:2305.14314 §3.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from qlab.core.config import QuantConfig
+from qlab.core.scheme import Scheme
+
+_TABLE = np.array(
+    [-1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1], np.float32,
+)  # fmt: skip
+_BUCKETS = 64
+_SCALE_BLOCK = 256  # scales that share a second-level scale
+
+
+class Nf4(Scheme):
+    """w ≈ T[q]·absmax of its block, T the NF4 table.
+
+    Codes are packed eight to a uint32, the first in the low nibble (bitsandbytes has the first of two in the high one).
+
+    Args:
+        name: ``mode`` of this form.
+        double: whether the scales are themselves quantized to 8 bits, in blocks of 256 around their mean.
+    """
+
+    bits = (4,)
+    group_sizes = (32, 64, 128)
+    default_bits = 4
+    default_group_size = 64
+    stock_mode = None
+
+    def __init__(self, name: str, double: bool) -> None:
+        self.name, self._double = name, double
+        self.title = "NormalFloat-4 of QLoRA, " + ("double-quantized scales" if double else "float32 scale per block")
+
+    def nbytes(self, shape: tuple[int, ...], config: QuantConfig, itemsize: int) -> int:
+        blocks = prod(shape) // config.group_size
+        scales = blocks + 4 * -(-blocks // _SCALE_BLOCK) + 4 if self._double else 4 * blocks
+        return prod(shape) // 2 + scales
+
+    def quantize(self, weight: Any, config: QuantConfig) -> dict[str, Any]:
+        blocks = weight.astype(mx.float32).reshape(*weight.shape[:-1], -1, config.group_size)
+        absmax = mx.abs(blocks).max(-1)
+        # a reciprocal, as bitsandbytes has it, and 0 for a block of zeros
+        inverse = mx.where(absmax == 0, 0.0, 1.0 / mx.where(absmax == 0, 1.0, absmax))
+        packed = _pack(_codes(blocks * inverse[..., None]).reshape(weight.shape))
+        return {"weight": packed, **(_shrink(absmax) if self._double else {"absmax": absmax})}
+
+    def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
+        codes = packed["weight"]
+        absmax = _grow(packed) if self._double else packed["absmax"]
+        pairs = mx.take(mx.array(_pairs()), codes.view(mx.uint8)).view(mx.float32)
+        blocks = pairs.reshape(*codes.shape[:-1], -1, config.group_size) * absmax[..., None]
+        return blocks.reshape(*codes.shape[:-1], -1).astype(dtype)
+
+
+def _codes(scaled: mx.array) -> mx.array:
+    """Return the number of midpoints of the table strictly below each value of −1…1; uint32.
+
+    A value's bucket of 1/32 holds at most one midpoint, so one look-up and one comparison decide.
+    """
+    base, edge = (mx.array(part) for part in _buckets())
+    bucket = mx.clip(mx.floor((scaled + 1) * (_BUCKETS / 2)), 0, _BUCKETS - 1).astype(mx.uint32)
+    return mx.take(base, bucket) + (scaled > mx.take(edge, bucket)).astype(mx.uint32)
+
+
+@cache
+def _buckets() -> tuple[np.ndarray, np.ndarray]:
+    middle = (_TABLE[1:] + _TABLE[:-1]) / np.float32(2)
+    edges = np.arange(_BUCKETS) / (_BUCKETS / 2) - 1
+    base = np.searchsorted(middle, edges).astype(np.uint32)
+    return base, np.append(middle, np.float32(np.inf))[base]
+
+
+@cache
+def _pairs() -> np.ndarray:
+    """Both table values of every byte of two codes, as one uint64, so that one look-up reads two."""
+    byte = np.arange(256)
+    return np.stack([_TABLE[byte & 15], _TABLE[byte >> 4]], 1).view(np.uint64)[:, 0]
+
+
+def _pack(codes: mx.array) -> mx.array:
+    runs = codes.reshape(*codes.shape[:-1], -1, 8)
+    return (runs << mx.arange(0, 32, 4, dtype=mx.uint32)).sum(-1).astype(mx.uint32)
+
+
+@cache
+def _dynamic_map() -> np.ndarray:
+    """The signed dynamic map of 256 values (arXiv:2110.02861 §2.1): seven decades, 2^i fractions in decade i, 0 and 1."""
+    found = [0.0, 1.0]
+    for i in range(7):
+        ends = np.linspace(0.1, 1, 2**i + 1, dtype=np.float32)
+        middle = (ends[1:] + ends[:-1]) / np.float32(2) * np.float32(10.0 ** (i - 6))
+        found += [*middle, *-middle]
+    return np.sort(np.array(found, np.float32))
+
+
+def _shrink(absmax: mx.array) -> dict[str, mx.array]:
+    """Quantize the scales of a tensor to 8 bits: nearest value of the dynamic map, in blocks over the flattened scales."""
+    offset = absmax.mean()
+    flat = (absmax - offset).reshape(-1)
+    padded = mx.pad(flat, (0, -flat.size % _SCALE_BLOCK)).reshape(-1, _SCALE_BLOCK)
+    second = mx.abs(padded).max(1)
+    scaled = padded / mx.where(second == 0, 1.0, second)[:, None]
+    table = _dynamic_map()
+    middle = (table[1:] + table[:-1]) / np.float32(2)
+    codes = np.searchsorted(middle, np.array(scaled.reshape(-1)[: flat.size])).astype(np.uint8)
+    return {"absmax": mx.array(codes).reshape(absmax.shape), "absmax_scales": second, "absmax_offset": offset}
+
+
+def _grow(packed: dict[str, mx.array]) -> mx.array:
+    """Return the float32 scales that double quantization stands for."""
+    codes = packed["absmax"]
+    values = mx.take(mx.array(_dynamic_map()), codes.reshape(-1))
+    scales = mx.repeat(packed["absmax_scales"], _SCALE_BLOCK)[: values.size]
+    return (values * scales + packed["absmax_offset"]).reshape(codes.shape)
+
+
+SHELF = (Nf4("nf4", False), Nf4("nf4_dq", True))

@@ -1,0 +1,70 @@
+"""Signed integers with one scale per group, stored in MLX's affine layout so that its kernels run it. Knows no model."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+
+from qlab.core.config import QuantConfig
+from qlab.core.scheme import Scheme
+
+
+class Symmetric(Scheme):
+    """w ≈ s·q with s = max|w|/(2^(N−1)−1) and q in −(2^(N−1)−1)…2^(N−1)−1; the code −2^(N−1) is never produced.
+
+    Stored as u = q + 2^(N−1) with bias −2^(N−1)·s, so it costs the bytes of affine although the bias carries nothing.
+    """
+
+    name = "symmetric"
+    title = "signed integers, one scale per group, in MLX's affine layout"
+    bits = (2, 3, 4, 5, 6, 8)
+    group_sizes = (32, 64, 128)
+    default_bits = 4
+    default_group_size = 64
+    stock_mode = "affine"
+
+    def nbytes(self, shape: tuple[int, ...], config: QuantConfig, itemsize: int) -> int:
+        size = prod(shape)
+        return size * config.bits // 8 + 2 * itemsize * (size // config.group_size)
+
+    def quantize(self, weight: Any, config: QuantConfig) -> dict[str, Any]:
+        groups = weight.astype(mx.float32).reshape(*weight.shape[:-1], -1, config.group_size)
+        half = 2 ** (config.bits - 1)
+        # the scale is rounded to what is stored before codes are chosen; its half-range multiple is then exact
+        scales = (mx.abs(groups).max(-1) / (half - 1)).astype(weight.dtype)
+        divisor = mx.where(scales == 0, 1, scales).astype(mx.float32)[..., None]
+        codes = mx.clip(mx.round(groups / divisor), 1 - half, half - 1) + half
+        return {"weight": pack(codes.astype(mx.uint32).reshape(weight.shape), config.bits),
+                "scales": scales, "biases": scales * -half}  # fmt: skip
+
+    def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
+        return mx.dequantize(
+            packed["weight"], packed["scales"], packed["biases"], config.group_size, config.bits, dtype=dtype
+        )
+
+
+def pack(codes: Any, bits: int) -> Any:
+    """Pack codes as MLX does: a little-endian bit stream in uint32 words.
+
+    Args:
+        codes: uint32 ``(…, n)``, n a multiple of 32.
+        bits: bits of a code.
+
+    Returns:
+        uint32 ``(…, n·bits/32)``.
+    """
+    runs = codes.reshape(*codes.shape[:-1], -1, 32)
+    words: list[Any] = [None] * bits
+    for i in range(32):
+        word, offset = divmod(i * bits, 32)
+        parts = [(word, runs[..., i] << offset)]
+        if offset + bits > 32:
+            parts.append((word + 1, runs[..., i] >> (32 - offset)))
+        for k, part in parts:
+            words[k] = part if words[k] is None else words[k] | part
+    return mx.stack(words, axis=-1).reshape(*codes.shape[:-1], -1)
+
+
+SHELF = (Symmetric(),)
