@@ -34,6 +34,11 @@ class _Packed(nn.Module):
         """Shape of the weight as numbers."""
         return self._shape
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Dtype that the weight had before it was packed."""
+        return self._dtype
+
     def dense(self, dtype: mx.Dtype | None = None) -> mx.array:
         """Return the weight as numbers, in its original dtype unless told."""
         return self.config.scheme.dequantize(self.packed, self.config, dtype or self._dtype)
