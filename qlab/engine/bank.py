@@ -16,7 +16,7 @@ import numpy as np
 from qlab.core.config import QuantConfig
 from qlab.core.spec import LayerSpec
 
-WEIGHTS_PER_LAYER = 16384
+WEIGHTS_PER_LAYER = 24576
 WIDTHS = (128, 64, 32)
 
 

@@ -37,6 +37,9 @@ class Calibration:
     text: str = ""
 
 
+_TAPS = ["tap_rows", "tap_columns", "head_rows", "head_columns"]
+
+
 @mx.custom_function
 def _tap(y: mx.array, x: mx.array, rows: mx.array, columns: mx.array) -> mx.array:
     """Identity on y, whose "gradients" for rows and columns are Σ_t (∂L/∂y)² and Σ_t x²."""
@@ -71,10 +74,10 @@ class _TappedLinear(nn.Module):
     def __init__(self, inner: nn.Module, shape: tuple[int, int]) -> None:
         super().__init__()
         self.inner = inner
-        self.tap = {"rows": mx.zeros(shape[0]), "columns": mx.zeros(shape[1])}
+        self.tap_rows, self.tap_columns = mx.zeros(shape[0]), mx.zeros(shape[1])
 
     def __call__(self, x: mx.array) -> mx.array:
-        return _tap(self.inner(x), mx.stop_gradient(x), self.tap["rows"], self.tap["columns"])
+        return _tap(self.inner(x), mx.stop_gradient(x), self.tap_rows, self.tap_columns)
 
 
 class _TappedEmbedding(nn.Module):
@@ -83,14 +86,14 @@ class _TappedEmbedding(nn.Module):
     def __init__(self, inner: nn.Module, shape: tuple[int, int]) -> None:
         super().__init__()
         self.inner = inner
-        self.tap = {"rows": mx.zeros(shape[0]), "columns": mx.zeros(shape[1])}
-        self.head = {"rows": mx.zeros(shape[0]), "columns": mx.zeros(shape[1])}
+        self.tap_rows, self.tap_columns = mx.zeros(shape[0]), mx.zeros(shape[1])
+        self.head_rows, self.head_columns = mx.zeros(shape[0]), mx.zeros(shape[1])
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        return _tap_lookup(self.inner(tokens), tokens, self.tap["rows"], self.tap["columns"])
+        return _tap_lookup(self.inner(tokens), tokens, self.tap_rows, self.tap_columns)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return _tap(self.inner.as_linear(x), mx.stop_gradient(x), self.head["rows"], self.head["columns"])
+        return _tap(self.inner.as_linear(x), mx.stop_gradient(x), self.head_rows, self.head_columns)
 
 
 def calibrate(
@@ -119,7 +122,7 @@ def calibrate(
     watched.freeze()
     for module in watched.modules():
         if isinstance(module, (_TappedLinear, _TappedEmbedding)):
-            module.unfreeze(recurse=False, keys=["tap", "head"])
+            module.unfreeze(recurse=False, keys=_TAPS)
     key = mx.random.key(seed)
 
     def score(tokens: mx.array, key: mx.array) -> mx.array:
@@ -152,12 +155,12 @@ def _collect(totals: dict[str, np.ndarray], shapes: dict, count: int, text: str)
     made = Calibration(tokens=count, text=text)
     for path in shapes:
         for site in ("tap", "head"):
-            if f"{path}.{site}.rows" not in totals:
+            if f"{path}.{site}_rows" not in totals:
                 continue
-            rows, columns = ((totals[f"{path}.{site}.{axis}"] / count).astype(np.float32) for axis in ("rows", "columns"))
+            rows, columns = ((totals[f"{path}.{site}_{axis}"] / count).astype(np.float32) for axis in ("rows", "columns"))
             if rows.any() and columns.any():
                 made.pairs.setdefault(path, []).append((rows, columns))
-                is_lookup = site == "tap" and f"{path}.head.rows" in totals
+                is_lookup = site == "tap" and f"{path}.head_rows" in totals
                 if not is_lookup:
                     made.input_power[path] = columns
     return made

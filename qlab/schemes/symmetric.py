@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from qlab.core.config import QuantConfig
+from qlab.core.packing import pack
 from qlab.core.scheme import Scheme
 
 
@@ -43,28 +44,6 @@ class Symmetric(Scheme):
         return mx.dequantize(
             packed["weight"], packed["scales"], packed["biases"], config.group_size, config.bits, dtype=dtype
         )
-
-
-def pack(codes: Any, bits: int) -> Any:
-    """Pack codes as MLX does: a little-endian bit stream in uint32 words.
-
-    Args:
-        codes: uint32 ``(…, n)``, n a multiple of 32.
-        bits: bits of a code.
-
-    Returns:
-        uint32 ``(…, n·bits/32)``.
-    """
-    runs = codes.reshape(*codes.shape[:-1], -1, 32)
-    words: list[Any] = [None] * bits
-    for i in range(32):
-        word, offset = divmod(i * bits, 32)
-        parts = [(word, runs[..., i] << offset)]
-        if offset + bits > 32:
-            parts.append((word + 1, runs[..., i] >> (32 - offset)))
-        for k, part in parts:
-            words[k] = part if words[k] is None else words[k] | part
-    return mx.stack(words, axis=-1).reshape(*codes.shape[:-1], -1)
 
 
 SHELF = (Symmetric(),)

@@ -1,0 +1,23 @@
+"""Round to nearest: what every format does by default. Knows no model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlab.core.config import QuantConfig
+from qlab.core.solver import Solver
+
+
+class Rtn(Solver):
+    """The scheme's own rounding."""
+
+    name = "rtn"
+    title = "round to nearest"
+    needs_inputs = False
+    modes = None
+
+    def solve(self, weight: Any, config: QuantConfig, input_power: Any = None) -> dict[str, Any]:
+        return config.scheme.quantize(weight, config)
+
+
+SHELF = (Rtn(),)
