@@ -13,6 +13,8 @@ import numpy as np
 
 from qlab.core.config import QuantConfig, QuantPlan
 from qlab.core.estimator import sqnr_db
+from qlab.core.spec import LayerSpec, ModelSpec
+from qlab.core.table import ErrorTable
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,31 @@ class QuantReport:
         if not math.isnan(self.kl_nats):
             text += f", predicted ΔKL {self.kl_nats:.3g} nats/token"
         return text + f", {len(self.layers)} layers, {len(self.skipped)} skipped)"
+
+
+def report_of(spec: ModelSpec, table: ErrorTable, plan: QuantPlan, calibration: str = "") -> QuantReport:
+    """Read a plan out of an error table.
+
+    Raises:
+        LayerNotFoundError: an override names no layer.
+    """
+    for path in plan.overrides:
+        _ = spec[path]
+    layers = tuple(_layer_error(table, i, layer, plan) for i, layer in enumerate(spec.layers))
+    nbytes = sum(x.nbytes for x in layers) + spec.other_nbytes
+    return QuantReport(plan, layers, nbytes, spec.nbytes, spec.size, calibration)
+
+
+def _layer_error(table: ErrorTable, column: int, layer: LayerSpec, plan: QuantPlan) -> LayerError:
+    config = plan.config_for(layer.path)
+    kurtosis = float(table.kurtosis[column])
+    refusal = layer.refusal(config) if config else None
+    if config is None or refusal:
+        return LayerError(layer.path, None, 0.0, 0.0, "kept", 0.0, 0.0, kurtosis, layer.nbytes, refusal or "")
+    row = table.row(config)
+    value, se, largest, kl, _ = (float(x) for x in table.values[:, row, column])
+    depth = "exact" if table.exact[row, column] else "unknown" if math.isnan(value) else "sampled"
+    return LayerError(layer.path, config, value, se, depth, largest, kl, kurtosis, int(table.nbytes[row, column]))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,65 @@
+"""Chooses bits per layer under a budget: the least total cost whose bytes fit. Pure arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qlab.errors import ConfigError
+
+
+def allocate(cost: np.ndarray, nbytes: np.ndarray, budget_nbytes: float) -> np.ndarray:
+    """Pick one option per layer so that the sum of costs is small and the sum of bytes is within the budget.
+
+    Lagrangian relaxation (each layer takes its least cost + λ·bytes, λ by bisection), then what is left of the budget is
+    spent on the best remaining exchanges. Optimal on the convex hull, within one exchange of it elsewhere
+    (Everett, *Operations Research* 11(3), 1963).
+
+    Args:
+        cost: float ``(S, L)``, cost of each option for each layer; NaN or inf where there is none.
+        nbytes: float ``(S, L)``, its bytes.
+        budget_nbytes: for all layers together.
+
+    Returns:
+        int ``(L,)``, the option of each layer.
+
+    Raises:
+        ConfigError: even the smallest options do not fit; the message gives the smallest budget.
+    """
+    cost = np.where(np.isfinite(cost), cost, np.inf).astype(np.float64)
+    columns = np.arange(cost.shape[1])
+    smallest = np.where(np.isfinite(cost), nbytes, np.inf).min(0).sum()
+    if smallest > budget_nbytes:
+        raise ConfigError(
+            f"A budget of {budget_nbytes / 1e9:.4f} GB is below the smallest storage, {smallest / 1e9:.4f} GB."
+        )
+
+    def at(price: float) -> np.ndarray:
+        return (cost + price * nbytes).argmin(0)
+
+    low, high = 0.0, 1e-30
+    while nbytes[at(high), columns].sum() > budget_nbytes:
+        high *= 16
+        if high > 1e30:  # equal costs: size alone decides
+            return np.where(np.isfinite(cost), nbytes, np.inf).argmin(0)
+    for _ in range(100):
+        middle = np.sqrt(low * high) if low else high / 16
+        low, high = (middle, high) if nbytes[at(middle), columns].sum() > budget_nbytes else (low, middle)
+        if low == 0 and high < 1e-300:
+            break
+    return _spend(cost, nbytes, at(high), budget_nbytes)
+
+
+def _spend(cost: np.ndarray, nbytes: np.ndarray, option: np.ndarray, budget_nbytes: float) -> np.ndarray:
+    """Exchange options, the best gain per byte first, while the budget lasts."""
+    columns = np.arange(cost.shape[1])
+    while True:
+        gain = cost[option, columns] - cost
+        growth = nbytes - nbytes[option, columns]
+        spare = budget_nbytes - nbytes[option, columns].sum()
+        possible = (gain > 0) & (growth <= spare)
+        if not possible.any():
+            return option
+        worth = np.where(possible, gain / np.maximum(growth, 1e-9), -np.inf)
+        row, column = np.unravel_index(worth.argmax(), worth.shape)
+        option = option.copy()
+        option[column] = row
