@@ -11,12 +11,14 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, TimeoutError
 from typing import Any
 
 from qlab.errors import BusyError
 
+_TICK_S = 0.1  # panels are told no more often than this
 _POLL_S = 0.1  # a blocking wait wakes this often, so that a kernel interrupt is seen
 
 
@@ -96,6 +98,7 @@ class Job:
         on_end: called on the MLX thread once, with the job, when it has ended for whatever reason.
 
     Attributes:
+        events: as given, so that an interrupted job can be made again.
         state: ``idle``, ``running``, ``paused``, ``stopped``, ``done`` or ``failed``.
         error: the exception that ended the job, or None.
     """
@@ -106,7 +109,7 @@ class Job:
         on_event: Callable[[Any], None] | None = None,
         on_end: Callable[[Job], None] | None = None,
     ) -> None:
-        self._events, self._on_event, self._on_end = events, on_event, on_end
+        self.events, self._on_event, self._on_end = events, on_event, on_end
         self._generator: Generator[Any, None, Any] | None = None
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -184,7 +187,7 @@ class Job:
                     self._generator.close()
                 return self._end("stopped")
             if self._generator is None:
-                self._generator = self._events()
+                self._generator = self.events()
             event = next(self._generator)
             if self._on_event is not None:
                 self._on_event(event)
@@ -204,3 +207,60 @@ class Job:
                 self._ended.set_exception(error)
             else:
                 self._ended.set_result(result)
+
+
+class Latest:
+    """One job at a time for one owner: a newer background job stops the older, and a blocking one borrows its place.
+
+    Args:
+        on_change: called, at most ten times a second while a job runs, whenever ``progress`` or ``error`` has changed.
+
+    Attributes:
+        progress: last event of the running background job, or None.
+        error: what the last background job failed with, in words, or an empty string.
+    """
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self._on_change, self._job, self._told = on_change, None, 0.0
+        self.progress: Any = None
+        self.error = ""
+
+    def start(self, events: Callable[[], Generator[Any, None, Any]]) -> None:
+        """Run in the background, instead of what runs there now."""
+        self.stop()
+        self.error = ""
+        self._job = Job(events, self._event, self._end).start()
+
+    def run(self, events: Callable[[], Generator[Any, None, Any]]) -> Any:
+        """Run and wait for the result; what ran in the background is stopped first and started again afterwards."""
+        interrupted = self._job if self._job is not None and self._job.active else None
+        self.stop()
+        try:
+            return Job(events, self._event, lambda _: self._end(None)).start().wait()
+        finally:
+            if interrupted is not None:
+                self.start(interrupted.events)
+
+    def stop(self) -> None:
+        """Stop the background job after its current step."""
+        if self._job is not None:
+            self._job.stop()
+
+    def wait(self) -> None:
+        """Wait for the background job."""
+        if self._job is not None:
+            self._job.wait()
+
+    def _event(self, event: Any) -> None:
+        self.progress = event
+        if time.monotonic() - self._told > _TICK_S:
+            self._told = time.monotonic()
+            self._on_change()
+
+    def _end(self, job: Job | None) -> None:
+        if job is not None and job is not self._job:
+            return  # a newer job has taken over the display
+        self.progress = None
+        if job is not None and job.error is not None:
+            self.error = str(job.error) or type(job.error).__name__
+        self._on_change()

@@ -68,15 +68,18 @@ class Measurer:
         if not self._done(first):
             self._fill(first)
             yield Progress("first look", 1, 1)
-        todo = [i for i, layer in enumerate(self.layers) if not layer.obstacle and i not in self._moments]
-        for n, column in enumerate(todo):
-            self._moments[column] = moments(self.layers[column], self._weight_of(self.layers[column].path))
-            self.table.kurtosis[column] = self._moments[column].kurtosis
-            yield Progress("reading the weights", n + 1, len(todo))
-        todo = [first] * bool(todo) + [c for c in _nearest_first(self.table.configs, first) if not self._done(c)]
-        for n, config in enumerate(todo):
-            self._fill(config)
-            yield Progress("trying every scheme", n + 1, len(todo))
+        # another job may have done a part since this one began, so each part is looked at again when its turn comes
+        columns = [i for i, layer in enumerate(self.layers) if not layer.obstacle]
+        refined = all(column in self._moments for column in columns)
+        for n, column in enumerate(columns):
+            if column not in self._moments:
+                self._moments[column] = moments(self.layers[column], self._weight_of(self.layers[column].path))
+                self.table.kurtosis[column] = self._moments[column].kurtosis
+                yield Progress("reading the weights", n + 1, len(columns))
+        for n, config in enumerate(_nearest_first(self.table.configs, first)):
+            if not self._done(config) or (config == first and not refined):
+                self._fill(config)
+                yield Progress("trying every scheme", n + 1, len(self.table.configs))
 
     def exact(self, configs: Iterable[QuantConfig | None]) -> Events:
         """Quantize all weights: one config for each layer, None to leave a layer out."""

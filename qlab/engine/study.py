@@ -26,7 +26,7 @@ from qlab.engine.measure import Measurer
 from qlab.engine.surgery import cast, map_layers, module_at, twin
 from qlab.engine.text import batches
 
-CALIBRATION_TOKENS = 1024
+CALIBRATION_TOKENS = 2048
 JUDGING_TOKENS = 1024
 
 

@@ -12,7 +12,7 @@ from qlab.engine.evaluate import token_batches
 from qlab.engine.load import ASSETS
 from qlab.errors import ConfigError
 
-ROW_TOKENS = 256
+ROW_TOKENS = 128
 _KEYS = ("text", "content", "prompt")
 
 

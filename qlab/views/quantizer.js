@@ -1,0 +1,296 @@
+// The quantizer panel. All slider positions are in the browser, so a slider never waits for the kernel.
+const NS = "http://www.w3.org/2000/svg";
+const [REL, SE, MAX, KL] = [0, 1, 2, 3];
+const NAMES = { kl_nats: ["predicted ΔKL", "nats/token"], relative_error: ["weight error", "‖W−Ŵ‖/‖W‖"] };
+
+// ---- pure functions -----------------------------------------------------------------------------------------------
+export const snap = (legal, value) => legal.reduce((a, b) => (Math.abs(b - value) < Math.abs(a - value) ? b : a));
+export const gb = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} MB` : `${(n / 1e3).toFixed(0)} kB`);
+export const num = (x) => (!Number.isFinite(x) ? "–" : x === 0 ? "0" : x >= 0.01 && x < 1000 ? String(+x.toPrecision(3)) : x.toExponential(1));
+
+/** Row that stores a layer, or -1 where it stays as it is (by choice, or because the row cannot hold it). */
+export function rowOf(data, plan, layer) {
+  const row = layer in plan.overrides ? plan.overrides[layer] : plan.row;
+  return row >= 0 && data.flags[row * data.L + layer] & 1 ? row : -1;
+}
+export const value = (data, measure, row, layer) => data.values[(measure * data.S + row) * data.L + layer];
+
+export function totals(data, plan) {
+  let nbytes = data.other, kl = 0, known = true;
+  for (let i = 0; i < data.L; i++) {
+    const row = rowOf(data, plan, i);
+    nbytes += row < 0 ? data.layers[i].nbytes : data.sizes[row * data.L + i];
+    if (row >= 0) { const k = value(data, KL, row, i); if (Number.isNaN(k)) known = false; else kl += k; }
+  }
+  return { nbytes, bpw: (8 * nbytes) / data.params, kl: known ? kl : NaN };
+}
+export function worst(data, plan, measure, count = 5) {
+  const found = [];
+  for (let i = 0; i < data.L; i++) {
+    const row = rowOf(data, plan, i), v = row < 0 ? NaN : value(data, measure, row, i);
+    if (!Number.isNaN(v)) found.push([i, v]);
+  }
+  return found.sort((a, b) => b[1] - a[1]).slice(0, count);
+}
+/** Limits of the log axis: all slider positions, at most five decades; or one row's own. */
+export function scaleOf(data, measure, plan = null) {
+  let lo = Infinity, hi = 0;
+  const see = (v) => { if (v > 0) { if (v < lo) lo = v; if (v > hi) hi = v; } };
+  if (plan) for (let i = 0; i < data.L; i++) { const r = rowOf(data, plan, i); if (r >= 0) see(value(data, measure, r, i)); }
+  else for (let k = measure * data.S * data.L, end = k + data.S * data.L; k < end; k++) see(data.values[k]);
+  if (!hi) return [1e-3, 1];
+  const top = Math.ceil(Math.log10(hi) - 1e-9), bottom = Math.floor(Math.log10(lo) + 1e-9);
+  return [10 ** Math.max(Math.min(bottom, top - 1), top - 5), 10 ** top];
+}
+export const height = ([lo, hi], v) => Math.min(1, Math.max(0.04, Math.log(v / lo) / Math.log(hi / lo)));
+const args = ([mode, bits, group]) => `bits=${bits}, group_size=${group}, mode="${mode}"`;
+export function codeLine(data, plan) {
+  const lines = [`q = qlab.Quantizer(model, ${args(data.configs[plan.row])})`];
+  const own = Object.entries(plan.overrides).filter(([, r]) => r !== plan.row).map(([i, r]) => [data.layers[i].path, r]);
+  for (const [path, r] of own.sort((a, b) => (a[0] < b[0] ? -1 : 1)))
+    lines.push(`q.set("${path}", ${r < 0 ? "bits=None" : args(data.configs[r])})`);
+  return lines.join("\n");
+}
+export function read(model) {
+  const meta = model.get("meta"), view = (name, T) => { const v = model.get(name); return new T(v.buffer.slice(v.byteOffset, v.byteOffset + v.byteLength)); };
+  return { ...meta, L: meta.layers.length, S: meta.configs.length, values: view("values", Float32Array), sizes: view("sizes", Float64Array),
+    flags: view("flags", Uint8Array), kurtosis: view("kurtosis", Float32Array) };
+}
+
+// ---- small DOM helpers --------------------------------------------------------------------------------------------
+function h(tag, props = {}, ...children) {
+  const e = document.createElement(tag);
+  for (const [k, v] of Object.entries(props)) k in e && k !== "list" ? (e[k] = v) : e.setAttribute(k, v);
+  if (/^(button|input|select|summary)$/.test(tag)) e.setAttribute("data-lm-suppress-shortcuts", "true");
+  e.append(...children);
+  return e;
+}
+function s(tag, attrs = {}) {
+  const e = document.createElementNS(NS, tag);
+  for (const [k, v] of Object.entries(attrs)) e.setAttribute(k, v);
+  return e;
+}
+const label = (text, control) => h("label", { className: "qlab-field" }, h("span", {}, text), control);
+
+/** A slider over a few legal values, with the values written under it. */
+function stepper(name, onPick) {
+  const input = h("input", { type: "range", min: 0, step: 1 }), ticks = h("div", { className: "qlab-ticks" });
+  input.setAttribute("aria-label", name);
+  input.classList.add(`qlab-${name.replace(/\W/g, "-")}`);
+  let legal = [];
+  input.addEventListener("input", () => { mark(); onPick(legal[+input.value]); });
+  const mark = () => { [...ticks.children].forEach((t, i) => t.classList.toggle("on", i === +input.value)); input.setAttribute("aria-valuetext", `${legal[+input.value]}`); };
+  return { el: h("div", { className: "qlab-step" }, input, ticks), set(values, now) {
+    if (String(values) !== String(legal)) {
+      legal = values; input.max = values.length - 1; input.disabled = values.length < 2;
+      ticks.replaceChildren(...values.map((v) => { const t = h("span", {}, String(v)); t.onclick = () => { if (!input.disabled) { input.value = legal.indexOf(v); mark(); onPick(v); } }; return t; }));
+      ticks.classList.toggle("one", values.length < 2);
+    }
+    if (+input.value !== legal.indexOf(now)) input.value = legal.indexOf(now);
+    mark();
+  } };
+}
+
+// ---- the panel ----------------------------------------------------------------------------------------------------
+async function render({ model, el, host }) {
+  let data = read(model), plan = { row: 0, overrides: {} }, measure = "relative_error", focus = -1, hover = -1, fixed = true, seq = 0, timer = 0, raf = 0, late = 0, pending = null;
+  const controls = host && model.get("controls") ? await host.getModel(model.get("controls")) : null;
+  const rowAt = (mode, bits, group) => data.configs.findIndex(([m, b, g]) => m === mode && b === bits && g === group);
+  const modeOf = (name) => data.modes.find((m) => m[0] === name);
+
+  // intents: newest slider position at most every 100 ms, the last one always
+  function send(intent) {
+    if (!controls) return;
+    controls.set("intent", { ...intent, seq: (seq = Date.now()) }); controls.save_changes();
+    clearTimeout(late); late = setTimeout(() => { if (!document.hidden) root.classList.add("qlab-stale"); }, 4000);
+  }
+  const flush = () => { timer = 0; if (pending) send(pending); pending = null; };
+  function slide() {
+    const [mode, bits, group_size] = data.configs[plan.row];
+    pending = { op: "set", mode, bits, group_size }; timer ||= setTimeout(flush, 100);
+  }
+  function pick(mode, bits, group) {
+    const m = modeOf(mode);
+    plan.row = rowAt(mode, snap(m[2], bits), snap(m[3], group));
+    slide(); later();
+  }
+  function override(layers, row) {
+    for (const i of layers) if (row === "default" || row === plan.row) delete plan.overrides[i]; else plan.overrides[i] = row;
+    send({ op: "override", paths: layers.map((i) => data.layers[i].path), config: row === "default" ? row : row < 0 ? null : data.configs[row] });
+    later();
+  }
+
+  // skeleton of the panel
+  const title = h("div", { className: "qlab-title" }), note = h("div", { className: "qlab-note" }), stale = h("div", { className: "qlab-stale-note", role: "alert" }, "Kernel not connected: run this cell again.");
+  const mode = h("select", { className: "qlab-mode" }), solver = h("select"), shown = h("select", { className: "qlab-measure" });
+  mode.setAttribute("aria-label", "mode"); solver.setAttribute("aria-label", "solver"); shown.setAttribute("aria-label", "measure shown");
+  const bits = stepper("bits", (v) => pick(mode.value, v, data.configs[plan.row][2])), group = stepper("group size", (v) => pick(mode.value, data.configs[plan.row][1], v));
+  mode.onchange = () => pick(mode.value, data.configs[plan.row][1], data.configs[plan.row][2]);
+  solver.onchange = () => send({ op: "solver", solver: solver.value });
+  shown.onchange = () => { measure = shown.value; send({ op: "measure", measure }); later(); };
+  const free = h("button", { type: "button", className: "qlab-free", title: "One scale for all slider positions, or one that fits this position" });
+  free.onclick = () => { fixed = !fixed; later(); };
+  const svg = s("svg", { class: "qlab-map", role: "img", tabindex: 0, "data-lm-suppress-shortcuts": "true" }), legend = h("div", { className: "qlab-legend" });
+  const side = h("div", { className: "qlab-worst" }), detail = h("div", { className: "qlab-detail" }), memory = h("div", { className: "qlab-memory" });
+  const skipped = h("details", { className: "qlab-skipped" }), table = h("details", { className: "qlab-table" }), code = h("pre"), copy = h("button", { type: "button" }, "copy");
+  copy.onclick = () => navigator.clipboard?.writeText(code.textContent).then(() => { copy.textContent = "copied"; setTimeout(() => (copy.textContent = "copy"), 1200); });
+  const status = h("div", { className: "qlab-status", role: "status", "aria-live": "polite" }), bar = h("progress"), cancel = h("button", { type: "button" }, "cancel");
+  cancel.onclick = () => send({ op: "cancel" });
+  const work = [["exact", "measure exactly"], ["plan", "measure true KL"], ["kl", "predict ΔKL"]].map(([what, text]) => {
+    const b = h("button", { type: "button" }, text); b.onclick = () => send({ op: "compute", what }); b.what = what; return b;
+  });
+  const root = h("div", { className: "qlab" }, title, stale,
+    h("div", { className: "qlab-controls" }, label("mode", mode), label("bits", bits.el), label("group size", group.el), label("solver", solver), label("show", shown)),
+    h("div", { className: "qlab-body" }, h("div", { className: "qlab-picture" }, svg, legend), side), detail, memory, note, skipped, table,
+    h("div", { className: "qlab-code" }, code, copy), h("div", { className: "qlab-actions" }, ...(controls ? work : []), bar, cancel, status));
+  root.classList.toggle("qlab-static", !controls);
+  el.replaceChildren(root);
+  mode.append(...data.modes.map((m) => h("option", { value: m[0], title: m[1] }, m[0])));
+  solver.append(...data.solvers.map(([name, text]) => h("option", { value: name, title: text }, name)));
+  shown.append(...Object.entries(NAMES).map(([k, v]) => h("option", { value: k }, v[0])));
+  if (!controls) solver.closest("label").hidden = true;
+
+  // the picture: a row per role, a bar per block; layers outside the blocks share the last row
+  let cells = [], rows = [], dots = [];
+  function layout() {
+    const W = Math.max(280, svg.parentNode.clientWidth || 640), roles = new Map(), outside = [];
+    data.layers.forEach((l, i) => { if (l.block === null) outside.push(i); else (roles.get(l.role) || roles.set(l.role, []).get(l.role)).push(i); });
+    rows = [...roles].map(([role, list]) => [role.replace(/^(self_attn|mlp|attention|block_sparse_moe)\./, ""), list]);
+    if (outside.length) rows.push(["outside blocks", outside]);
+    const blocks = Math.max(1, ...data.layers.map((l) => (l.block ?? 0) + 1)), H = rows.length > 14 ? 18 : rows.length > 9 ? 24 : 30, left = 104, step = (W - left - 4) / blocks;
+    svg.setAttribute("width", W); svg.setAttribute("height", rows.length * H + 16); svg.replaceChildren(); cells = []; dots = [];
+    rows.forEach(([name, list], r) => {
+      const text = s("text", { x: left - 8, y: r * H + H - 6, "text-anchor": "end", class: "qlab-role" }); text.textContent = name; svg.append(text);
+      svg.append(s("line", { x1: left, x2: W, y1: r * H + H - 1.5, y2: r * H + H - 1.5, class: "qlab-base" }));
+      list.forEach((i, n) => {
+        const last = name === "outside blocks", w = last ? 16 : Math.max(1, step - (step > 6 ? 2 : step > 3 ? 1 : 0.3)), x = left + (last ? n * 130 : data.layers[i].block * step);
+        cells[i] = { x, y: r * H, w, H, row: r, rect: s("rect", { x, width: w, rx: w > 5 ? 1.5 : 0 }), dot: s("circle", { cx: x + w / 2, r: Math.min(2.5, w / 2 + 0.5), class: "qlab-dot" }) };
+        svg.append(cells[i].rect, cells[i].dot);
+        if (last) { const t = s("text", { x: x + w + 5, y: r * H + H - 6, class: "qlab-role" }); t.textContent = data.layers[i].path.split(".").pop(); svg.append(t); }
+      });
+    });
+    const every = [1, 2, 5, 10, 20, 50].find((k) => step * k > 22) || 50;
+    for (let b = 0; b < blocks && blocks > 1; b += every) { const t = s("text", { x: left + (b + 0.5) * step, y: rows.length * H + 12, "text-anchor": "middle", class: "qlab-axis" }); t.textContent = b; svg.append(t); }
+    svg.append((svg.ring = s("rect", { class: "qlab-ring", rx: 2 })));
+  }
+  const at = (ev) => {
+    const box = svg.getBoundingClientRect(), px = ev.clientX - box.left, py = ev.clientY - box.top;
+    let best = -1, near = 14;
+    cells.forEach((c, i) => { if (py >= c.y && py < c.y + c.H) { const d = Math.abs(px - c.x - c.w / 2); if (d < Math.max(near, c.w / 2)) { near = d; best = i; } } });
+    return best;
+  };
+  svg.addEventListener("pointermove", (ev) => { const i = at(ev); if (i !== hover) { hover = i; later(); } });
+  svg.addEventListener("pointerleave", () => { hover = -1; later(); });
+  svg.addEventListener("click", (ev) => { const i = at(ev); if (i >= 0) { focus = focus === i ? -1 : i; later(); } });
+  svg.addEventListener("keydown", (ev) => {
+    const list = rows[cells[focus]?.row ?? 0][1], n = list.indexOf(focus), r = cells[focus]?.row ?? 0, up = { ArrowUp: -1, ArrowDown: 1 }[ev.key], side_ = { ArrowLeft: -1, ArrowRight: 1 }[ev.key];
+    if (focus < 0 && (up || side_)) focus = rows[0][1][0];
+    else if (side_) focus = list[Math.min(list.length - 1, Math.max(0, n + side_))];
+    else if (up) { const next = rows[Math.min(rows.length - 1, Math.max(0, r + up))][1]; focus = next[Math.min(n, next.length - 1)]; }
+    else if (ev.key === "Escape") focus = -1;
+    else return;
+    ev.preventDefault(); ev.stopPropagation(); later();
+  });
+
+  function paint() {
+    const M = measure === "kl_nats" ? KL : REL, [name, unit] = NAMES[measure], scale = scaleOf(data, M, fixed ? null : plan), now = totals(data, plan), [m, b, g] = data.configs[plan.row];
+    if (mode.value !== m) mode.value = m;
+    bits.set(modeOf(m)[2], b); group.set(modeOf(m)[3], g);
+    if (shown.value !== measure) shown.value = measure;
+    paintTitle(now); paintMemory(now.nbytes);
+    cells.forEach((c, i) => {
+      const row = rowOf(data, plan, i), v = row < 0 ? NaN : value(data, M, row, i), kept = row < 0, refused = kept && !(i in plan.overrides && plan.overrides[i] < 0);
+      const t = Number.isNaN(v) ? (kept ? 0.04 : 0.3) : v <= 0 ? 0.04 : height(scale, v), tall = Math.max(1.5, t * (c.H - 6));
+      c.rect.setAttribute("y", c.y + c.H - 2 - tall); c.rect.setAttribute("height", tall); c.rect.style.setProperty("--t", t.toFixed(3));
+      c.rect.setAttribute("class", `qlab-bar${kept ? " kept" : Number.isNaN(v) ? " wait" : data.flags[row * data.L + i] & 2 ? " exact" : ""}`);
+      const mark = refused ? "refused" : i in plan.overrides && plan.overrides[i] !== plan.row ? "own" : "";
+      c.dot.setAttribute("cy", c.y + 3.5); c.dot.setAttribute("class", `qlab-dot ${mark}`);
+    });
+    const f = hover >= 0 ? hover : focus, c = cells[f];
+    svg.ring.style.display = c ? "" : "none";
+    if (c) for (const [k, v] of Object.entries({ x: c.x - 2, y: c.y + 1, width: c.w + 4, height: c.H - 2 })) svg.ring.setAttribute(k, v);
+    const top = worst(data, plan, M);
+    svg.setAttribute("aria-label", `${name} of ${data.L} layers at ${m} ${b}-bit, group ${g}. Worst: ${top.map(([i, v]) => `${data.layers[i].path} ${num(v)}`).join(", ")}`);
+    side.replaceChildren(h("h4", {}, `worst five by ${name}`), h("ol", {}, ...top.map(([i, v]) => { const li = h("li", {}, h("button", { type: "button", onclick: () => { focus = i; later(); } }, short(i)), h("b", {}, num(v))); return li; })),
+      h("p", {}, Number.isNaN(now.kl) ? "" : `all layers: ≈ ${num(now.kl)} nats/token`), ...data.judged.map(([k, v]) => h("p", { className: "qlab-judged" }, `${k} ${num(v)}`)));
+    paintLegend(scale, unit); paintDetail(f); paintLists();
+    code.textContent = codeLine(data, plan);
+    note.textContent = measure === "kl_nats" ? `Predicted ΔKL is an estimate for rounding to nearest, from one pass over ${data.text || "a text"}; it ranks layers by their effect on the output.`
+      : "Weight error says how far the weights move, not what that does to the output: do not rank layers by it." + (data.text ? "" : " Predicted ΔKL follows.");
+  }
+  const short = (i) => data.layers[i].path.replace(/^model\./, "").replace(/layers\./, "").replace(/self_attn\./, "");
+  function paintTitle(now) {
+    const fits = now.nbytes < data.machine.free, tight = now.nbytes > 0.8 * data.machine.free;
+    title.replaceChildren(h("strong", {}, data.name), h("span", {}, `${(data.params / 1e6).toFixed(1)} M weights`), h("span", { className: "qlab-size" }, `${gb(data.before)} → `, h("b", {}, gb(now.nbytes))),
+      h("span", {}, h("b", {}, now.bpw.toFixed(2)), " bits/weight"), h("span", {}, `${(data.before / now.nbytes).toFixed(2)}× smaller`),
+      h("span", { className: `qlab-fits ${fits ? (tight ? "tight" : "yes") : "no"}` }, fits ? (tight ? "▲ tight" : "✓ weights fit") : "✕ does not fit", ` (${gb(data.machine.free)} free)`));
+  }
+  function paintMemory(nbytes) {
+    const top = Math.max(data.machine.total, nbytes, data.before), w = (n) => `${(100 * n) / top}%`;
+    memory.replaceChildren(h("div", { className: "qlab-track", role: "img", ariaLabel: `weights ${gb(nbytes)} of ${gb(data.machine.total)}` }, h("i", { className: "before", style: `width:${w(data.before)}` }), h("i", { className: "now", style: `width:${w(nbytes)}` }), h("i", { className: "limit", style: `left:${w(data.machine.free)}` })),
+      h("span", {}, `memory: weights ${gb(nbytes)}, now ${gb(data.before)}; ${gb(data.machine.free)} free on ${data.machine.label}`));
+  }
+  function paintLegend([lo, hi], unit) {
+    const n = Math.round(Math.log10(hi / lo)), tick = (k) => { const x = lo * 10 ** k; return x >= 0.001 ? String(+x.toPrecision(1)) : `1e${Math.round(Math.log10(x))}`; };
+    free.textContent = fixed ? "fit scale" : "fix scale";
+    legend.replaceChildren(h("span", {}, unit), h("span", { className: "qlab-ramp" }, ...Array.from({ length: 24 }, (_, k) => h("i", { style: `--t:${k / 23};height:${3 + (9 * k) / 23}px` }))),
+      h("span", { className: "qlab-decades" }, ...Array.from({ length: n + 1 }, (_, k) => h("i", {}, tick(k)))), h("span", { className: "qlab-key" }, "● own setting  × not quantized"), free);
+  }
+  let all = false;
+  function paintDetail(i) {
+    if (i < 0) { detail.replaceChildren(h("p", { className: "qlab-hint" }, "Point at a bar for its numbers; click it to give the layer its own bits.")); return; }
+    const l = data.layers[i], row = rowOf(data, plan, i), want = i in plan.overrides ? plan.overrides[i] : plan.row, facts = [];
+    const put = (k, v, t = "") => facts.push(h("span", { title: t }, `${k} `, h("b", {}, v)));
+    if (row < 0) put("kept", want < 0 ? "by your choice" : l.obstacle || refusal(i, want));
+    else {
+      const r = value(data, REL, row, i), se = value(data, SE, row, i), exact = data.flags[row * data.L + i] & 2;
+      put("weight error", Number.isNaN(r) ? "measuring…" : `${num(r)}${exact ? " exact" : ` ± ${num(se)} sampled`}`); put("SQNR", `${(-20 * Math.log10(r)).toFixed(1)} dB`);
+      put("largest", num(value(data, MAX, row, i)), "largest |W−Ŵ| seen"); put("ΔKL", `${num(value(data, KL, row, i))} nats`);
+    }
+    put("kurtosis", num(data.kurtosis[i]), "3 for a Gaussian; more means outliers"); put("size", gb(row < 0 ? l.nbytes : data.sizes[row * data.L + i]));
+    const [m, , g] = data.configs[Math.max(want, 0) === want ? want : plan.row], M = measure === "kl_nats" ? KL : REL, scale = scaleOf(data, M);
+    const peers = all && l.block !== null ? data.layers.map((x, k) => (x.role === l.role ? k : -1)).filter((k) => k >= 0) : [i];
+    const choices = modeOf(m)[2].map((b) => {
+      const r = rowAt(m, b, g), v = value(data, M, r, i), ok = data.flags[r * data.L + i] & 1;
+      const btn = h("button", { type: "button", className: r === row ? "on" : "", disabled: !ok, title: `${m} ${b}-bit g${g}: ${num(v)}`, onclick: () => { focus = i; override(peers, r); } }, h("i", { style: `--t:${v > 0 ? height(scale, v) : 0.04};height:${v > 0 ? 2 + 20 * height(scale, v) : 2}px` }), String(b));
+      return btn;
+    });
+    const box = h("input", { type: "checkbox", checked: all, onchange: () => { all = box.checked; later(); } });
+    detail.replaceChildren(h("div", { className: "qlab-facts" }, h("strong", {}, l.path), h("span", {}, `${l.shape.join(" × ")} · ${row < 0 ? l.stored || l.dtype : data.configs[row].join(" ").replace(/ (\d+) (\d+)$/, " $1-bit g$2")}`), ...facts),
+      h("div", { className: "qlab-choose" }, h("span", {}, "bits"), ...choices, h("button", { type: "button", className: want < 0 ? "on" : "", onclick: () => { focus = i; override(peers, -1); } }, "keep"), h("button", { type: "button", disabled: !peers.some((k) => k in plan.overrides), onclick: () => { focus = i; override(peers, "default"); } }, "as the rest"),
+        ...(l.block === null ? [] : [h("label", {}, box, ` all ${l.role.split(".").pop()}`)])));
+  }
+  const refusal = (i, row) => `width ${data.layers[i].shape.at(-1)} is not a multiple of ${data.configs[row][2]}`;
+  function paintLists() {
+    const out = data.layers.map((l, i) => [i, l]).filter(([i]) => rowOf(data, plan, i) < 0);
+    skipped.hidden = !out.length;
+    skipped.replaceChildren(h("summary", {}, `${out.length} of ${data.L} layers are not quantized (${gb(out.reduce((a, [, l]) => a + l.nbytes, 0))})`),
+      ...(skipped.open ? [h("ul", {}, ...out.map(([i, l]) => h("li", {}, `${l.path} · ${i in plan.overrides && plan.overrides[i] < 0 ? "kept by your choice" : l.obstacle || refusal(i, plan.overrides[i] ?? plan.row)} · ${gb(l.nbytes)}`)))] : []));
+    table.replaceChildren(h("summary", {}, "all layers as a table"), ...(table.open ? [h("table", {}, h("tr", {}, ...["layer", "stored as", "weight error", "ΔKL nats", "size"].map((t) => h("th", {}, t))), ...data.layers.map((l, i) => {
+      const r = rowOf(data, plan, i);
+      return h("tr", {}, ...[l.path, r < 0 ? "kept" : `${data.configs[r][0]} ${data.configs[r][1]}-bit g${data.configs[r][2]}`, r < 0 ? "–" : num(value(data, REL, r, i)), r < 0 ? "–" : num(value(data, KL, r, i)), gb(r < 0 ? l.nbytes : data.sizes[r * data.L + i])].map((t) => h("td", {}, t)));
+    }))] : []));
+  }
+  skipped.addEventListener("toggle", () => later()); table.addEventListener("toggle", () => later());
+
+  // kernel → browser
+  function onState() {
+    const st = model.get("state");
+    if (st.ack >= seq) { clearTimeout(late); root.classList.remove("qlab-stale"); }
+    if (!pending && (st.ack ?? 0) >= seq) { plan = { row: rowAt(st.mode, st.bits, st.group_size), overrides: { ...st.overrides } }; measure = st.measure; }
+    if (solver.value !== st.solver) solver.value = st.solver;
+    data.judged = st.totals; data.text = st.calibration;
+    const p = st.progress;
+    bar.hidden = cancel.hidden = !p; if (p) { bar.max = p[2]; bar.value = p[1]; }
+    for (const b of work) b.hidden = b.what === "kl" && !!st.calibration;
+    status.textContent = st.error || (p ? p[0] : ""); status.classList.toggle("error", !!st.error);
+    later();
+  }
+  const onData = () => { const { judged, text } = data; data = Object.assign(read(model), { judged, text }); later(); };
+  const later = () => { raf ||= requestAnimationFrame(() => { raf = 0; paint(); }); };
+  model.on("change:state", onState); for (const n of ["values", "flags", "kurtosis"]) model.on(`change:${n}`, onData);
+  const sized = new ResizeObserver(() => { layout(); later(); }); sized.observe(svg.parentNode);
+  layout(); onState(); send({ op: "hello" });
+  return () => { model.off("change:state", onState); for (const n of ["values", "flags", "kurtosis"]) model.off(`change:${n}`, onData); sized.disconnect(); clearTimeout(timer); clearTimeout(late); cancelAnimationFrame(raf); };
+}
+export default { render };

@@ -1,0 +1,107 @@
+"""The quantizer panel without a kernel: one line of text, tables that survive any viewer, and a self-contained page.
+
+Sees states, never a model.
+"""
+
+from __future__ import annotations
+
+import base64
+import html as _html
+import json
+import math
+from typing import Any
+
+from qlab.core.panel import PanelState
+from qlab.core.report import LayerError, QuantReport, report_of
+from qlab.views.quantizer import CSS, ESM, payload
+
+_ROWS = 12  # layers listed in the static table
+
+
+def _report(state: PanelState) -> QuantReport:
+    return report_of(state.spec, state.table, state.plan, state.calibration)
+
+
+def size_text(nbytes: float) -> str:
+    """Write a size with its unit; GB = 1e9 bytes."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def text_line(state: PanelState) -> str:
+    """Return one line of numbers."""
+    report = _report(state)
+    own = f", {len(state.plan.overrides)} layers with their own setting" if state.plan.overrides else ""
+    line = (
+        f"Quantizer({state.spec.name}: {state.plan.default.label}{own}, {report.bits_per_weight:.2f} bits/weight, "
+        f"{size_text(report.nbytes_before)} → {size_text(report.nbytes)}"
+    )
+    if not math.isnan(report.kl_nats):
+        line += f", predicted ΔKL {report.kl_nats:.3g} nats/token"
+    return line + ")"
+
+
+def html(state: PanelState) -> str:
+    """Return tables and bars made of styled cells, which untrusted notebooks and code hosts show too."""
+    report = _report(state)
+    worst = report.worst(_ROWS)
+    predicted = bool(state.calibration) and any(not math.isnan(x.kl_nats) for x in worst)
+    costs = [x.kl_nats if predicted else x.relative_error for x in worst]
+    top = max((c for c in costs if not math.isnan(c)), default=0) or 1.0
+    rows = "".join(_row(layer, cost / top) for layer, cost in zip(worst, costs, strict=True))
+    measure = "predicted ΔKL" if predicted else "weight error (which does not rank layers by their effect on the output)"
+    skipped = "".join(
+        f"<li>{_html.escape(x.path)}: {_html.escape(x.note)}, {size_text(x.nbytes)}</li>" for x in report.skipped
+    )
+    return (
+        f"<div><p><b>{_html.escape(state.spec.name)}</b> · {_html.escape(state.plan.default.label)} · "
+        f"<b>{report.bits_per_weight:.2f}</b> bits/weight · {size_text(report.nbytes_before)} → "
+        f"<b>{size_text(report.nbytes)}</b> ({report.nbytes_before / report.nbytes:.2f}× smaller)"
+        f"{_kl_text(report)}</p>"
+        f"<table><thead><tr><th>worst {len(worst)} of {len(report.layers)} layers by {measure}</th><th>stored as</th>"
+        f"<th>weight error</th><th>SQNR</th><th>ΔKL, nats/token</th><th>size</th><th></th></tr></thead>"
+        f"<tbody>{rows}</tbody></table>"
+        + (f"<details><summary>{len(report.skipped)} layers cannot be quantized</summary><ul>{skipped}</ul></details>" if skipped else "")
+        + f"<pre>{_html.escape(state.code)}</pre></div>"
+    )  # fmt: skip
+
+
+def _kl_text(report: QuantReport) -> str:
+    return "" if math.isnan(report.kl_nats) else f" · predicted ΔKL <b>{report.kl_nats:.3g}</b> nats/token"
+
+
+def _row(layer: LayerError, share: float) -> str:
+    width = 0 if math.isnan(share) else max(1, round(120 * share))
+    error = "–" if math.isnan(layer.relative_error) else f"{layer.relative_error:.3g} {layer.depth}"
+    kl = "–" if math.isnan(layer.kl_nats) else f"{layer.kl_nats:.2g}"
+    sqnr = "–" if math.isnan(layer.relative_error) else f"{layer.sqnr_db:.1f} dB"
+    label = layer.config.label if layer.config else "kept"
+    cells = [_html.escape(layer.path), _html.escape(label), error, sqnr, kl, size_text(layer.nbytes)]
+    bar = f'<div style="background:#4c78a8;width:{width}px;height:9px"></div>'
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}<td>{bar}</td></tr>"
+
+
+def page(state: PanelState) -> str:
+    """Return one self-contained file in which the sliders still work, offline and without a kernel."""
+    traits = {key: _encoded(value) for key, value in payload(state).items()}
+    # a closing tag or a comment inside a name must not end the script
+    embedded = json.dumps(traits).replace("<", "\\u003c")
+    title = _html.escape(f"{state.spec.name} · qlab")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>:root{{color-scheme:light dark}}body{{margin:16px;font-family:system-ui}}{CSS}</style>"
+        f'</head><body><div id="panel"></div><noscript>{html(state)}</noscript>'
+        f'<script type="application/json" id="traits">{embedded}</script>'
+        f'<script type="module">{ESM.replace("export default { render };", "")}{_SHIM}</script></body></html>'
+    )
+
+
+def _encoded(value: Any) -> Any:
+    return {"base64": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
+
+
+_SHIM = """
+const traits = JSON.parse(document.getElementById("traits").textContent);
+const bytes = (text) => new DataView(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
+const model = { get: (k) => (traits[k]?.base64 !== undefined ? bytes(traits[k].base64) : traits[k]), set() {}, save_changes() {}, on() {}, off() {} };
+render({ model, el: document.getElementById("panel") });
+"""
