@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import Any
 
 from qlab.core.config import QuantPlan
 from qlab.core.spec import ModelSpec

@@ -164,9 +164,20 @@ def train(folder: Path, out: Path, args: argparse.Namespace) -> None:
                 save(model, tokenizer, out)
             model.update(trained)
             model.train()
-            print(f"step {i} train {value.item():.3f} held-out {now:.4f} best {best:.4f} {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"step {i} train {value.item():.3f} held-out {now:.4f} best {best:.4f} {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
     characters = len(texts[HELD_OUT]) / len(held)
-    print(json.dumps({"nats_per_token": best, "perplexity": math.exp(best), "bits_per_character": best / math.log(2) / characters}))
+    print(
+        json.dumps(
+            {
+                "nats_per_token": best,
+                "perplexity": math.exp(best),
+                "bits_per_character": best / math.log(2) / characters,
+            }
+        )
+    )
 
 
 def encode_all(tokenizer, texts: list[str], dropout: float | None) -> np.ndarray:

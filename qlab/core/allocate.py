@@ -29,9 +29,7 @@ def allocate(cost: np.ndarray, nbytes: np.ndarray, budget_nbytes: float) -> np.n
     columns = np.arange(cost.shape[1])
     smallest = np.where(np.isfinite(cost), nbytes, np.inf).min(0).sum()
     if smallest > budget_nbytes:
-        raise ConfigError(
-            f"A budget of {budget_nbytes / 1e9:.4f} GB is below the smallest storage, {smallest / 1e9:.4f} GB."
-        )
+        raise ConfigError(f"A budget of {budget_nbytes / 1e9:.4f} GB is below the smallest storage, {smallest / 1e9:.4f} GB.")
 
     def at(price: float) -> np.ndarray:
         return (cost + price * nbytes).argmin(0)

@@ -28,8 +28,9 @@ class QuantConfig:
     """
 
     mode: str = "affine"
-    bits: int | None = None
-    group_size: int | None = None
+    # None only on the way in: __post_init__ puts the default
+    bits: int = None  # pyright: ignore[reportAssignmentType]
+    group_size: int = None  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self) -> None:
         scheme = self.scheme
@@ -58,9 +59,7 @@ def _legal(word: str, value: int | None, legal: tuple[int, ...], default: int, s
         hint = ""
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             hint = f" The nearest is {min(legal, key=lambda x: abs(x - value))}."
-        raise ConfigError(
-            f"{word}={value!r} is not legal for mode {scheme.name!r}; it has {', '.join(map(str, legal))}.{hint}"
-        )
+        raise ConfigError(f"{word}={value!r} is not legal for mode {scheme.name!r}; it has {', '.join(map(str, legal))}.{hint}")
     return value
 
 
@@ -73,7 +72,7 @@ class QuantPlan:
         overrides: by layer path; None keeps that layer at its own precision.
     """
 
-    default: QuantConfig = field(default_factory=QuantConfig)
+    default: QuantConfig = field(default_factory=lambda: QuantConfig())
     overrides: Mapping[str, QuantConfig | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def ratio_estimate(
-    y: np.ndarray, x: np.ndarray, x_total: np.ndarray, population: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def ratio_estimate(y: np.ndarray, x: np.ndarray, x_total: np.ndarray, population: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Estimate the total of ``y`` over a population from a simple random sample, with a covariate whose total is known.
 
     The rounding error of a chunk of weights is nearly proportional to its squared ranges, and the sum of those is known
@@ -39,9 +37,7 @@ def ratio_estimate(
     return ratio * x_total, se
 
 
-def relative_error(
-    error_sq: np.ndarray, error_sq_se: np.ndarray, weight_sq: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def relative_error(error_sq: np.ndarray, error_sq_se: np.ndarray, weight_sq: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return ‖W−Ŵ‖/‖W‖ and its standard error from the squared error and the squared norm.
 
     The standard error is the first-order one of a square root: σ(√e) = σ(e) / (2√e).

@@ -94,9 +94,7 @@ class ModelSpec:
 
     def __getitem__(self, path: str) -> LayerSpec:
         if path not in self.by_path:
-            raise LayerNotFoundError(
-                f"The model {self.name!r} has no layer {path!r}.{nearest(path, self.by_path)}"
-            )
+            raise LayerNotFoundError(f"The model {self.name!r} has no layer {path!r}.{nearest(path, self.by_path)}")
         return self.by_path[path]
 
     @cached_property

@@ -117,9 +117,7 @@ def gather(
     stacks = []
     for parts in found.values():
         columns, chunks, rows, starts, population = zip(*parts, strict=True)
-        stacks.append(
-            Stack(np.array(columns), mx.concatenate(chunks), np.stack(rows), np.stack(starts), np.array(population))
-        )
+        stacks.append(Stack(np.array(columns), mx.concatenate(chunks), np.stack(rows), np.stack(starts), np.array(population)))
     mx.eval([stack.chunks for stack in stacks])
     return stacks
 

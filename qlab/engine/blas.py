@@ -125,7 +125,29 @@ def _rename(source: Path, target: Path) -> None:
 
 
 # what libmlx.so imports: nm -D --undefined-only
-_WANTED = (
-    "cblas_cgemm cblas_dgemm cblas_sgemm cgeev_ cgesdd_ cheevd_ dgeev_ dgeqrf_ dgesdd_ dgetrf_ dgetri_ dorgqr_ dpotrf_ "
-    "dsyevd_ dtrtri_ sgeev_ sgeqrf_ sgesdd_ sgetrf_ sgetri_ sorgqr_ spotrf_ ssyevd_ strtri_"
-).split()
+_WANTED = [
+    "cblas_cgemm",
+    "cblas_dgemm",
+    "cblas_sgemm",
+    "cgeev_",
+    "cgesdd_",
+    "cheevd_",
+    "dgeev_",
+    "dgeqrf_",
+    "dgesdd_",
+    "dgetrf_",
+    "dgetri_",
+    "dorgqr_",
+    "dpotrf_",
+    "dsyevd_",
+    "dtrtri_",
+    "sgeev_",
+    "sgeqrf_",
+    "sgesdd_",
+    "sgetrf_",
+    "sgetri_",
+    "sorgqr_",
+    "spotrf_",
+    "ssyevd_",
+    "strtri_",
+]

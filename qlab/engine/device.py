@@ -16,7 +16,17 @@ from qlab.core.panel import Machine
 from qlab.engine import blas
 from qlab.engine.job import mlx_call
 
-_PACKAGES = ("mlx", "mlx-lm", "anywidget", "ipywidgets", "plotly", "transformers", "datasets", "jupyterlab", "ipykernel")
+_PACKAGES = (
+    "mlx",
+    "mlx-lm",
+    "anywidget",
+    "ipywidgets",
+    "plotly",
+    "transformers",
+    "datasets",
+    "jupyterlab",
+    "ipykernel",
+)
 _SLOW_GFLOPS = 15.0
 _LITTLE_NBYTES = 4e9
 

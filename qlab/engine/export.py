@@ -7,7 +7,6 @@ Knows no error and no panel.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Generator
@@ -69,9 +68,7 @@ def quantize(
     return made
 
 
-def quantized_layer(
-    layer: nn.Module, path: str, config: QuantConfig, solver: str, input_power: np.ndarray | None
-) -> nn.Module:
+def quantized_layer(layer: nn.Module, path: str, config: QuantConfig, solver: str, input_power: np.ndarray | None) -> nn.Module:
     """Return a layer stored under a config: MLX's own quantized class where that reads it, a packed one elsewhere."""
     weight = weight_of(layer)
     if not mx.isfinite(weight).all().item():
@@ -130,7 +127,12 @@ def stored_layer(
 
 
 def dense_twin(
-    module: nn.Module, spec: ModelSpec, plan: QuantPlan, solver: str, input_power: dict[str, np.ndarray], full: nn.Module
+    module: nn.Module,
+    spec: ModelSpec,
+    plan: QuantPlan,
+    solver: str,
+    input_power: dict[str, np.ndarray],
+    full: nn.Module,
 ) -> Generator[Progress, None, nn.Module]:
     """Return the model that a plan would give, with dense weights, for judging it where quantized products are slow.
 
@@ -253,5 +255,3 @@ def open_packed(path: Path, config: dict[str, Any]) -> nn.Module:
     module.load_weights(list(weights.items()))
     mx.eval(module.parameters())
     return module
-
-

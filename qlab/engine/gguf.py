@@ -48,7 +48,9 @@ def load_gguf(path: Path) -> Loaded:
     arrays, facts = mx.load(str(path), return_metadata=True)
     family = facts.get("general.architecture")
     if family not in _FAMILIES:
-        raise LoadError(f"{path} is of the family {family!r}; {', '.join(_FAMILIES)} can be read.{nearest(str(family), _FAMILIES)}")
+        raise LoadError(
+            f"{path} is of the family {family!r}; {', '.join(_FAMILIES)} can be read.{nearest(str(family), _FAMILIES)}"
+        )
     stored = Counter(info.type for info in infos if len(info.shape) == 2).most_common(1)[0][0]
     dtype = mx.float32 if stored == "F32" else mx.bfloat16
     config = _config(path, facts, family, arrays, infos)
@@ -96,9 +98,7 @@ def _config(path: Path, facts: dict, family: str, arrays: dict, infos: tuple[Ten
     return config
 
 
-def _weights(
-    infos: tuple[TensorInfo, ...], arrays: dict, facts: dict, family: str, dtype: mx.Dtype
-) -> dict[str, mx.array]:
+def _weights(infos: tuple[TensorInfo, ...], arrays: dict, facts: dict, family: str, dtype: mx.Dtype) -> dict[str, mx.array]:
     heads = facts[f"{family}.attention.head_count"].item()
     kv_heads = facts[f"{family}.attention.head_count_kv"].item()
     found = {}

@@ -12,9 +12,7 @@ from qlab.errors import LoadError
 _CONTROL = (3, 4)  # ggml token types: control, user defined
 # how words are cut before BPE, by tokenizer.ggml.pre; digits is the longest run of digits kept together
 _DIGITS = {"smollm": 1, "llama-bpe": 3, "qwen2": 1}
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,%d}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,%d}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def tokenizer(path: Path, facts: dict[str, Any]) -> Any:

@@ -150,9 +150,7 @@ class Measurer:
             found.largest,
         )
 
-    def _nats(
-        self, stack: bank.Stack, found: bank.ChunkErrors, config: QuantConfig
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _nats(self, stack: bank.Stack, found: bank.ChunkErrors, config: QuantConfig) -> tuple[np.ndarray, np.ndarray]:
         group = max(config.group_size, 32)
         x_total = np.array([self._weighted.get(c, {}).get(group, np.nan) for c in stack.columns])
         total, se = ratio_estimate(found.weighted, stack.weighted_spans(group), x_total, stack.population)

@@ -88,9 +88,7 @@ def _kurtosis(mean: np.ndarray) -> float:
     return float((m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2) if variance > 0 else float("nan")
 
 
-def weighted_ranges(
-    weight: mx.array, pairs: list[tuple[np.ndarray, np.ndarray]]
-) -> dict[int, float]:
+def weighted_ranges(weight: mx.array, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[int, float]:
     """Sum over weights of (max − min)² of their group, each counted by its importance Σ_p r_p[o]·c_p[i].
 
     Args:

@@ -31,9 +31,7 @@ class Affine(Scheme):
         return {"weight": packed, "scales": scales, "biases": biases}
 
     def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
-        return mx.dequantize(
-            packed["weight"], packed["scales"], packed["biases"], config.group_size, config.bits, dtype=dtype
-        )
+        return mx.dequantize(packed["weight"], packed["scales"], packed["biases"], config.group_size, config.bits, dtype=dtype)
 
 
 SHELF = (Affine(),)

@@ -41,9 +41,7 @@ class Symmetric(Scheme):
                 "scales": scales, "biases": scales * -half}  # fmt: skip
 
     def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
-        return mx.dequantize(
-            packed["weight"], packed["scales"], packed["biases"], config.group_size, config.bits, dtype=dtype
-        )
+        return mx.dequantize(packed["weight"], packed["scales"], packed["biases"], config.group_size, config.bits, dtype=dtype)
 
 
 SHELF = (Symmetric(),)

@@ -49,9 +49,8 @@ def html(state: PanelState) -> str:
     top = max((c for c in costs if not math.isnan(c)), default=0) or 1.0
     rows = "".join(_row(layer, cost / top) for layer, cost in zip(worst, costs, strict=True))
     measure = "predicted ΔKL" if predicted else "weight error (which does not rank layers by their effect on the output)"
-    skipped = "".join(
-        f"<li>{_html.escape(x.path)}: {_html.escape(x.note)}, {size_text(x.nbytes)}</li>" for x in report.skipped
-    )
+    skipped = "".join(f"<li>{_html.escape(x.path)}: {_html.escape(x.note)}, {size_text(x.nbytes)}</li>" for x in report.skipped)
+    left_out = f"<details><summary>{len(report.skipped)} layers cannot be quantized</summary><ul>{skipped}</ul></details>"
     return (
         f"<div><p><b>{_html.escape(state.spec.name)}</b> · {_html.escape(state.plan.default.label)} · "
         f"<b>{report.bits_per_weight:.2f}</b> bits/weight · {size_text(report.nbytes_before)} → "
@@ -59,10 +58,8 @@ def html(state: PanelState) -> str:
         f"{_kl_text(report)}</p>"
         f"<table><thead><tr><th>worst {len(worst)} of {len(report.layers)} layers by {measure}</th><th>stored as</th>"
         f"<th>weight error</th><th>SQNR</th><th>ΔKL, nats/token</th><th>size</th><th></th></tr></thead>"
-        f"<tbody>{rows}</tbody></table>"
-        + (f"<details><summary>{len(report.skipped)} layers cannot be quantized</summary><ul>{skipped}</ul></details>" if skipped else "")
-        + f"<pre>{_html.escape(state.code)}</pre></div>"
-    )  # fmt: skip
+        f"<tbody>{rows}</tbody></table>{left_out if skipped else ''}<pre>{_html.escape(state.code)}</pre></div>"
+    )
 
 
 def _kl_text(report: QuantReport) -> str:
@@ -102,6 +99,7 @@ def _encoded(value: Any) -> Any:
 _SHIM = """
 const traits = JSON.parse(document.getElementById("traits").textContent);
 const bytes = (text) => new DataView(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
-const model = { get: (k) => (traits[k]?.base64 !== undefined ? bytes(traits[k].base64) : traits[k]), set() {}, save_changes() {}, on() {}, off() {} };
+const get = (k) => (traits[k]?.base64 !== undefined ? bytes(traits[k].base64) : traits[k]);
+const model = { get, set() {}, save_changes() {}, on() {}, off() {} };
 render({ model, el: document.getElementById("panel") });
 """

@@ -13,11 +13,16 @@ def heights(page) -> list[float]:
 
 def wait_until_measured(page) -> None:
     page.wait_for_function("document.querySelectorAll('.qlab-bar').length > 50", timeout=60_000)
-    page.wait_for_function("!document.querySelector('.qlab-bar.wait') && document.querySelector('.qlab-actions progress').hidden", timeout=90_000)
+    page.wait_for_function(
+        "!document.querySelector('.qlab-bar.wait') && document.querySelector('.qlab-actions progress').hidden",
+        timeout=90_000,
+    )
 
 
 def test_slider_keys_override_and_theme(notebook):
-    page = notebook("panel", [OPEN, "q.bits, q.plan.overrides", "q.bits = 3", "print(q.bits, q.group_size, len(q.plan.overrides))"])
+    page = notebook(
+        "panel", [OPEN, "q.bits, q.plan.overrides", "q.bits = 3", "print(q.bits, q.group_size, len(q.plan.overrides))"]
+    )
     run_cell(page, 0)
     wait_until_measured(page)
     page.wait_for_timeout(500)
@@ -43,7 +48,9 @@ def test_slider_keys_override_and_theme(notebook):
     assert "q.set(" in page.locator(".qlab-code pre").first.inner_text()
     page.wait_for_timeout(500)
     run_cell(page, 3)
-    page.wait_for_function("[...document.querySelectorAll('.jp-OutputArea-output pre')].some(e => e.innerText.trim() === '5 64 1')")
+    page.wait_for_function(
+        "[...document.querySelectorAll('.jp-OutputArea-output pre')].some(e => e.innerText.trim() === '5 64 1')"
+    )
     run_cell(page, 2)
     page.wait_for_function("document.querySelector('.qlab-ticks .on').innerText === '3'")
     page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
