@@ -1,7 +1,7 @@
-"""One forward and backward pass over a short text: what each layer's inputs and outputs weigh.
+"""One forward and backward pass over a short text: what an error in each weight costs, in nats.
 
-Gives the second moments of every layer's inputs, and the Fisher weights that turn a weight error into nats. Knows no
-scheme: importance is a property of the model and the text.
+Gives Fisher weights, and the second moments of every layer's inputs. Knows no scheme: importance is a property of the
+model and the text.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from qlab.core.panel import Progress
 from qlab.engine.surgery import map_layers
@@ -21,8 +22,11 @@ from qlab.engine.surgery import map_layers
 class Calibration:
     """Importance of the weights of every layer that the text reached.
 
-    The predicted ΔKL of a layer whose weight W becomes W+E is ½ Σ_p Σ_oi r_p[o]·c_p[i]·E[o,i]² nats per token
-    (the Fisher information of the output, factored per layer as in K-FAC, arXiv:1503.05671 §3, and its diagonal taken).
+    The predicted ΔKL of a layer whose weight W becomes W+E is ½ Σ_oi F[o,i]·E[o,i]² nats per token, F the diagonal of the
+    Fisher information of the weights, F[o,i] = E[(Σ_t g[t,o]·x[t,i])²] / T over rows of T tokens. Rounding errors are
+    nearly independent of each other, so the diagonal is what counts; the sum over tokens stands inside the square because
+    one error acts on all tokens at once. F is kept as the product of its margins, Σ_p r_p ⊗ c_p. (A product of
+    *separate* second moments of g and x, as in K-FAC, ranks layers worse: docs/log.md.)
 
     Attributes:
         pairs: by path, ``(r, c)`` float32 vectors of lengths ``out`` and ``in``; a tied embedding has two pairs.
@@ -37,63 +41,69 @@ class Calibration:
     text: str = ""
 
 
-_TAPS = ["tap_rows", "tap_columns", "head_rows", "head_columns"]
-
-
 @mx.custom_function
-def _tap(y: mx.array, x: mx.array, rows: mx.array, columns: mx.array) -> mx.array:
-    """Identity on y, whose "gradients" for rows and columns are Σ_t (∂L/∂y)² and Σ_t x²."""
+def _tap(y: mx.array, x: mx.array, rows: mx.array, columns: mx.array, power: mx.array) -> mx.array:
+    """Identity on y, whose "gradients" are the margins of (gᵀx)² and Σ_t x².
+
+    The margins need no matrix of the weight's size: Σ_i (gᵀx)²[o,i] = Σ_ts g[t,o]·(x·xᵀ)[t,s]·g[s,o].
+    """
     return y + mx.zeros((), y.dtype)
 
 
 @_tap.vjp
 def _tap_vjp(primals, cotangent, _):
-    _, x, rows, columns = primals
+    _, x, rows, columns, power = primals
     g = cotangent.astype(mx.float32).reshape(-1, rows.shape[0])
     inputs = x.astype(mx.float32).reshape(-1, columns.shape[0])
-    return cotangent, mx.zeros_like(x), mx.square(g).sum(0), mx.square(inputs).sum(0)
+    by_row = (((inputs @ inputs.T) @ g) * g).sum(0)
+    by_column = (((g @ g.T) @ inputs) * inputs).sum(0)
+    return cotangent, mx.zeros_like(x), by_row, by_column, mx.square(inputs).sum(0)
 
 
 @mx.custom_function
 def _tap_lookup(y: mx.array, tokens: mx.array, rows: mx.array, columns: mx.array) -> mx.array:
-    """The same for an embedding: Σ_t one-hot(token) and Σ_t (∂L/∂y)²."""
+    """The same for an embedding, whose inputs are one-hot."""
     return y + mx.zeros((), y.dtype)
 
 
 @_tap_lookup.vjp
 def _tap_lookup_vjp(primals, cotangent, _):
     _, tokens, rows, columns = primals
-    g = cotangent.astype(mx.float32).reshape(-1, columns.shape[0])
-    counts = mx.zeros_like(rows).at[tokens.reshape(-1)].add(1.0)
-    return cotangent, mx.zeros_like(tokens), counts, mx.square(g).sum(0)
+    g, ids = cotangent.astype(mx.float32).reshape(-1, columns.shape[0]), tokens.reshape(-1)
+    same = (ids[:, None] == ids[None]).astype(mx.float32)
+    product = (same @ g) * g
+    return cotangent, mx.zeros_like(tokens), mx.zeros_like(rows).at[ids].add(product.sum(1)), product.sum(0)
 
 
-class _TappedLinear(nn.Module):
-    """A linear layer that reports what passes through it."""
+class _Tapped(nn.Module):
+    """A layer that reports what passes through it; an embedding does so as look-up and as tied output head."""
 
     def __init__(self, inner: nn.Module, shape: tuple[int, int]) -> None:
         super().__init__()
         self.inner = inner
-        self.tap_rows, self.tap_columns = mx.zeros(shape[0]), mx.zeros(shape[1])
+        self.rows, self.columns, self.power = mx.zeros(shape[0]), mx.zeros(shape[1]), mx.zeros(shape[1])
+        self.freeze()
+        self.unfreeze(recurse=False, keys=["rows", "columns", "power"])
 
+    def _watch(self, y: mx.array, x: mx.array) -> mx.array:
+        return _tap(y, mx.stop_gradient(x), self.rows, self.columns, self.power)
+
+
+class _TappedLinear(_Tapped):
     def __call__(self, x: mx.array) -> mx.array:
-        return _tap(self.inner(x), mx.stop_gradient(x), self.tap_rows, self.tap_columns)
+        return self._watch(self.inner(x), x)
 
 
-class _TappedEmbedding(nn.Module):
-    """An embedding that reports what passes through it, as lookup and as tied output head."""
-
+class _TappedEmbedding(_Tapped):
     def __init__(self, inner: nn.Module, shape: tuple[int, int]) -> None:
-        super().__init__()
-        self.inner = inner
-        self.tap_rows, self.tap_columns = mx.zeros(shape[0]), mx.zeros(shape[1])
-        self.head_rows, self.head_columns = mx.zeros(shape[0]), mx.zeros(shape[1])
+        super().__init__(inner, shape)
+        self.lookup_rows, self.lookup_columns = mx.zeros(shape[0]), mx.zeros(shape[1])
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        return _tap_lookup(self.inner(tokens), tokens, self.tap_rows, self.tap_columns)
+        return _tap_lookup(self.inner(tokens), tokens, self.lookup_rows, self.lookup_columns)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return _tap(self.inner.as_linear(x), mx.stop_gradient(x), self.head_rows, self.head_columns)
+        return self._watch(self.inner.as_linear(x), x)
 
 
 def calibrate(
@@ -119,11 +129,9 @@ def calibrate(
         return (_TappedEmbedding if hasattr(inner, "as_linear") else _TappedLinear)(inner, shapes[path])
 
     watched = map_layers(model, list(shapes), tapped)
-    watched.freeze()
     for module in watched.modules():
-        if isinstance(module, (_TappedLinear, _TappedEmbedding)):
-            module.unfreeze(recurse=False, keys=_TAPS)
-    key = mx.random.key(seed)
+        if not isinstance(module, _Tapped):
+            module.freeze(recurse=False)
 
     def score(tokens: mx.array, key: mx.array) -> mx.array:
         logits = watched(tokens).astype(mx.float32)
@@ -131,36 +139,31 @@ def calibrate(
         return -nn.losses.cross_entropy(logits, drawn, reduction="sum")
 
     grad = nn.value_and_grad(watched, score)
+    key = mx.random.key(seed)
     totals: dict[str, np.ndarray] = {}
     count = 0
     for i, tokens in enumerate(batches):
         key, sub = mx.random.split(key)
-        _, found = grad(tokens, sub)
-        for name, value in _flat(found):
+        found = tree_flatten(grad(tokens, sub)[1])
+        mx.eval([value for _, value in found])
+        for name, value in found:
             totals[name] = totals.get(name, 0) + np.array(value, np.float64)
         count += tokens.size
         yield Progress("predicting ΔKL", i + 1, len(batches))
     return _collect(totals, shapes, count, text)
 
 
-def _flat(tree: dict) -> list[tuple[str, mx.array]]:
-    from mlx.utils import tree_flatten
-
-    flat = tree_flatten(tree)
-    mx.eval([value for _, value in flat])
-    return flat
-
-
 def _collect(totals: dict[str, np.ndarray], shapes: dict, count: int, text: str) -> Calibration:
     made = Calibration(tokens=count, text=text)
     for path in shapes:
-        for site in ("tap", "head"):
-            if f"{path}.{site}_rows" not in totals:
+        for site in ("", "lookup_"):
+            rows, columns = (totals.get(f"{path}.{site}{axis}") for axis in ("rows", "columns"))
+            if rows is None or columns is None or not rows.sum() > 0:
                 continue
-            rows, columns = ((totals[f"{path}.{site}_{axis}"] / count).astype(np.float32) for axis in ("rows", "columns"))
-            if rows.any() and columns.any():
-                made.pairs.setdefault(path, []).append((rows, columns))
-                is_lookup = site == "tap" and f"{path}.head_rows" in totals
-                if not is_lookup:
-                    made.input_power[path] = columns
+            # a margin of squares is not negative; products of float32 sums may be, by a little
+            pair = np.maximum(rows, 0) / count, np.maximum(columns, 0) / rows.sum()
+            made.pairs.setdefault(path, []).append(tuple(v.astype(np.float32) for v in pair))
+        power = totals.get(f"{path}.power")
+        if power is not None and power.any():
+            made.input_power[path] = (power / count).astype(np.float32)
     return made

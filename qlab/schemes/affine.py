@@ -31,7 +31,9 @@ class Affine(Scheme):
         return {"weight": packed, "scales": scales, "biases": biases}
 
     def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
-        return mx.dequantize(packed["weight"], packed["scales"], packed["biases"], config.group_size, config.bits, dtype=dtype)
+        # MLX computes in the scales' dtype; its matrix products do not round there, so float32 is asked for here too
+        scales, biases = (packed[name].astype(dtype) for name in ("scales", "biases"))
+        return mx.dequantize(packed["weight"], scales, biases, config.group_size, config.bits)
 
 
 SHELF = (Affine(),)

@@ -98,9 +98,13 @@ def _pack(codes: mx.array) -> mx.array:
 @cache
 def _dynamic_map() -> np.ndarray:
     """The signed dynamic map of 256 values (arXiv:2110.02861 §2.1): seven decades, 2^i fractions in decade i, 0 and 1."""
-    found = [0.0, 1.0]
+    found = [np.float32(0), np.float32(1)]
     for i in range(7):
-        ends = np.linspace(0.1, 1, 2**i + 1, dtype=np.float32)
+        # as torch.linspace has it, on which the reference's map rests: a float32 step, from both ends
+        n, k = 2**i + 1, np.arange(2**i + 1)
+        step = np.float64(np.float32(0.9) / np.float32(n - 1))
+        rising, falling = np.float64(np.float32(0.1)) + step * k, 1 - step * (n - 1 - k)
+        ends = np.where(k < n // 2, rising, falling).astype(np.float32)
         middle = (ends[1:] + ends[:-1]) / np.float32(2) * np.float32(10.0 ** (i - 6))
         found += [*middle, *-middle]
     return np.sort(np.array(found, np.float32))
@@ -110,12 +114,15 @@ def _shrink(absmax: mx.array) -> dict[str, mx.array]:
     """Quantize the scales of a tensor to 8 bits: nearest value of the dynamic map, in blocks over the flattened scales."""
     offset = absmax.mean()
     flat = (absmax - offset).reshape(-1)
+    whole = flat.size // _SCALE_BLOCK * _SCALE_BLOCK
     padded = mx.pad(flat, (0, -flat.size % _SCALE_BLOCK)).reshape(-1, _SCALE_BLOCK)
     second = mx.abs(padded).max(1)
-    scaled = padded / mx.where(second == 0, 1.0, second)[:, None]
+    safe = mx.maximum(second, 1e-38)[:, None]
+    # bitsandbytes multiplies whole blocks by a reciprocal and divides the last, shorter one
+    scaled = mx.concatenate([(padded * (1.0 / safe)).reshape(-1)[:whole], (padded / safe).reshape(-1)[whole : flat.size]])
     table = _dynamic_map()
     middle = (table[1:] + table[:-1]) / np.float32(2)
-    codes = np.searchsorted(middle, np.array(scaled.reshape(-1)[: flat.size])).astype(np.uint8)
+    codes = np.searchsorted(middle, np.clip(np.array(scaled), -1, 1)).astype(np.uint8)
     return {"absmax": mx.array(codes).reshape(absmax.shape), "absmax_scales": second, "absmax_offset": offset}
 
 

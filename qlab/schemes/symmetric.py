@@ -41,7 +41,9 @@ class Symmetric(Scheme):
                 "scales": scales, "biases": scales * -half}  # fmt: skip
 
     def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
-        return mx.dequantize(packed["weight"], packed["scales"], packed["biases"], config.group_size, config.bits, dtype=dtype)
+        # MLX computes in the scales' dtype; its matrix products do not round there, so float32 is asked for here too
+        scales, biases = (packed[name].astype(dtype) for name in ("scales", "biases"))
+        return mx.dequantize(packed["weight"], scales, biases, config.group_size, config.bits)
 
 
 SHELF = (Symmetric(),)

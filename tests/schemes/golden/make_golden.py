@@ -1,0 +1,60 @@
+"""Makes nf4.npz, the golden vectors of NF4 and double quantization, from bitsandbytes' own code.
+
+    python -m venv golden && golden/bin/pip install torch==2.13.0 bitsandbytes==0.50.2 numpy
+    golden/bin/python tests/schemes/golden/make_golden.py
+
+The *default* torch kernels are taken, which follow the exact rule of the CUDA kernels; bitsandbytes' CPU kernel for
+8-bit blocks takes a short cut through a look-up table and gives other codes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import bitsandbytes  # noqa: F401
+import bitsandbytes._ops as registry
+import numpy as np
+import torch
+from bitsandbytes.functional import create_dynamic_map
+
+kernels = {}
+
+
+def capture(name: str, _key: str):
+    def keep(function):
+        kernels[name.split("::")[1]] = function
+        return function
+
+    return keep
+
+
+registry.register_kernel = capture
+importlib.reload(importlib.import_module("bitsandbytes.backends.default.ops"))
+
+rng = np.random.default_rng(0)
+rows = [
+    rng.normal(0, 0.02, (4, 320)),
+    rng.standard_t(5, (4, 320)) * 0.01,
+    rng.uniform(-3, 3, (3, 320)),
+    rng.normal(0, 1e-6, (1, 320)),
+]
+weight = np.concatenate(rows).astype(np.float32)
+weight[3, 64:128] = 0
+weight[5, :64] = 0.125
+made = {"weight": weight}
+for dtype in ("float32", "bfloat16", "float16"):
+    w = torch.from_numpy(weight).to(getattr(torch, dtype))
+    packed, absmax = kernels["quantize_4bit"](w, 64, "nf4", torch.uint8)
+    values = kernels["dequantize_4bit"](packed, absmax, 64, "nf4", w.shape, w.dtype)
+    made[f"{dtype}_packed"] = packed.numpy().reshape(-1)
+    made[f"{dtype}_absmax"] = absmax.numpy()
+    made[f"{dtype}_values"] = values.float().numpy().astype(np.float32) if dtype == "float32" else values.view(torch.int16).numpy()
+scales = torch.from_numpy(np.abs(rng.normal(0.05, 0.02, 600)).astype(np.float32))  # two blocks of 256 and a rest
+code = create_dynamic_map(signed=True)
+offset = scales.mean()
+codes, second = kernels["quantize_blockwise"](scales - offset, code, 256)
+back = kernels["dequantize_blockwise"](codes, second, code, 256, torch.float32) + offset
+made |= {"dq_scales": scales.numpy(), "dq_map": code.numpy(), "dq_offset": offset.numpy(), "dq_codes": codes.numpy(),
+         "dq_second": second.numpy(), "dq_back": back.numpy()}  # fmt: skip
+np.savez_compressed(Path(__file__).with_name("nf4.npz"), **made)
