@@ -112,7 +112,7 @@ def stored_layer(
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
     kinds = {"linear": nn.QuantizedLinear, "embedding": nn.QuantizedEmbedding, "switch": QuantizedSwitchLinear}
-    made = object.__new__(kinds[kind])
+    made = kinds[kind].__new__(kinds[kind])  # their own constructors would draw and quantize random weights
     nn.Module.__init__(made)
     made.group_size, made.bits, made.mode = config.group_size, config.bits, mode
     made.biases = None

@@ -118,7 +118,7 @@ def dense_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
     if not is_quantized(layer):
         made = copy.copy(layer)
     else:
-        made = object.__new__(_dense_class(layer))
+        made = _dense_class(layer).__new__(_dense_class(layer))
         nn.Module.__init__(made)
         if "bias" in layer:
             made.bias = layer.bias
