@@ -25,6 +25,7 @@ from qlab.views.quantizer import QuantizerPanel
 from qlab.views.quantizer_text import html, page, text_line
 
 AUTO_PREDICT_SIZE = 1e9  # parameters up to which ΔKL is predicted without being asked
+RELIABLE_ERROR = 0.5  # weight error up to which allocate trusts the predicted ΔKL
 _KEEP: Any = object()
 
 
@@ -138,7 +139,8 @@ class Quantizer(T.HasTraits):
         rows = [i for i, config in enumerate(table.configs) if config.mode == self.mode]
         columns = [i for i, layer in enumerate(spec.layers) if table.legal[rows, i].any()]
         cost = table.measure("kl_nats")[rows][:, columns]
-        cost[~table.legal[rows][:, columns]] = float("nan")
+        # the prediction is of second order: where a layer would lose half of its weights' energy it means nothing
+        cost[~(table.measure("relative_error")[rows][:, columns] < RELIABLE_ERROR)] = float("nan")
         weights = sum(spec.layers[i].size for i in columns)
         option = allocate(cost, table.nbytes[rows][:, columns], bits_per_weight * weights / 8)
         chosen = {spec.layers[c].path: table.configs[rows[o]] for c, o in zip(columns, option, strict=True)}

@@ -66,8 +66,8 @@ class Scheme(ABC):
         Args:
             rows: ``(n, width)`` in the weight's own dtype.
             config: bits and group size.
-            amax: ``(n, 1)`` float32, the largest magnitude of the tensor that each row was taken from.
-                Only formats with a tensor-wide scale need it.
+            amax: ``(n, 1)`` float32, the largest magnitude of the tensor that each row was taken from; rows of one
+                tensor stand together. Only formats with a number for the whole tensor need it.
 
         Returns:
             float32 ``(n, width)``: the values that the format would store.

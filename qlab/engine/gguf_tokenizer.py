@@ -26,6 +26,9 @@ def tokenizer(path: Path, facts: dict[str, Any]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     kind, pre = facts.get("tokenizer.ggml.model"), facts.get("tokenizer.ggml.pre")
+    missing = [key for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges") if key not in facts]
+    if kind == "gpt2" and missing:
+        raise LoadError(f"{path} lacks {' and '.join(missing)}, so its tokenizer cannot be rebuilt.")
     if kind != "gpt2" or pre not in _DIGITS:
         raise LoadError(
             f"{path} has a tokenizer of kind {kind!r} with pre-tokenizer {pre!r}; byte-level BPE (gpt2) with "

@@ -10,6 +10,8 @@ import mlx.core as mx
 from qlab.core.config import QuantConfig
 from qlab.core.scheme import Scheme
 
+_SMALLEST = 2.0**-118
+
 
 class MxFp(Scheme):
     """Small floats sharing an E8M0 scale (OCP Microscaling Formats v1.0, §5–6), by MLX's kernels.
@@ -35,6 +37,8 @@ class MxFp(Scheme):
         return size * config.bits // 8 + size // 32
 
     def quantize(self, weight: Any, config: QuantConfig) -> dict[str, Any]:
+        # MLX wraps the exponent of a group below 2^-127·448: its values come back as NaN or 1e36
+        weight = mx.where(mx.abs(weight) < _SMALLEST, 0, weight)
         packed, scales = mx.quantize(weight, mode=self.name)
         return {"weight": packed, "scales": scales}
 

@@ -20,6 +20,7 @@ _TABLE = np.array(
      -0.09105003625154495, 0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1], np.float32,
 )  # fmt: skip
+_SMALLEST = 2.0**-126  # smallest normal float32: below it a reciprocal may overflow
 _BUCKETS = 64
 _SCALE_BLOCK = 256  # scales that share a second-level scale
 
@@ -52,8 +53,8 @@ class Nf4(Scheme):
     def quantize(self, weight: Any, config: QuantConfig) -> dict[str, Any]:
         blocks = weight.astype(mx.float32).reshape(*weight.shape[:-1], -1, config.group_size)
         absmax = mx.abs(blocks).max(-1)
-        # a reciprocal, as bitsandbytes has it, and 0 for a block of zeros
-        inverse = mx.where(absmax == 0, 0.0, 1.0 / mx.where(absmax == 0, 1.0, absmax))
+        # a reciprocal, as bitsandbytes has it; a block too small to have one becomes zeros
+        inverse = mx.where(absmax < _SMALLEST, 0.0, 1.0 / mx.maximum(absmax, _SMALLEST))
         packed = _pack(_codes(blocks * inverse[..., None]).reshape(weight.shape))
         return {"weight": packed, **(_shrink(absmax) if self._double else {"absmax": absmax})}
 
@@ -64,6 +65,14 @@ class Nf4(Scheme):
         blocks = pairs.reshape(*codes.shape[:-1], -1, config.group_size) * absmax[..., None]
         return blocks.reshape(*codes.shape[:-1], -1).astype(dtype)
 
+    def roundtrip(self, rows: Any, config: QuantConfig, amax: Any = None) -> Any:
+        whole = super().roundtrip
+        if not self._double or amax is None:
+            return whole(rows, config)
+        # the mean of the scales is each tensor's own: a stack is cut where another tensor begins
+        cuts = np.flatnonzero(np.diff(np.array(amax).reshape(-1))) + 1
+        return mx.concatenate([whole(part, config) for part in mx.split(rows, cuts.tolist())])
+
 
 def _codes(scaled: mx.array) -> mx.array:
     """Return the number of midpoints of the table strictly below each value of −1…1; uint32.
@@ -71,7 +80,8 @@ def _codes(scaled: mx.array) -> mx.array:
     A value's bucket of 1/32 holds at most one midpoint, so one look-up and one comparison decide.
     """
     base, edge = (mx.array(part) for part in _buckets())
-    bucket = mx.clip(mx.floor((scaled + 1) * (_BUCKETS / 2)), 0, _BUCKETS - 1).astype(mx.uint32)
+    whole = (mx.maximum(scaled + 1, 0) * (_BUCKETS / 2)).astype(mx.uint32)
+    bucket = mx.minimum(whole, _BUCKETS - 1)  # as integers, so that a weight that is not a number reads no foreign memory
     return mx.take(base, bucket) + (scaled > mx.take(edge, bucket)).astype(mx.uint32)
 
 

@@ -62,6 +62,11 @@ def nearest(x: np.ndarray, grid: np.ndarray) -> np.ndarray:
     return np.abs(x[..., None] - both).min(-1)
 
 
+def nearest_value(x: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """Point of a grid nearest to each value."""
+    return grid[np.abs(x[..., None] - grid).argmin(-1)]
+
+
 def e4m3() -> np.ndarray:
     """All non-negative finite values of E4M3 (OCP FP8): bias 7, largest 448."""
     subnormal = np.arange(8) / 8 * 2.0**-6

@@ -69,6 +69,62 @@ def test_awkward_rows_stay_finite_and_zeros_stay_zero(config):
     assert mx.abs(config.scheme.dequantize(config.scheme.quantize(zeros, config), config, mx.float32)).max().item() <= 1e-6
 
 
+@pytest.mark.parametrize("size", [1e-36, 1e-38, 1e-41])
+@pytest.mark.parametrize("config", DEFAULTS, ids=label)
+def test_weights_at_the_edge_of_float32_stay_finite_and_small(config, size):
+    # unused weights decay to such values; exponents and reciprocals overflow there
+    w = mx.random.normal((4, 128), key=mx.random.key(6)) * size
+    w[0] = mx.random.normal((128,), key=mx.random.key(7)) * 0.02
+    stored = config.scheme.dequantize(config.scheme.quantize(w, config), config, mx.float32)
+    assert mx.abs(stored[1:]).max().item() <= 8 * size
+    if config.mode != "nf4_dq":  # its second level spans all rows
+        assert mx.linalg.norm(stored[0] - w[0]).item() < 0.2 * mx.linalg.norm(w[0]).item()
+
+
+@pytest.mark.parametrize("config", [c for c in DEFAULTS if c.mode.startswith("nf4")], ids=label)
+def test_a_weight_that_is_not_a_number_spoils_its_values_and_not_the_process(config):
+    w = mx.ones((4, 128))
+    w[1, 3] = float("nan")
+    stored = config.scheme.dequantize(config.scheme.quantize(w, config), config, mx.float32)
+    assert mx.isnan(stored[1, :64]).all().item()
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nf4", "nvfp4"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_stored_values_are_stored_again_unchanged(mode, dtype):
+    # not so for affine (the far edge of its range moves), nf4_dq (so does the mean) and subnormal nvfp4 scales
+    config = QuantConfig(mode)
+    w = (mx.random.normal((64, 256), key=mx.random.key(5)) * 0.02).astype(dtype)
+    once = config.scheme.dequantize(config.scheme.quantize(w, config), config, dtype)
+    twice = config.scheme.dequantize(config.scheme.quantize(once, config), config, dtype)
+    assert mx.array_equal(once, twice)
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.scheme.stock_mode], ids=label)
+def test_what_stock_mlx_reads_is_multiplied_by_its_own_kernel(config):
+    w = mx.random.normal((32, 256), key=mx.random.key(8)) * 0.02
+    x = mx.random.normal((5, 256), key=mx.random.key(9))
+    packed = config.scheme.quantize(w, config)
+    y = mx.quantized_matmul(
+        x, packed["weight"], packed["scales"], packed.get("biases"), group_size=config.group_size, bits=config.bits,
+        mode=config.scheme.stock_mode,
+    )  # fmt: skip
+    assert mx.allclose(y, x @ config.scheme.dequantize(packed, config, mx.float32).T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", DEFAULTS, ids=label)
+def test_a_stack_of_samples_gives_each_tensor_its_own_error(config):
+    tensors = [mx.random.normal((64, 512), key=mx.random.key(i)) * size for i, size in enumerate((0.003, 0.02, 0.3))]
+    rows = mx.concatenate([w.reshape(-1, 128)[:64] for w in tensors])
+    amax = mx.repeat(mx.stack([mx.abs(w).max() for w in tensors]), 64)[:, None]
+    sample = mx.split(config.scheme.roundtrip(rows, config, amax), 3)
+    for w, part in zip(tensors, sample, strict=True):
+        stored = config.scheme.dequantize(config.scheme.quantize(w, config), config, mx.float32).reshape(-1, 128)[:64]
+        # double quantization's mean and blocks are the sample's, which differ a little from the tensor's
+        tolerance = 0.03 if config.mode == "nf4_dq" else 0
+        assert mx.linalg.norm(part - stored).item() <= tolerance * mx.linalg.norm(stored).item()
+
+
 @pytest.mark.parametrize("config", DEFAULTS, ids=label)
 def test_roundtrip_of_a_sample_equals_storing_the_whole(config):
     w = mx.random.normal((64, 256), key=mx.random.key(2)) * 0.02

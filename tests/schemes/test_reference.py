@@ -41,18 +41,19 @@ def test_affine_is_bit_exact(bits, group, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_symmetric_is_what_the_formula_says_and_runs_on_the_native_kernel(bits, dtype):
+def test_symmetric_is_what_the_formula_says_and_runs_on_the_native_kernel(bits, group, dtype):
     w, values = weights(dtype)
-    config = QuantConfig("symmetric", bits, 64)
+    config = QuantConfig("symmetric", bits, group)
     packed = config.scheme.quantize(w, config)
     stored = float32(config.scheme.dequantize(packed, config, mx.float32))
-    expected = reference.symmetric(values, bits, 64, dtype)
+    expected = reference.symmetric(values, bits, group, dtype)
     # the native kernel computes scale·u + bias in float32, which rounds once where s·q does not
     assert np.abs(stored - expected).max() <= 2e-7 * 2**bits * np.abs(expected).max()
     x = mx.random.normal((3, 384))
     arrays = [packed[name].astype(mx.float32) if name != "weight" else packed[name] for name in ("weight", "scales", "biases")]
-    y = mx.quantized_matmul(x, *arrays, transpose=True, group_size=64, bits=bits)
+    y = mx.quantized_matmul(x, *arrays, transpose=True, group_size=group, bits=bits)
     assert mx.allclose(y, x @ mx.array(expected).T, atol=1e-4)
 
 
@@ -73,6 +74,19 @@ def test_mxfp_values_are_elements_times_a_power_of_two_and_nearest(mode, largest
     assert reference.nearest(stored / scale, grid).max() == 0
     # a tie may go either way (back ends differ), so the distance is compared, not the value
     assert np.allclose(np.abs(stored - groups) / scale, reference.nearest(groups / scale, grid), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1.0, 0.01])
+@pytest.mark.parametrize("mode", ["nvfp4", "nvfp4_plain"])
+def test_nvfp4_values_are_elements_times_the_nearest_e4m3_scale(mode, size):
+    w = mx.random.normal((24, 256), key=mx.random.key(3)) * size
+    config = QuantConfig(mode)
+    packed = config.scheme.quantize(w, config)
+    stored = float32(config.scheme.dequantize(packed, config, mx.float32)).reshape(-1, 16)
+    factor = np.float32(448 * 6 / packed["global_scale"].item() if mode == "nvfp4" else 1)
+    groups = np.array(w).reshape(-1, 16) * factor
+    scale = reference.nearest_value(np.abs(groups).max(1) / np.float32(6), reference.e4m3())[:, None]
+    assert np.allclose(np.abs(stored * factor - groups) / scale, reference.nearest(groups / scale, reference.E2M1), atol=1e-6)
 
 
 def test_nvfp4_tensor_scale_is_exact_and_mends_small_weights():
