@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo lab test lint bench bench-quality docs clean
+.PHONY: demo lab test lint bench docs clean
 
 demo: .venv/lab
 	@mkdir -p build
