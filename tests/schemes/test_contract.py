@@ -76,9 +76,9 @@ def test_weights_at_the_edge_of_float32_stay_finite_and_small(config, size):
     w = mx.random.normal((4, 128), key=mx.random.key(6)) * size
     w[0] = mx.random.normal((128,), key=mx.random.key(7)) * 0.02
     stored = config.scheme.dequantize(config.scheme.quantize(w, config), config, mx.float32)
-    assert mx.abs(stored[1:]).max().item() <= 8 * size
-    if config.mode != "nf4_dq":  # its second level spans all rows
-        assert mx.linalg.norm(stored[0] - w[0]).item() < 0.2 * mx.linalg.norm(w[0]).item()
+    # double quantization stores a tiny scale with the error of an ordinary one
+    assert mx.abs(stored[1:]).max().item() <= (1e-3 if config.mode == "nf4_dq" else 8 * size)
+    assert mx.linalg.norm(stored[0] - w[0]).item() < 0.2 * mx.linalg.norm(w[0]).item()
 
 
 @pytest.mark.parametrize("config", [c for c in DEFAULTS if c.mode.startswith("nf4")], ids=label)

@@ -102,7 +102,9 @@ def test_nvfp4_tensor_scale_is_exact_and_mends_small_weights():
     packed = config.scheme.quantize(w, config)
     factor = 448 * 6 / packed["global_scale"].item()
     assert np.log2(factor) == np.round(np.log2(factor))
-    native = mx.dequantize(packed["weight"], packed["scales"], mode="nvfp4", global_scale=packed["global_scale"], dtype=mx.float32)
+    native = mx.dequantize(
+        packed["weight"], packed["scales"], mode="nvfp4", global_scale=packed["global_scale"], dtype=mx.float32
+    )
     assert mx.array_equal(native, config.scheme.dequantize(packed, config, mx.float32))
 
 

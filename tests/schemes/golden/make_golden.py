@@ -49,7 +49,9 @@ for dtype in ("float32", "bfloat16", "float16"):
     values = kernels["dequantize_4bit"](packed, absmax, 64, "nf4", w.shape, w.dtype)
     made[f"{dtype}_packed"] = packed.numpy().reshape(-1)
     made[f"{dtype}_absmax"] = absmax.numpy()
-    made[f"{dtype}_values"] = values.float().numpy().astype(np.float32) if dtype == "float32" else values.view(torch.int16).numpy()
+    made[f"{dtype}_values"] = (
+        values.float().numpy().astype(np.float32) if dtype == "float32" else values.view(torch.int16).numpy()
+    )
 scales = torch.from_numpy(np.abs(rng.normal(0.05, 0.02, 600)).astype(np.float32))  # two blocks of 256 and a rest
 code = create_dynamic_map(signed=True)
 offset = scales.mean()
