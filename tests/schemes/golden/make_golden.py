@@ -16,7 +16,7 @@ import bitsandbytes  # noqa: F401
 import bitsandbytes._ops as registry
 import numpy as np
 import torch
-from bitsandbytes.functional import create_dynamic_map
+from bitsandbytes.functional import create_dynamic_map, get_4bit_type
 
 kernels = {}
 
@@ -42,6 +42,13 @@ rows = [
 weight = np.concatenate(rows).astype(np.float32)
 weight[3, 64:128] = 0
 weight[5, :64] = 0.125
+table = np.sort(get_4bit_type("nf4", device="cpu").numpy())
+middle = (table[1:] + table[:-1]) / np.float32(2)
+weight[6, :64] = np.resize(np.append(middle, np.float32(1)), 64)  # ties
+close = np.float32(0.7) * middle * (1 + np.arange(-4, 5, dtype=np.float32)[:, None] * np.float32(2**-24))
+differ = close[(close * (1 / np.float32(0.7)) > middle) != (close / np.float32(0.7) > middle)]
+assert differ.size  # where a product with the reciprocal and a quotient choose different codes
+weight[6, 64:128] = np.append(np.resize(differ, 63), np.float32(0.7))
 made = {"weight": weight}
 for dtype in ("float32", "bfloat16", "float16"):
     w = torch.from_numpy(weight).to(getattr(torch, dtype))
