@@ -110,10 +110,14 @@ def gather(
         width = next(w for w in WIDTHS if layer.shape[-1] % w == 0)
         population, per_row = layer.size // width, layer.shape[-1] // width
         index = np.sort(_draw(rng, population, min(size // width, population)))
-        chunks = weight_of(layer.path).reshape(-1, width)[mx.array(index)]
+        rows, starts = index // per_row, index % per_row * width
+        weight = weight_of(layer.path)
+        # by row and column, so that a weight that is not contiguous is not copied whole
+        columns = mx.array(starts)[:, None] + mx.arange(width)
+        chunks = weight.reshape(-1, weight.shape[-1])[mx.array(rows)[:, None], columns]
         mx.eval(chunks)
         key = (width, str(chunks.dtype), len(index))
-        found.setdefault(key, []).append((column, chunks, index // per_row, index % per_row * width, population))
+        found.setdefault(key, []).append((column, chunks, rows, starts, population))
     stacks = []
     for parts in found.values():
         columns, chunks, rows, starts, population = zip(*parts, strict=True)
