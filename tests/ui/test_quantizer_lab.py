@@ -23,8 +23,10 @@ def test_slider_keys_override_and_theme(notebook):
     page = notebook(
         "panel", [OPEN, "q.bits, q.plan.overrides", "q.bits = 3", "print(q.bits, q.group_size, len(q.plan.overrides))"]
     )
+    page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
     run_cell(page, 0)
     wait_until_measured(page)
+    page.evaluate("document.querySelectorAll('.Toastify').forEach(toast => toast.remove())")
     page.wait_for_timeout(500)
     page.locator(".qlab").first.screenshot(path=SHOTS / "panel_light.png")
     before = heights(page)
