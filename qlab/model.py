@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from pathlib import Path
 
 from qlab.core.config import QuantPlan
@@ -34,13 +35,15 @@ class Model:
         self.config, self.notes, self.plan = loaded.config, loaded.notes, plan
         self.spec: ModelSpec = mlx_call(describe, loaded.module, loaded.name)
         self._study: Study | None = None
+        self._lock = threading.Lock()
 
     @property
     def study(self) -> Study:
         """What has been measured of this model; shared by all panels on it."""
-        if self._study is None:
-            self._study = Study(self.module, self.tokenizer, self.spec)
-        return self._study
+        with self._lock:  # a job and a cell may both be the first to ask
+            if self._study is None:
+                self._study = Study(self.module, self.tokenizer, self.spec)
+            return self._study
 
     def save(self, path: str | Path) -> str:
         """Write a model folder, whole or not at all; return a sentence that says who can open it.

@@ -86,7 +86,7 @@ class Quantizer(T.HasTraits):
     @property
     def code(self) -> str:
         """The Python that rebuilds this state."""
-        return code_line(self.plan)
+        return code_line(self.plan, self.solver)
 
     def set(self, path: str, bits: int | None = _KEEP, *, group_size: int | None = None, mode: str | None = None) -> None:
         """Give one layer, or all that match a pattern, their own storage.
@@ -214,9 +214,10 @@ class Quantizer(T.HasTraits):
     @property
     def widget(self) -> Any:
         """The live panel."""
-        if self._panel is None:
-            self._panel = QuantizerPanel(self.state(), self._on_intent)
-        return self._panel.widget
+        with self._lock:
+            if self._panel is None:
+                self._panel = QuantizerPanel(self.state(), self._on_intent)
+            return self._panel.widget
 
     def state(self) -> PanelState:
         """What the panel shows now, as a value."""
@@ -337,8 +338,9 @@ class Quantizer(T.HasTraits):
         yield from self._model.study.predict(text)
 
     def _show(self) -> None:
-        if self._panel is not None:
-            self._panel.show(self.state(), self._ack)
+        with self._lock:  # called by cells, widgets and jobs: an older state must not overtake a newer one
+            if self._panel is not None:
+                self._panel.show(self.state(), self._ack)
 
     def _on_intent(self, intent: dict[str, Any]) -> None:
         """Do what the browser asks; called on a widget thread, so work is only queued."""

@@ -9,9 +9,10 @@ def _arguments(config: QuantConfig) -> str:
     return f'bits={config.bits}, group_size={config.group_size}, mode="{config.mode}"'
 
 
-def code_line(plan: QuantPlan) -> str:
+def code_line(plan: QuantPlan, solver: str = "rtn") -> str:
     """Return the lines that rebuild a plan, a line for the quantizer and one for each override."""
-    lines = [f"q = qlab.Quantizer(model, {_arguments(plan.default)})"]
+    chosen = "" if solver == "rtn" else f', solver="{solver}"'
+    lines = [f"q = qlab.Quantizer(model, {_arguments(plan.default)}{chosen})"]
     for path, config in plan.overrides.items():
         lines.append(f'q.set("{path}", {_arguments(config) if config else "bits=None"})')
     return "\n".join(lines)

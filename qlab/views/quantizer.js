@@ -3,10 +3,10 @@ const NS = "http://www.w3.org/2000/svg";
 const [REL, SE, MAX, KL] = [0, 1, 2, 3];
 const NAMES = { kl_nats: ["predicted ΔKL", "nats/token"], relative_error: ["weight error", "‖W−Ŵ‖/‖W‖"] };
 
-// ---- pure functions -----------------------------------------------------------------------------------------------
+// ---- pure functions
 export const snap = (legal, value) => legal.reduce((a, b) => (Math.abs(b - value) < Math.abs(a - value) ? b : a));
 export const gb = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} MB` : `${(n / 1e3).toFixed(0)} kB`);
-export const num = (x) => (!Number.isFinite(x) ? "–" : x === 0 ? "0" : x >= 0.01 && x < 1000 ? String(+x.toPrecision(3)) : x.toExponential(1));
+export const num = (x) => (!Number.isFinite(x) ? "–" : x === 0 ? "0" : x >= 0.001 && x < 1000 ? String(+x.toPrecision(3)) : x.toExponential(1).replace(".0", ""));
 
 /** Row that stores a layer, or -1 where it stays as it is (by choice, or because the row cannot hold it). */
 export function rowOf(data, plan, layer) {
@@ -42,14 +42,20 @@ export function scaleOf(data, measure, plan = null) {
   const top = Math.ceil(at(plan ? 1 : 0.99) - 1e-9), bottom = Math.floor(at(plan ? 0 : 0.01) + 1e-9);
   return [10 ** Math.max(Math.min(bottom, top - 1), top - 5), 10 ** top];
 }
+const ink = (t) => `var(--k${Math.round(15 * t)})`;
 export const height = ([lo, hi], v) => Math.min(1, Math.max(0.04, Math.log(v / lo) / Math.log(hi / lo)));
 const args = ([mode, bits, group]) => `bits=${bits}, group_size=${group}, mode="${mode}"`;
-export function codeLine(data, plan) {
-  const lines = [`q = qlab.Quantizer(model, ${args(data.configs[plan.row])})`];
+export function codeLine(data, plan, solver = "rtn") {
+  const lines = [`q = qlab.Quantizer(model, ${args(data.configs[plan.row])}${solver === "rtn" ? "" : `, solver="${solver}"`})`];
   const own = Object.entries(plan.overrides).filter(([, r]) => r !== plan.row).map(([i, r]) => [data.layers[i].path, r]);
   for (const [path, r] of own.sort((a, b) => (a[0] < b[0] ? -1 : 1)))
     lines.push(`q.set("${path}", ${r < 0 ? "bits=None" : args(data.configs[r])})`);
   return lines.join("\n");
+}
+/** What was measured end to end, in words. */
+export function judgedText({ kl_nats, perplexity, perplexity_before }) {
+  if (kl_nats === undefined) return [];
+  return [`measured: ${num(kl_nats)} nats/token`, `perplexity ${num(perplexity_before)} → ${num(perplexity)}`];
 }
 export function read(model) {
   const meta = model.get("meta"), view = (name, T) => { const v = model.get(name); return new T(v.buffer.slice(v.byteOffset, v.byteOffset + v.byteLength)); };
@@ -57,7 +63,7 @@ export function read(model) {
     flags: view("flags", Uint8Array), kurtosis: view("kurtosis", Float32Array) };
 }
 
-// ---- small DOM helpers --------------------------------------------------------------------------------------------
+// ---- small DOM helpers
 function h(tag, props = {}, ...children) {
   const e = document.createElement(tag);
   for (const [k, v] of Object.entries(props)) k in e && k !== "list" ? (e[k] = v) : e.setAttribute(k, v);
@@ -69,6 +75,13 @@ function s(tag, attrs = {}) {
   const e = document.createElementNS(NS, tag);
   for (const [k, v] of Object.entries(attrs)) e.setAttribute(k, v);
   return e;
+}
+/** Replaces children only if they differ and keeps the keyboard's place: a job repaints ten times a second. */
+function swap(node, key, ...children) {
+  const next = h("div", {}, ...children), now = key + next.innerHTML, stops = "button,input,summary";
+  if (node.was === now) return;
+  const at = [...node.querySelectorAll(stops)].indexOf(node.getRootNode().activeElement);
+  node.was = now; node.replaceChildren(...next.childNodes); node.querySelectorAll(stops)[at]?.focus();
 }
 const label = (text, control) => h("label", { className: "qlab-field" }, h("span", {}, text), control);
 
@@ -91,7 +104,7 @@ function stepper(name, onPick) {
   } };
 }
 
-// ---- the panel ----------------------------------------------------------------------------------------------------
+// ---- the panel
 async function render({ model, el, host }) {
   let data = read(model), plan = { row: 0, overrides: {} }, measure = "relative_error", focus = -1, hover = -1, fixed = true, seq = 0, timer = 0, raf = 0, late = 0, pending = null;
   const controls = host && model.get("controls") ? await host.getModel(model.get("controls")) : null;
@@ -123,14 +136,13 @@ async function render({ model, el, host }) {
   // skeleton of the panel
   const title = h("div", { className: "qlab-title" }), note = h("div", { className: "qlab-note" }), stale = h("div", { className: "qlab-stale-note", role: "alert" }, "Kernel not connected: run this cell again.");
   const mode = h("select", { className: "qlab-mode" }), solver = h("select"), shown = h("select", { className: "qlab-measure" });
-  mode.setAttribute("aria-label", "mode"); solver.setAttribute("aria-label", "solver"); shown.setAttribute("aria-label", "measure shown");
   const bits = stepper("bits", (v) => pick(mode.value, v, data.configs[plan.row][2])), group = stepper("group size", (v) => pick(mode.value, data.configs[plan.row][1], v));
   mode.onchange = () => pick(mode.value, data.configs[plan.row][1], data.configs[plan.row][2]);
   solver.onchange = () => send({ op: "solver", solver: solver.value });
   shown.onchange = () => { measure = shown.value; send({ op: "measure", measure }); later(); };
   const free = h("button", { type: "button", className: "qlab-free", title: "One scale for all slider positions, or one that fits this position" });
   free.onclick = () => { fixed = !fixed; later(); };
-  const svg = s("svg", { class: "qlab-map", role: "img", tabindex: 0, "data-lm-suppress-shortcuts": "true" }), legend = h("div", { className: "qlab-legend" });
+  const svg = s("svg", { class: "qlab-map", role: "img", tabindex: 0, "data-lm-suppress-shortcuts": "true" }), legend = h("span");
   const side = h("div", { className: "qlab-worst" }), detail = h("div", { className: "qlab-detail" }), memory = h("div", { className: "qlab-memory" });
   const skipped = h("details", { className: "qlab-skipped" }), table = h("details", { className: "qlab-table" }), code = h("pre"), copy = h("button", { type: "button" }, "copy");
   copy.onclick = () => navigator.clipboard?.writeText(code.textContent).then(() => { copy.textContent = "copied"; setTimeout(() => (copy.textContent = "copy"), 1200); });
@@ -141,9 +153,12 @@ async function render({ model, el, host }) {
   });
   const root = h("div", { className: "qlab" }, title, stale,
     h("div", { className: "qlab-controls" }, label("mode", mode), label("bits", bits.el), label("group size", group.el), label("solver", solver), label("show", shown)),
-    h("div", { className: "qlab-body" }, h("div", { className: "qlab-picture" }, svg, legend), side), detail, memory, note, skipped, table,
+    h("div", { className: "qlab-body" }, h("div", { className: "qlab-picture" }, svg, h("div", { className: "qlab-legend" }, legend, free)), side), detail, memory, note, skipped, table,
     h("div", { className: "qlab-code" }, code, copy), h("div", { className: "qlab-actions" }, ...(controls ? work : []), bar, cancel, status));
-  root.classList.toggle("qlab-static", !controls);
+  for (let k = 0; k < 16; k++) {
+    const t = k / 15, rest = `0.12 ${255 + 130 * t}`;
+    root.style.setProperty(`--k${k}`, `light-dark(oklch(${0.83 - 0.38 * t} ${rest}), oklch(${0.42 + 0.42 * t} ${rest}))`);
+  }
   el.replaceChildren(root);
   mode.append(...data.modes.map((m) => h("option", { value: m[0], title: m[1] }, m[0])));
   solver.append(...data.solvers.map(([name, text]) => h("option", { value: name, title: text }, name)));
@@ -170,7 +185,7 @@ async function render({ model, el, host }) {
       });
     });
     const every = [1, 2, 5, 10, 20, 50].find((k) => step * k > 22) || 50;
-    for (let b = 0; b < blocks && blocks > 1; b += every) { const t = s("text", { x: left + (b + 0.5) * step, y: rows.length * H + 12, "text-anchor": "middle", class: "qlab-axis" }); t.textContent = b; svg.append(t); }
+    for (let b = 0; b < blocks && blocks > 1 && (blocks - b) * step > 9; b += every) { const t = s("text", { x: left + (b + 0.5) * step, y: rows.length * H + 12, "text-anchor": "middle", class: "qlab-axis" }); t.textContent = b; svg.append(t); }
     svg.append((svg.ring = s("rect", { class: "qlab-ring", rx: 2 })));
   }
   const at = (ev) => {
@@ -193,30 +208,31 @@ async function render({ model, el, host }) {
   });
 
   function paint() {
-    const M = measure === "kl_nats" ? KL : REL, [name, unit] = NAMES[measure], scale = scaleOf(data, M, fixed ? null : plan), now = totals(data, plan), [m, b, g] = data.configs[plan.row];
+    const M = measure === "kl_nats" ? KL : REL, [name, unit] = NAMES[measure], scale = fixed ? (data.scale ??= {})[M] ??= scaleOf(data, M) : scaleOf(data, M, plan), now = totals(data, plan), [m, b, g] = data.configs[plan.row];
     if (mode.value !== m) mode.value = m;
     bits.set(modeOf(m)[2], b); group.set(modeOf(m)[3], g);
     if (shown.value !== measure) shown.value = measure;
     paintTitle(now); paintMemory(now.nbytes);
     cells.forEach((c, i) => {
-      const row = rowOf(data, plan, i), v = row < 0 ? NaN : value(data, M, row, i), kept = row < 0, refused = kept && !(i in plan.overrides && plan.overrides[i] < 0);
+      const row = rowOf(data, plan, i), v = row < 0 ? NaN : value(data, M, row, i), kept = row < 0, refused = kept && !(plan.overrides[i] < 0);
       const t = Number.isNaN(v) ? (kept ? 0.04 : 0.3) : v <= 0 ? 0.04 : height(scale, v), tall = Math.max(1.5, t * (c.H - 6));
-      c.rect.setAttribute("y", c.y + c.H - 2 - tall); c.rect.setAttribute("height", tall); c.rect.style.setProperty("--t", t.toFixed(3));
-      c.rect.setAttribute("class", `qlab-bar${kept ? " kept" : Number.isNaN(v) ? " wait" : data.flags[row * data.L + i] & 2 ? " exact" : ""}`);
-      const mark = refused ? "refused" : i in plan.overrides && plan.overrides[i] !== plan.row ? "own" : "";
-      c.dot.setAttribute("cy", Math.max(c.y + 3, c.y + c.H - 6 - tall)); c.dot.setAttribute("class", `qlab-dot ${mark}`);
+      const look = `${kept ? " kept" : Number.isNaN(v) ? " wait" : data.flags[row * data.L + i] & 2 ? " exact" : ""}`, mark = refused ? "refused" : i in plan.overrides && plan.overrides[i] !== plan.row ? "own" : "", now_ = `${tall.toFixed(1)}${look}${mark}`;
+      if (c.was === now_) return;
+      c.was = now_;
+      c.rect.setAttribute("y", c.y + c.H - 2 - tall); c.rect.setAttribute("height", tall); c.rect.style.fill = ink(t);
+      c.rect.setAttribute("class", `qlab-bar${look}`); c.dot.setAttribute("cy", Math.max(c.y + 3, c.y + c.H - 6 - tall)); c.dot.setAttribute("class", `qlab-dot ${mark}`);
     });
     const f = hover >= 0 ? hover : focus, c = cells[f];
     svg.ring.style.display = c ? "" : "none";
     if (c) for (const [k, v] of Object.entries({ x: c.x - 2, y: c.y + 1, width: c.w + 4, height: c.H - 2 })) svg.ring.setAttribute(k, v);
     const top = worst(data, plan, M);
     svg.setAttribute("aria-label", `${name} of ${data.L} layers at ${m} ${b}-bit, group ${g}. Worst: ${top.map(([i, v]) => `${data.layers[i].path} ${num(v)}`).join(", ")}`);
-    side.replaceChildren(h("h4", {}, `worst five by ${name}`), h("ol", {}, ...top.map(([i, v]) => { const li = h("li", {}, h("button", { type: "button", onclick: () => { focus = i; later(); } }, short(i)), h("b", {}, num(v))); return li; })),
-      h("p", {}, Number.isNaN(now.kl) ? "" : `all layers: ≈ ${num(now.kl)} nats/token`), ...data.judged.map(([k, v]) => h("p", { className: "qlab-judged" }, `${k} ${num(v)}`)));
+    swap(side, "", h("h4", {}, `worst five by ${name}`), h("ol", {}, ...top.map(([i, v]) => h("li", {}, h("button", { type: "button", onclick: () => { focus = i; later(); } }, short(i)), h("b", {}, num(v))))),
+      h("p", {}, Number.isNaN(now.kl) ? "" : `all layers: ≈ ${num(now.kl)} nats/token`), ...judgedText(Object.fromEntries(data.judged)).map((line) => h("p", {}, line)));
     paintLegend(scale, unit); paintDetail(f); paintLists();
-    code.textContent = codeLine(data, plan);
-    note.textContent = measure === "kl_nats" ? `Predicted ΔKL is an estimate for rounding to nearest, from one pass over ${data.text || "a text"}; it ranks layers by their effect on the output.`
-      : "Weight error says how far the weights move, not what that does to the output: do not rank layers by it." + (data.text ? "" : " Predicted ΔKL follows.");
+    code.textContent = codeLine(data, plan, model.get("state").solver);
+    note.textContent = measure === "kl_nats" && data.text ? `Predicted ΔKL is an estimate for rounding to nearest, from one pass over ${data.text}; it ranks layers by their effect on the output.`
+      : "Weight error says how far the weights move, not what that does to the output: do not rank layers by it." + (data.text || !controls ? "" : " Predict ΔKL for that.");
   }
   const short = (i) => data.layers[i].path.replace(/^model\./, "").replace(/layers\./, "").replace(/self_attn\./, "");
   function paintTitle(now) {
@@ -231,42 +247,42 @@ async function render({ model, el, host }) {
       h("span", {}, `memory: weights ${gb(nbytes)}, now ${gb(data.before)}; ${gb(data.machine.free)} free on ${data.machine.label}`));
   }
   function paintLegend([lo, hi], unit) {
-    const tick = (x) => (x >= 0.001 ? String(+x.toPrecision(1)) : `1e${Math.round(Math.log10(x))}`);
+    if (legend.was === `${lo} ${hi} ${unit} ${fixed}`) return;
+    legend.was = `${lo} ${hi} ${unit} ${fixed}`;
     free.textContent = fixed ? "fit scale" : "fix scale";
-    legend.replaceChildren(h("span", {}, tick(lo)), h("span", { className: "qlab-ramp" }, ...Array.from({ length: 20 }, (_, k) => h("i", { style: `--t:${k / 19};height:${2 + (10 * k) / 19}px` }))),
-      h("span", {}, `${tick(hi)} ${unit}, log scale`), h("span", {}, "● own setting"), h("span", {}, "○ cannot be quantized"), free);
+    legend.replaceChildren(h("span", {}, num(lo)), h("span", { className: "qlab-ramp" }, ...Array.from({ length: 20 }, (_, k) => h("i", { style: `background:${ink(k / 19)};height:${2 + (10 * k) / 19}px` }))),
+      h("span", {}, `${num(hi)} ${unit}, log scale`), h("span", {}, "● own setting"), h("span", {}, "○ cannot be quantized"), h("span", {}, "outlined: exact"));
   }
   let all = false;
   function paintDetail(i) {
-    if (i < 0) { detail.replaceChildren(h("p", { className: "qlab-hint" }, "Point at a bar for its numbers; click it to give the layer its own bits.")); return; }
-    const l = data.layers[i], row = rowOf(data, plan, i), want = i in plan.overrides ? plan.overrides[i] : plan.row, facts = [];
+    if (i < 0) { swap(detail, "", h("p", { className: "qlab-hint" }, "Point at a bar for its numbers; click it to give the layer its own bits.")); return; }
+    const l = data.layers[i], row = rowOf(data, plan, i), want = plan.overrides[i] ?? plan.row, facts = [];
     const put = (k, v, t = "") => facts.push(h("span", { title: t }, `${k} `, h("b", {}, v)));
-    if (row < 0) put("kept", want < 0 ? "by your choice" : l.obstacle || refusal(i, want));
+    if (row < 0) put("kept", refusal(i));
     else {
       const r = value(data, REL, row, i), se = value(data, SE, row, i), exact = data.flags[row * data.L + i] & 2;
       put("weight error", Number.isNaN(r) ? "measuring…" : `${num(r)}${exact ? " exact" : ` ± ${num(se)} sampled`}`); put("SQNR", `${(-20 * Math.log10(r)).toFixed(1)} dB`);
       put("largest", num(value(data, MAX, row, i)), "largest |W−Ŵ| seen"); put("ΔKL", `${num(value(data, KL, row, i))} nats`);
     }
     put("kurtosis", num(data.kurtosis[i]), "3 for a Gaussian; more means outliers"); put("size", gb(row < 0 ? l.nbytes : data.sizes[row * data.L + i]));
-    const [m, , g] = data.configs[Math.max(want, 0) === want ? want : plan.row], M = measure === "kl_nats" ? KL : REL, scale = scaleOf(data, M);
+    const [m, , g] = data.configs[want < 0 ? plan.row : want], M = measure === "kl_nats" ? KL : REL, scale = (data.scale ??= {})[M] ??= scaleOf(data, M);
     const peers = all && l.block !== null ? data.layers.map((x, k) => (x.role === l.role ? k : -1)).filter((k) => k >= 0) : [i];
     const choices = modeOf(m)[2].map((b) => {
       const r = rowAt(m, b, g), v = value(data, M, r, i), ok = data.flags[r * data.L + i] & 1;
-      const btn = h("button", { type: "button", className: r === row ? "on" : "", disabled: !ok, title: `${m} ${b}-bit g${g}: ${num(v)}`, onclick: () => { focus = i; override(peers, r); } }, h("i", { style: `--t:${v > 0 ? height(scale, v) : 0.04};height:${v > 0 ? 2 + 20 * height(scale, v) : 2}px` }), String(b));
-      return btn;
+      return h("button", { type: "button", className: r === row ? "on" : "", disabled: !ok, title: `${m} ${b}-bit g${g}: ${num(v)}`, onclick: () => { focus = i; override(peers, r); } }, h("i", { style: `background:${ink(v > 0 ? height(scale, v) : 0)};height:${v > 0 ? 2 + 20 * height(scale, v) : 2}px` }), String(b));
     });
     const box = h("input", { type: "checkbox", checked: all, onchange: () => { all = box.checked; later(); } });
-    detail.replaceChildren(h("div", { className: "qlab-facts" }, h("strong", {}, l.path), h("span", {}, `${l.shape.join(" × ")} · ${row < 0 ? l.stored || l.dtype : data.configs[row].join(" ").replace(/ (\d+) (\d+)$/, " $1-bit g$2")}`), ...facts),
+    swap(detail, `${[i, all]}`, h("div", { className: "qlab-facts" }, h("strong", {}, l.path), h("span", {}, `${l.shape.join(" × ")} · ${row < 0 ? l.stored || l.dtype : data.configs[row].join(" ").replace(/ (\d+) (\d+)$/, " $1-bit g$2")}`), ...facts),
       h("div", { className: "qlab-choose" }, h("span", {}, "bits"), ...choices, h("button", { type: "button", className: want < 0 ? "on" : "", onclick: () => { focus = i; override(peers, -1); } }, "keep"), h("button", { type: "button", disabled: !peers.some((k) => k in plan.overrides), onclick: () => { focus = i; override(peers, "default"); } }, "as the rest"),
         ...(l.block === null ? [] : [h("label", {}, box, ` all ${l.role.split(".").pop()}`)])));
   }
-  const refusal = (i, row) => `width ${data.layers[i].shape.at(-1)} is not a multiple of ${data.configs[row][2]}`;
+  const refusal = (i, l = data.layers[i], row = plan.overrides[i] ?? plan.row) => row < 0 ? "by your choice" : l.obstacle || `width ${l.shape.at(-1)} is not a multiple of ${data.configs[row][2]}`;
   function paintLists() {
     const out = data.layers.map((l, i) => [i, l]).filter(([i]) => rowOf(data, plan, i) < 0);
     skipped.hidden = !out.length;
-    skipped.replaceChildren(h("summary", {}, `${out.length} of ${data.L} layers are not quantized (${gb(out.reduce((a, [, l]) => a + l.nbytes, 0))})`),
-      ...(skipped.open ? [h("ul", {}, ...out.map(([i, l]) => h("li", {}, `${l.path} · ${i in plan.overrides && plan.overrides[i] < 0 ? "kept by your choice" : l.obstacle || refusal(i, plan.overrides[i] ?? plan.row)} · ${gb(l.nbytes)}`)))] : []));
-    table.replaceChildren(h("summary", {}, "all layers as a table"), ...(table.open ? [h("table", {}, h("tr", {}, ...["layer", "stored as", "weight error", "ΔKL nats", "size"].map((t) => h("th", {}, t))), ...data.layers.map((l, i) => {
+    swap(skipped, "", h("summary", {}, `${out.length} of ${data.L} layers are not quantized (${gb(out.reduce((a, [, l]) => a + l.nbytes, 0))})`),
+      ...(skipped.open ? [h("ul", {}, ...out.map(([i, l]) => h("li", {}, `${l.path} · ${refusal(i)} · ${gb(l.nbytes)}`)))] : []));
+    swap(table, "", h("summary", {}, "all layers as a table"), ...(table.open ? [h("table", {}, h("tr", {}, ...["layer", "stored as", "weight error", "ΔKL nats", "size"].map((t) => h("th", {}, t))), ...data.layers.map((l, i) => {
       const r = rowOf(data, plan, i);
       return h("tr", {}, ...[l.path, r < 0 ? "kept" : `${data.configs[r][0]} ${data.configs[r][1]}-bit g${data.configs[r][2]}`, r < 0 ? "–" : num(value(data, REL, r, i)), r < 0 ? "–" : num(value(data, KL, r, i)), gb(r < 0 ? l.nbytes : data.sizes[r * data.L + i])].map((t) => h("td", {}, t)));
     }))] : []));
@@ -288,9 +304,10 @@ async function render({ model, el, host }) {
   }
   const onData = () => { const { judged, text } = data; data = Object.assign(read(model), { judged, text }); later(); };
   const later = () => { raf ||= requestAnimationFrame(() => { raf = 0; paint(); }); };
-  model.on("change:state", onState); for (const n of ["values", "flags", "kurtosis"]) model.on(`change:${n}`, onData);
+  const heard = [["state", onState], ["values", onData], ["flags", onData], ["kurtosis", onData]];
+  for (const [name, f] of heard) model.on(`change:${name}`, f);
   const sized = new ResizeObserver(() => { layout(); later(); }); sized.observe(svg.parentNode);
   layout(); onState(); send({ op: "hello" });
-  return () => { model.off("change:state", onState); for (const n of ["values", "flags", "kurtosis"]) model.off(`change:${n}`, onData); sized.disconnect(); clearTimeout(timer); clearTimeout(late); cancelAnimationFrame(raf); };
+  return () => { for (const [name, f] of heard) model.off(`change:${name}`, f); sized.disconnect(); clearTimeout(timer); clearTimeout(late); cancelAnimationFrame(raf); };
 }
 export default { render };

@@ -17,8 +17,16 @@ import traitlets as T
 from qlab.core.panel import PanelState
 
 _HERE = Path(__file__).parent
-ESM = (_HERE / "quantizer.js").read_text(encoding="utf-8")  # text, not a Path: a Path keeps every instance alive
-CSS = (_HERE / "panel.css").read_text(encoding="utf-8")
+
+
+def _source(name: str) -> str:
+    """Read a source without indentation and comment lines: every panel carries its own copy to the browser."""
+    lines = (line.strip() for line in (_HERE / name).read_text(encoding="utf-8").splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith(("//", "/**")))
+
+
+ESM = _source("quantizer.js")  # text, not a Path: a Path keeps every instance alive
+CSS = _source("panel.css")
 
 _OPS = {
     "hello": {},

@@ -1,7 +1,7 @@
 // Pure functions of the panel: node --test
 import assert from "node:assert/strict";
 import test from "node:test";
-import { codeLine, gb, height, num, rowOf, scaleOf, snap, totals, worst } from "./quantizer.mjs";
+import { codeLine, gb, height, judgedText, num, rowOf, scaleOf, snap, totals, worst } from "./quantizer.mjs";
 
 const data = {
   L: 3, S: 2, other: 10, params: 100,
@@ -25,3 +25,8 @@ test("the scale spans all slider positions in whole decades", () => { assert.dee
 test("code rebuilds the plan, overrides sorted by path", () => assert.equal(codeLine(data, plan(0, { 1: -1, 0: 1 })),
   'q = qlab.Quantizer(model, bits=4, group_size=64, mode="affine")\nq.set("a", bits=8, group_size=64, mode="affine")\nq.set("b", bits=None)'));
 test("numbers carry their unit", () => { assert.equal(gb(4.2e9), "4.20 GB"); assert.equal(gb(3.04e6), "3.0 MB"); assert.equal(num(NaN), "–"); });
+test("code names a solver that is not the default", () => assert.match(codeLine(data, plan(0), "searched"), /mode="affine", solver="searched"\)$/));
+test("end-to-end numbers are told in words", () => {
+  assert.deepEqual(judgedText({}), []);
+  assert.deepEqual(judgedText({ kl_nats: 0.4, perplexity: 31, perplexity_before: 28 }), ["measured: 0.4 nats/token", "perplexity 28 → 31"]);
+});
