@@ -79,7 +79,9 @@ def exact_speed(measurer: Measurer) -> None:
         return time.perf_counter() - start
 
     plain = min(mlx_call(copy) for _ in range(3))
-    print(f"exact measurement, {FIRST.label}: {nbytes / seconds / 1e9:.2f} GB/s, {plain / seconds:.3f}× of a copy ({nbytes / plain / 1e9:.2f} GB/s)")
+    print(
+        f"exact measurement, {FIRST.label}: {nbytes / seconds / 1e9:.2f} GB/s, {plain / seconds:.3f}× of a copy ({nbytes / plain / 1e9:.2f} GB/s)"
+    )
 
 
 def drawn_8b() -> tuple[Measurer, object]:
@@ -108,7 +110,10 @@ def paint(name: str, spec, measurer: Measurer) -> None:
     from qlab import registry
     from qlab.views.quantizer_text import page
 
-    modes = tuple((s.name, s.title, s.bits, s.group_sizes, s.default_bits, s.default_group_size) for s in registry.shelf("schemes").values())
+    modes = tuple(
+        (s.name, s.title, s.bits, s.group_sizes, s.default_bits, s.default_group_size)
+        for s in registry.shelf("schemes").values()
+    )
     state = PanelState(spec, measurer.table, QuantPlan(FIRST), "rtn", (("rtn", ""),), modes, Machine("bench", 1 << 35, 1 << 34))
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         path = Path(folder) / "panel.html"
@@ -124,7 +129,9 @@ def paint(name: str, spec, measurer: Measurer) -> None:
             tab.wait_for_timeout(25 + 7 * k % 13)
         seen = sorted(tab.evaluate("window.seen"))
         browser.close()
-    print(f"slider → painted frame, {name}, {len(spec.layers)} layers: p50 {statistics.median(seen):.1f} ms, p95 {seen[int(0.95 * len(seen))]:.1f} ms")
+    print(
+        f"slider → painted frame, {name}, {len(spec.layers)} layers: p50 {statistics.median(seen):.1f} ms, p95 {seen[int(0.95 * len(seen))]:.1f} ms"
+    )
 
 
 def main() -> None:

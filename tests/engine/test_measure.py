@@ -10,7 +10,9 @@ from qlab.core.config import QuantConfig
 from qlab.engine.job import Job
 from qlab.engine.study import Study
 
-CONFIGS = [QuantConfig(m, b) for m, b in [("affine", 2), ("affine", 4), ("symmetric", 4), ("nf4", 4), ("mxfp4", 4), ("nvfp4", 4)]]
+CONFIGS = [
+    QuantConfig(m, b) for m, b in [("affine", 2), ("affine", 4), ("symmetric", 4), ("nf4", 4), ("mxfp4", 4), ("nvfp4", 4)]
+]
 
 
 def run(events):
