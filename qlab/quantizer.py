@@ -12,7 +12,7 @@ import traitlets as T
 from qlab import registry
 from qlab.core.allocate import allocate
 from qlab.core.code import code_line
-from qlab.core.compare import CompareReport, compare
+from qlab.core.compare import compare
 from qlab.core.config import QuantConfig, QuantPlan
 from qlab.core.panel import PanelState, Progress
 from qlab.core.report import EvalReport, QuantReport, report_of
@@ -21,6 +21,7 @@ from qlab.engine.job import Latest, mlx_call
 from qlab.engine.load import Loaded
 from qlab.errors import ConfigError, LayerNotFoundError, nearest
 from qlab.model import Model
+from qlab.views.compare import Comparison
 from qlab.views.quantizer import QuantizerPanel
 from qlab.views.quantizer_text import html, page, text_line
 
@@ -187,10 +188,10 @@ class Quantizer(T.HasTraits):
         worst = [layer.path for layer in self.report.worst(count)]
         return self._jobs.run(lambda: self._model.study.judge_layers(worst, self.plan))
 
-    def compare(self) -> CompareReport:
+    def compare(self) -> Comparison:
         """Compare every scheme on the shelf, bits per weight against error; blocks until all are sampled."""
         self._jobs.run(lambda: self._model.study.look(self.config))
-        return compare(self._model.spec, self._model.study.measurer.table)
+        return Comparison(compare(self._model.spec, self._model.study.measurer.table))
 
     def quantize(self, solver: str | None = None, calibration: Any = None) -> Model:
         """Quantize into a new model; this quantizer and its model stay as they are. Blocks.

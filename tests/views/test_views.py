@@ -14,7 +14,7 @@ import pytest
 import qlab
 from qlab.core.compare import compare
 from qlab.views import quantizer as view
-from qlab.views.compare import figure, html as compare_html
+from qlab.views.compare import Comparison, figure, html as compare_html
 from qlab.views.quantizer_text import html, page, text_line
 
 
@@ -61,6 +61,8 @@ def test_comparison_is_drawn(state):
     report = compare(state.spec, state.table)
     assert len(figure(report).data) >= 8
     assert "on the front" in compare_html(report)
+    data = Comparison(report)._repr_mimebundle_()
+    assert "<img" in data["text/html"] and data["application/vnd.plotly.v1+json"]["data"]
 
 
 def test_pure_functions_of_the_panel(tmp_path):
