@@ -140,7 +140,7 @@ class Quantizer(T.HasTraits):
         rows = [i for i, config in enumerate(table.configs) if config.mode == self.mode]
         columns = [i for i, layer in enumerate(spec.layers) if table.legal[rows, i].any()]
         cost = table.measure("kl_nats")[rows][:, columns]
-        # the prediction is of second order: where a layer would lose half of its weights' energy it means nothing
+        # the prediction is of second order: where a layer's weights move by half their norm it means nothing
         cost[~(table.measure("relative_error")[rows][:, columns] < RELIABLE_ERROR)] = float("nan")
         weights = sum(spec.layers[i].size for i in columns)
         option = allocate(cost, table.nbytes[rows][:, columns], bits_per_weight * weights / 8)
@@ -237,13 +237,20 @@ class Quantizer(T.HasTraits):
             ),
             machine=self._machine,
             calibration=calibration,
-            totals=(("kl_nats", judged.kl_nats), ("perplexity", judged.perplexity),
-                    ("perplexity_before", judged.perplexity_before)) if judged else (),
+            totals=self._judged(judged),
             progress=self._jobs.progress,
             error=self._jobs.error,
             code=self.code,
             measure=self._measure or ("kl_nats" if calibration else "relative_error"),
         )  # fmt: skip
+
+    def _judged(self, whole: EvalReport | None) -> tuple[tuple[str, float], ...]:
+        """What was measured end to end of the present plan: true KL by layer, and the plan's own numbers by name."""
+        alone = self._model.study.layers_judged
+        found = [(path, kl) for (path, config), kl in alone.items() if self.plan.config_for(path) == config]
+        if whole is not None:
+            found += [(name, getattr(whole, name)) for name in ("kl_nats", "perplexity", "perplexity_before")]
+        return tuple(found)
 
     def to_html(self, path: str) -> str:
         """Write one self-contained file in which the sliders still work, offline and without a kernel; return its path."""

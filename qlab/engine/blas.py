@@ -1,6 +1,6 @@
 """Gives MLX's CPU back end a fast BLAS on Linux; must run before ``mlx.core`` is imported.
 
-MLX's CPU wheel for Linux is linked to the reference BLAS, which is 40 times slower than OpenBLAS. A library that exports
+MLX's CPU wheel for Linux is linked to the reference BLAS, which is 10 to 40 times slower than OpenBLAS. A library that exports
 the same plain names and is loaded globally first takes its place. Knows nothing of qlab; never raises, never prints.
 """
 

@@ -148,7 +148,7 @@ async function render({ model, el, host }) {
   copy.onclick = () => navigator.clipboard?.writeText(code.textContent).then(() => { copy.textContent = "copied"; setTimeout(() => (copy.textContent = "copy"), 1200); });
   const status = h("div", { className: "qlab-status", role: "status", "aria-live": "polite" }), bar = h("progress"), cancel = h("button", { type: "button" }, "cancel");
   cancel.onclick = () => send({ op: "cancel" });
-  const work = [["exact", "measure exactly"], ["plan", "measure true KL"], ["kl", "predict ΔKL"]].map(([what, text]) => {
+  const work = [["exact", "measure exactly"], ["plan", "measure true KL"], ["layer_kl", "true KL of the worst"], ["kl", "predict ΔKL"]].map(([what, text]) => {
     const b = h("button", { type: "button" }, text); b.onclick = () => send({ op: "compute", what }); b.what = what; return b;
   });
   const root = h("div", { className: "qlab" }, title, stale,
@@ -225,10 +225,10 @@ async function render({ model, el, host }) {
     const f = hover >= 0 ? hover : focus, c = cells[f];
     svg.ring.style.display = c ? "" : "none";
     if (c) for (const [k, v] of Object.entries({ x: c.x - 2, y: c.y + 1, width: c.w + 4, height: c.H - 2 })) svg.ring.setAttribute(k, v);
-    const top = worst(data, plan, M);
+    const top = worst(data, plan, M), judged = Object.fromEntries(data.judged), alone = (i) => judged[data.layers[i].path];
     svg.setAttribute("aria-label", `${name} of ${data.L} layers at ${m} ${b}-bit, group ${g}. Worst: ${top.map(([i, v]) => `${data.layers[i].path} ${num(v)}`).join(", ")}`);
-    swap(side, "", h("h4", {}, `worst five by ${name}`), h("ol", {}, ...top.map(([i, v]) => h("li", {}, h("button", { type: "button", onclick: () => { focus = i; later(); } }, short(i)), h("b", {}, num(v))))),
-      h("p", {}, Number.isNaN(now.kl) ? "" : `all layers: ≈ ${num(now.kl)} nats/token`), ...judgedText(Object.fromEntries(data.judged)).map((line) => h("p", {}, line)));
+    swap(side, "", h("h4", {}, `worst five by ${name}`), h("ol", {}, ...top.map(([i, v]) => h("li", {}, h("button", { type: "button", onclick: () => { focus = i; later(); } }, short(i)), h("b", {}, num(v)), ...(alone(i) ? [h("div", {}, `measured alone: ${num(alone(i))}`)] : [])))),
+      h("p", {}, Number.isNaN(now.kl) ? "" : `all layers: ≈ ${num(now.kl)} nats/token`), ...judgedText(judged).map((line) => h("p", {}, line)));
     paintLegend(scale, unit); paintDetail(f); paintLists();
     code.textContent = codeLine(data, plan, model.get("state").solver);
     note.textContent = measure === "kl_nats" && data.text ? `Predicted ΔKL is an estimate for rounding to nearest, from one pass over ${data.text}; it ranks layers by their effect on the output.`

@@ -15,7 +15,7 @@ def wait_until_measured(page) -> None:
     page.wait_for_function("document.querySelectorAll('.qlab-bar').length > 50", timeout=60_000)
     page.wait_for_function(
         "!document.querySelector('.qlab-bar.wait') && document.querySelector('.qlab-actions progress').hidden",
-        timeout=90_000,
+        timeout=240_000,
     )
 
 
