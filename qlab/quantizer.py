@@ -128,7 +128,7 @@ class Quantizer(T.HasTraits):
         """Choose bits per layer for the least predicted ΔKL under a budget, and set them as overrides.
 
         Args:
-            bits_per_weight: over all weights of the layers that can be quantized.
+            bits_per_weight: over all weights of the layers that have a prediction; others keep their setting.
 
         Raises:
             ConfigError: even the smallest storage is larger; gives the smallest budget.
@@ -138,10 +138,11 @@ class Quantizer(T.HasTraits):
             self.predict()
         table = study.measurer.table
         rows = [i for i, config in enumerate(table.configs) if config.mode == self.mode]
-        columns = [i for i, layer in enumerate(spec.layers) if table.legal[rows, i].any()]
-        cost = table.measure("kl_nats")[rows][:, columns]
+        cost = table.measure("kl_nats")[rows]
         # the prediction is of second order: where a layer's weights move by half their norm it means nothing
-        cost[~(table.measure("relative_error")[rows][:, columns] < RELIABLE_ERROR)] = float("nan")
+        cost[~(table.measure("relative_error")[rows] < RELIABLE_ERROR)] = float("nan")
+        columns = [i for i in range(len(spec.layers)) if (cost[:, i] >= 0).any()]
+        cost = cost[:, columns]
         weights = sum(spec.layers[i].size for i in columns)
         option = allocate(cost, table.nbytes[rows][:, columns], bits_per_weight * weights / 8)
         chosen = {spec.layers[c].path: table.configs[rows[o]] for c, o in zip(columns, option, strict=True)}
