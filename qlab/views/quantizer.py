@@ -6,6 +6,7 @@ back the browser's messages until the cell ends.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,18 +127,25 @@ class QuantizerPanel:
 
     def __init__(self, state: PanelState, on_intent: Callable[[dict[str, Any]], None]) -> None:
         self._state, self._on_intent = state, on_intent
+        self._lock = threading.Lock()
         self._controls = QuantizerControls()
         self.widget = QuantizerView(controls=self._controls, **payload(state))
         self._controls.observe(self._receive, "intent")
 
     def show(self, state: PanelState, ack: int | None = None) -> None:
-        """Send what has changed, in one message."""
-        self._state = state
-        with self.widget.hold_sync():
-            for name, value in _arrays(state).items():
-                if getattr(self.widget, name) != value:
-                    setattr(self.widget, name, value)
-            self.widget.state = choice(state, ack)
+        """Send what has changed, in one message; after a job everything, so that a view can never stay behind."""
+        arrays = _arrays(state)
+        # hold_sync loses what another thread sets while it flushes
+        with self._lock:
+            ended = self._state.progress is not None and state.progress is None
+            self._state = state
+            with self.widget.hold_sync():
+                for name, value in arrays.items():
+                    if getattr(self.widget, name) != value:
+                        setattr(self.widget, name, value)
+                self.widget.state = choice(state, ack)
+            if ended:
+                self.widget.send_state([*arrays, "state"])
 
     def close(self) -> None:
         """Take the panel off the page."""
@@ -151,7 +159,8 @@ class QuantizerPanel:
             self._on_intent(checked(intent))
         except Exception as error:  # an exception in an observer would vanish
             seq = intent.get("seq") if isinstance(intent, dict) else None
-            self.widget.state = {**choice(self._state, seq), "error": str(error) or type(error).__name__}
+            with self._lock:
+                self.widget.state = {**choice(self._state, seq), "error": str(error) or type(error).__name__}
 
 
 def checked(intent: Any) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from playwright.sync_api import expect
+
 from tests.ui.conftest import KERNEL, SHOTS, run_cell
 
+expect.set_options(timeout=20_000)
 OPEN = "import qlab\nmodel = qlab.load('demo')\nq = qlab.Quantizer(model, bits=4, group_size=64)\nq"
 
 
@@ -36,18 +39,17 @@ def test_slider_keys_override_and_theme(notebook):
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.99, box["y"] + box["height"] / 2, steps=8)
     page.mouse.up()
-    page.wait_for_timeout(300)
+    expect(page.locator(".qlab-code pre").first).to_contain_text("bits=8")
     assert sum(heights(page)) < sum(before)
-    assert "bits=8" in page.locator(".qlab-code pre").first.inner_text()
     slider.focus()
     cells = page.evaluate("window.jupyterapp.shell.currentWidget.content.widgets.length")
     for key in ("ArrowLeft", "ArrowLeft", "b"):
         page.keyboard.press(key)
-    assert "bits=5" in page.locator(".qlab-code pre").first.inner_text()
+    expect(page.locator(".qlab-code pre").first).to_contain_text("bits=5")
     assert page.evaluate("window.jupyterapp.shell.currentWidget.content.widgets.length") == cells
     page.locator(".qlab-map").first.click(position={"x": 150, "y": 25})
     page.locator(".qlab-choose button", has_text="8").first.click()
-    assert "q.set(" in page.locator(".qlab-code pre").first.inner_text()
+    expect(page.locator(".qlab-code pre").first).to_contain_text("q.set(")
     page.wait_for_timeout(500)
     run_cell(page, 3)
     page.wait_for_function(
