@@ -36,6 +36,10 @@ class WeightsError(QlabError, ValueError):
     """Weights hold NaN or infinity, or no layer of the model can be quantized."""
 
 
+class UnsupportedError(QlabError, NotImplementedError):
+    """The model is built in a way that this cannot serve; says which way."""
+
+
 class BusyError(QlabError, RuntimeError):
     """The object is in use by a running job."""
 

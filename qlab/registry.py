@@ -1,4 +1,4 @@
-"""Shelves: a file dropped into ``schemes/`` or ``solvers/`` is found; a cell may register its own kind.
+"""Shelves: a file dropped on one (``schemes/``, ``solvers/``, …) is found; a cell may register its own kind.
 
 Knows the names of the shelves, not what stands on them. A shelf file ends with ``SHELF = (object, …)``,
 each object with a unique ``name``.
@@ -12,7 +12,8 @@ from typing import Any
 
 from qlab.errors import ConfigError, nearest
 
-SHELVES = ("schemes", "solvers")
+_WORDS = {"schemes": "mode", "solvers": "solver", "adapters": "kind of adapter", "optimizers": "optimizer"}
+SHELVES = tuple(_WORDS)
 _found: dict[str, dict[str, Any]] = {}
 
 
@@ -20,7 +21,7 @@ def shelf(kind: str) -> dict[str, Any]:
     """Return every object on a shelf by name, in file order; the first call imports the files.
 
     Args:
-        kind: ``"schemes"`` or ``"solvers"``.
+        kind: ``"schemes"``, ``"solvers"``, ``"adapters"`` or ``"optimizers"``.
 
     Raises:
         ConfigError: there is no such shelf.
@@ -47,7 +48,7 @@ def get(kind: str, name: str) -> Any:
     """
     objects = shelf(kind)
     if name not in objects:
-        word = {"schemes": "mode", "solvers": "solver"}[kind]
+        word = _WORDS[kind]
         raise ConfigError(f"Unknown {word} {name!r}; choose one of {', '.join(objects)}.{nearest(name, objects)}")
     return objects[name]
 
@@ -56,8 +57,8 @@ def register(kind: str, item: Any) -> Any:
     """Put an object that was defined in a notebook cell on a shelf, replacing one of the same name.
 
     Args:
-        kind: ``"schemes"`` or ``"solvers"``.
-        item: an instance of ``qlab.core.scheme.Scheme`` or ``qlab.core.solver.Solver``.
+        kind: ``"schemes"``, ``"solvers"``, ``"adapters"`` or ``"optimizers"``.
+        item: an instance of ``Scheme``, ``Solver``, ``AdapterKind`` or ``OptimizerKind`` (``qlab.core``).
 
     Returns:
         The object, so that the call can be an expression.

@@ -7,6 +7,8 @@ Knows no model.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -45,20 +47,7 @@ class _Packed(nn.Module):
 
     def product(self, x: mx.array) -> mx.array:
         """Return x·Ŵᵀ. The gradient of x is recomputed from the packed weight, and the weight gets none."""
-
-        @mx.custom_function
-        def apply(x: mx.array) -> mx.array:
-            return x @ self.dense(x.dtype).T
-
-        @apply.vjp
-        def backward(primals, cotangent, _):
-            # tied to the cotangent, or compile would merge this dequantization with the forward one and keep it alive
-            names, arrays = zip(*self.packed.items(), strict=True)
-            tied = mx.depends(list(arrays), [cotangent])
-            packed = dict(zip(names, tied, strict=True))
-            return cotangent @ self.config.scheme.dequantize(packed, self.config, cotangent.dtype)
-
-        return apply(x)
+        return product(self, x)
 
     def _extra_repr(self) -> str:
         return f"{self._shape}, {self.config.label}"
@@ -81,6 +70,91 @@ class PackedEmbedding(_Packed):
     def as_linear(self, x: mx.array) -> mx.array:
         """Multiply by the transposed embedding."""
         return self.product(x)
+
+
+class Frozen(nn.Module):
+    """A layer that is never trained, with its product made as told.
+
+    Args:
+        layer: linear or embedding, dense, quantized or packed.
+        dtype: of an embedding's output, and so of the products after it; None leaves the weights' own.
+        dequantize: whether to make the product from the dequantized weight instead of by MLX's quantized kernel.
+        keep: whether the dense weight may live from forward to backward (right within a block that is computed again).
+    """
+
+    def __init__(self, layer: nn.Module, dtype: mx.Dtype | None, dequantize: bool, keep: bool = False) -> None:
+        super().__init__()
+        self.layer, self._compute, self._dequantize, self._keep = layer, dtype, dequantize, keep
+        self._shared: mx.array | None = None
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if hasattr(self.layer, "as_linear"):
+            y = self.layer(x)
+            return y if self._compute is None else y.astype(self._compute)
+        if not self._dequantize:
+            return self.layer(x)
+        y = self.as_linear(x)
+        return y + self.layer["bias"] if "bias" in self.layer else y
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Return x·Wᵀ, without bias."""
+        if self._shared is not None:
+            return x @ self._shared.T
+        if not self._dequantize:
+            return self.layer.as_linear(x)
+        return x @ weight_of(self.layer, x.dtype).T if self._keep else product(self.layer, x)
+
+    @contextmanager
+    def once(self, after: mx.array) -> Iterator[None]:
+        """Dequantize once, when ``after`` is there, for all products made within."""
+        if self._dequantize:
+            self._shared = weight_of(_tied(self.layer, after), after.dtype)
+        try:
+            yield
+        finally:
+            self._shared = None
+
+    def dense(self, dtype: mx.Dtype | None = None) -> mx.array:
+        """Return the weight as numbers."""
+        return weight_of(self.layer, dtype)
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # models ask their layers for sizes, and some for the weight
+            return getattr(super().__getattr__("layer"), name)
+
+
+def product(layer: nn.Module, x: mx.array) -> mx.array:
+    """Return x·Wᵀ of a frozen layer; the backward pass dequantizes again instead of keeping the dense weight.
+
+    Args:
+        layer: dense, one of MLX's quantized layers, or a packed one.
+        x: ``(…, in)``; the product is made in its dtype.
+    """
+    if not is_quantized(layer) and layer.weight.dtype == x.dtype:
+        return x @ layer.weight.T
+
+    @mx.custom_function
+    def apply(x: mx.array) -> mx.array:
+        return x @ weight_of(layer, x.dtype).T
+
+    @apply.vjp
+    def backward(primals, cotangent, _):
+        # tied to the cotangent, or compile would merge this dequantization with the forward one and keep it alive
+        return cotangent @ weight_of(_tied(layer, cotangent), cotangent.dtype)
+
+    return apply(x)
+
+
+def _tied(layer: nn.Module, to: mx.array) -> nn.Module:
+    """Return a layer whose arrays are read only once ``to`` is there."""
+    made = copy.copy(layer)
+    names = [name for name, value in layer.items() if isinstance(value, mx.array)]
+    for name, array in zip(names, mx.depends([layer[name] for name in names], [to]), strict=True):
+        made[name] = array
+    return made
 
 
 def weight_of(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:

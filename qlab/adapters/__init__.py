@@ -1,0 +1,1 @@
+"""Shelf: small trainable changes of frozen layers, one file each."""

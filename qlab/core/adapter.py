@@ -1,0 +1,41 @@
+"""What a kind of adapter must declare and do. The kinds themselves are files in ``adapters/``. Knows no model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlab.core.training import LoRAConfig
+
+
+class AdapterKind(ABC):
+    """A small trainable change of a frozen layer. One instance per kind stands on the shelf.
+
+    Attributes:
+        name: the ``kind`` that a user types.
+        title: one line that says what it is.
+    """
+
+    name: str
+    title: str
+
+    @abstractmethod
+    def shapes(self, shape: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the trainable arrays, by parameter name, on a weight of shape ``(out, in)``."""
+
+    def size(self, shape: tuple[int, ...], rank: int) -> int:
+        """Number of trainable numbers on a weight of shape ``(out, in)``."""
+        from math import prod
+
+        return sum(prod(s) for s in self.shapes(shape, rank).values())
+
+    @abstractmethod
+    def make(self, base: Any, shape: tuple[int, ...], config: LoRAConfig) -> Any:
+        """Return a module that runs the frozen ``base`` and adds the change, at first without effect.
+
+        Args:
+            base: a frozen layer: callable, and ``dense(dtype)`` returns its weight ``(out, in)``.
+            shape: ``(out, in)`` of its weight.
+            config: rank, scale, dropout, dtype.
+        """

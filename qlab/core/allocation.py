@@ -1,0 +1,390 @@
+"""How much memory a graph needs while it is evaluated: MLX's order, views, donation and work in flight, simulated.
+
+Follows MLX 0.32 (``mlx/transforms.cpp`` for the order, ``mlx/backend/cpu/eval.cpp`` and ``encoder.h`` for what is held until
+the worker ran it, the primitives' own ``set_…_output_data`` for views and donation). Allocates nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+
+from qlab.core.graph import Graph, Node
+
+MAX_WIDTH = 20  # MLX_BFS_MAX_WIDTH
+_DONATION_SLACK = 16384  # array::is_donatable lets a buffer be this much too large
+
+_VIEWS = {"Transpose", "Broadcast", "ExpandDims", "Squeeze", "Slice", "Split", "Depends", "Copy", "StopGradient", "AsStrided"}
+_SHAPES = {"Reshape", "Flatten", "Unflatten", "View"}
+_ELEMENTWISE = {
+    "Abs", "Add", "ArcCos", "ArcTan2", "AsType", "BitwiseBinary", "BitwiseInvert", "Ceil", "Cos",
+    "Divide", "Equal", "Erf", "ErfInv", "Exp", "Expm1", "Floor", "Greater", "GreaterEqual", "Less", "LessEqual",
+    "Log", "Log1p", "LogAddExp", "LogicalAnd", "LogicalNot", "LogicalOr", "Maximum", "Minimum", "Multiply", "Negative",
+    "NotEqual", "Power", "Remainder", "Round", "Rsqrt", "Select", "Sigmoid", "Sign", "Sin", "Sqrt", "Square",
+    "Subtract", "Tan", "Tanh", "Compiled",
+}  # fmt: skip
+_IN_PLACE = {"Softmax", "RMSNorm", "LayerNorm", "RoPE", "Scatter", "ScatterAxis", "SliceUpdate", "RMSNormVJP"}
+_PRODUCTS = {"Matmul", "AddMM", "QuantizedMatmul", "GatherQMM", "GatherMM"}
+
+
+@dataclass(frozen=True)
+class Runahead:
+    """How far a back end's host runs ahead of the device, and so how long buffers are held.
+
+    Attributes:
+        per_task: dispatches that are handed over together.
+        tasks: that may be unfinished.
+    """
+
+    per_task: int = 10
+    tasks: int = 11
+
+    def done(self, issued: int) -> int:
+        """Dispatches that the worker has finished at the latest when this many are issued."""
+        return self.per_task * (-(-issued // self.per_task) - self.tasks)
+
+
+@dataclass
+class Peak:
+    """The moment of the greatest use.
+
+    Attributes:
+        nbytes: in use then.
+        at: index in the order of evaluation, of ``steps``.
+        steps: operations in all.
+        held: bytes by array id of what was in use then (a buffer counts for the array that made it).
+        idle: bytes held only because the device had not caught up.
+    """
+
+    nbytes: int = 0
+    at: int = 0
+    steps: int = 0
+    held: dict[int, int] = field(default_factory=dict)
+    idle: int = 0
+
+
+@dataclass
+class _Buffer:
+    array: int
+    nbytes: int
+    arrays: int = 1
+    flights: int = 0
+
+
+def order(graph: Graph) -> list[int]:
+    """Return node indices in the order in which MLX evaluates them: breadth first from the outputs, of limited width."""
+    makers = graph.makers()
+    degree: dict[int, int] = {}
+    wanted = [makers[a] for a in graph.outputs if a in makers]
+    for n in wanted:
+        degree[n] = degree.get(n, 0) + 1
+    stack, seen = list(dict.fromkeys(wanted)), set(wanted)
+    while stack:
+        for array in graph.nodes[stack.pop()].inputs:
+            if array in makers:
+                n = makers[array]
+                degree[n] = degree.get(n, 0) + 1
+                if n not in seen:
+                    seen.add(n)
+                    stack.append(n)
+    tape: list[int] = [-1]  # -1 asks for the outputs
+    waiting: list[tuple[int, int]] = []
+    i, left = 0, len(degree)
+    while left and (i < len(tape) or waiting):
+        if i >= len(tape):
+            node, j = waiting.pop()
+        else:
+            node, j = tape[i], 0
+            i += 1
+        inputs = wanted if node < 0 else [makers.get(a, -1) for a in graph.nodes[node].inputs]
+        while j < len(inputs):
+            if inputs[j] >= 0:
+                if len(tape) - i >= MAX_WIDTH:
+                    waiting.append((node, j))
+                    break
+                degree[inputs[j]] -= 1
+                if not degree[inputs[j]]:
+                    left -= 1
+                    tape.append(inputs[j])
+            j += 1
+    return tape[:0:-1]
+
+
+def simulate(graph: Graph, runahead: Runahead | None = None) -> Peak:
+    """Return the peak of evaluating a graph, with its inputs in memory and kept.
+
+    Args:
+        graph: the computation.
+        runahead: None frees at once what nobody reads any more.
+    """
+    return _Simulation(graph, runahead).run()
+
+
+class _Simulation:
+    def __init__(self, graph: Graph, runahead: Runahead | None) -> None:
+        self.graph, self.ahead = graph, runahead
+        self.buffers: dict[int, _Buffer] = {}  # by array id
+        self.strides: dict[int, tuple[int, ...]] = {}
+        self.stored: dict[int, int] = {}  # elements in the buffer that the array spans
+        self.use = 0
+        self.idle = 0
+        self.peak = Peak()
+        self.flying: list[tuple[int, list[_Buffer]]] = []
+        self.live: set[int] = set()
+        self.steps = order(graph)  # what nobody asks for is never evaluated, and keeps nothing alive
+        self.makers = graph.makers()
+        self.reads: dict[int, int] = {}
+        self.readers: dict[int, int] = {}
+        for a in (a for n in self.steps for a in graph.nodes[n].inputs):
+            self.readers[a] = self.readers.get(a, 0) + 1
+        made = {o for node in graph.nodes for o in node.outputs}
+        for a, array in graph.arrays.items():
+            if a not in made:
+                self._allocate(a, array.nbytes)
+                self.readers[a] = self.readers.get(a, 0) + 1  # inputs stay
+        for a in graph.outputs:
+            self.readers[a] = self.readers.get(a, 0) + 1
+
+    def run(self) -> Peak:
+        issued, first = 0, 0
+        for at, n in enumerate(self.steps):
+            node = self.graph.nodes[n]
+            temporary = self._evaluate(node)
+            used = {id(self.buffers[a]): self.buffers[a] for a in (*node.inputs, *node.outputs[1:])}
+            if node.outputs:
+                used.pop(id(self.buffers[node.outputs[0]]), None)
+            holds = [*used.values(), *temporary]
+            for buffer in holds:
+                buffer.flights += 1
+            self._mark(at)
+            for a in node.inputs:
+                self._read(a)
+            for a in node.outputs:
+                if not self.readers.get(a):
+                    self._drop(a)
+            for buffer in temporary:
+                buffer.arrays -= 1
+                self.idle += buffer.nbytes
+            issued += self._dispatches(node, len(temporary))
+            self.flying.append((issued, holds))
+            done = self.ahead.done(issued) if self.ahead else issued
+            while first < len(self.flying) and self.flying[first][0] <= done:
+                for buffer in self.flying[first][1]:
+                    self._land(buffer)
+                self.flying[first] = (0, [])
+                first += 1
+        self.peak.steps = len(self.steps)
+        return self.peak
+
+    def _dispatches(self, node: Node, copies: int) -> int:
+        """One that releases what the operation read, those that compute, and those of the scalars that it reads.
+
+        A graph that was read has equal scalars and broadcasts merged; evaluated as it was written, every reader has its own.
+        """
+        if self._small(node):
+            return 0
+        own = self._own(node) + copies
+        return own + sum(self._scalar(a) for a in node.inputs)
+
+    def _own(self, node: Node) -> int:
+        if node.name in _VIEWS or (node.name in _SHAPES and self.buffers[node.outputs[0]].array != node.outputs[0]):
+            return 1
+        return 1 + (len(node.inputs) if node.name == "Concatenate" else 1)
+
+    def _small(self, node: Node) -> bool:
+        """Whether every reader has a copy of this operation of its own."""
+        if node.name == "Broadcast":
+            return True
+        return bool(node.inputs) and all(self.graph.arrays[a].size == 1 for a in (*node.inputs, *node.outputs))
+
+    def _scalar(self, a: int) -> int:
+        if a not in self.makers:
+            return 0
+        if a not in self.reads:
+            node = self.graph.nodes[self.makers[a]]
+            self.reads[a] = self._own(node) + sum(map(self._scalar, node.inputs)) if self._small(node) else 0
+        return self.reads[a]
+
+    # --- buffers ----------------------------------------------------------------------------------------------------
+
+    def _allocate(self, a: int, nbytes: int, strides: tuple[int, ...] | None = None, stored: int | None = None) -> None:
+        array = self.graph.arrays[a]
+        self.buffers[a] = _Buffer(a, nbytes)
+        self.strides[a] = strides if strides is not None else _dense(array.shape)
+        self.stored[a] = stored if stored is not None else array.size
+        self.use += nbytes
+        self.live.add(a)
+
+    def _share(self, a: int, source: int, strides: tuple[int, ...], stored: int | None = None) -> None:
+        self.buffers[a] = self.buffers[source]
+        self.buffers[a].arrays += 1
+        self.strides[a] = strides
+        self.stored[a] = self.stored[source] if stored is None else stored
+
+    def _read(self, a: int) -> None:
+        self.readers[a] -= 1
+        if not self.readers[a]:
+            self._drop(a)
+
+    def _drop(self, a: int) -> None:
+        buffer = self.buffers[a]
+        buffer.arrays -= 1
+        if not buffer.arrays:
+            if buffer.flights:
+                self.idle += buffer.nbytes
+            else:
+                self._free(buffer)
+
+    def _land(self, buffer: _Buffer) -> None:
+        buffer.flights -= 1
+        if not buffer.flights and not buffer.arrays:
+            self.idle -= buffer.nbytes
+            self._free(buffer)
+
+    def _free(self, buffer: _Buffer) -> None:
+        self.use -= buffer.nbytes
+        self.live.discard(buffer.array)
+
+    def _mark(self, at: int) -> None:
+        if self.use > self.peak.nbytes:
+            held = {a: self.buffers[a].nbytes for a in self.live if a >= 0}
+            self.peak = Peak(self.use, at, 0, held, self.idle)
+
+    # --- operations -------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, node: Node) -> list[_Buffer]:
+        """Give the outputs of a node their buffers; return the temporary ones."""
+        if node.name in _VIEWS:
+            self._view(node)
+        elif node.name in _SHAPES:
+            self._reshape(node)
+        elif node.name in _ELEMENTWISE:
+            self._elementwise(node)
+        elif node.name in _IN_PLACE:
+            self._in_place(node)
+        else:
+            for a in node.outputs:
+                self._allocate(a, self.graph.arrays[a].nbytes)
+            if node.name in _PRODUCTS:
+                return [b for a in node.inputs[:2] if (b := self._copied(a, node.name))]
+        return []
+
+    def _copied(self, a: int, product: str) -> _Buffer | None:
+        """A temporary copy of an operand whose rows are not laid out as the product needs them."""
+        shape, strides = self.graph.arrays[a].shape, self.strides[a]
+        if len(shape) < 2:
+            return None
+        rows, columns = strides[-2:]
+        plain = columns == 1 and rows in (shape[-1], 0) or shape[-2] == 1 and columns == 1
+        turned = rows == 1 and columns == shape[-2]
+        if plain or (turned and product in ("Matmul", "AddMM")):
+            return None
+        buffer = _Buffer(-1, self.graph.arrays[a].nbytes)
+        self.use += buffer.nbytes
+        return buffer
+
+    def _donor(self, node: Node, a: int, whole: bool = True) -> bool:
+        buffer, output = self.buffers[a], self.graph.arrays[node.outputs[0]]
+        return (
+            self.readers[a] == node.inputs.count(a) == 1
+            and buffer.arrays == 1
+            and not buffer.flights
+            and self.graph.arrays[a].itemsize == output.itemsize
+            and buffer.nbytes <= output.nbytes + _DONATION_SLACK
+            and (not whole or self.graph.arrays[a].size == output.size)
+        )
+
+    def _elementwise(self, node: Node) -> None:
+        first = node.outputs[0]
+        shape = self.graph.arrays[first].shape
+        same = [a for a in node.inputs if self.graph.arrays[a].shape == shape]
+        full = [a for a in same if self.stored[a] == self.graph.arrays[first].size]
+        # scalars do not matter; operands of one layout keep it, others make a dense result
+        layouts = {self.strides[a] for a in same if self.stored[a] != 1}
+        strides = (
+            next(iter(layouts)) if len(layouts) == 1 and len(full) == len([a for a in same if self.stored[a] != 1]) else None
+        )
+        if all(self.stored[a] == 1 for a in node.inputs):
+            for a in node.outputs:
+                self._allocate(a, self.graph.arrays[a].itemsize, (0,) * len(shape), 1)
+            return
+        for a in node.outputs:
+            size = self.graph.arrays[a].size
+            donor = next((x for x in full if self._donor(node, x) and (strides or _is_dense(shape, self.strides[x]))), None)
+            if donor is not None and a == first:
+                self._share(a, donor, self.strides[donor])
+            else:
+                self._allocate(a, size * self.graph.arrays[a].itemsize, strides)
+
+    def _in_place(self, node: Node) -> None:
+        for n, a in enumerate(node.outputs):
+            donors = [x for x in node.inputs[:1] if self.strides[x][-1:] in ((1,), ()) and self._donor(node, x)]
+            if n == 0 and donors:
+                self._share(a, donors[0], self.strides[donors[0]])
+            else:
+                self._allocate(a, self.graph.arrays[a].nbytes)
+
+    def _view(self, node: Node) -> None:
+        source = node.inputs[0]
+        shape, strides = self.graph.arrays[source].shape, self.strides[source]
+        for n, a in enumerate(node.outputs):
+            out = self.graph.arrays[a].shape
+            if node.name == "Depends":
+                self._share(a, node.inputs[n], self.strides[node.inputs[n]])
+            elif node.name == "Transpose":
+                self._share(a, source, tuple(strides[axis] for axis in node.arguments[0]))
+            elif node.name == "Broadcast":
+                padded = (0,) * (len(out) - len(shape)) + tuple(0 if s == 1 else t for s, t in zip(shape, strides, strict=True))
+                self._share(a, source, tuple(0 if s == 1 else t for s, t in zip(out, padded, strict=True)))
+            elif node.name in ("ExpandDims", "Squeeze"):
+                kept = [t for s, t in zip(shape, strides, strict=True) if s != 1]
+                self._share(a, source, tuple(1 if s == 1 else kept.pop(0) for s in out))
+            else:
+                self._share(a, source, strides if len(out) == len(shape) else _dense(out), self.graph.arrays[a].size)
+
+    def _reshape(self, node: Node) -> None:
+        source, (a,) = node.inputs[0], node.outputs
+        shape, strides = self.graph.arrays[source].shape, self.strides[source]
+        out = self.graph.arrays[a].shape
+        if node.name == "View":
+            self._share(a, source, _dense(out), self.graph.arrays[a].size)
+        elif (new := _regrouped(shape, strides, out)) is None and self.stored[source] == 1:
+            self._share(a, source, _dense(out))
+        elif new is not None:
+            self._share(a, source, new)
+        else:
+            self._allocate(a, self.graph.arrays[a].nbytes)
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    return all(s == 1 or t == d for s, t, d in zip(shape, strides, _dense(shape), strict=True))
+
+
+def _regrouped(shape: tuple[int, ...], strides: tuple[int, ...], out: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Strides of a reshape that needs no copy, or None: runs of axes that lie one after the other are cut anew."""
+    runs: list[tuple[int, int]] = []  # (elements, innermost stride)
+    for size, stride in zip(shape, strides, strict=True):
+        if size == 1:
+            continue
+        if runs and runs[-1][1] == size * stride:
+            runs[-1] = (runs[-1][0] * size, stride)
+        else:
+            runs.append((size, stride))
+    found: list[int] = []
+    at, left = 0, runs[0][0] if runs else 1
+    for size in out:
+        if size == 1:
+            found.append(1)
+            continue
+        if left == 1:
+            at += 1
+            left = runs[at][0]
+        if left % size:
+            return None
+        left //= size
+        found.append(left * runs[at][1])
+    return tuple(found)

@@ -1,0 +1,116 @@
+"""A computation as a graph of arrays that need not exist. Knows no framework."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array.
+
+    Attributes:
+        shape: its shape.
+        itemsize: bytes of one element.
+        role: what it is for: ``weights``, ``adapter``, ``optimizer``, ``batch`` or ``constant`` for an input; else empty.
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int
+    role: str = ""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes if it is stored whole."""
+        return self.size * self.itemsize
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation.
+
+    Attributes:
+        name: of the primitive, as MLX calls it.
+        inputs: ids of arrays.
+        outputs: ids of arrays.
+        arguments: the primitive's own, such as the axes of a transpose.
+    """
+
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    arguments: tuple = ()
+
+
+@dataclass
+class Graph:
+    """A computation.
+
+    Attributes:
+        arrays: by id.
+        nodes: each after those that make its inputs.
+        outputs: ids, in the order in which they are asked for.
+    """
+
+    arrays: dict[int, Array] = field(default_factory=dict)
+    nodes: list[Node] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+
+    def makers(self) -> dict[int, int]:
+        """Index of the node that makes an array, by the array's id; inputs have none."""
+        return {output: n for n, node in enumerate(self.nodes) for output in node.outputs}
+
+
+def unmerged(graph: Graph, weights: bool) -> Graph:
+    """Return a graph in which every reader has its own copy of what reading the graph has merged.
+
+    Args:
+        graph: as it was read.
+        weights: whether to undo it for what follows from frozen weights too: a product with a dequantized weight
+            dequantizes again on the way back, once the gradient is there, instead of keeping the dense weight.
+    """
+    fixed = {a: array.role == "weights" for a, array in graph.arrays.items() if array.role in ("weights", "constant")}
+    for node in graph.nodes:
+        if all(a in fixed for a in node.inputs):
+            fixed.update(dict.fromkeys(node.outputs, any(fixed[a] for a in node.inputs)))
+    makers = graph.makers()
+    made = Graph(dict(graph.arrays), [], list(graph.outputs))
+    read: set[int] = set()
+
+    def again(a: int, after: int) -> int:
+        """Compute an array again, once ``after`` is there; return its new id."""
+        if a not in fixed or (a not in makers and not fixed[a]):
+            return a
+        new = len(made.arrays)
+        made.arrays[new] = Array(graph.arrays[a].shape, graph.arrays[a].itemsize)
+        if a not in makers:
+            made.nodes.append(Node("Depends", (a, after), (new,)))
+        else:
+            node = graph.nodes[makers[a]]
+            made.nodes.append(Node(node.name, tuple(again(x, after) for x in node.inputs), (new,), node.arguments))
+        return new
+
+    for node in graph.nodes:
+        inputs = list(node.inputs)
+        others = [a for a in inputs if a not in fixed]
+        for i, a in enumerate(inputs):
+            if a in makers and others and (weights if fixed.get(a) else a in fixed and graph.nodes[makers[a]].name == "Full"):
+                root = _root(graph, makers, a)
+                if root in read and len(graph.nodes[makers[root]].outputs) == 1:
+                    inputs[i] = again(a, others[0])
+                read.add(root)
+        made.nodes.append(Node(node.name, tuple(inputs), node.outputs, node.arguments))
+    return made
+
+
+def _root(graph: Graph, makers: dict[int, int], a: int) -> int:
+    """The array of which this one is only another view."""
+    while a in makers and graph.nodes[makers[a]].name == "Transpose":
+        a = graph.nodes[makers[a]].inputs[0]
+    return a

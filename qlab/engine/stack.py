@@ -1,0 +1,111 @@
+"""A model taken apart into what comes before its blocks, the blocks, and what comes after.
+
+Works for every mlx-lm model whose blocks stand in one list and pass one hidden state on; knows no architecture by name.
+The model's own forward pass is run with its blocks replaced by stand-ins, so masks, scalings and soft caps stay its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qlab.engine.surgery import module_at, put_module
+from qlab.errors import UnsupportedError
+
+
+class _Stand:
+    """Takes the place of a block; whatever else the model asks of the block, the block answers."""
+
+    def __init__(self, block: nn.Module, call: Callable[..., Any]) -> None:
+        self._block, self._call = block, call
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._call(x, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
+
+
+class Stack:
+    """The blocks of a model.
+
+    Args:
+        module: an mlx-lm model that nobody else uses: its blocks are taken out and put back.
+
+    Attributes:
+        path: of the list of blocks, such as ``model.layers``.
+        blocks: the blocks.
+
+    Raises:
+        UnsupportedError: the model has no list of blocks.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.path = _path(module)
+        self.blocks: list[nn.Module] = list(module_at(module, self.path))
+
+    def before(self, tokens: mx.array) -> tuple[mx.array, list[tuple[tuple, dict]]]:
+        """Return the first block's input, and the other arguments of every block.
+
+        Args:
+            tokens: ``(batch, length)``.
+
+        Returns:
+            ``(batch, length, width)`` and, for each block, positional and keyword arguments after the hidden state.
+
+        Raises:
+            UnsupportedError: a block is not called once, with one hidden state.
+        """
+        first: list[mx.array] = []
+        calls: list[tuple[tuple, dict]] = []
+
+        def take(x: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(x, mx.array):
+                raise UnsupportedError(f"The blocks of this model take a {type(x).__name__}, not one hidden state.")
+            first.append(x)
+            calls.append((args, kwargs))
+            return x
+
+        with self._standing([take] * len(self.blocks)) as module:
+            module(tokens)
+        if len(calls) != len(self.blocks):
+            raise UnsupportedError(f"The model calls {len(calls)} of its {len(self.blocks)} blocks.")
+        return first[0], calls
+
+    def after(self, hidden: mx.array) -> mx.array:
+        """Return the logits that follow from the last block's output, ``(batch, length, width)``."""
+
+        def same(x: Any, *_: Any, **__: Any) -> Any:
+            return x
+
+        calls = [same] * (len(self.blocks) - 1) + [lambda *_, **__: hidden]
+        with self._standing(calls) as module:
+            return module(mx.zeros(hidden.shape[:2], mx.int32))
+
+    @contextmanager
+    def _standing(self, calls: list[Callable[..., Any]]) -> Iterator[nn.Module]:
+        stands: Any = [_Stand(block, call) for block, call in zip(self.blocks, calls, strict=True)]
+        put_module(self.module, self.path, stands)
+        try:
+            yield self.module
+        finally:
+            put_module(self.module, self.path, self.blocks)  # type: ignore
+
+
+def _path(module: nn.Module) -> str:
+    """Path of the list with the most parameters."""
+    best, most = "", 0
+    for path, node in [("", module), *module.named_modules()]:
+        for key, value in node.items():
+            if isinstance(value, list) and value and all(isinstance(x, nn.Module) for x in value):
+                size = sum(len(list(x.modules())) for x in value)
+                if size > most:
+                    best, most = f"{path}.{key}".lstrip("."), size
+    if not best:
+        raise UnsupportedError("The model has no list of blocks.")
+    return best

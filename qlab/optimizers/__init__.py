@@ -1,0 +1,1 @@
+"""Shelf: optimizers, one file each. Each knows the bytes that it keeps for a parameter."""

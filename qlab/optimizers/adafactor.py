@@ -1,0 +1,31 @@
+"""Adafactor: the second moment of a matrix as the product of a row and a column.
+
+Source: Shazeer & Stern 2018 (arXiv:1804.04235), algorithm 4, with a learning rate from outside.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import mlx.optimizers as optim
+
+from qlab.core.optimizer import OptimizerKind
+
+
+class Adafactor(OptimizerKind):
+    """Adafactor without momentum: nearly no state."""
+
+    name = "adafactor"
+    title = "Adafactor: nearly no state"
+
+    def state_nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        if len(shape) < 2:
+            return itemsize * prod(shape)
+        return itemsize * (prod(shape[:-1]) + prod(shape[:-2]) * shape[-1])
+
+    def make(self, learning_rate: float) -> Any:
+        return optim.Adafactor(learning_rate, relative_step=False, scale_parameter=False)
+
+
+SHELF = (Adafactor(),)
