@@ -23,6 +23,10 @@ _HOME = {
     "QuantPlan": "qlab.core.config",
     "QuantReport": "qlab.core.report",
     "QlabError": "qlab.errors",
+    "estimate": "qlab.estimation",
+    "LoRAConfig": "qlab.core.training",
+    "TrainConfig": "qlab.core.training",
+    "MemoryEstimate": "qlab.core.memory",
     "doctor": "qlab.engine.device",
     "register": "qlab.registry",
 }

@@ -72,6 +72,11 @@ class Quantizer(T.HasTraits):
         self.observe(self._on_trait, ["mode", "bits", "group_size", "solver"])
         self._jobs.start(self._open)
 
+    @property
+    def model(self) -> Model:
+        """What is quantized."""
+        return self._model
+
     # --- the choice -------------------------------------------------------------------------------------------------
 
     @property

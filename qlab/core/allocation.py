@@ -6,11 +6,15 @@ the worker ran it, the primitives' own ``set_…_output_data`` for views and don
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from math import prod
+
+import numpy as np
 
 from qlab.core.graph import Graph, Node
 
+TAKEN, FREED, IDLE, LANDED = range(4)
 MAX_WIDTH = 20  # MLX_BFS_MAX_WIDTH
 _DONATION_SLACK = 16384  # array::is_donatable lets a buffer be this much too large
 
@@ -34,33 +38,43 @@ class Runahead:
     Attributes:
         per_task: dispatches that are handed over together.
         tasks: that may be unfinished.
+        shift: dispatches of the first task that are not this graph's.
     """
 
     per_task: int = 10
     tasks: int = 11
+    shift: int = 0
 
     def done(self, issued: int) -> int:
         """Dispatches that the worker has finished at the latest when this many are issued."""
-        return self.per_task * (-(-issued // self.per_task) - self.tasks)
+        return self.per_task * (-(-(issued + self.shift) // self.per_task) - self.tasks) - self.shift
 
 
-@dataclass
-class Peak:
-    """The moment of the greatest use.
+class Usage:
+    """What was in use at every moment of an evaluation.
 
     Attributes:
-        nbytes: in use then.
-        at: index in the order of evaluation, of ``steps``.
-        steps: operations in all.
-        held: bytes by array id of what was in use then (a buffer counts for the array that made it).
-        idle: bytes held only because the device had not caught up.
+        steps: node indices in the order of evaluation.
+        events: ``(moment, array id, bytes, kind)``: from that moment on the array's buffer is in use (``TAKEN``), free
+            (``FREED``), held only because the device has not caught up (``IDLE``), or free after that (``LANDED``).
     """
 
-    nbytes: int = 0
-    at: int = 0
-    steps: int = 0
-    held: dict[int, int] = field(default_factory=dict)
-    idle: int = 0
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+        self.events: list[tuple[int, int, int, int]] = []
+
+    @cached_property
+    def timeline(self) -> np.ndarray:
+        """Bytes in use at every moment, idle ones included; int64 ``(steps,)``."""
+        made = np.zeros(len(self.steps) + 1, np.int64)
+        for moment, _, nbytes, kind in self.events:
+            made[moment] += {TAKEN: nbytes, IDLE: 0}.get(kind, -nbytes)
+        return np.cumsum(made)[:-1]
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The greatest use."""
+        return int(self.timeline.max())
 
 
 @dataclass
@@ -110,8 +124,8 @@ def order(graph: Graph) -> list[int]:
     return tape[:0:-1]
 
 
-def simulate(graph: Graph, runahead: Runahead | None = None) -> Peak:
-    """Return the peak of evaluating a graph, with its inputs in memory and kept.
+def simulate(graph: Graph, runahead: Runahead | None = None) -> Usage:
+    """Return what is in use while a graph is evaluated, with its inputs in memory and kept.
 
     Args:
         graph: the computation.
@@ -126,12 +140,10 @@ class _Simulation:
         self.buffers: dict[int, _Buffer] = {}  # by array id
         self.strides: dict[int, tuple[int, ...]] = {}
         self.stored: dict[int, int] = {}  # elements in the buffer that the array spans
-        self.use = 0
-        self.idle = 0
-        self.peak = Peak()
         self.flying: list[tuple[int, list[_Buffer]]] = []
-        self.live: set[int] = set()
+        self.at = 0
         self.steps = order(graph)  # what nobody asks for is never evaluated, and keeps nothing alive
+        self.usage = Usage(self.steps)
         self.makers = graph.makers()
         self.reads: dict[int, int] = {}
         self.readers: dict[int, int] = {}
@@ -145,9 +157,10 @@ class _Simulation:
         for a in graph.outputs:
             self.readers[a] = self.readers.get(a, 0) + 1
 
-    def run(self) -> Peak:
+    def run(self) -> Usage:
         issued, first = 0, 0
         for at, n in enumerate(self.steps):
+            self.at = at
             node = self.graph.nodes[n]
             temporary = self._evaluate(node)
             used = {id(self.buffers[a]): self.buffers[a] for a in (*node.inputs, *node.outputs[1:])}
@@ -156,7 +169,6 @@ class _Simulation:
             holds = [*used.values(), *temporary]
             for buffer in holds:
                 buffer.flights += 1
-            self._mark(at)
             for a in node.inputs:
                 self._read(a)
             for a in node.outputs:
@@ -164,7 +176,7 @@ class _Simulation:
                     self._drop(a)
             for buffer in temporary:
                 buffer.arrays -= 1
-                self.idle += buffer.nbytes
+                self._note(buffer, IDLE)
             issued += self._dispatches(node, len(temporary))
             self.flying.append((issued, holds))
             done = self.ahead.done(issued) if self.ahead else issued
@@ -173,8 +185,7 @@ class _Simulation:
                     self._land(buffer)
                 self.flying[first] = (0, [])
                 first += 1
-        self.peak.steps = len(self.steps)
-        return self.peak
+        return self.usage
 
     def _dispatches(self, node: Node, copies: int) -> int:
         """One that releases what the operation read, those that compute, and those of the scalars that it reads.
@@ -212,8 +223,7 @@ class _Simulation:
         self.buffers[a] = _Buffer(a, nbytes)
         self.strides[a] = strides if strides is not None else _dense(array.shape)
         self.stored[a] = stored if stored is not None else array.size
-        self.use += nbytes
-        self.live.add(a)
+        self._note(self.buffers[a], TAKEN)
 
     def _share(self, a: int, source: int, strides: tuple[int, ...], stored: int | None = None) -> None:
         self.buffers[a] = self.buffers[source]
@@ -230,25 +240,15 @@ class _Simulation:
         buffer = self.buffers[a]
         buffer.arrays -= 1
         if not buffer.arrays:
-            if buffer.flights:
-                self.idle += buffer.nbytes
-            else:
-                self._free(buffer)
+            self._note(buffer, IDLE if buffer.flights else FREED)
 
     def _land(self, buffer: _Buffer) -> None:
         buffer.flights -= 1
         if not buffer.flights and not buffer.arrays:
-            self.idle -= buffer.nbytes
-            self._free(buffer)
+            self._note(buffer, LANDED)
 
-    def _free(self, buffer: _Buffer) -> None:
-        self.use -= buffer.nbytes
-        self.live.discard(buffer.array)
-
-    def _mark(self, at: int) -> None:
-        if self.use > self.peak.nbytes:
-            held = {a: self.buffers[a].nbytes for a in self.live if a >= 0}
-            self.peak = Peak(self.use, at, 0, held, self.idle)
+    def _note(self, buffer: _Buffer, kind: int) -> None:
+        self.usage.events.append((self.at + (kind != TAKEN), buffer.array, buffer.nbytes, kind))
 
     # --- operations -------------------------------------------------------------------------------------------------
 
@@ -279,8 +279,8 @@ class _Simulation:
         turned = rows == 1 and columns == shape[-2]
         if plain or (turned and product in ("Matmul", "AddMM")):
             return None
-        buffer = _Buffer(-1, self.graph.arrays[a].nbytes)
-        self.use += buffer.nbytes
+        buffer = _Buffer(a, self.graph.arrays[a].nbytes)
+        self._note(buffer, TAKEN)
         return buffer
 
     def _donor(self, node: Node, a: int, whole: bool = True) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from qlab.core.config import QuantConfig, QuantPlan
+from qlab.core.training import LoRAConfig, TrainConfig
 
 
 def _arguments(config: QuantConfig) -> str:
@@ -16,3 +19,21 @@ def code_line(plan: QuantPlan, solver: str = "rtn") -> str:
     for path, config in plan.overrides.items():
         lines.append(f'q.set("{path}", {_arguments(config) if config else "bits=None"})')
     return "\n".join(lines)
+
+
+def setup_code(plan: QuantPlan | None, adapter: LoRAConfig, train: TrainConfig) -> str:
+    """Return the lines that estimate a setup."""
+    own = bool(plan and plan.overrides)
+    quant = repr(plan) if own else _config(plan.default) if plan else "None"
+    lines = [f"quant = {quant}", f"adapter = {_short(adapter)}", f"train = {_short(train)}"]
+    return "\n".join([*lines, "est = qlab.estimate(model, quant, adapter, train)"]).replace("QuantPlan(", "qlab.QuantPlan(")
+
+
+def _config(config: QuantConfig) -> str:
+    return f'qlab.QuantConfig("{config.mode}", bits={config.bits}, group_size={config.group_size})'
+
+
+def _short(config: LoRAConfig | TrainConfig) -> str:
+    """Write a config with only what differs from its defaults."""
+    shown = [f"{f.name}={getattr(config, f.name)!r}" for f in fields(config) if getattr(config, f.name) != f.default]
+    return f"qlab.{type(config).__name__}({', '.join(shown)})"

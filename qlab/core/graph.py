@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Array:
     """One array.
 
@@ -31,7 +31,7 @@ class Array:
         return self.size * self.itemsize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Node:
     """One operation.
 

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qlab.core.config import QuantConfig
 
+_ITEMSIZES = {"uint8": 1, "float16": 2, "bfloat16": 2, "uint32": 4, "float32": 4}
+Layout = dict[str, tuple[tuple[int, ...], str]]
+
 
 class Scheme(ABC):
     """How numbers are stored. One instance per mode stands on the shelf.
@@ -35,6 +38,15 @@ class Scheme(ABC):
     stock_mode: str | None
 
     @abstractmethod
+    def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:
+        """Shape and dtype of every array that ``quantize`` returns, by parameter name.
+
+        Args:
+            shape: of the weight, ``(…, out, in)``.
+            config: bits and group size.
+            dtype: of the weight.
+        """
+
     def nbytes(self, shape: tuple[int, ...], config: QuantConfig, itemsize: int) -> int:
         """Exact bytes of a packed weight.
 
@@ -43,6 +55,8 @@ class Scheme(ABC):
             config: bits and group size.
             itemsize: bytes of one element of the unquantized weight (its scales take that dtype).
         """
+        arrays = self.layout(shape, config, "float32" if itemsize == 4 else "bfloat16")
+        return sum(prod(shape) * _ITEMSIZES[dtype] for shape, dtype in arrays.values())
 
     @abstractmethod
     def quantize(self, weight: Any, config: QuantConfig) -> dict[str, Any]:
@@ -59,6 +73,10 @@ class Scheme(ABC):
     @abstractmethod
     def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
         """Return the weight ``(…, out, in)`` that the packed arrays stand for, in ``dtype``."""
+
+    def take(self, packed: dict[str, Any], rows: Any) -> dict[str, Any]:
+        """Return packed arrays that stand for some rows of the weight, ``rows`` being integers of any shape."""
+        return {name: array[rows] if array.ndim > 1 else array for name, array in packed.items()}
 
     def roundtrip(self, rows: Any, config: QuantConfig, amax: Any = None) -> Any:
         """Quantize and dequantize rows that are a *sample* of larger tensors.

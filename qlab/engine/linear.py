@@ -65,7 +65,8 @@ class PackedEmbedding(_Packed):
     """An embedding over any scheme on the shelf, also usable as tied output head."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        return self.dense()[tokens]
+        scheme = self.config.scheme
+        return scheme.dequantize(scheme.take(self.packed, tokens), self.config, self._dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Multiply by the transposed embedding."""

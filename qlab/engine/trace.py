@@ -11,25 +11,39 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from qlab.core.config import QuantPlan
-from qlab.core.graph import Array, Graph, Node
+from qlab.core.config import QuantConfig
+from qlab.core.graph import Array, Graph, Node, unmerged
 from qlab.core.spec import ModelSpec
 from qlab.core.training import LoRAConfig, TrainConfig
-from qlab.engine.export import chosen, stored_layer
-from qlab.engine.linear import weight_of
+from qlab.engine.device import backend
+from qlab.engine.export import stored_layer
+from qlab.engine.linear import PackedEmbedding, PackedLinear, weight_of
 from qlab.engine.step import Compute, Update, attach
 from qlab.engine.surgery import map_layers
 
+_UNREADABLE = {"nvfp4", "nvfp4_plain", "mxfp8"}  # the CPU's dequantization has a primitive that cannot be exported (FromFP8)
 
-def stored(module: nn.Module, spec: ModelSpec, plan: QuantPlan | None) -> nn.Module:
-    """Return a twin of a lazy model whose layers are stored as a plan says; nothing is computed."""
-    configs = chosen(spec, plan) if plan else {}
+
+def stored(module: nn.Module, configs: dict[str, QuantConfig]) -> nn.Module:
+    """Return a twin of a model, to be read and never run, whose layers are stored under configs; nothing is computed.
+
+    Args:
+        module: the model; its own weights may be lazy.
+        configs: by path.
+    """
 
     def make(path: str, layer: nn.Module) -> nn.Module:
-        weight = weight_of(layer)
-        made = stored_layer(
-            configs[path].scheme.quantize(weight, configs[path]), configs[path], weight.shape, weight.dtype, spec[path].kind
-        )
+        config, weight = configs[path], weight_of(layer)
+        dtype = str(weight.dtype).removeprefix("mlx.core.")
+        layout = config.scheme.layout(weight.shape, config, dtype)
+        packed = {name: mx.zeros(shape, getattr(mx, kind)) for name, (shape, kind) in layout.items()}
+        kind = "embedding" if hasattr(layer, "as_linear") else "linear" if weight.ndim == 2 else "switch"
+        if config.mode in _UNREADABLE and kind != "switch" and backend() == "cpu":
+            made: nn.Module = (_ReadableEmbedding if kind == "embedding" else _ReadableLinear)(
+                packed, config, weight.shape, weight.dtype
+            )
+        else:
+            made = stored_layer(packed, config, weight.shape, weight.dtype, kind)
         if "bias" in layer:
             made.bias = layer.bias
         return made
@@ -37,11 +51,39 @@ def stored(module: nn.Module, spec: ModelSpec, plan: QuantPlan | None) -> nn.Mod
     return map_layers(module, list(configs), make)
 
 
+class _ReadableLinear(PackedLinear):
+    """A layer whose dequantization makes the same arrays as MLX's, without the primitive that cannot be read."""
+
+    def dense(self, dtype: mx.Dtype | None = None) -> mx.array:
+        return _numbers(self.packed, self.config, dtype or self._dtype)
+
+
+class _ReadableEmbedding(PackedEmbedding):
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return _numbers(self.config.scheme.take(self.packed, tokens), self.config, self._dtype)
+
+    dense = _ReadableLinear.dense
+
+
+def _numbers(packed: dict[str, mx.array], config: QuantConfig, dtype: mx.Dtype) -> mx.array:
+    """Arrays of the sizes that ``mx.dequantize`` makes on the CPU (``mlx/ops.cpp``); the values mean nothing."""
+    codes, scales, group = packed["weight"], packed["scales"], config.group_size
+    if config.bits == 8:
+        values = codes.view(mx.uint8).astype(dtype).reshape(-1, group)
+        factors = mx.power(mx.array(2.0, dtype), scales.reshape(-1, 1).astype(dtype) - mx.array(127.0, dtype))
+    else:
+        table, bytes_ = mx.zeros(16, dtype), codes.reshape(-1, 4).view(mx.int8)
+        halves = [table[(bytes_ & 15).astype(mx.int8)][..., None], table[(bytes_ >> 4).astype(mx.int8)][..., None]]
+        values, factors = mx.concatenate(halves, -1).reshape(-1, group), scales.reshape(-1, 1).astype(dtype)
+    dense = (values * factors).reshape(*codes.shape[:-1], -1)
+    return dense * (packed["global_scale"].astype(dtype) / 2688.0) if "global_scale" in packed else dense
+
+
 def trace(module: nn.Module, spec: ModelSpec, lora: LoRAConfig, train: TrainConfig, compute: Compute) -> Graph:
     """Return the graph of one optimizer step on the largest batch.
 
     Args:
-        module: a lazy model, its layers stored as they will be.
+        module: what ``stored`` returned, or any model.
         spec: its layers.
         lora: the adapters.
         train: the run.
@@ -67,35 +109,39 @@ def trace(module: nn.Module, spec: ModelSpec, lora: LoRAConfig, train: TrainConf
         loss, new, kept = update(parameters, state, sums, next(given), next(given))
         return [loss, *new.values(), *kept.values()]
 
-    records: list[dict[str, Any]] = []
+    roles = [role for role, group in groups for _ in group] + ["batch", "batch"]
+    reader = _Reader(roles)
     try:
-        mx.export_function(records.append, run, *flat, batch, batch)
+        mx.export_function(reader, run, *flat, batch, batch)
     finally:
         made.update(tree_unflatten(list(frozen.items())))
-    roles = [role for role, group in groups for _ in group] + ["batch", "batch"]
-    return _graph(records, roles)
+    return unmerged(reader.graph, not train.grad_checkpoint)
 
 
-def _graph(records: list[dict[str, Any]], roles: list[str]) -> Graph:
-    graph, ids = Graph(), {}
+class _Reader:
+    """Takes what MLX says of a function, record by record: a whole step's records would be large."""
 
-    def note(name: str, shape: tuple[int, ...], itemsize: int, role: str = "") -> int:
-        if name not in ids:
-            ids[name] = len(ids)
-            graph.arrays[ids[name]] = Array(tuple(shape), itemsize, role)
-        return ids[name]
+    def __init__(self, roles: list[str]) -> None:
+        self.graph, self._roles = Graph(), roles
+        self._ids: dict[str, int] = {}
 
-    for record in records:
+    def __call__(self, record: dict[str, Any]) -> None:
         kind = record["type"]
         if kind == "inputs":
-            for (name, shape, dtype), role in zip(record["inputs"], roles, strict=True):
-                note(name, shape, dtype.size, role)
+            for item, role in zip(record["inputs"], self._roles, strict=True):
+                self._note(*item, role)
         elif kind == "outputs":
-            graph.outputs = [note(name, shape, dtype.size) for name, shape, dtype in record["outputs"]]
+            self.graph.outputs = [self._note(*item) for item in record["outputs"]]
         elif kind == "constants":
             for name, array in record["constants"]:
-                note(name, array.shape, array.itemsize, "constant")
+                self._note(name, array.shape, array.dtype, "constant")
         elif kind == "primitive":
-            sides = [tuple(note(name, shape, dtype.size) for name, shape, dtype in record[s]) for s in ("inputs", "outputs")]
-            graph.nodes.append(Node(record["name"], *sides, tuple(record["arguments"])))
-    return graph
+            sides = [tuple(self._note(*item) for item in record[side]) for side in ("inputs", "outputs")]
+            arguments = tuple(record["arguments"]) if record["name"] == "Transpose" else ()
+            self.graph.nodes.append(Node(record["name"], *sides, arguments))
+
+    def _note(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype, role: str = "") -> int:
+        if name not in self._ids:
+            self._ids[name] = len(self._ids)
+            self.graph.arrays[self._ids[name]] = Array(tuple(shape), dtype.size, role)
+        return self._ids[name]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import mlx.core as mx
 
 from qlab.core.config import QuantConfig
-from qlab.core.scheme import Scheme
+from qlab.core.scheme import Layout, Scheme
 
 _SMALLEST = 2.0**-118
 
@@ -32,9 +31,9 @@ class MxFp(Scheme):
         self.title = f"OCP microscaling: {element} floats, power-of-two scale per 32"
         self.bits, self.default_bits = (bits,), bits
 
-    def nbytes(self, shape: tuple[int, ...], config: QuantConfig, itemsize: int) -> int:
-        size = prod(shape)
-        return size * config.bits // 8 + size // 32
+    def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:
+        codes = (*shape[:-1], shape[-1] * config.bits // 32)
+        return {"weight": (codes, "uint32"), "scales": ((*shape[:-1], shape[-1] // 32), "uint8")}
 
     def quantize(self, weight: Any, config: QuantConfig) -> dict[str, Any]:
         # MLX wraps the exponent of a group below 2^-127·448: its values come back as NaN or 1e36

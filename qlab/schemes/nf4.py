@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from qlab.core.config import QuantConfig
-from qlab.core.scheme import Scheme
+from qlab.core.scheme import Layout, Scheme
 
 _TABLE = np.array(
     [-1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -45,10 +45,12 @@ class Nf4(Scheme):
         self.name, self._double = name, double
         self.title = "NormalFloat-4 of QLoRA, " + ("double-quantized scales" if double else "float32 scale per block")
 
-    def nbytes(self, shape: tuple[int, ...], config: QuantConfig, itemsize: int) -> int:
-        blocks = prod(shape) // config.group_size
-        scales = blocks + 4 * -(-blocks // _SCALE_BLOCK) + 4 if self._double else 4 * blocks
-        return prod(shape) // 2 + scales
+    def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:
+        codes, blocks = (*shape[:-1], shape[-1] // 8), (*shape[:-1], shape[-1] // config.group_size)
+        made: Layout = {"weight": (codes, "uint32"), "absmax": (blocks, "uint8" if self._double else "float32")}
+        if self._double:
+            made |= {"absmax_scales": ((-(-prod(blocks) // _SCALE_BLOCK),), "float32"), "absmax_offset": ((), "float32")}
+        return made
 
     def quantize(self, weight: Any, config: QuantConfig) -> dict[str, Any]:
         blocks = weight.astype(mx.float32).reshape(*weight.shape[:-1], -1, config.group_size)
@@ -58,9 +60,18 @@ class Nf4(Scheme):
         packed = _pack(_codes(blocks * inverse[..., None]).reshape(weight.shape))
         return {"weight": packed, **(_shrink(absmax) if self._double else {"absmax": absmax})}
 
+    def take(self, packed: dict[str, Any], rows: Any) -> dict[str, Any]:
+        if not self._double:
+            return super().take(packed, rows)
+        codes = packed["absmax"]
+        index = rows[..., None] * codes.shape[-1] + mx.arange(codes.shape[-1])  # of each scale in the flattened scales
+        second = packed["absmax_scales"][index // _SCALE_BLOCK]
+        values = mx.take(mx.array(_dynamic_map()), codes[rows]) * second + packed["absmax_offset"]
+        return {"weight": packed["weight"][rows], "absmax": values}
+
     def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
         codes = packed["weight"]
-        absmax = _grow(packed) if self._double else packed["absmax"]
+        absmax = _grow(packed) if "absmax_scales" in packed else packed["absmax"]
         pairs = mx.take(mx.array(_pairs()), codes.view(mx.uint8)).view(mx.float32)
         blocks = pairs.reshape(*codes.shape[:-1], -1, config.group_size) * absmax[..., None]
         return blocks.reshape(*codes.shape[:-1], -1).astype(dtype)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import mlx.core as mx
 
 from qlab.core.config import QuantConfig
-from qlab.core.scheme import Scheme
+from qlab.core.scheme import Layout, Scheme
 
 _FULL = 448.0 * 6.0  # largest E4M3 scale times largest E2M1 element
 
@@ -37,9 +36,12 @@ class NvFp4(Scheme):
             "power-of-two scale per tensor" if tensor_scale else "no tensor scale (as mlx-lm stores it)"
         )
 
-    def nbytes(self, shape: tuple[int, ...], config: QuantConfig, itemsize: int) -> int:
-        size = prod(shape)
-        return size // 2 + size // 16 + 4 * self._scaled
+    def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:
+        made: Layout = {
+            "weight": ((*shape[:-1], shape[-1] // 8), "uint32"),
+            "scales": ((*shape[:-1], shape[-1] // 16), "uint8"),
+        }
+        return made | ({"global_scale": ((), "float32")} if self._scaled else {})
 
     def quantize(self, weight: Any, config: QuantConfig) -> dict[str, Any]:
         if not self._scaled:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import mlx.core as mx
 
 from qlab.core.config import QuantConfig
 from qlab.core.packing import pack
-from qlab.core.scheme import Scheme
+from qlab.core.scheme import Layout, Scheme
 
 
 class Symmetric(Scheme):
@@ -26,9 +25,10 @@ class Symmetric(Scheme):
     default_group_size = 64
     stock_mode = "affine"
 
-    def nbytes(self, shape: tuple[int, ...], config: QuantConfig, itemsize: int) -> int:
-        size = prod(shape)
-        return size * config.bits // 8 + 2 * itemsize * (size // config.group_size)
+    def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:
+        groups = (*shape[:-1], shape[-1] // config.group_size)
+        codes = (*shape[:-1], shape[-1] * config.bits // 32)
+        return {"weight": (codes, "uint32"), "scales": (groups, dtype), "biases": (groups, dtype)}
 
     def quantize(self, weight: Any, config: QuantConfig) -> dict[str, Any]:
         groups = weight.astype(mx.float32).reshape(*weight.shape[:-1], -1, config.group_size)

@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from qlab.core.budget import size_text
 from qlab.core.compare import CompareReport, SchemePoint
-from qlab.views.quantizer_text import size_text
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import json
 import math
 from typing import Any
 
+from qlab.core.budget import size_text
 from qlab.core.panel import PanelState
 from qlab.core.report import LayerError, QuantReport, report_of
 from qlab.views.quantizer import CSS, ESM, payload
@@ -20,11 +21,6 @@ _ROWS = 12  # layers listed in the static table
 
 def _report(state: PanelState) -> QuantReport:
     return report_of(state.spec, state.table, state.plan, state.calibration)
-
-
-def size_text(nbytes: float) -> str:
-    """Write a size with its unit; GB = 1e9 bytes."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def text_line(state: PanelState) -> str:

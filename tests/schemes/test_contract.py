@@ -34,6 +34,8 @@ def test_bytes_are_those_really_stored(config, dtype):
     w = mx.random.normal((24, 256)).astype(dtype)
     packed = config.scheme.quantize(w, config)
     assert sum(a.nbytes for a in packed.values()) == config.scheme.nbytes(w.shape, config, dtype.size)
+    layout = config.scheme.layout(w.shape, config, str(dtype).removeprefix("mlx.core."))
+    assert {name: (a.shape, str(a.dtype).removeprefix("mlx.core.")) for name, a in packed.items()} == layout
     assert packed["weight"].dtype == mx.uint32
 
 

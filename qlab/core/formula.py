@@ -1,0 +1,223 @@
+"""Peak memory as arithmetic: a step of a few blocks, traced twice, with its sizes left open.
+
+Which arrays exist at a moment does not depend on how large they are. So two traces of the same step at different sizes tell
+each array's bytes as a multiple of a product such as ``batch · tokens²``, and every moment becomes a row of coefficients;
+what each further block adds is the difference between a step of three blocks and one of two. Knows no framework.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import combinations_with_replacement
+from math import ceil, prod
+
+import numpy as np
+
+from qlab.core.allocation import Runahead, simulate
+from qlab.core.graph import Graph
+from qlab.core.parts import INPUTS, PARTS, labels, over_time
+from qlab.errors import UnsupportedError
+
+QUANTITIES = ("batch", "tokens", "length", "rank", "chunk", "rest")
+"""rows; positions of a row with a target; positions of a row; rank; positions in a chunk of the loss; in its last chunk."""
+
+CHUNKS = 4  # a loss in more chunks than this needs what one in this many needs
+_SIZES = ((3, 113, 5), (5, 239, 7))  # batch, tokens, rank of the two traces: their ratios must tell products apart
+_DRAIN = 110  # operations after which what the loss left behind has landed
+_DEGREE = 4
+_SHIFTS = 3
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Sizes at which a step is traced."""
+
+    batch: int
+    tokens: int
+    rank: int
+    chunk: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """In the order of ``QUANTITIES``."""
+        return sizes(self.batch, self.tokens + 1, self.rank, self.chunk)
+
+
+def references(chunks: int) -> tuple[Reference, Reference]:
+    """Return the sizes of the two traces of a step whose loss is made in so many chunks (0: at once)."""
+    made = []
+    for (batch, tokens, rank), share in zip(_SIZES, (0.4, 0.9), strict=True):
+        chunk = ceil(batch * tokens / (chunks - 1 + share)) if chunks > 1 else 0
+        made.append(Reference(batch, tokens, rank, chunk))
+    return made[0], made[1]
+
+
+def chunks(batch: int, length: int, chunk: int) -> int:
+    """Return in how many chunks a loss is made, counted up to ``CHUNKS``."""
+    return min(ceil(batch * (length - 1) / chunk), CHUNKS) if chunk else 1
+
+
+def sizes(batch: int, length: int, rank: int, chunk: int) -> tuple[int, ...]:
+    """Return the value of every quantity, in the order of ``QUANTITIES``."""
+    every = batch * (length - 1)
+    whole = not chunk or chunk >= every
+    return (batch, length - 1, length, rank, 1 if whole else chunk, 1 if whole else (every - 1) % chunk + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Formula:
+    """Peak memory of a kind of step, for every batch, length, rank and number of blocks.
+
+    Attributes:
+        products: exponents of the quantities, one row a product.
+        phases: for each phase of the step (forward, loss, backward, end), moments that may be its peak:
+            float64 ``(moments, parts, products)``, in bytes, without the inputs.
+        slopes: for each kind of block, what one more of it adds to each phase: float64 ``(parts, products)``.
+        blocks: blocks of each kind in the step that was traced.
+    """
+
+    products: tuple[tuple[int, ...], ...]
+    phases: tuple[np.ndarray, ...]
+    slopes: tuple[tuple[np.ndarray, ...], ...]
+    blocks: tuple[int, ...]
+
+    def parts(self, values: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[str, dict[str, float]]:
+        """Return the phase of the peak and the bytes of every part then, without the inputs.
+
+        Args:
+            values: what ``sizes`` returns.
+            blocks: of each kind, from the first that gets an adapter to the last.
+        """
+        terms = np.array([prod(v**e for v, e in zip(values, row, strict=True)) for row in self.products], float)
+        best: tuple[float, str, np.ndarray] = (-1.0, "", np.zeros(len(PARTS)))
+        for i, (name, rows) in enumerate(zip(PHASES, self.phases, strict=True)):
+            more = sum((b - a) * (kind[i] @ terms) for a, b, kind in zip(self.blocks, blocks, self.slopes, strict=True))
+            use = rows @ terms + more
+            at = int(use.sum(1).argmax())
+            if use[at].sum() > best[0]:
+                best = (float(use[at].sum()), name, use[at])
+        return best[1], dict(zip(PARTS, np.maximum(best[2], 0).tolist(), strict=True))
+
+
+PHASES = ("forward", "loss", "backward", "end")
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A step of few blocks, to be read.
+
+    Attributes:
+        pair: its graph at the two references.
+        fewer: for each kind of block, its graph with one block less of that kind, at the first reference; None if there are no more of them.
+        references: the sizes.
+        blocks: of each kind.
+        vocabulary: length of a row of logits.
+        trained: shapes of the trained arrays at the first reference.
+    """
+
+    pair: tuple[Graph, Graph]
+    fewer: tuple[Graph | None, ...]
+    references: tuple[Reference, Reference]
+    blocks: tuple[int, ...]
+    vocabulary: int
+    trained: tuple[tuple[int, ...], ...]
+
+
+def formula(sample: Sample, runahead: Runahead) -> Formula:
+    """Return the formula of a kind of step.
+
+    Args:
+        sample: the step with few blocks.
+        runahead: of the back end.
+
+    Raises:
+        UnsupportedError: the graphs are not of one structure.
+    """
+    products = _products()
+    shapes = _match(sample, products)
+    used = sorted({0, *shapes.values()})
+    values = [prod(v**e for v, e in zip(sample.references[0].sizes, products[p], strict=True)) for p in used]
+    units = {shape: (used.index(p), float(values[used.index(p)])) for shape, p in shapes.items()}
+
+    def moments(graph: Graph, shift: int = 0) -> tuple[np.ndarray, int, int]:
+        label = labels(graph, sample.vocabulary, sample.trained)
+        usage = simulate(graph, replace(runahead, shift=shift))
+        own = {a: units.get(array.shape, (0, 1.0)) for a, array in graph.arrays.items()}
+        table = over_time(usage, label, own, len(used))
+        table[:, [i for i, part in enumerate(PARTS) if part in INPUTS]] = 0
+        logits = [i for i, n in enumerate(usage.steps) if any(label[a] == "logits" for a in graph.nodes[n].outputs)]
+        return table, logits[0], logits[-1]
+
+    table, first, last = moments(sample.pair[0])
+    typical = np.array([prod(v**e for v, e in zip(sizes(4, 513, 16, 512), products[p], strict=True)) for p in used], float)
+    drained = min(last + _DRAIN, len(table) - 2)
+    half = (drained + len(table)) // 2
+    cuts = ((0, first), (first, drained), (drained, half), (half, len(table)))
+    # where a block meets the device's rhythm varies from block to block: a few shifts stand for them all
+    tables = [table, *(moments(sample.pair[0], runahead.per_task * k // _SHIFTS)[0] for k in range(1, _SHIFTS))]
+    phases = tuple(_pareto(np.concatenate([t[a:b] for t in tables])) for a, b in cuts)
+    slopes = []
+    for graph in sample.fewer:
+        if graph is None:
+            slopes.append((np.zeros(table.shape[1:]),) * len(PHASES))
+            continue
+        less, start, stop = moments(graph)
+        kept, end = _needed(table[first] - less[start]), _needed(table[-1] - less[-1])
+        shorter = stop + drained - last
+        back = _needed(_highest(table[drained:half], typical) - _highest(less[shorter : (shorter + len(less)) // 2], typical))
+        # some of what the loss found there is gone when the way back is at its peak; anything else is a chance of the order
+        share = (back @ typical).sum() / max((kept @ typical).sum(), 1)
+        slopes.append((kept, kept, back if 0.85 < share < 1 else kept, end))
+    return Formula(tuple(products[p] for p in used), phases, tuple(slopes), sample.blocks)
+
+
+def _needed(use: np.ndarray) -> np.ndarray:
+    """Leave out what is only in flight."""
+    made = use.copy()
+    made[list(PARTS).index("in_flight")] = 0
+    return made
+
+
+def _highest(table: np.ndarray, terms: np.ndarray) -> np.ndarray:
+    """The moment of the most that is needed, at typical sizes."""
+    needed = np.delete(table, list(PARTS).index("in_flight"), axis=1)
+    return table[(needed @ terms).sum(1).argmax()]
+
+
+def _products() -> list[tuple[int, ...]]:
+    """Exponents of every product of quantities up to a degree; the first is 1."""
+    count = len(QUANTITIES)
+    picks = [p for degree in range(_DEGREE + 1) for p in combinations_with_replacement(range(count), degree)]
+    return [tuple(p.count(i) for i in range(count)) for p in picks]
+
+
+def _match(sample: Sample, products: list[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
+    """Return the index of the product that the size of each shape is a multiple of."""
+    one, two = sample.pair
+    if [n.name for n in one.nodes] != [n.name for n in two.nodes] or one.arrays.keys() != two.arrays.keys():
+        raise UnsupportedError("The step of this model changes its structure with its sizes.")
+    ratio: dict[Fraction, int] = {}
+    for i, row in enumerate(products):
+        up = Fraction(*(prod(v**e for v, e in zip(ref.sizes, row, strict=True)) for ref in reversed(sample.references)))
+        ratio.setdefault(up, i)
+    logs = np.log([float(r) for r in ratio])
+    found: dict[tuple[int, ...], int] = {}
+    for a, array in one.arrays.items():
+        if array.shape not in found:
+            up = Fraction(two.arrays[a].size, array.size) if array.size else Fraction(1)
+            nearest = list(ratio.values())[int(np.abs(logs - np.log(float(up))).argmin())] if up not in ratio else ratio[up]
+            found[array.shape] = nearest
+    return found
+
+
+def _pareto(rows: np.ndarray) -> np.ndarray:
+    """Keep the moments that no other moment exceeds in every product."""
+    totals = np.round(rows.sum(1), 6)
+    _, unique = np.unique(totals, axis=0, return_index=True)
+    unique = unique[np.argsort(-totals[unique].sum(1), kind="stable")]
+    kept: list[int] = []
+    for i in unique:
+        if not any((totals[k] >= totals[i]).all() for k in kept):
+            kept.append(i)
+    return rows[kept]

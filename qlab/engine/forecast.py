@@ -1,0 +1,273 @@
+"""Foresees the memory of a training step from a model's structure: by formula at once, by a full trace, or by a real step.
+
+Reads no weights (a real step aside). Runs on the MLX thread. Knows no budget.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import replace
+from math import prod
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from qlab.core.allocation import Runahead, simulate
+from qlab.core.config import QuantConfig
+from qlab.core.formula import Formula, Reference, Sample, chunks, formula, references, sizes
+from qlab.core.graph import Graph
+from qlab.core.memory import MemoryEstimate, Setup
+from qlab.core.panel import Machine
+from qlab.core.parts import INPUTS, PARTS, labels, over_time
+from qlab.core.spec import LayerSpec, ModelSpec
+from qlab.core.training import LoRAConfig
+from qlab.engine import record
+from qlab.engine.device import backend, wants_float32
+from qlab.engine.export import chosen, quantize
+from qlab.engine.skeleton import describe
+from qlab.engine.stack import Stack
+from qlab.engine.step import Compute, Update, attach
+from qlab.engine.surgery import put_module, twin
+from qlab.engine.trace import stored, trace
+from qlab.errors import ConfigError, UnsupportedError
+
+# dispatches handed over together, and how many such tasks may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h)
+RUNAHEAD = {"cpu": Runahead(10, 11), "cuda": Runahead(20, 11), "metal": Runahead(40, 11)}
+_SAMPLE = 3  # blocks of each kind in the step that the formula is read from
+_REMEMBERED = 48  # formulas kept
+
+
+def usual_compute(traced: bool = False) -> Compute:
+    """Return how frozen layers are computed here: Metal has a fast quantized product, others dequantize."""
+    return Compute(mx.float32 if wants_float32() else None, dequantize=backend() != "metal", traced=traced)
+
+
+class Forecast:
+    """A model, seen as the memory that training it takes.
+
+    Args:
+        module: an mlx-lm model, lazy or loaded. It is not changed.
+        name: what to call it.
+        context: tokens that it was made for, or None.
+        loaded: whether its weights are in memory.
+        notes: what to know about its source.
+    """
+
+    def __init__(
+        self, module: nn.Module, name: str, context: int | None = None, loaded: bool = False, notes: tuple[str, ...] = ()
+    ) -> None:
+        self.module, self.context, self.notes = module, context, notes
+        self.spec: ModelSpec = describe(module, name)
+        self.held_nbytes = self.spec.nbytes if loaded else 0
+        self.vocabulary = max((x.shape[-2] for x in self.spec.layers if x.block is None), default=0)
+        self._formulas: OrderedDict[Hashable, Formula] = OrderedDict()
+
+    def estimate(self, setup: Setup, machine: Machine, level: str = "formula") -> MemoryEstimate:
+        """Return the peak of a setup.
+
+        Args:
+            setup: storage, adapter, run.
+            machine: the budget to judge by.
+            level: ``formula``, ``traced`` or ``measured`` (runs one real step; the model must be loaded).
+
+        Raises:
+            ConfigError, LayerNotFoundError: the setup does not fit the model.
+            UnsupportedError: the model's step cannot be built.
+        """
+        if self.context and setup.train.max_seq_length > self.context:
+            raise ConfigError(
+                f"max_seq_length={setup.train.max_seq_length} is more than {self.spec.name!r} was made for; "
+                f"the largest is {self.context}."
+            )
+        measured = None
+        if level == "formula":
+            moment, parts = self.by_formula(setup)
+        else:
+            moment, parts = self.by_trace(setup)
+        if level == "measured":
+            measured = self.by_step(setup, machine)
+            exact = sum(parts[name] for name in INPUTS)
+            record.add(backend(), sum(parts.values()), exact, measured)
+            parts = _scaled(parts, measured)
+        band = (1.0, 1.0) if measured else record.band(backend())
+        return MemoryEstimate(
+            self.spec, setup, parts, level, moment, band, machine, self.context, measured, self.notes,
+        )  # fmt: skip
+
+    def configs(self, setup: Setup) -> dict[str, QuantConfig]:
+        """Storage of the layers that a setup quantizes, by path."""
+        return chosen(self.spec, setup.plan) if setup.plan else {}
+
+    def inputs(self, setup: Setup) -> dict[str, int]:
+        """Bytes of weights, adapter and optimizer state: exact."""
+        configs, adapter = self.configs(setup), setup.adapter
+        shapes = _trained(adapter, self.spec)
+        return {
+            "weights": self.spec.other_nbytes + sum(x.nbytes_as(configs.get(x.path)) for x in self.spec.layers),
+            "adapter": adapter.itemsize * sum(prod(s) for s in shapes),
+            "optimizer": sum(setup.train.kind.state_nbytes(s, adapter.itemsize) for s in shapes),
+        }
+
+    # --- formula ----------------------------------------------------------------------------------------------------
+
+    def by_formula(self, setup: Setup) -> tuple[str, dict[str, int]]:
+        """Return the moment of the peak and the bytes of every part."""
+        train = setup.train
+        values = sizes(train.batch_size, train.max_seq_length, setup.adapter.rank, train.loss_chunk)
+        moment, parts = self.formula(setup).parts(values, self.counts(setup))
+        return moment, {name: round(n) for name, n in (parts | self.inputs(setup)).items()}
+
+    def counts(self, setup: Setup) -> tuple[int, ...]:
+        """Number of blocks of each kind that gradients reach."""
+        return tuple(len(group) for group in self._groups(setup).values())
+
+    def formula(self, setup: Setup) -> Formula:
+        """Return the formula of a setup's kind of step; it is made at its first use."""
+        train, adapter, groups = setup.train, setup.adapter, self._groups(setup)
+        several = chunks(train.batch_size, train.max_seq_length, train.loss_chunk) if train.loss_chunk else 0
+        outside = self._look([x for x in self.spec.layers if x.block is None], setup)
+        few = tuple((look, min(len(group), _SAMPLE), len(group) > _SAMPLE) for look, group in groups.items())
+        key = (few, outside, adapter.kind, adapter.dtype, adapter.dropout > 0, train.optimizer, train.grad_checkpoint,
+               train.grad_accumulation_steps > 1, several)  # fmt: skip
+        if key not in self._formulas:
+            self._formulas[key] = self._made(setup, list(groups.values()), several)
+            while len(self._formulas) > _REMEMBERED:
+                self._formulas.popitem(last=False)
+        self._formulas.move_to_end(key)
+        return self._formulas[key]
+
+    def _look(self, layers: list[LayerSpec], setup: Setup) -> tuple:
+        targets, configs = {x.path for x in setup.adapter.targets(self.spec)}, self.configs(setup)
+        return tuple((x.role, x.shape, x.stored, configs.get(x.path), x.path in targets) for x in layers)
+
+    def _groups(self, setup: Setup) -> dict[tuple, list[int]]:
+        """Blocks that a gradient reaches, by what their layers are, how they are stored and which are adapted."""
+        targets, configs = {x.path for x in setup.adapter.targets(self.spec)}, self.configs(setup)
+        blocks: dict[int, list[LayerSpec]] = {}
+        for layer in self.spec.layers:
+            if layer.block is not None:
+                blocks.setdefault(layer.block, []).append(layer)
+        own = [b for b, layers in blocks.items() if any(x.path in targets for x in layers)]
+        embeds = any(x.path in targets and x.kind == "embedding" for x in self.spec.layers)
+        lowest = min(own) if own and not embeds else min(blocks, default=0)
+        groups: dict[tuple, list[int]] = {}
+        for block, layers in blocks.items():
+            if block >= lowest:
+                look = tuple((x.role, x.shape, x.stored, configs.get(x.path), x.path in targets) for x in layers)
+                groups.setdefault(look, []).append(block)
+        return groups
+
+    def _made(self, setup: Setup, groups: list[list[int]], several: int) -> Formula:
+        refs = references(several)
+        few = [group[-_SAMPLE:] for group in groups]
+        try:
+            one, two = (self._graph(setup, sum(few, []), ref) for ref in refs)
+        except (IndexError, UnsupportedError):  # a model that counts on its blocks is read whole
+            few = groups
+            one, two = (self._graph(setup, None, ref) for ref in refs)
+        fewer = [
+            self._graph(setup, sum((g[i == j :] for j, g in enumerate(few)), []), refs[0]) if len(group) > _SAMPLE else None
+            for i, group in enumerate(groups)
+        ]
+        trained = tuple(_trained(replace(setup.adapter, rank=refs[0].rank), self.spec))
+        sample = Sample((one, two), tuple(fewer), refs, tuple(map(len, few)), self.vocabulary, trained)
+        return formula(sample, RUNAHEAD[backend()])
+
+    def _graph(self, setup: Setup, blocks: list[int] | None, ref: Reference) -> Graph:
+        """Read the step of a model with some of the blocks only, at reference sizes."""
+        module, configs = self.module, self.configs(setup)
+        targets = [x.path for x in setup.adapter.targets(self.spec)]
+        if blocks is not None:
+            module = twin(module)
+            stack = Stack(module)
+            put_module(module, stack.path, [stack.blocks[b] for b in sorted(blocks)])  # type: ignore
+            places = {f"{stack.path}.{b}.": f"{stack.path}.{i}." for i, b in enumerate(sorted(blocks))}
+            configs = {new: configs[path] for path in configs if (new := _moved(path, stack.path, places))}
+            targets = [new for path in targets if (new := _moved(path, stack.path, places))]
+        lora = replace(setup.adapter, rank=ref.rank, num_layers=-1, keys=tuple(targets))
+        train = replace(setup.train, batch_size=ref.batch, max_seq_length=ref.tokens + 1, loss_chunk=ref.chunk)
+        return self._read(module, configs, replace(setup, adapter=lora, train=train))
+
+    # --- trace and step ---------------------------------------------------------------------------------------------
+
+    def by_trace(self, setup: Setup) -> tuple[str, dict[str, int]]:
+        """Return the moment of the peak and the bytes of every part, from the whole step."""
+        graph = self._read(self.module, self.configs(setup), setup)
+        usage = simulate(graph, RUNAHEAD[backend()])
+        label = labels(graph, self.vocabulary, _trained(setup.adapter, self.spec))
+        at = int(usage.timeline.argmax())
+        logits = [i for i, n in enumerate(usage.steps) if any(label[a] == "logits" for a in graph.nodes[n].outputs)]
+        moment = "forward" if at < logits[0] else "loss" if at <= logits[-1] else "backward"
+        parts = dict(zip(PARTS, over_time(usage, label, {})[at, :, 0].tolist(), strict=True))
+        return moment, {name: round(n) for name, n in (parts | self.inputs(setup)).items()}
+
+    def _read(self, module: nn.Module, configs: dict[str, QuantConfig], setup: Setup) -> Graph:
+        made = stored(module, configs)
+        return trace(made, describe(made, self.spec.name), setup.adapter, setup.train, usual_compute(traced=True))
+
+    def by_step(self, setup: Setup, machine: Machine) -> int:
+        """Run one real step on random tokens of the largest shape; return its peak, other models in memory not counted.
+
+        Raises:
+            ConfigError: it surely would not fit.
+        """
+        if not self.held_nbytes:
+            raise ConfigError("A real step needs the weights: load the model first.")
+        foreseen = sum(self.by_formula(setup)[1].values())
+        if foreseen > machine.free_nbytes:
+            raise ConfigError(
+                f"A real step would need {foreseen / 1e9:.1f} GB, and {machine.free_nbytes / 1e9:.1f} GB are free."
+            )
+        module = self.module
+        if setup.plan:
+            work = quantize(module, self.spec, setup.plan, "rtn", {})
+            try:
+                while True:
+                    next(work)
+            except StopIteration as end:
+                module = end.value
+        return measured_peak(module, setup)
+
+
+def measured_peak(module: nn.Module, setup: Setup) -> int:
+    """Run one step; return the peak of what it needs, whatever else MLX holds."""
+    train = setup.train
+    made = attach(module, describe(module, ""), setup.adapter, usual_compute(), train.grad_checkpoint)
+    update = Update(made, train)
+    parameters, state = update.step.parameters, update.state
+    tokens = mx.random.randint(0, 100, (train.batch_size, train.max_seq_length))
+    mask = mx.ones(tokens.shape, mx.int32)
+    sums = {path: mx.zeros_like(a) for path, a in parameters.items()} if train.grad_accumulation_steps > 1 else {}
+    given = [a for _, a in tree_flatten(made.parameters())] + [*state.values(), *sums.values(), tokens, mask]
+    mx.eval(given)
+    mx.clear_cache()
+    own, before = sum(a.nbytes for a in given), mx.get_active_memory()
+    mx.reset_peak_memory()
+    loss, new, kept = update(parameters, state, sums, tokens, mask)
+    mx.eval(loss, new, kept)
+    return mx.get_peak_memory() - before + own
+
+
+def _trained(adapter: LoRAConfig, spec: ModelSpec) -> list[tuple[int, ...]]:
+    """Shapes of the trained arrays."""
+    return [s for x in adapter.targets(spec) for s in adapter.adapter.shapes(x.shape, adapter.rank).values()]
+
+
+def _moved(path: str, stack: str, places: dict[str, str]) -> str | None:
+    """Path of a layer after blocks were taken out; None if its block was."""
+    if not path.startswith(f"{stack}."):
+        return path
+    number = path[len(stack) + 1 :].split(".")[0]
+    old = f"{stack}.{number}."
+    return places[old] + path[len(old) :] if old in places else None
+
+
+def _scaled(parts: dict[str, int], total: int) -> dict[str, int]:
+    """Let what is not exact make up the measured total, in the foreseen proportions."""
+    exact = sum(parts[name] for name in INPUTS)
+    factor = max(total - exact, 0) / max(sum(parts.values()) - exact, 1)
+    made = {name: n if name in INPUTS else round(n * factor) for name, n in parts.items()}
+    made["in_flight"] += total - sum(made.values())
+    return made

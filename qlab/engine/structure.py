@@ -1,0 +1,131 @@
+"""Opens the structure of a model without its weights: from a config dict, a config.json, a folder or a hub id.
+
+Runs on the MLX thread. Knows no memory.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from qlab.core.config import QuantConfig
+from qlab.engine.load import ASSETS
+from qlab.engine.skeleton import describe, skeleton
+from qlab.engine.trace import stored
+from qlab.errors import ConfigError, LoadError
+
+_COUNTS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim",
+    "intermediate_size", "max_position_embeddings", "moe_intermediate_size", "num_experts", "num_local_experts",
+)  # fmt: skip
+
+
+def structure(source: str | Path | dict[str, Any]) -> tuple[nn.Module, str, dict[str, Any], tuple[str, ...]]:
+    """Return a lazy model, its name, its config and what to know about it.
+
+    Args:
+        source: contents of a config.json, the path of one or of its folder, ``"demo"``, or a hub id (only its config.json
+            is fetched).
+
+    Raises:
+        LoadError: nothing there, not a config, or of an unknown architecture.
+        ConfigError: fields of the config are missing, not positive, or contradict each other.
+    """
+    config, name = (source, "") if isinstance(source, dict) else _read(source)
+    check(config)
+    module = skeleton(config)
+    notes = []
+    configs = _configs(module, config)
+    if configs:
+        module = stored(module, configs)
+    elif config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "an unknown method")
+        notes.append(f"config.json says that the weights are stored by {method}; they are counted as 16-bit weights.")
+    return module, name or config.get("_name_or_path") or config["model_type"], config, tuple(notes)
+
+
+def context(config: dict[str, Any]) -> int | None:
+    """Tokens that a model was made for, or None if its config does not say."""
+    text = config.get("text_config") or {}
+    return config.get("max_position_embeddings") or text.get("max_position_embeddings")
+
+
+def check(config: dict[str, Any]) -> None:
+    """Refuse a config whose sizes cannot be.
+
+    Raises:
+        ConfigError: names the field and what it should be.
+    """
+    for part in (config, config.get("text_config") or {}):
+        for key in _COUNTS:
+            value = part.get(key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"The config's {key}={value!r} is not legal; it is a whole number, 1 or more.")
+        heads, kv, width = (part.get(k) for k in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+        if heads and kv and heads % kv:
+            raise ConfigError(
+                f"The config contradicts itself: {heads} attention heads cannot share {kv} key-value heads evenly."
+            )
+        if heads and width and not part.get("head_dim") and width % heads:
+            raise ConfigError(
+                f"The config contradicts itself: hidden_size={width} is not a multiple of num_attention_heads={heads}, "
+                "and there is no head_dim."
+            )
+
+
+def _read(source: str | Path) -> tuple[dict[str, Any], str]:
+    path = ASSETS / "demo" if str(source) == "demo" else Path(source).expanduser()
+    name = path.resolve().parent.name if path.suffix == ".json" else path.name
+    if path.is_dir():
+        path = path / "config.json"
+    elif not path.is_file():
+        path, name = _fetched(str(source)), str(source)
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise LoadError(f"{path.parent} has no config.json, so it is not a model folder.") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise LoadError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise LoadError(f"{path} holds no settings.")
+    return config, name
+
+
+def _fetched(source: str) -> Path:
+    if source.startswith((".", "/", "~")) or source.count("/") != 1 or source.endswith((".json", ".gguf")):
+        raise LoadError(
+            f"There is no config at {source!r}: neither a config.json, a folder with one, nor a hub id (owner/name)."
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source, "config.json"))
+    except RepositoryNotFoundError as error:
+        raise LoadError(f"The hub has no model {source!r}, or it is private and you are not logged in.") from error
+    except EntryNotFoundError as error:
+        if isinstance(error, HfHubHTTPError):
+            raise LoadError(f"{source!r} on the hub has no config.json.") from error
+        raise LoadError(f"{source!r} is not a local folder, and the hub could not be reached.") from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise LoadError(
+            f"{source!r} is not a local folder, and the hub could not be reached ({type(error).__name__}). "
+            "Check the spelling and the network, or give a config.json."
+        ) from error
+
+
+def _configs(module: nn.Module, config: dict[str, Any]) -> dict[str, QuantConfig]:
+    """Storage of the layers that a folder already holds quantized, by path: mlx-lm's block and qlab's own."""
+    block = config.get("quantization") or {}
+    found: dict[str, QuantConfig] = {}
+    own = (config.get("qlab") or {}).get("layers", {})
+    for layer in describe(module, "").layers:
+        entry = own.get(layer.path) or block.get(layer.path, block if block else None)
+        if isinstance(entry, dict) and "bits" in entry:
+            wanted = QuantConfig(entry.get("mode", "affine"), entry["bits"], entry["group_size"])
+            if layer.refusal(wanted) is None:
+                found[layer.path] = wanted
+    return found
