@@ -48,7 +48,7 @@ def references(chunks: int) -> tuple[Reference, Reference]:
     """Return the sizes of the two traces of a step whose loss is made in so many chunks (0: at once)."""
     made = []
     for (batch, tokens, rank), share in zip(_SIZES, (0.4, 0.9), strict=True):
-        chunk = ceil(batch * tokens / (chunks - 1 + share)) if chunks > 1 else 0
+        chunk = ceil(batch * tokens / (chunks - 1 + share)) if chunks > 1 else chunks * batch * tokens
         made.append(Reference(batch, tokens, rank, chunk))
     return made[0], made[1]
 
@@ -71,7 +71,7 @@ class Formula:
 
     Attributes:
         products: exponents of the quantities, one row a product.
-        phases: for each phase of the step (forward, loss, backward, end), moments that may be its peak:
+        phases: for each of ``PHASES`` of the step (the way back in two halves), moments that may be its peak:
             float64 ``(moments, parts, products)``, in bytes, without the inputs.
         slopes: for each kind of block, what one more of it adds to each phase: float64 ``(parts, products)``.
         blocks: blocks of each kind in the step that was traced.
@@ -100,7 +100,7 @@ class Formula:
         return best[1], dict(zip(PARTS, np.maximum(best[2], 0).tolist(), strict=True))
 
 
-PHASES = ("forward", "loss", "backward", "end")
+PHASES = ("forward", "loss", "backward", "backward", "update")
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,8 +152,9 @@ def formula(sample: Sample, runahead: Runahead) -> Formula:
     table, first, last = moments(sample.pair[0])
     typical = np.array([prod(v**e for v, e in zip(sizes(4, 513, 16, 512), products[p], strict=True)) for p in used], float)
     drained = min(last + _DRAIN, len(table) - 2)
-    half = (drained + len(table)) // 2
-    cuts = ((0, first), (first, drained), (drained, half), (half, len(table)))
+    done = _settled(table)
+    half = (drained + done) // 2
+    cuts = ((0, first), (first, drained), (drained, half), (half, done), (done, len(table)))
     # where a block meets the device's rhythm varies from block to block: a few shifts stand for them all
     tables = [table, *(moments(sample.pair[0], runahead.per_task * k // _SHIFTS)[0] for k in range(1, _SHIFTS))]
     phases = tuple(_pareto(np.concatenate([t[a:b] for t in tables])) for a, b in cuts)
@@ -164,11 +165,12 @@ def formula(sample: Sample, runahead: Runahead) -> Formula:
             continue
         less, start, stop = moments(graph)
         kept, end = _needed(table[first] - less[start]), _needed(table[-1] - less[-1])
+        late = _needed(table[done] - less[_settled(less)])
         shorter = stop + drained - last
         back = _needed(_highest(table[drained:half], typical) - _highest(less[shorter : (shorter + len(less)) // 2], typical))
         # some of what the loss found there is gone when the way back is at its peak; anything else is a chance of the order
         share = (back @ typical).sum() / max((kept @ typical).sum(), 1)
-        slopes.append((kept, kept, back if 0.85 < share < 1 else kept, end))
+        slopes.append((kept, kept, back if 0.85 < share < 1 else kept, late, end))
     return Formula(tuple(products[p] for p in used), phases, tuple(slopes), sample.blocks)
 
 
@@ -177,6 +179,12 @@ def _needed(use: np.ndarray) -> np.ndarray:
     made = use.copy()
     made[list(PARTS).index("in_flight")] = 0
     return made
+
+
+def _settled(table: np.ndarray) -> int:
+    """The moment from which (nearly) no activation is needed any more; the batch stays."""
+    live = table[:, list(PARTS).index("activations"), 1:].sum(1)
+    return min(int(np.flatnonzero(live > live[-1] + 0.005 * live.max()).max(initial=0)) + 1, len(table) - 1)
 
 
 def _highest(table: np.ndarray, terms: np.ndarray) -> np.ndarray:

@@ -85,16 +85,22 @@ def unmerged(graph: Graph, weights: bool) -> Graph:
 
     def again(a: int, after: int) -> int:
         """Compute an array again, once ``after`` is there; return its new id."""
-        if a not in fixed or (a not in makers and not fixed[a]):
-            return a
-        new = len(made.arrays)
-        made.arrays[new] = Array(graph.arrays[a].shape, graph.arrays[a].itemsize)
-        if a not in makers:
-            made.nodes.append(Node("Depends", (a, after), (new,)))
-        else:
-            node = graph.nodes[makers[a]]
-            made.nodes.append(Node(node.name, tuple(again(x, after) for x in node.inputs), (new,), node.arguments))
-        return new
+        chain, leaves = _history(graph, makers, a, fixed)
+        new: dict[int, int] = {}
+
+        def copy(x: int) -> int:
+            new[x] = len(made.arrays)
+            made.arrays[new[x]] = Array(graph.arrays[x].shape, graph.arrays[x].itemsize)
+            return new[x]
+
+        if leaves:
+            made.nodes.append(Node("Depends", (*leaves, after), tuple(copy(x) for x in leaves)))
+        for n in chain:
+            node = graph.nodes[n]
+            made.nodes.append(
+                Node(node.name, tuple(new.get(x, x) for x in node.inputs), tuple(map(copy, node.outputs)), node.arguments)
+            )
+        return new[a]
 
     for node in graph.nodes:
         inputs = list(node.inputs)
@@ -114,3 +120,18 @@ def _root(graph: Graph, makers: dict[int, int], a: int) -> int:
     while a in makers and graph.nodes[makers[a]].name == "Transpose":
         a = graph.nodes[makers[a]].inputs[0]
     return a
+
+
+def _history(graph: Graph, makers: dict[int, int], a: int, fixed: dict[int, bool]) -> tuple[list[int], list[int]]:
+    """Nodes that make an array, each after those that it needs, and the weights that they start from."""
+    chain: set[int] = set()
+    leaves: dict[int, None] = {}
+    waiting = [a]
+    while waiting:
+        x = waiting.pop()
+        if x in makers and makers[x] not in chain:
+            chain.add(makers[x])
+            waiting.extend(graph.nodes[makers[x]].inputs)
+        elif x not in makers and fixed.get(x):
+            leaves[x] = None
+    return sorted(chain), list(leaves)

@@ -42,7 +42,12 @@ def labels(graph: Graph, vocabulary: int, trained: Iterable[tuple[int, ...]]) ->
             if array.role == "constant":
                 fixed.add(a)
     for node in graph.nodes:
-        sources = {made[a] for a in node.inputs if a not in fixed and graph.arrays[a].size > 1}
+        if node.name == "Depends":  # each of its outputs is one of its inputs, whatever it waits for
+            for a, source in zip(node.outputs, node.inputs, strict=False):
+                made[a] = made[source]
+                fixed |= {a} if source in fixed else set()
+            continue
+        sources = {made[a] for a in node.inputs if a not in fixed}
         constant = all(a in fixed for a in node.inputs)
         for a in node.outputs:
             shape = graph.arrays[a].shape
