@@ -38,8 +38,8 @@ def estimate(
     """Foresee the peak memory of training.
 
     Args:
-        model: what ``qlab.load`` returned, a ``Quantizer`` (its plan counts), contents of a config.json, the path of one or of its folder, or a hub id. No
-            weights are read.
+        model: what ``qlab.load`` returned, a ``Quantizer`` (its plan counts), contents of a config.json, the path of one or
+            of its folder, or a hub id. No weights are read.
         quant: storage of the weights; None leaves them as the config has them.
         adapter: None is ``LoRAConfig()``.
         train: None is ``TrainConfig()``.

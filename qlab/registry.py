@@ -47,7 +47,7 @@ def get(kind: str, name: str) -> Any:
         ConfigError: no object has that name; the message lists the names and the nearest one.
     """
     objects = shelf(kind)
-    if name not in objects:
+    if not isinstance(name, str) or name not in objects:
         word = _WORDS[kind]
         raise ConfigError(f"Unknown {word} {name!r}; choose one of {', '.join(objects)}.{nearest(name, objects)}")
     return objects[name]

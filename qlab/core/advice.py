@@ -156,9 +156,10 @@ def advise(est: MemoryEstimate, machine: Machine) -> Advice:
         one = replace(est.setup.train, batch_size=1, grad_checkpoint=True)
         floor = est.again(replace(est.setup, plan=plan, train=one)).total_nbytes
     length = est.setup.train.max_seq_length
+    least = "the weights as stored" if stored else "3-bit weights"
     reason = (
-        f"even with {'the weights as stored' if stored else '3-bit weights'}, checkpoints and one row of {length} tokens a step "
-        f"needs {size_text(floor)}, and {machine.label} has {size_text(machine.free_nbytes)}. Shorter rows or a smaller model."
+        f"even with {least}, checkpoints and one row of {length} tokens a step needs {size_text(floor)}, and {machine.label} "
+        f"has {size_text(machine.free_nbytes)}. Take shorter rows or a smaller model."
     )
     return Advice("a smaller model", reason, None)
 

@@ -63,6 +63,16 @@ def _legal(word: str, value: int | None, legal: tuple[int, ...], default: int, s
     return value
 
 
+def stock_config(mode: str, bits: int, group_size: int) -> QuantConfig:
+    """Return the config of what mlx-lm calls a mode (its nvfp4 has no scale of the tensor).
+
+    Raises:
+        ConfigError: no scheme reads that mode.
+    """
+    names = [s.name for s in registry.shelf("schemes").values() if s.stock_mode == mode]
+    return QuantConfig(mode if mode in names else next(iter(names), mode), bits, group_size)
+
+
 @dataclass(frozen=True)
 class QuantPlan:
     """Storage of every layer of a model.

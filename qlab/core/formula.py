@@ -109,7 +109,8 @@ class Sample:
 
     Attributes:
         pair: its graph at the two references.
-        fewer: for each kind of block, its graph with one block less of that kind, at the first reference; None if there are no more of them.
+        fewer: for each kind of block, its graph with one block less of that kind, at the first reference; None if the model
+            has no more of them.
         references: the sizes.
         blocks: of each kind.
         vocabulary: length of a row of logits.

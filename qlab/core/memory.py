@@ -153,9 +153,8 @@ class MemoryEstimate:
         legal = self._legal(name)
         need = self.again(self.setup.with_value(name, legal[0])).total_nbytes
         if need > place.free_nbytes:
-            raise ConfigError(
-                f"Not even {name}={legal[0]} fits: it needs {size_text(need)}, and {place.label} has {size_text(place.free_nbytes)}."
-            )
+            have = f"{place.label} has {size_text(place.free_nbytes)}"
+            raise ConfigError(f"Not even {name}={legal[0]} fits: it needs {size_text(need)}, and {have}.")
         low, high = 0, len(legal)
         while high - low > 1:
             middle = (low + high) // 2
@@ -221,9 +220,10 @@ class MemoryEstimate:
             for name, n in self.parts.items()
         )
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        name, label = html.escape(self.spec.name), html.escape(self.setup.label)
         return (
-            f"<p><b>{html.escape(self.spec.name)}</b> · {html.escape(self.setup.label)} · <b>{size_text(self.total_nbytes)}</b> "
-            f"({self.level}; {size_text(self.low_nbytes)} … {size_text(self.high_nbytes)}; peak in {self.moment})<br>"
+            f"<p><b>{name}</b> · {label} · <b>{size_text(self.total_nbytes)}</b> ({self.level}; "
+            f"{size_text(self.low_nbytes)} … {size_text(self.high_nbytes)}; peak in {self.moment})<br>"
             f"{html.escape(self.machine.label)}: {html.escape(str(self.verdict()))}</p><table>{rows}</table>"
             + (f"<ul>{notes}</ul>" if notes else "")
         )

@@ -5,8 +5,10 @@ Both are frozen, and ``eval(repr(x)) == x``. Spelled as mlx-lm spells them. Know
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import isfinite
 from typing import Any
 
 from qlab import registry
@@ -15,7 +17,7 @@ from qlab.core.optimizer import OptimizerKind
 from qlab.core.spec import LayerSpec, ModelSpec
 from qlab.errors import ConfigError, LayerNotFoundError, nearest
 
-_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_DTYPES = {"float32": 4, "bfloat16": 2}  # in float16 the optimizers' small constants round to 0
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class LoRAConfig:
         keys: layers to adapt, each a name such as ``q_proj``, the end of a path, or a pattern; None means every linear
             layer within the blocks.
         kind: a file on the shelf ``adapters``.
-        dtype: of the factors: ``float32``, ``bfloat16`` or ``float16``; products are made in the activations' dtype.
+        dtype: of the factors: ``float32`` or ``bfloat16``; products are made in the activations' dtype.
 
     Raises:
         ConfigError: a value is not legal.
@@ -53,13 +55,16 @@ class LoRAConfig:
             or self.num_layers < -1
         ):
             raise ConfigError(f"num_layers={self.num_layers!r} is not legal; it is a number of blocks, or -1 for all.")
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout={self.dropout!r} is not legal; it is a share in [0, 1).")
-        if isinstance(self.keys, str):
-            object.__setattr__(self, "keys", (self.keys,))
-        elif self.keys is not None:
-            object.__setattr__(self, "keys", tuple(self.keys))
-        if self.dtype not in _DTYPES:
+        _number("scale", self.scale, "a number other than 0", lambda x: x != 0)
+        _number("dropout", self.dropout, "a share in [0, 1)", lambda x: 0 <= x < 1)
+        keys = (self.keys,) if isinstance(self.keys, str) else self.keys
+        if keys is not None:
+            if not isinstance(keys, (list, tuple)) or not keys or not all(isinstance(key, str) for key in keys):
+                raise ConfigError(
+                    f"keys={self.keys!r} is not legal; it is a list of names or patterns of layers, or None for all."
+                )
+            object.__setattr__(self, "keys", tuple(keys))
+        if not isinstance(self.dtype, str) or self.dtype not in _DTYPES:
             raise ConfigError(
                 f"dtype={self.dtype!r} is not legal; choose one of {', '.join(_DTYPES)}.{nearest(self.dtype, _DTYPES)}"
             )
@@ -84,7 +89,7 @@ class LoRAConfig:
         """Return the layers of a model that get adapters, in model order.
 
         Raises:
-            ConfigError: more blocks than the model has, or a rank above a layer's smaller width.
+            ConfigError: more blocks than the model has, a rank above a layer's smaller width, or a key of no linear layer.
             LayerNotFoundError: a key matches no layer; names the nearest.
         """
         blocks = sorted({layer.block for layer in spec.layers if layer.block is not None})
@@ -93,7 +98,11 @@ class LoRAConfig:
         taken = set(blocks if self.num_layers < 0 else blocks[-self.num_layers :])
         found = tuple(x for x in spec.layers if self._wants(x) and (x.block is None or x.block in taken))
         for key in self.keys or ():
-            if not any(_matches(layer, key) for layer in spec.layers):
+            matched = [layer for layer in spec.layers if _matches(layer, key)]
+            if matched and not any(layer.kind == "linear" for layer in matched):
+                kind = {"embedding": "an embedding", "switch": "a stack of experts"}[matched[0].kind]
+                raise ConfigError(f"{matched[0].path!r} is {kind}; kind={self.kind!r} adapts linear layers.")
+            if not matched:
                 names = {layer.role.split(".")[-1] for layer in spec.layers} | {layer.role for layer in spec.layers}
                 raise LayerNotFoundError(f"No layer of {spec.name!r} matches the key {key!r}.{nearest(key, names)}")
         if not found:
@@ -111,8 +120,10 @@ class LoRAConfig:
         return sum(self.adapter.size(layer.shape, self.rank) for layer in self.targets(spec))
 
     def _wants(self, layer: LayerSpec) -> bool:
+        if layer.kind != "linear":
+            return False
         if self.keys is None:
-            return layer.kind == "linear" and layer.block is not None
+            return layer.block is not None
         return any(_matches(layer, key) for key in self.keys)
 
 
@@ -154,8 +165,7 @@ class TrainConfig:
         _whole("loss_chunk", self.loss_chunk, 0)
         if not isinstance(self.grad_checkpoint, bool):
             raise ConfigError(f"grad_checkpoint={self.grad_checkpoint!r} is not legal; it is True or False.")
-        if not isinstance(self.learning_rate, (int, float)) or not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate={self.learning_rate!r} is not legal; it is a number above 0.")
+        _number("learning_rate", self.learning_rate, "a number above 0", lambda x: x > 0)
         _ = self.kind
 
     @property
@@ -172,3 +182,8 @@ class TrainConfig:
 def _whole(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name}={value!r} is not legal; it is a whole number, {least} or more.")
+
+
+def _number(name: str, value: Any, what: str, legal: Callable[[float], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or not legal(value):
+        raise ConfigError(f"{name}={value!r} is not legal; it is {what}.")

@@ -28,7 +28,7 @@ from qlab.engine.device import backend, wants_float32
 from qlab.engine.export import chosen, quantize
 from qlab.engine.skeleton import describe
 from qlab.engine.stack import Stack
-from qlab.engine.step import Compute, Update, attach
+from qlab.engine.step import Compute, Sums, Update, attach
 from qlab.engine.surgery import put_module, twin
 from qlab.engine.trace import stored, trace
 from qlab.errors import ConfigError, UnsupportedError
@@ -239,13 +239,14 @@ def measured_peak(module: nn.Module, setup: Setup) -> int:
     parameters, state = update.step.parameters, update.state
     tokens = mx.random.randint(0, 100, (train.batch_size, train.max_seq_length))
     mask = mx.ones(tokens.shape, mx.int32)
-    sums = {path: mx.zeros_like(a) for path, a in parameters.items()} if train.grad_accumulation_steps > 1 else {}
-    given = [a for _, a in tree_flatten(made.parameters())] + [*state.values(), *sums.values(), tokens, mask]
+    zeros = {path: mx.zeros_like(a) for path, a in parameters.items()} if train.grad_accumulation_steps > 1 else {}
+    earlier = Sums(mx.array(0.0), zeros, mx.array(0.0)) if zeros else None
+    given = [a for _, a in tree_flatten(made.parameters())] + [*state.values(), *zeros.values(), tokens, mask]
     mx.eval(given)
     mx.clear_cache()
     own, before = sum(a.nbytes for a in given), mx.get_active_memory()
     mx.reset_peak_memory()
-    loss, new, kept = update(parameters, state, sums, tokens, mask)
+    loss, new, kept = update(parameters, state, earlier, tokens, mask, mx.random.key(0))
     mx.eval(loss, new, kept)
     return mx.get_peak_memory() - before + own
 

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from qlab import registry
-from qlab.core.config import QuantConfig
+from qlab.core.config import stock_config
 from qlab.core.spec import LayerSpec, ModelSpec
 from qlab.engine.linear import PackedEmbedding, PackedLinear, is_quantized
 from qlab.engine.surgery import cast
@@ -126,4 +126,4 @@ def _logical(leaf: nn.Module) -> tuple[tuple[int, ...], mx.Dtype]:
 def _stored(leaf: nn.Module) -> str | None:
     if isinstance(leaf, (PackedLinear, PackedEmbedding)):
         return leaf.config.label
-    return QuantConfig(leaf.mode, leaf.bits, leaf.group_size).label if is_quantized(leaf) else None
+    return stock_config(leaf.mode, leaf.bits, leaf.group_size).label if is_quantized(leaf) else None

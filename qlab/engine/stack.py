@@ -65,14 +65,17 @@ class Stack:
         calls: list[tuple[tuple, dict]] = []
 
         def take(x: Any, *args: Any, **kwargs: Any) -> Any:
-            if not isinstance(x, mx.array):
-                raise UnsupportedError(f"The blocks of this model take a {type(x).__name__}, not one hidden state.")
+            if not isinstance(x, mx.array) or x.ndim != 3:
+                raise UnsupportedError("The blocks of this model do not pass one hidden state (batch, length, width) on.")
             first.append(x)
             calls.append((args, kwargs))
             return x
 
         with self._standing([take] * len(self.blocks)) as module:
-            module(tokens)
+            try:
+                module(tokens)
+            except (ValueError, TypeError, AttributeError, IndexError) as error:  # it wants more of a block than a hidden state
+                raise UnsupportedError(f"The model cannot be taken apart into its blocks: {error}") from error
         if len(calls) != len(self.blocks):
             raise UnsupportedError(f"The model calls {len(calls)} of its {len(self.blocks)} blocks.")
         return first[0], calls

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +22,25 @@ from qlab.engine.surgery import map_layers, module_at
 
 Arrays = dict[str, mx.array]
 _PLAIN_CLASSES = ("linear", "embedding")
+
+
+class Sums(NamedTuple):
+    """What one batch, or several, add up to.
+
+    Attributes:
+        loss: in nats over the targets, float32.
+        grads: of that loss by path.
+        count: number of targets, float32.
+    """
+
+    loss: mx.array
+    grads: Arrays
+    count: mx.array
+
+    def plus(self, other: Sums) -> Sums:
+        """Add another batch."""
+        grads = {path: grad + other.grads[path] for path, grad in self.grads.items()}
+        return Sums(self.loss + other.loss, grads, self.count + other.count)
 
 
 @dataclass(frozen=True)
@@ -85,31 +104,29 @@ class Step:
         within = f"{self.stack.path}." if self.stack else ""
         self._heads = [x for path, x in module.named_modules() if isinstance(x, Frozen) and not path.startswith(within)]
         self._keys = [path for path, _ in tree_flatten(module.parameters()) if path.endswith("dropout_key")]
+        self._drops: Arrays = {}  # the key of each layer, for the batch at hand
 
-    def __call__(
-        self, parameters: Arrays, tokens: mx.array, mask: mx.array, key: mx.array | None = None
-    ) -> tuple[mx.array, Arrays, mx.array]:
+    def __call__(self, parameters: Arrays, tokens: mx.array, mask: mx.array, key: mx.array | None = None) -> Sums:
         """Compute lazily.
 
         Args:
             parameters: trainable arrays by path.
             tokens: ``(batch, length)`` integers.
             mask: ``(batch, length)``, 1 where a token is a target; the first of a row never is.
-            key: of the random generator, for dropout; the same key drops the same inputs.
-
-        Returns:
-            Sum of the loss in nats over the targets (float32), gradients of that sum by path, number of targets (float32).
+            key: of the random generator, for dropout; the same key drops the same inputs. Needed if there is dropout.
         """
         if self._keys:
-            keys = mx.random.split(mx.random.key(0) if key is None else key, len(self._keys))
-            self._set(dict(zip(self._keys, keys, strict=True)))
+            if key is None:
+                raise ValueError("Dropout needs a key, a new one for every batch.")
+            self._drops = dict(zip(self._keys, mx.random.split(key, len(self._keys)), strict=True))
+            self._set(self._drops)
         inputs, targets, weights = tokens[:, :-1], tokens[:, 1:], mask[:, 1:].astype(mx.float32)
         if self.config.grad_checkpoint:
             loss, grads = self._checkpointed(parameters, inputs, targets, weights)
         else:
             loss, grads = self._whole(parameters, inputs, targets, weights)
         self._set(parameters)
-        return loss, grads, weights.sum()
+        return Sums(loss, grads, weights.sum())
 
     def _whole(self, parameters: Arrays, inputs: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, Arrays]:
         if not self.config.loss_chunk:
@@ -165,10 +182,14 @@ class Step:
             return self.stack.after(h)
 
         total, found, sums = mx.array(0.0), [], [mx.zeros_like(a) for a in outside.values()]
+        starts = range(0, rows.shape[1], chunk)
+        # each chunk drops inputs of its own
+        drops = {path: mx.random.split(key, len(starts)) for path, key in self._outside(self._drops).items()}
         with ExitStack() as stack:
             for head in self._heads:
                 stack.enter_context(head.once(hidden))
-            for start in range(0, rows.shape[1], chunk):
+            for n, start in enumerate(starts):
+                self._set({path: keys[n] for path, keys in drops.items()})
                 label, part = labels[:, start : start + chunk], share[:, start : start + chunk]
                 (piece,) = mx.depends([rows[:, start : start + chunk]], [total, *found[-1:]])  # one chunk after the other
                 given = [piece, *outside.values()]
@@ -255,21 +276,32 @@ class Update:
         self.optimizer = config.kind.make(config.learning_rate)
         self.optimizer.init(tree_unflatten(list(self.step.parameters.items())))
 
-    def __call__(self, parameters: Arrays, state: Arrays, sums: Arrays, tokens: mx.array, mask: mx.array) -> Any:
+    def __call__(
+        self,
+        parameters: Arrays,
+        state: Arrays,
+        earlier: Sums | None,
+        tokens: mx.array,
+        mask: mx.array,
+        key: mx.array | None = None,
+    ) -> tuple[mx.array, Arrays, Arrays]:
         """Compute lazily the last batch of a step and what follows from it.
 
         Args:
             parameters: trainable arrays by path.
             state: the optimizer's arrays by path.
-            sums: gradients summed over the earlier batches by path (empty if there were none).
+            earlier: sums over the step's earlier batches; None if there were none.
             tokens: ``(batch, length)``.
             mask: ``(batch, length)``.
+            key: for dropout.
 
         Returns:
-            Loss per token, new parameters, new state.
+            Loss per target, new parameters, new state. Without any target loss and gradients are 0.
         """
-        loss, grads, count = self.step(parameters, tokens, mask)
-        mean = {path: (grad + sums[path] if path in sums else grad) / count.astype(grad.dtype) for path, grad in grads.items()}
+        sums = self.step(parameters, tokens, mask, key)
+        loss, grads, count = sums if earlier is None else sums.plus(earlier)
+        count = mx.maximum(count, 1)
+        mean = {path: grad / count.astype(grad.dtype) for path, grad in grads.items()}
         self.optimizer.state = tree_unflatten(list(state.items()))
         pairs = self.optimizer.apply_gradients(tree_unflatten(list(mean.items())), tree_unflatten(list(parameters.items())))
         return loss / count, dict(tree_flatten(pairs)), dict(tree_flatten(self.optimizer.state))

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from qlab.core.config import QuantConfig
+from qlab.core.config import QuantConfig, stock_config
 from qlab.engine.load import ASSETS
 from qlab.engine.skeleton import describe, skeleton
 from qlab.engine.trace import stored
@@ -123,9 +123,10 @@ def _configs(module: nn.Module, config: dict[str, Any]) -> dict[str, QuantConfig
     found: dict[str, QuantConfig] = {}
     own = (config.get("qlab") or {}).get("layers", {})
     for layer in describe(module, "").layers:
-        entry = own.get(layer.path) or block.get(layer.path, block if block else None)
+        entry = own.get(layer.path) or block.get(layer.path, block)
         if isinstance(entry, dict) and "bits" in entry:
-            wanted = QuantConfig(entry.get("mode", "affine"), entry["bits"], entry["group_size"])
+            make = QuantConfig if layer.path in own else stock_config
+            wanted = make(entry.get("mode", "affine"), entry["bits"], entry["group_size"])
             if layer.refusal(wanted) is None:
                 found[layer.path] = wanted
     return found

@@ -51,6 +51,7 @@ def _copy(node: Any, seen: dict[int, Any]) -> Any:
     if isinstance(node, nn.Module):
         if id(node) not in seen:  # a module that stands in two places stays one module
             seen[id(node)] = made = copy.copy(node)
+            made._no_grad = set(node._no_grad)  # or freezing the copy would freeze the original
             for key, value in node.items():
                 dict.__setitem__(made, key, _copy(value, seen))
         return seen[id(node)]
@@ -69,4 +70,7 @@ def cast(root: nn.Module, dtype: mx.Dtype) -> nn.Module:
 
 def map_layers(root: nn.Module, paths: list[str], make: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
     """Return a twin in which each named module is replaced by ``make(path, module)``."""
-    return twin(root, {path: make(path, module_at(root, path)) for path in paths})
+    made = twin(root)
+    for path in paths:
+        put_module(made, path, make(path, module_at(made, path)))
+    return made

@@ -18,7 +18,7 @@ from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine.device import backend
 from qlab.engine.export import stored_layer
 from qlab.engine.linear import PackedEmbedding, PackedLinear, weight_of
-from qlab.engine.step import Compute, Update, attach
+from qlab.engine.step import Compute, Sums, Update, attach
 from qlab.engine.surgery import map_layers
 
 _UNREADABLE = {"nvfp4", "nvfp4_plain", "mxfp8"}  # the CPU's dequantization has a primitive that cannot be exported (FromFP8)
@@ -60,7 +60,8 @@ class _ReadableLinear(PackedLinear):
 
 class _ReadableEmbedding(PackedEmbedding):
     def __call__(self, tokens: mx.array) -> mx.array:
-        return _numbers(self.config.scheme.take(self.packed, tokens), self.config, self._dtype)
+        dtype = mx.bfloat16 if self.config.scheme.stock_mode else self._dtype  # MLX's own layer gives bfloat16
+        return _numbers(self.config.scheme.take(self.packed, tokens), self.config, dtype)
 
     dense = _ReadableLinear.dense
 
@@ -100,19 +101,22 @@ def trace(module: nn.Module, spec: ModelSpec, lora: LoRAConfig, train: TrainConf
         ("gradients", update.step.parameters if train.grad_accumulation_steps > 1 else {}),
     ]  # fmt: skip
     batch = mx.zeros((train.batch_size, train.max_seq_length), mx.int32)
+    rest = [batch, batch, mx.array(0.0), mx.array(0.0), mx.random.key(0)]
     flat = [array for _, group in groups for array in group.values()]
 
     def run(*arrays: mx.array) -> list[mx.array]:
         given = iter(arrays)
         weights, parameters, state, sums = ({path: next(given) for path in group} for _, group in groups)
+        tokens, mask, loss, count, key = given
         made.update(tree_unflatten(list(weights.items())))
-        loss, new, kept = update(parameters, state, sums, next(given), next(given))
+        earlier = Sums(loss, sums, count) if sums else None
+        loss, new, kept = update(parameters, state, earlier, tokens, mask, key)
         return [loss, *new.values(), *kept.values()]
 
-    roles = [role for role, group in groups for _ in group] + ["batch", "batch"]
+    roles = [role for role, group in groups for _ in group] + ["batch"] * len(rest)
     reader = _Reader(roles)
     try:
-        mx.export_function(reader, run, *flat, batch, batch)
+        mx.export_function(reader, run, *flat, *rest)
     finally:
         made.update(tree_unflatten(list(frozen.items())))
     return unmerged(reader.graph, not train.grad_checkpoint)

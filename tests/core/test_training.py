@@ -1,0 +1,153 @@
+"""What may be asked of an adapter and of a training run, and which layers it means."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlab import registry
+from qlab.core.spec import LayerSpec, ModelSpec
+from qlab.core.training import LoRAConfig, TrainConfig
+from qlab.errors import ConfigError, LayerNotFoundError
+
+BLOCKS, WIDTH, SLIM = 4, 64, 16
+SHAPES = {"self_attn.q_proj": (WIDTH, WIDTH), "self_attn.v_proj": (SLIM, WIDTH), "mlp.up_proj": (128, WIDTH)}
+SPEC = ModelSpec(
+    "toy",
+    (
+        LayerSpec("model.embed_tokens", "embedding", (97, WIDTH)),
+        *(LayerSpec(f"model.layers.{i}.{role}", "linear", shape) for i in range(BLOCKS) for role, shape in SHAPES.items()),
+        LayerSpec("lm_head", "linear", (97, WIDTH)),
+    ),
+)
+
+
+def paths(**settings) -> list[str]:
+    return [layer.path for layer in LoRAConfig(**{"rank": 4, **settings}).targets(SPEC)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoRAConfig(), LoRAConfig(16, 0.5, 0.1, 2, ("q_proj", "v_proj"), "lora", "bfloat16"), LoRAConfig(keys=["q_proj"]),
+        LoRAConfig(keys="mlp.*"), TrainConfig(), TrainConfig(1, 2, 3, 4e-5, "lion", True, 6, 0),
+        *(TrainConfig(optimizer=name) for name in registry.shelf("optimizers")),
+        *(LoRAConfig(kind=name) for name in registry.shelf("adapters")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_repr_pastes_back(config):
+    pasted = eval(repr(config))
+    assert pasted == config and hash(pasted) == hash(config)
+    assert repr(pasted) == repr(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value", "legal"),
+    [
+        *((LoRAConfig, "rank", value, "a whole number, 1 or more") for value in (0, -8, 8.0, "8", True, None)),
+        *((LoRAConfig, "num_layers", value, "a number of blocks, or -1 for all") for value in (0, -2, 1.5, "4", True, None)),
+        *((LoRAConfig, "dropout", value, r"a share in \[0, 1\)") for value in (1, 1.5, -0.1, "0.1", None, False, float("nan"))),
+        (LoRAConfig, "dtype", "float8", "choose one of float32, bfloat16.*Did you mean 'float"),
+        (LoRAConfig, "dtype", "bf16", "choose one of float32, bfloat16"),
+        *((LoRAConfig, "dtype", value, "choose one of") for value in ("float16", 16, None)),
+        *((LoRAConfig, "scale", value, "a number other than 0") for value in (0, "2", True, float("nan"), float("inf"))),
+        *((LoRAConfig, "keys", value, "a list of names or patterns") for value in (5, (), (1,))),
+        *((TrainConfig, name, value, "a whole number, 1 or more")
+          for name in ("iters", "batch_size", "grad_accumulation_steps") for value in (0, -1, 2.0, "2", True, None)),
+        *((TrainConfig, "max_seq_length", value, "a whole number, 2 or more") for value in (1, 0, 512.0, True)),
+        *((TrainConfig, "loss_chunk", value, "a whole number, 0 or more") for value in (-1, 7.0, False, None)),
+        *((TrainConfig, "grad_checkpoint", value, "True or False") for value in (1, 0, "yes", None)),
+        *((TrainConfig, "learning_rate", value, "a number above 0") for value in (0, -1e-4, "1e-4", None, True, float("inf"), float("nan"))),
+    ],
+)  # fmt: skip
+def test_an_illegal_value_is_refused_by_name_with_what_is_legal(config, name, value, legal):
+    with pytest.raises(ConfigError, match=rf"^{name}={value!r} is not legal; .*{legal}"):
+        config(**{name: value})
+
+
+def test_a_name_that_stands_on_no_shelf_is_refused_with_the_nearest():
+    kinds, optimizers = ", ".join(registry.shelf("adapters")), ", ".join(registry.shelf("optimizers"))
+    with pytest.raises(ConfigError, match=f"kind of adapter 'lorra'; choose one of {kinds}. Did you mean 'lora'"):
+        LoRAConfig(kind="lorra")
+    with pytest.raises(ConfigError, match=f"optimizer 'adamv'; choose one of {optimizers}. Did you mean 'adamw'"):
+        TrainConfig(optimizer="adamv")
+
+
+def test_without_keys_every_linear_layer_of_the_blocks_is_meant_in_model_order():
+    assert paths() == [f"model.layers.{i}.{role}" for i in range(BLOCKS) for role in SHAPES]
+
+
+@pytest.mark.parametrize("count", [1, 2, BLOCKS])
+def test_num_layers_counts_from_the_last_block(count):
+    blocks = range(BLOCKS - count, BLOCKS)
+    assert paths(num_layers=count) == [f"model.layers.{i}.{role}" for i in blocks for role in SHAPES]
+    assert paths(num_layers=count, keys="q_proj") == [f"model.layers.{i}.self_attn.q_proj" for i in blocks]
+
+
+def test_more_blocks_than_the_model_has_are_refused_with_their_number():
+    with pytest.raises(ConfigError, match=f"num_layers=5, but 'toy' has {BLOCKS} blocks; use -1 for all"):
+        LoRAConfig(num_layers=BLOCKS + 1).targets(SPEC)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("v_proj", [f"model.layers.{i}.self_attn.v_proj" for i in range(BLOCKS)]),
+        ("mlp.up_proj", [f"model.layers.{i}.mlp.up_proj" for i in range(BLOCKS)]),
+        ("model.layers.2.self_attn.q_proj", ["model.layers.2.self_attn.q_proj"]),
+        ("model.layers.1.*", [f"model.layers.1.{role}" for role in SHAPES]),
+        ("*.[qv]_proj", [f"model.layers.{i}.self_attn.{x}_proj" for i in range(BLOCKS) for x in "qv"]),
+        (["lm_head", "*.3.mlp.up_proj"], ["model.layers.3.mlp.up_proj", "lm_head"]),
+    ],
+    ids=str,
+)
+def test_a_key_is_a_name_the_end_of_a_path_or_a_pattern(keys, expected):
+    assert paths(keys=keys) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [("q_prj", "q_proj"), ("up_projection", "up_proj"), ("mlp.up_prog", r"mlp\.up_proj"), ("lm_haed", "lm_head")],
+)
+def test_a_key_that_matches_nothing_gets_the_nearest(key, hint):
+    with pytest.raises(LayerNotFoundError, match=f"No layer of 'toy' matches the key '{key}'. Did you mean '{hint}'"):
+        LoRAConfig(rank=4, keys=("v_proj", key)).targets(SPEC)
+
+
+def test_a_key_must_match_a_whole_name():
+    with pytest.raises(LayerNotFoundError, match="'proj'"):
+        LoRAConfig(keys="proj").targets(SPEC)
+
+
+def test_keys_that_leave_no_layer_are_refused():
+    with pytest.raises(ConfigError, match=r"gets an adapter: keys=\('model.layers.0.mlp.up_proj',\), num_layers=1"):
+        LoRAConfig(num_layers=1, keys="model.layers.0.mlp.up_proj").targets(SPEC)
+    with pytest.raises(ConfigError, match=r"gets an adapter: keys=\(\)"):
+        LoRAConfig(keys=[]).targets(SPEC)
+
+
+def test_a_rank_above_the_width_names_the_layer_and_the_largest():
+    assert len(LoRAConfig(rank=SLIM).targets(SPEC)) == BLOCKS * len(SHAPES)
+    with pytest.raises(ConfigError, match=r"rank=17 .*'model\.layers\.0\.self_attn\.v_proj' \(16 × 64\); the largest is 16"):
+        LoRAConfig(rank=SLIM + 1).targets(SPEC)
+    assert len(LoRAConfig(rank=WIDTH, keys=("q_proj", "up_proj")).targets(SPEC)) == 2 * BLOCKS
+
+
+def test_the_number_of_trainable_numbers_is_that_of_both_factors():
+    assert LoRAConfig(rank=4).size(SPEC) == BLOCKS * 4 * sum(out + width for out, width in SHAPES.values())
+    assert LoRAConfig(rank=4, keys="lm_head").size(SPEC) == 4 * (97 + WIDTH)
+
+
+def test_derived_numbers():
+    assert LoRAConfig(rank=16, scale=0.5).alpha == 8
+    assert [LoRAConfig(dtype=dtype).itemsize for dtype in ("float32", "bfloat16", "float16")] == [4, 2, 2]
+    assert TrainConfig(batch_size=3, max_seq_length=100).tokens == 300
+
+
+@pytest.mark.parametrize("key", ["embed_tokens", "*.embed_tokens"])
+def test_a_key_of_no_linear_layer_is_refused(key):
+    spec = ModelSpec(
+        "x", (LayerSpec("model.embed_tokens", "embedding", (97, 64)), LayerSpec("model.layers.0.a", "linear", (64, 64)))
+    )
+    with pytest.raises(ConfigError, match=r"'model.embed_tokens' is an embedding; kind='lora' adapts linear layers"):
+        LoRAConfig(keys=(key,)).targets(spec)

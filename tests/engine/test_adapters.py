@@ -1,0 +1,170 @@
+"""What every kind of adapter on the shelf must do: a new file is tested by standing there."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from qlab import registry
+from qlab.core.config import QuantConfig
+from qlab.core.training import LoRAConfig
+from qlab.engine.export import quantized_layer
+from qlab.engine.linear import Frozen
+from qlab.engine.step import Compute, attach
+from qlab.engine.surgery import module_at
+from tests.tiny import on_mlx, tiny
+
+KINDS = list(registry.shelf("adapters"))
+OUT, WIDTH = 48, 64
+STORAGES = [None, QuantConfig("affine"), QuantConfig("mxfp4"), QuantConfig("nf4")]
+
+
+def label(value) -> str:
+    return value.mode if isinstance(value, QuantConfig) else str(value)
+
+
+def base(storage: QuantConfig | None = None, bias: bool = True, dequantize: bool = True) -> Frozen:
+    mx.random.seed(3)
+    layer = nn.Linear(WIDTH, OUT, bias=bias)
+    if storage:
+        layer = quantized_layer(layer, "x", storage, "rtn", None)
+    return Frozen(layer, None, dequantize)
+
+
+def made(kind: str, on: Frozen | None = None, **settings) -> nn.Module:
+    config = LoRAConfig(kind=kind, **{"rank": 4, **settings})
+    return config.adapter.make(on or base(), (OUT, WIDTH), config)
+
+
+def stir(adapter: nn.Module, kind: str) -> None:
+    """Give every trainable array random values, so that the adapter has an effect."""
+    for number, (name, shape) in enumerate(registry.get("adapters", kind).shapes((OUT, WIDTH), 4).items()):
+        adapter[name] = mx.random.normal(shape, key=mx.random.key(number)) * 0.3
+
+
+def inputs(dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.random.normal((2, 9, WIDTH), key=mx.random.key(8)).astype(dtype)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 48])
+@pytest.mark.parametrize("kind", KINDS)
+@on_mlx
+def test_declared_shapes_are_those_of_the_trainable_parameters(kind, rank):
+    found = dict(tree_flatten(made(kind, rank=rank).trainable_parameters()))
+    declared = registry.get("adapters", kind).shapes((OUT, WIDTH), rank)
+    assert {name: array.shape for name, array in found.items()} == declared
+    assert registry.get("adapters", kind).size((OUT, WIDTH), rank) == sum(array.size for array in found.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+@on_mlx
+def test_trainable_parameters_have_the_dtype_asked_for(kind, dtype):
+    found = dict(tree_flatten(made(kind, dtype=dtype).trainable_parameters()))
+    assert {array.dtype for array in found.values()} == {getattr(mx, dtype)}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("kind", KINDS)
+@on_mlx
+def test_on_a_model_exactly_what_was_declared_is_trainable(kind, dropout):
+    module, spec = tiny()
+    lora = LoRAConfig(rank=4, kind=kind, dropout=dropout, num_layers=2, keys=("q_proj", "down_proj", "lm_head"))
+    twin = attach(module, spec, lora, Compute(None, True), False)
+    found = {path: array.shape for path, array in tree_flatten(twin.trainable_parameters())}
+    declared = {
+        f"{layer.path}.{name}": shape
+        for layer in lora.targets(spec)
+        for name, shape in lora.adapter.shapes(layer.shape, 4).items()
+    }
+    assert found == declared and len(lora.targets(spec)) == 5
+    assert lora.size(spec) == sum(array.size for _, array in tree_flatten(twin.trainable_parameters()))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("storage", STORAGES, ids=label)
+@pytest.mark.parametrize("kind", KINDS)
+@on_mlx
+def test_it_has_no_effect_at_first_and_one_later(kind, storage, bias):
+    layer = base(storage, bias)
+    adapter, x = made(kind, layer), inputs()
+    expected = layer(x)
+    assert mx.array_equal(adapter(x), expected)
+    stir(adapter, kind)
+    assert mx.abs(adapter(x) - expected).max().item() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@on_mlx
+def test_a_model_with_fresh_adapters_gives_the_models_own_logits(kind):
+    module, spec = tiny()
+    tokens = mx.arange(20).reshape(2, 10)
+    lora = LoRAConfig(rank=4, kind=kind, dropout=0.3)
+    assert mx.array_equal(attach(module, spec, lora, Compute(None, False), False)(tokens), module(tokens))
+
+
+@pytest.mark.parametrize("factors", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@on_mlx
+def test_activations_keep_their_dtype_whatever_the_factors_have(kind, dtype, factors):
+    layer = base(QuantConfig("nf4"), bias=False)
+    for dropout in (0.0, 0.5):
+        assert made(kind, layer, dtype=factors, dropout=dropout)(inputs(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@on_mlx
+def test_dropout_changes_the_output_in_training_mode_only(kind):
+    adapter, plain, x = made(kind, dropout=0.5), made(kind), inputs()
+    stir(adapter, kind)
+    stir(plain, kind)
+    adapter.train()
+    assert mx.abs(adapter(x) - plain(x)).max().item() > 0.1
+    adapter.eval()
+    assert mx.array_equal(adapter(x), plain(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@on_mlx
+def test_the_same_key_drops_the_same_inputs_and_another_key_others(kind):
+    adapter, x = made(kind, dropout=0.5), inputs()
+    stir(adapter, kind)
+
+    def run(key: int) -> mx.array:
+        adapter.dropout_key = mx.random.key(key)
+        return adapter(x)
+
+    assert mx.array_equal(run(1), run(1))
+    assert mx.abs(run(1) - run(2)).max().item() > 0.1
+
+
+@on_mlx
+def test_dropout_keeps_the_mean_and_drops_the_share_asked_for():
+    share = 0.3
+    adapter, x = made("lora", base(bias=False), rank=1, scale=1.0, dropout=share), mx.ones((4000, WIDTH))
+    adapter.lora_a, adapter.lora_b = mx.ones((WIDTH, 1)), mx.ones((1, OUT))
+    kept = (adapter(x) - adapter.base(x))[:, 0] * (1 - share)  # inputs that were kept, of each row
+    assert kept.mean().item() == pytest.approx(WIDTH * (1 - share), rel=0.01)
+    assert mx.var(kept).item() == pytest.approx(WIDTH * share * (1 - share), rel=0.1)
+    assert mx.abs(kept - mx.round(kept)).max().item() < 1e-3
+
+
+@on_mlx
+def test_lora_adds_its_scale_times_the_product_of_its_factors():
+    layer, x = base(), inputs()
+    adapter = made("lora", layer, scale=2.5)
+    stir(adapter, "lora")
+    weight = layer.layer.weight + 2.5 * (adapter.lora_a @ adapter.lora_b).T
+    assert mx.allclose(adapter(x), x @ weight.T + layer.layer.bias, rtol=1e-5, atol=1e-5)
+
+
+@on_mlx
+def test_every_layer_draws_its_own_first_factor_within_the_bound():
+    module, spec = tiny()
+    twin = attach(module, spec, LoRAConfig(rank=4, keys="q_proj"), Compute(None, True), False)
+    drawn = [module_at(twin, f"model.layers.{i}.self_attn.q_proj").lora_a for i in range(3)]
+    assert not mx.array_equal(drawn[0], drawn[1]) and not mx.array_equal(drawn[1], drawn[2])
+    assert all(0.9 / 8 < mx.abs(a).max().item() <= 1 / 8 for a in drawn)  # 1 / √64
