@@ -7,9 +7,10 @@ what each further block adds is the difference between a step of three blocks an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, product
 from math import ceil, prod
 
 import numpy as np
@@ -27,6 +28,7 @@ _SIZES = ((3, 113, 5), (5, 239, 7))  # batch, tokens, rank of the two traces: th
 _DRAIN = 110  # operations after which what the loss left behind has landed
 _DEGREE = 4
 _SHIFTS = 3
+_GRID = ((1, 4, 32), (17, 65, 257, 1025, 8193), (2, 16, 256), (64, 512))  # sizes at which a moment must win to be kept
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Formula:
             values: what ``sizes`` returns.
             blocks: of each kind, from the first that gets an adapter to the last.
         """
-        terms = np.array([prod(v**e for v, e in zip(values, row, strict=True)) for row in self.products], float)
+        terms = _terms(values, self.products)
         best: tuple[float, str, np.ndarray] = (-1.0, "", np.zeros(len(PARTS)))
         for i, (name, rows) in enumerate(zip(PHASES, self.phases, strict=True)):
             more = sum((b - a) * (kind[i] @ terms) for a, b, kind in zip(self.blocks, blocks, self.slopes, strict=True))
@@ -138,8 +140,8 @@ def formula(sample: Sample, runahead: Runahead) -> Formula:
     products = _products()
     shapes = _match(sample, products)
     used = sorted({0, *shapes.values()})
-    values = [prod(v**e for v, e in zip(sample.references[0].sizes, products[p], strict=True)) for p in used]
-    units = {shape: (used.index(p), float(values[used.index(p)])) for shape, p in shapes.items()}
+    values = _terms(sample.references[0].sizes, [products[p] for p in used])
+    units = {shape: (used.index(p), values[used.index(p)]) for shape, p in shapes.items()}
 
     def moments(graph: Graph, shift: int = 0) -> tuple[np.ndarray, int, int]:
         label = labels(graph, sample.vocabulary, sample.trained)
@@ -151,14 +153,16 @@ def formula(sample: Sample, runahead: Runahead) -> Formula:
         return table, logits[0], logits[-1]
 
     table, first, last = moments(sample.pair[0])
-    typical = np.array([prod(v**e for v, e in zip(sizes(4, 513, 16, 512), products[p], strict=True)) for p in used], float)
+    typical = _terms(sizes(4, 513, 16, 512), [products[p] for p in used])
     drained = min(last + _DRAIN, len(table) - 2)
     done = _settled(table)
     half = (drained + done) // 2
     cuts = ((0, first), (first, drained), (drained, half), (half, done), (done, len(table)))
     # where a block meets the device's rhythm varies from block to block: a few shifts stand for them all
     tables = [table, *(moments(sample.pair[0], runahead.per_task * k // _SHIFTS)[0] for k in range(1, _SHIFTS))]
-    phases = tuple(_pareto(np.concatenate([t[a:b] for t in tables])) for a, b in cuts)
+    points = [sizes(*point) for point in product(*_GRID)]
+    grid = np.array([_terms(point, [products[p] for p in used]) for point in points]).T
+    phases = tuple(_winners(np.concatenate([t[a:b] for t in tables]), grid) for a, b in cuts)
     slopes = []
     for graph in sample.fewer:
         if graph is None:
@@ -173,6 +177,11 @@ def formula(sample: Sample, runahead: Runahead) -> Formula:
         share = (back @ typical).sum() / max((kept @ typical).sum(), 1)
         slopes.append((kept, kept, back if 0.85 < share < 1 else kept, late, end))
     return Formula(tuple(products[p] for p in used), phases, tuple(slopes), sample.blocks)
+
+
+def _terms(values: tuple[int, ...], products: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """Value of every product of quantities, float64."""
+    return np.array([prod(v**e for v, e in zip(values, row, strict=True)) for row in products], float)
 
 
 def _needed(use: np.ndarray) -> np.ndarray:
@@ -220,13 +229,6 @@ def _match(sample: Sample, products: list[tuple[int, ...]]) -> dict[tuple[int, .
     return found
 
 
-def _pareto(rows: np.ndarray) -> np.ndarray:
-    """Keep the moments that no other moment exceeds in every product."""
-    totals = np.round(rows.sum(1), 6)
-    _, unique = np.unique(totals, axis=0, return_index=True)
-    unique = unique[np.argsort(-totals[unique].sum(1), kind="stable")]
-    kept: list[int] = []
-    for i in unique:
-        if not any((totals[k] >= totals[i]).all() for k in kept):
-            kept.append(i)
-    return rows[kept]
+def _winners(rows: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """Keep the moments that are the highest anywhere on a grid of sizes, ``(products, points)``."""
+    return rows[np.unique((rows.sum(1) @ grid).argmax(0))]

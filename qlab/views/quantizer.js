@@ -1,13 +1,8 @@
 // The quantizer panel. All slider positions are in the browser, so a slider never waits for the kernel.
-const NS = "http://www.w3.org/2000/svg";
 const [REL, SE, MAX, KL] = [0, 1, 2, 3];
 const NAMES = { kl_nats: ["predicted ΔKL", "nats/token"], relative_error: ["weight error", "‖W−Ŵ‖/‖W‖"] };
 
 // ---- pure functions
-export const snap = (legal, value) => legal.reduce((a, b) => (Math.abs(b - value) < Math.abs(a - value) ? b : a));
-export const gb = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} MB` : `${(n / 1e3).toFixed(0)} kB`);
-export const num = (x) => (!Number.isFinite(x) ? "–" : x === 0 ? "0" : x >= 0.001 && x < 1000 ? String(+x.toPrecision(3)) : x.toExponential(1).replace(".0", ""));
-
 /** Row that stores a layer, or -1 where it stays as it is (by choice, or because the row cannot hold it). */
 export function rowOf(data, plan, layer) {
   const row = layer in plan.overrides ? plan.overrides[layer] : plan.row;
@@ -63,64 +58,17 @@ export function read(model) {
     flags: view("flags", Uint8Array), kurtosis: view("kurtosis", Float32Array) };
 }
 
-// ---- small DOM helpers
-function h(tag, props = {}, ...children) {
-  const e = document.createElement(tag);
-  for (const [k, v] of Object.entries(props)) k in e && k !== "list" ? (e[k] = v) : e.setAttribute(k, v);
-  if (/^(button|input|select|summary)$/.test(tag)) e.setAttribute("data-lm-suppress-shortcuts", "true");
-  e.append(...children);
-  return e;
-}
-function s(tag, attrs = {}) {
-  const e = document.createElementNS(NS, tag);
-  for (const [k, v] of Object.entries(attrs)) e.setAttribute(k, v);
-  return e;
-}
-/** Replaces children only if they differ and keeps the keyboard's place: a job repaints ten times a second. */
-function swap(node, key, ...children) {
-  const next = h("div", {}, ...children), now = key + next.innerHTML, stops = "button,input,summary";
-  if (node.was === now) return;
-  const at = [...node.querySelectorAll(stops)].indexOf(node.getRootNode().activeElement);
-  node.was = now; node.replaceChildren(...next.childNodes); node.querySelectorAll(stops)[at]?.focus();
-}
-const label = (text, control) => h("label", { className: "qlab-field" }, h("span", {}, text), control);
-
-/** A slider over a few legal values, with the values written under it. */
-function stepper(name, onPick) {
-  const input = h("input", { type: "range", min: 0, step: 1 }), ticks = h("div", { className: "qlab-ticks" });
-  input.setAttribute("aria-label", name);
-  input.classList.add(`qlab-${name.replace(/\W/g, "-")}`);
-  let legal = [];
-  input.addEventListener("input", () => { mark(); onPick(legal[+input.value]); });
-  const mark = () => { [...ticks.children].forEach((t, i) => t.classList.toggle("on", i === +input.value)); input.setAttribute("aria-valuetext", `${legal[+input.value]}`); };
-  return { el: h("div", { className: "qlab-step" }, input, ticks), set(values, now) {
-    if (String(values) !== String(legal)) {
-      legal = values; input.max = values.length - 1; input.disabled = values.length < 2;
-      ticks.replaceChildren(...values.map((v) => { const t = h("span", {}, String(v)); t.onclick = () => { if (!input.disabled) { input.value = legal.indexOf(v); mark(); onPick(v); } }; return t; }));
-      ticks.classList.toggle("one", values.length < 2);
-    }
-    if (+input.value !== legal.indexOf(now)) input.value = legal.indexOf(now);
-    mark();
-  } };
-}
-
 // ---- the panel
 async function render({ model, el, host }) {
-  let data = read(model), plan = { row: 0, overrides: {} }, measure = "relative_error", focus = -1, hover = -1, fixed = true, seq = 0, timer = 0, raf = 0, late = 0, pending = null;
+  let data = read(model), plan = { row: 0, overrides: {} }, measure = "relative_error", focus = -1, hover = -1, fixed = true, raf = 0;
   const controls = host && model.get("controls") ? await host.getModel(model.get("controls")) : null;
   const rowAt = (mode, bits, group) => data.configs.findIndex(([m, b, g]) => m === mode && b === bits && g === group);
   const modeOf = (name) => data.modes.find((m) => m[0] === name);
 
-  // intents: newest slider position at most every 100 ms, the last one always
-  function send(intent) {
-    if (!controls) return;
-    controls.set("intent", { ...intent, seq: (seq = Date.now()) }); controls.save_changes();
-    clearTimeout(late); late = setTimeout(() => { if (!document.hidden) root.classList.add("qlab-stale"); }, 4000);
-  }
-  const flush = () => { timer = 0; if (pending) send(pending); pending = null; };
+  const { send, slide: throttled, heard: answered, stop } = line(controls, (on) => root.classList.toggle("qlab-stale", on));
   function slide() {
     const [mode, bits, group_size] = data.configs[plan.row];
-    pending = { op: "set", mode, bits, group_size }; timer ||= setTimeout(flush, 100);
+    throttled({ op: "set", mode, bits, group_size });
   }
   function pick(mode, bits, group) {
     const m = modeOf(mode);
@@ -292,8 +240,7 @@ async function render({ model, el, host }) {
   // kernel → browser
   function onState() {
     const st = model.get("state");
-    if (st.ack >= seq) { clearTimeout(late); root.classList.remove("qlab-stale"); }
-    if (!pending && (st.ack ?? 0) >= seq) { plan = { row: rowAt(st.mode, st.bits, st.group_size), overrides: { ...st.overrides } }; measure = st.measure; }
+    if (answered(st.ack)) { plan = { row: rowAt(st.mode, st.bits, st.group_size), overrides: { ...st.overrides } }; measure = st.measure; }
     if (solver.value !== st.solver) solver.value = st.solver;
     data.judged = st.totals; data.text = st.calibration;
     const p = st.progress;
@@ -308,6 +255,6 @@ async function render({ model, el, host }) {
   for (const [name, f] of heard) model.on(`change:${name}`, f);
   const sized = new ResizeObserver(() => { layout(); later(); }); sized.observe(svg.parentNode);
   layout(); onState(); send({ op: "hello" });
-  return () => { for (const [name, f] of heard) model.off(`change:${name}`, f); sized.disconnect(); clearTimeout(timer); clearTimeout(late); cancelAnimationFrame(raf); };
+  return () => { for (const [name, f] of heard) model.off(`change:${name}`, f); sized.disconnect(); stop(); cancelAnimationFrame(raf); };
 }
 export default { render };

@@ -1,14 +1,9 @@
-"""The live quantizer panel: two widgets, one for each direction. Sees states, never a model.
-
-What the kernel sends and what the browser sends go over separate comms: a comm on which a busy cell publishes would hold
-back the browser's messages until the cell ends.
-"""
+"""The live quantizer panel: two widgets, one for each direction. Sees states, never a model."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import anywidget
@@ -16,18 +11,9 @@ import numpy as np
 import traitlets as T
 
 from qlab.core.panel import PanelState
+from qlab.views.wire import CSS, Controls, checked, source
 
-_HERE = Path(__file__).parent
-
-
-def _source(name: str) -> str:
-    """Read a source without indentation and comment lines: every panel carries its own copy to the browser."""
-    lines = (line.strip() for line in (_HERE / name).read_text(encoding="utf-8").splitlines())
-    return "\n".join(line for line in lines if line and not line.startswith(("//", "/**")))
-
-
-ESM = _source("quantizer.js")  # text, not a Path: a Path keeps every instance alive
-CSS = _source("panel.css")
+ESM = source("panel.js", "quantizer.js")  # text, not a Path: a Path keeps every instance alive
 
 _OPS = {
     "hello": {},
@@ -52,13 +38,6 @@ class QuantizerView(anywidget.AnyWidget):
     kurtosis = T.Bytes(b"").tag(sync=True)
     state = T.Dict().tag(sync=True)
     controls = anywidget.WidgetTrait().tag(sync=True)
-
-
-class QuantizerControls(anywidget.AnyWidget):
-    """Browser → kernel: what the user wants."""
-
-    _esm = "export default { render() {} };"
-    intent = T.Dict().tag(sync=True)
 
 
 def payload(state: PanelState) -> dict[str, Any]:
@@ -128,7 +107,7 @@ class QuantizerPanel:
     def __init__(self, state: PanelState, on_intent: Callable[[dict[str, Any]], None]) -> None:
         self._state, self._on_intent = state, on_intent
         self._lock = threading.Lock()
-        self._controls = QuantizerControls()
+        self._controls = Controls()
         self.widget = QuantizerView(controls=self._controls, **payload(state))
         self._controls.observe(self._receive, "intent")
 
@@ -156,22 +135,8 @@ class QuantizerPanel:
     def _receive(self, change: Any) -> None:
         intent = change["new"]
         try:
-            self._on_intent(checked(intent))
+            self._on_intent(checked(intent, _OPS))
         except Exception as error:  # an exception in an observer would vanish
             seq = intent.get("seq") if isinstance(intent, dict) else None
             with self._lock:
                 self.widget.state = {**choice(self._state, seq), "error": str(error) or type(error).__name__}
-
-
-def checked(intent: Any) -> dict[str, Any]:
-    """Return an intent if it has the form of one.
-
-    Raises:
-        ValueError: it has not; says what is wrong.
-    """
-    if not isinstance(intent, dict) or intent.get("op") not in _OPS or not isinstance(intent.get("seq"), int):
-        raise ValueError(f"The panel sent something that is no intent: {intent!r}.")
-    for key, kind in _OPS[intent["op"]].items():
-        if key not in intent or not isinstance(intent[key], kind):
-            raise ValueError(f"The panel's intent {intent['op']!r} has no usable {key!r}: {intent.get(key)!r}.")
-    return intent

@@ -5,16 +5,14 @@ Sees states, never a model.
 
 from __future__ import annotations
 
-import base64
 import html as _html
-import json
 import math
-from typing import Any
 
 from qlab.core.budget import size_text
 from qlab.core.panel import PanelState
 from qlab.core.report import LayerError, QuantReport, report_of
-from qlab.views.quantizer import CSS, ESM, payload
+from qlab.views.quantizer import ESM, payload
+from qlab.views.wire import document
 
 _ROWS = 12  # layers listed in the static table
 
@@ -75,27 +73,4 @@ def _row(layer: LayerError, share: float) -> str:
 
 def page(state: PanelState) -> str:
     """Return one self-contained file in which the sliders still work, offline and without a kernel."""
-    traits = {key: _encoded(value) for key, value in payload(state).items()}
-    # a closing tag or a comment inside a name must not end the script
-    embedded = json.dumps(traits).replace("<", "\\u003c")
-    title = _html.escape(f"{state.spec.name} · qlab")
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>:root{{color-scheme:light dark}}body{{margin:16px;font-family:system-ui}}{CSS}</style>"
-        f'</head><body><div id="panel"></div><noscript>{html(state)}</noscript>'
-        f'<script type="application/json" id="traits">{embedded}</script>'
-        f'<script type="module">{ESM.replace("export default { render };", "")}{_SHIM}</script></body></html>'
-    )
-
-
-def _encoded(value: Any) -> Any:
-    return {"base64": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
-
-
-_SHIM = """
-const traits = JSON.parse(document.getElementById("traits").textContent);
-const bytes = (text) => new DataView(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
-const get = (k) => (traits[k]?.base64 !== undefined ? bytes(traits[k].base64) : traits[k]);
-const model = { get, set() {}, save_changes() {}, on() {}, off() {} };
-render({ model, el: document.getElementById("panel") });
-"""
+    return document(f"{state.spec.name} · qlab", payload(state), ESM, html(state))

@@ -69,7 +69,7 @@ def test_pure_functions_of_the_panel(tmp_path):
     node = shutil.which("node")
     if node is None:
         pytest.skip("NODE IS MISSING: THE PANEL'S PURE FUNCTIONS ARE NOT TESTED")
-    shutil.copy(Path(view.__file__).with_name("quantizer.js"), tmp_path / "quantizer.mjs")
+    (tmp_path / "quantizer.mjs").write_text(view.ESM)
     shutil.copy(Path(__file__).with_name("quantizer.test.mjs"), tmp_path)
     done = subprocess.run([node, "--test", "quantizer.test.mjs"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

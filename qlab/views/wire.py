@@ -1,0 +1,86 @@
+"""What every live panel is made of: its sources, and the widget that carries what the browser wants to the kernel.
+
+What the kernel sends and what the browser sends go over separate comms: a comm on which a busy cell publishes would hold
+back the browser's messages until the cell ends. Sees no state.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import traitlets as T
+
+_HERE = Path(__file__).parent
+
+
+def source(*names: str) -> str:
+    """Read sources, one after the other, without indentation and comment lines: every panel carries its own copy."""
+    lines = (line.strip() for name in names for line in (_HERE / name).read_text(encoding="utf-8").splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith(("//", "/**")))
+
+
+CSS = source("panel.css")
+
+
+class Controls(anywidget.AnyWidget):
+    """Browser → kernel: what the user wants."""
+
+    _esm = "export default { render() {} };"
+    intent = T.Dict().tag(sync=True)
+
+
+def checked(intent: Any, ops: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return an intent if it has the form of one.
+
+    Args:
+        intent: what the browser sent.
+        ops: by name of an operation, the types of its values.
+
+    Raises:
+        ValueError: it has not; says what is wrong.
+    """
+    if not isinstance(intent, dict) or intent.get("op") not in ops or not isinstance(intent.get("seq"), int):
+        raise ValueError(f"The panel sent something that is no intent: {intent!r}.")
+    for key, kind in ops[intent["op"]].items():
+        if key not in intent or not isinstance(intent[key], kind):
+            raise ValueError(f"The panel's intent {intent['op']!r} has no usable {key!r}: {intent.get(key)!r}.")
+    return intent
+
+
+def document(title: str, traits: dict[str, Any], esm: str, static: str) -> str:
+    """Return one self-contained file in which a panel still works, offline and without a kernel.
+
+    Args:
+        title: of the page.
+        traits: of the panel's view.
+        esm: the panel's script.
+        static: what a reader without scripts sees.
+    """
+    # a closing tag or a comment inside a name must not end the script
+    embedded = json.dumps({key: _encoded(value) for key, value in traits.items()}).replace("<", "\\u003c")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title>"
+        f"<style>:root{{color-scheme:light dark}}body{{margin:16px;font-family:system-ui}}{CSS}</style>"
+        f'</head><body><div id="panel"></div><noscript>{static}</noscript>'
+        f'<script type="application/json" id="traits">{embedded}</script>'
+        f'<script type="module">{esm.replace("export default { render };", "")}{_SHIM}</script></body></html>'
+    )
+
+
+def _encoded(value: Any) -> Any:
+    return {"base64": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
+
+
+_SHIM = """
+const traits = JSON.parse(document.getElementById("traits").textContent);
+const bytes = (text) => new DataView(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
+const get = (k) => (traits[k]?.base64 !== undefined ? bytes(traits[k].base64) : traits[k]);
+const model = { get, set() {}, save_changes() {}, on() {}, off() {} };
+render({ model, el: document.getElementById("panel") });
+"""
