@@ -27,5 +27,5 @@ class OptimizerKind(ABC):
         """
 
     @abstractmethod
-    def make(self, learning_rate: float) -> Any:
-        """Return an ``mlx.optimizers.Optimizer``."""
+    def make(self, learning_rate: float, weight_decay: float = 0.0) -> Any:
+        """Return an ``mlx.optimizers.Optimizer``; decay is decoupled from the gradient."""

@@ -5,10 +5,10 @@ Both are frozen, and ``eval(repr(x)) == x``. Spelled as mlx-lm spells them. Know
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import isfinite
+from math import isfinite, sqrt
 from typing import Any
 
 from qlab import registry
@@ -17,6 +17,14 @@ from qlab.core.optimizer import OptimizerKind
 from qlab.core.spec import LayerSpec, ModelSpec
 from qlab.errors import ConfigError, LayerNotFoundError, nearest
 
+INITS = {
+    "default": "A drawn, B zero: the model starts as it is",
+    "residual": "the quantization error's largest directions, without data",
+    "diagonal": "the same, weighted by the mean square of each input",
+    "qera": "the same, weighted by all second moments of the inputs: the best that the rank allows",
+}
+LR_SCHEDULES = ("constant", "linear", "cosine")
+ON_NONFINITE = ("skip", "stop")
 _DTYPES = {"float32": 4, "bfloat16": 2}  # in float16 the optimizers' small constants round to 0
 
 
@@ -33,6 +41,9 @@ class LoRAConfig:
             layer within the blocks.
         kind: a file on the shelf ``adapters``.
         dtype: of the factors: ``float32`` or ``bfloat16``; products are made in the activations' dtype.
+        rslora: whether alpha is divided by the root of the rank instead of the rank (Kalajdzievski 2023, arXiv:2312.03732).
+        init: what the factors are before the first step: ``default`` (no change of the model) or a start that makes up for
+            the quantization error (``engine/start.py``).
 
     Raises:
         ConfigError: a value is not legal.
@@ -45,6 +56,8 @@ class LoRAConfig:
     keys: tuple[str, ...] | None = None
     kind: str = "lora"
     dtype: str = "float32"
+    rslora: bool = False
+    init: str = "default"
 
     def __post_init__(self) -> None:
         _whole("rank", self.rank, 1)
@@ -64,10 +77,9 @@ class LoRAConfig:
                     f"keys={self.keys!r} is not legal; it is a list of names or patterns of layers, or None for all."
                 )
             object.__setattr__(self, "keys", tuple(keys))
-        if not isinstance(self.dtype, str) or self.dtype not in _DTYPES:
-            raise ConfigError(
-                f"dtype={self.dtype!r} is not legal; choose one of {', '.join(_DTYPES)}.{nearest(self.dtype, _DTYPES)}"
-            )
+        _choice("dtype", self.dtype, _DTYPES)
+        _flag("rslora", self.rslora)
+        _choice("init", self.init, INITS)
         _ = self.adapter
 
     @property
@@ -77,8 +89,8 @@ class LoRAConfig:
 
     @property
     def alpha(self) -> float:
-        """Scale × rank."""
-        return self.scale * self.rank
+        """Scale × rank; with ``rslora`` scale × the root of the rank."""
+        return self.scale * (sqrt(self.rank) if self.rslora else self.rank)
 
     @property
     def itemsize(self) -> int:
@@ -137,35 +149,71 @@ class TrainConfig:
 
     Args:
         iters: optimizer steps.
+        epochs: passes through the rows; replaces ``iters`` if given.
         batch_size: rows that pass the model at once.
-        max_seq_length: tokens in the longest row.
-        learning_rate: of the optimizer.
+        max_seq_length: tokens in the longest row; longer ones are cut.
+        learning_rate: of the optimizer, once warm.
+        lr_schedule: ``constant``, ``linear`` (to 0) or ``cosine`` (to 0).
+        warmup: steps in which the learning rate rises from 0.
         optimizer: a file on the shelf ``optimizers``.
+        weight_decay: share of each parameter taken off per step and unit of learning rate.
+        max_grad_norm: gradients are scaled down to this global norm; 0 leaves them as they are.
         grad_checkpoint: keep only the input of each block, and compute the rest again on the way back.
         grad_accumulation_steps: batches that make one optimizer step.
         loss_chunk: tokens whose logits exist at once; 0 means all.
+        mask_prompt: whether only answers are targets (completions, or what the assistant says); text rows are whole targets.
+        pack: whether several rows share one, none seeing another.
+        steps_per_eval: steps between validations; 0 is every quarter of an epoch.
+        val_batches: batches of a validation; −1 means all rows held out.
+        early_stop: validations without a better loss after which the run ends; 0 means never.
+        steps_per_save: steps between checkpoints.
+        on_nonfinite: what to do when loss or gradient is no number: ``skip`` leaves the step out and goes on, ``stop`` ends
+            the run; the adapter keeps its last good state either way.
+        seed: of everything drawn: order of rows, dropout, the adapter's start.
 
     Raises:
         ConfigError: a value is not legal.
     """
 
     iters: int = 200
+    epochs: float | None = None
     batch_size: int = 4
     max_seq_length: int = 512
     learning_rate: float = 1e-4
+    lr_schedule: str = "constant"
+    warmup: int = 0
     optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
     grad_checkpoint: bool = False
     grad_accumulation_steps: int = 1
     loss_chunk: int = 512
+    mask_prompt: bool = True
+    pack: bool = False
+    steps_per_eval: int = 0
+    val_batches: int = 25
+    early_stop: int = 0
+    steps_per_save: int = 100
+    on_nonfinite: str = "skip"
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iters", "batch_size", "grad_accumulation_steps"):
+        for name in ("iters", "batch_size", "grad_accumulation_steps", "steps_per_save"):
             _whole(name, getattr(self, name), 1)
+        for name in ("loss_chunk", "warmup", "steps_per_eval", "early_stop", "seed"):
+            _whole(name, getattr(self, name), 0)
         _whole("max_seq_length", self.max_seq_length, 2)
-        _whole("loss_chunk", self.loss_chunk, 0)
-        if not isinstance(self.grad_checkpoint, bool):
-            raise ConfigError(f"grad_checkpoint={self.grad_checkpoint!r} is not legal; it is True or False.")
+        if self.val_batches != -1:
+            _whole("val_batches", self.val_batches, 1)
+        for name in ("grad_checkpoint", "mask_prompt", "pack"):
+            _flag(name, getattr(self, name))
+        _choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        _choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         _number("learning_rate", self.learning_rate, "a number above 0", lambda x: x > 0)
+        if self.epochs is not None:
+            _number("epochs", self.epochs, "a number above 0, or None", lambda x: x > 0)
+        for name in ("weight_decay", "max_grad_norm"):
+            _number(name, getattr(self, name), "a number, 0 or more", lambda x: x >= 0)
         _ = self.kind
 
     @property
@@ -182,6 +230,16 @@ class TrainConfig:
 def _whole(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name}={value!r} is not legal; it is a whole number, {least} or more.")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} is not legal; it is True or False.")
+
+
+def _choice(name: str, value: Any, legal: Iterable[str]) -> None:
+    if not isinstance(value, str) or value not in legal:
+        raise ConfigError(f"{name}={value!r} is not legal; choose one of {', '.join(legal)}.{nearest(value, legal)}")
 
 
 def _number(name: str, value: Any, what: str, legal: Callable[[float], bool]) -> None:

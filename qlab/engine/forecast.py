@@ -28,9 +28,10 @@ from qlab.engine.device import backend, wants_float32
 from qlab.engine.export import chosen, quantize
 from qlab.engine.skeleton import describe
 from qlab.engine.stack import Stack
-from qlab.engine.step import Compute, Sums, Update, attach
+from qlab.engine.step import Compute, Step, Sums, attach
 from qlab.engine.surgery import put_module, twin
 from qlab.engine.trace import stored, trace
+from qlab.engine.update import Update
 from qlab.errors import ConfigError, UnsupportedError
 
 # dispatches handed over together, and how many such tasks may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h)
@@ -235,8 +236,10 @@ def measured_peak(module: nn.Module, setup: Setup) -> int:
     """Run one step; return the peak of what it needs, whatever else MLX holds."""
     train = setup.train
     made = attach(module, describe(module, ""), setup.adapter, usual_compute(), train.grad_checkpoint)
-    update = Update(made, train)
-    parameters, state = update.step.parameters, update.state
+    step = Step(made, train)
+    parameters = step.parameters
+    update = Update(train, parameters)
+    state = update.state
     tokens = mx.random.randint(0, 100, (train.batch_size, train.max_seq_length))
     mask = mx.ones(tokens.shape, mx.int32)
     zeros = {path: mx.zeros_like(a) for path, a in parameters.items()} if train.grad_accumulation_steps > 1 else {}
@@ -246,8 +249,8 @@ def measured_peak(module: nn.Module, setup: Setup) -> int:
     mx.clear_cache()
     own, before = sum(a.nbytes for a in given), mx.get_active_memory()
     mx.reset_peak_memory()
-    loss, new, kept = update(parameters, state, earlier, tokens, mask, mx.random.key(0))
-    mx.eval(loss, new, kept)
+    sums = step(parameters, tokens, mask, mx.random.key(0))
+    mx.eval(update(parameters, state, sums.plus(earlier) if earlier else sums, mx.array(train.learning_rate)))
     return mx.get_peak_memory() - before + own
 
 

@@ -184,7 +184,8 @@ class Step:
         total, found, sums = mx.array(0.0), [], [mx.zeros_like(a) for a in outside.values()]
         starts = range(0, rows.shape[1], chunk)
         # each chunk drops inputs of its own
-        drops = {path: mx.random.split(key, len(starts)) for path, key in self._outside(self._drops).items()}
+        several = len(starts) > 1
+        drops = {p: mx.random.split(k, len(starts)) if several else [k] for p, k in self._outside(self._drops).items()}
         with ExitStack() as stack:
             for head in self._heads:
                 stack.enter_context(head.once(hidden))
@@ -261,52 +262,3 @@ def _back(
     finally:
         block.update(tree_unflatten([*frozen, *parameters.items()]))
     return dx, dict(zip(parameters, grads, strict=True))
-
-
-class Update:
-    """One optimizer step, batch by batch: gradients are summed over batches and divided by all their tokens.
-
-    Args:
-        module: what ``attach`` returned.
-        config: the run.
-    """
-
-    def __init__(self, module: nn.Module, config: TrainConfig) -> None:
-        self.step, self.config = Step(module, config), config
-        self.optimizer = config.kind.make(config.learning_rate)
-        self.optimizer.init(tree_unflatten(list(self.step.parameters.items())))
-
-    def __call__(
-        self,
-        parameters: Arrays,
-        state: Arrays,
-        earlier: Sums | None,
-        tokens: mx.array,
-        mask: mx.array,
-        key: mx.array | None = None,
-    ) -> tuple[mx.array, Arrays, Arrays]:
-        """Compute lazily the last batch of a step and what follows from it.
-
-        Args:
-            parameters: trainable arrays by path.
-            state: the optimizer's arrays by path.
-            earlier: sums over the step's earlier batches; None if there were none.
-            tokens: ``(batch, length)``.
-            mask: ``(batch, length)``.
-            key: for dropout.
-
-        Returns:
-            Loss per target, new parameters, new state. Without any target loss and gradients are 0.
-        """
-        sums = self.step(parameters, tokens, mask, key)
-        loss, grads, count = sums if earlier is None else sums.plus(earlier)
-        count = mx.maximum(count, 1)
-        mean = {path: grad / count.astype(grad.dtype) for path, grad in grads.items()}
-        self.optimizer.state = tree_unflatten(list(state.items()))
-        pairs = self.optimizer.apply_gradients(tree_unflatten(list(mean.items())), tree_unflatten(list(parameters.items())))
-        return loss / count, dict(tree_flatten(pairs)), dict(tree_flatten(self.optimizer.state))
-
-    @property
-    def state(self) -> Arrays:
-        """The optimizer's arrays by path."""
-        return dict(tree_flatten(self.optimizer.state))

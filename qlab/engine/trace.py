@@ -18,8 +18,9 @@ from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine.device import backend
 from qlab.engine.export import stored_layer
 from qlab.engine.linear import PackedEmbedding, PackedLinear, weight_of
-from qlab.engine.step import Compute, Sums, Update, attach
+from qlab.engine.step import Compute, Step, Sums, attach
 from qlab.engine.surgery import map_layers
+from qlab.engine.update import Update
 
 _UNREADABLE = {"nvfp4", "nvfp4_plain", "mxfp8"}  # the CPU's dequantization has a primitive that cannot be exported (FromFP8)
 
@@ -94,24 +95,25 @@ def trace(module: nn.Module, spec: ModelSpec, lora: LoRAConfig, train: TrainConf
         UnsupportedError: the step cannot be built for this model.
     """
     made = attach(module, spec, lora, compute, train.grad_checkpoint)
-    update = Update(made, train)
-    frozen = {path: array for path, array in tree_flatten(made.parameters()) if path not in update.step.parameters}
+    step = Step(made, train)
+    update = Update(train, step.parameters)
+    frozen = {path: array for path, array in tree_flatten(made.parameters()) if path not in step.parameters}
     groups: list[tuple[str, dict[str, mx.array]]] = [
-        ("weights", frozen), ("adapter", update.step.parameters), ("optimizer", update.state),
-        ("gradients", update.step.parameters if train.grad_accumulation_steps > 1 else {}),
+        ("weights", frozen), ("adapter", step.parameters), ("optimizer", update.state),
+        ("gradients", step.parameters if train.grad_accumulation_steps > 1 else {}),
     ]  # fmt: skip
     batch = mx.zeros((train.batch_size, train.max_seq_length), mx.int32)
-    rest = [batch, batch, mx.array(0.0), mx.array(0.0), mx.random.key(0)]
+    rest = [batch, batch, mx.array(0.0), mx.array(0.0), mx.random.key(0), mx.array(0.0)]
     flat = [array for _, group in groups for array in group.values()]
 
     def run(*arrays: mx.array) -> list[mx.array]:
         given = iter(arrays)
         weights, parameters, state, sums = ({path: next(given) for path in group} for _, group in groups)
-        tokens, mask, loss, count, key = given
+        tokens, mask, loss, count, key, rate = given
         made.update(tree_unflatten(list(weights.items())))
-        earlier = Sums(loss, sums, count) if sums else None
-        loss, new, kept = update(parameters, state, earlier, tokens, mask, key)
-        return [loss, *new.values(), *kept.values()]
+        found = step(parameters, tokens, mask, key)
+        new = update(parameters, state, found.plus(Sums(loss, sums, count)) if sums else found, rate)
+        return [new.loss, new.grad_norm, *new.parameters.values(), *new.state.values()]
 
     roles = [role for role, group in groups for _ in group] + ["batch"] * len(rest)
     reader = _Reader(roles)

@@ -19,8 +19,8 @@ class AdamW(OptimizerKind):
     def state_nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         return 2 * itemsize * prod(shape)
 
-    def make(self, learning_rate: float) -> Any:
-        return optim.AdamW(learning_rate, bias_correction=True)
+    def make(self, learning_rate: float, weight_decay: float = 0.0) -> Any:
+        return optim.AdamW(learning_rate, weight_decay=weight_decay, bias_correction=True)
 
 
 SHELF = (AdamW(),)

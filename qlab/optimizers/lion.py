@@ -19,8 +19,8 @@ class Lion(OptimizerKind):
     def state_nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         return itemsize * prod(shape)
 
-    def make(self, learning_rate: float) -> Any:
-        return optim.Lion(learning_rate)
+    def make(self, learning_rate: float, weight_decay: float = 0.0) -> Any:
+        return optim.Lion(learning_rate, weight_decay=weight_decay)
 
 
 SHELF = (Lion(),)
