@@ -1,0 +1,157 @@
+"""What happens in a training run, as values: an event per step, and the state that a panel shows.
+
+Knows neither how a step is computed nor how it is drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+MARKS = ("checkpoint", "best", "learning_rate", "skipped", "early_stop", "guard", "resumed")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something worth a mark on the time line.
+
+    Attributes:
+        kind: one of ``MARKS``.
+        text: in words, such as ``best so far: validation loss 2.31``.
+    """
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One optimizer step.
+
+    Attributes:
+        step: optimizer steps done, this one included; 0 only for the validation before the first.
+        epoch: passes through the rows so far, such as 1.25.
+        loss: of the step's rows in nats per target token; NaN at step 0, or where it was no number.
+        learning_rate: of the step.
+        grad_norm: global norm of the gradient before clipping; NaN at step 0.
+        targets: tokens in the loss of the step.
+        tokens: tokens that passed the model, padding not counted.
+        padded: tokens that passed the model, padding counted.
+        seconds: time in steps since the run began, pauses and validations not counted.
+        tokens_per_second: of this step, padding not counted.
+        active_nbytes: what MLX holds after the step.
+        peak_nbytes: most that MLX held since the run began.
+        val_loss: in nats per target token on rows held out, if it was measured after this step.
+        marks: what else happened.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    targets: int
+    tokens: int
+    padded: int
+    seconds: float
+    tokens_per_second: float
+    active_nbytes: int
+    peak_nbytes: int
+    val_loss: float | None = None
+    marks: tuple[Mark, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """Return a flat record for tables and reporters; marks as one text."""
+        return {**asdict(self), "marks": "; ".join(mark.text for mark in self.marks)}
+
+
+@dataclass(frozen=True)
+class Voice:
+    """What the model answered to a prompt at some step.
+
+    Attributes:
+        step: optimizer steps done.
+        prompt: what was asked.
+        text: what it answered.
+    """
+
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """A run when it has ended, or so far.
+
+    Attributes:
+        name: of the run; also of its folder.
+        model: name of the model.
+        storage: label of the base's storage, such as ``affine 4-bit g64``, or ``16-bit``.
+        adapter: such as ``lora r8``.
+        status: ``running``, ``paused``, ``stopped``, ``done`` or ``failed``.
+        steps: optimizer steps done.
+        iters: optimizer steps wanted.
+        loss: training loss, mean of the last tenth of the steps, nats per target.
+        val_loss: last validation loss, or NaN.
+        best_val_loss: lowest validation loss, or NaN.
+        best_step: where it was.
+        tokens: that passed the model, padding not counted.
+        tokens_per_second: over the whole run, median of steps.
+        seconds: in steps.
+        predicted_nbytes: expected peak before the run.
+        peak_nbytes: measured peak.
+        path: folder with the checkpoints.
+        notes: what to know: how the step was computed, what was skipped, why it ended.
+    """
+
+    name: str
+    model: str
+    storage: str
+    adapter: str
+    status: str
+    steps: int
+    iters: int
+    loss: float
+    val_loss: float
+    best_val_loss: float
+    best_step: int
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+    predicted_nbytes: int
+    peak_nbytes: int
+    path: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class RunState:
+    """One moment of a trainer panel.
+
+    Attributes:
+        report: the run so far.
+        phase: what it does now: ``training``, ``validating``, ``preparing``, ``generating`` or an empty string.
+        history: every event so far; the tuple grows, an event never changes.
+        seconds_left: expected, or NaN.
+        learning_rate: base rate in force (before schedule and warm-up), or what ``TrainConfig`` says before the start.
+        limit_nbytes: memory at which the guard stops the run.
+        active_nbytes: what MLX holds now.
+        voices: answers of the model at several steps to the same prompts, oldest first.
+        data: one line about the rows, such as ``712 rows, 38 held out, 41 k target tokens, 3 % padding``.
+        error: the last error in words, or an empty string.
+        code: the Python that rebuilds this run.
+    """
+
+    report: RunReport
+    phase: str = ""
+    history: tuple[StepEvent, ...] = ()
+    seconds_left: float = float("nan")
+    learning_rate: float = 0.0
+    limit_nbytes: int = 0
+    active_nbytes: int = 0
+    voices: tuple[Voice, ...] = ()
+    data: str = ""
+    error: str = ""
+    code: str = ""
+    judged: tuple[Any, ...] = field(default=())
