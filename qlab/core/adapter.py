@@ -15,14 +15,22 @@ class AdapterKind(ABC):
     Attributes:
         name: the ``kind`` that a user types.
         title: one line that says what it is.
+        adapts: kinds of layers that it can change: ``linear``, ``embedding``, ``switch``.
     """
 
     name: str
     title: str
+    adapts: tuple[str, ...] = ("linear",)
 
     @abstractmethod
-    def shapes(self, shape: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the trainable arrays, by parameter name, on a weight of shape ``(out, in)``."""
+    def shapes(self, shape: tuple[int, ...], rank: int, kind: str = "linear") -> dict[str, tuple[int, ...]]:
+        """Shapes of the trainable arrays, by parameter name.
+
+        Args:
+            shape: ``(out, in)`` of the weight; of an embedding ``(tokens, width)``.
+            rank: inner width.
+            kind: of the layer. The number of trainable numbers does not depend on it.
+        """
 
     def size(self, shape: tuple[int, ...], rank: int) -> int:
         """Number of trainable numbers on a weight of shape ``(out, in)``."""
@@ -35,7 +43,8 @@ class AdapterKind(ABC):
         """Return a module that runs the frozen ``base`` and adds the change, at first without effect.
 
         Args:
-            base: a frozen layer: callable, and ``dense(dtype)`` returns its weight ``(out, in)``.
+            base: a frozen layer: callable, ``dense(dtype)`` returns its weight ``(out, in)``, and ``layer`` is what it wraps;
+                that of an embedding has ``as_linear``, and so must the module then.
             shape: ``(out, in)`` of its weight.
             config: rank, scale, dropout, dtype.
         """

@@ -23,6 +23,7 @@ INITS = {
     "diagonal": "the same, weighted by the mean square of each input",
     "qera": "the same, weighted by all second moments of the inputs: the best that the rank allows",
 }
+ALL_LINEAR = "all-linear"
 LR_SCHEDULES = ("constant", "linear", "cosine")
 ON_NONFINITE = ("skip", "stop")
 _DTYPES = {"float32": 4, "bfloat16": 2}  # in float16 the optimizers' small constants round to 0
@@ -37,8 +38,8 @@ class LoRAConfig:
         scale: factor before the product; alpha = scale × rank.
         dropout: share of the adapter's inputs set to zero while training, in [0, 1).
         num_layers: blocks that get adapters, counted from the last; −1 means all.
-        keys: layers to adapt, each a name such as ``q_proj``, the end of a path, or a pattern; None means every linear
-            layer within the blocks.
+        keys: layers to adapt, each a name such as ``q_proj``, the end of a path, a pattern, or ``all-linear``; None means
+            the same as ``all-linear``: every linear layer within the blocks. Embeddings and the head only by name.
         kind: a file on the shelf ``adapters``.
         dtype: of the factors: ``float32`` or ``bfloat16``; products are made in the activations' dtype.
         rslora: whether alpha is divided by the root of the rank instead of the rank (Kalajdzievski 2023, arXiv:2312.03732).
@@ -101,7 +102,8 @@ class LoRAConfig:
         """Return the layers of a model that get adapters, in model order.
 
         Raises:
-            ConfigError: more blocks than the model has, a rank above a layer's smaller width, or a key of no linear layer.
+            ConfigError: more blocks than the model has, a rank above a layer's smaller width, or a key of a layer that the
+                kind does not adapt.
             LayerNotFoundError: a key matches no layer; names the nearest.
         """
         blocks = sorted({layer.block for layer in spec.layers if layer.block is not None})
@@ -111,9 +113,10 @@ class LoRAConfig:
         found = tuple(x for x in spec.layers if self._wants(x) and (x.block is None or x.block in taken))
         for key in self.keys or ():
             matched = [layer for layer in spec.layers if _matches(layer, key)]
-            if matched and not any(layer.kind == "linear" for layer in matched):
-                kind = {"embedding": "an embedding", "switch": "a stack of experts"}[matched[0].kind]
-                raise ConfigError(f"{matched[0].path!r} is {kind}; kind={self.kind!r} adapts linear layers.")
+            if matched and not any(layer.kind in self.adapter.adapts for layer in matched):
+                kind = {"linear": "linear", "embedding": "an embedding", "switch": "a stack of experts"}[matched[0].kind]
+                adapts = " and ".join(self.adapter.adapts)
+                raise ConfigError(f"{matched[0].path!r} is {kind}; kind={self.kind!r} adapts {adapts} layers.")
             if not matched:
                 names = {layer.role.split(".")[-1] for layer in spec.layers} | {layer.role for layer in spec.layers}
                 raise LayerNotFoundError(f"No layer of {spec.name!r} matches the key {key!r}.{nearest(key, names)}")
@@ -132,14 +135,16 @@ class LoRAConfig:
         return sum(self.adapter.size(layer.shape, self.rank) for layer in self.targets(spec))
 
     def _wants(self, layer: LayerSpec) -> bool:
-        if layer.kind != "linear":
+        if layer.kind not in self.adapter.adapts:
             return False
-        if self.keys is None:
-            return layer.block is not None
-        return any(_matches(layer, key) for key in self.keys)
+        return any(_matches(layer, key) for key in self.keys or (ALL_LINEAR,))
 
 
 def _matches(layer: LayerSpec, key: str) -> bool:
+    if key == ALL_LINEAR:
+        return layer.kind == "linear" and layer.block is not None
+    if layer.kind == "embedding" and key.split(".")[-1] == "*":  # whatever the place, an embedding wants to be named
+        return False
     return layer.path == key or layer.path.endswith(f".{key}") or fnmatchcase(layer.path, key)
 
 

@@ -163,16 +163,21 @@ MIXED = ModelSpec(
 )
 
 
-@pytest.mark.parametrize(
-    ("key", "what"),
-    [
-        ("embed_tokens", "'model.embed_tokens' is an embedding"), ("*.embed_tokens", "'model.embed_tokens' is an embedding"),
-        ("up_proj", "'model.layers.0.mlp.experts.up_proj' is a stack of experts"),
-    ],
-)  # fmt: skip
-def test_a_key_of_no_linear_layer_is_refused(key, what):
-    with pytest.raises(ConfigError, match=f"{what}; kind='lora' adapts linear layers"):
-        LoRAConfig(rank=2, keys=("router", key)).targets(MIXED)
+def test_a_key_of_a_layer_that_the_kind_does_not_adapt_is_refused():
+    words = "'model.layers.0.mlp.experts.up_proj' is a stack of experts; kind='lora' adapts linear and embedding layers"
+    with pytest.raises(ConfigError, match=words):
+        LoRAConfig(rank=2, keys=("router", "up_proj")).targets(MIXED)
+
+
+@pytest.mark.parametrize("keys", ["embed_tokens", "*.embed_tokens", ("router", "model.embed_tokens")])
+def test_an_embedding_is_adapted_when_it_is_named(keys):
+    assert LoRAConfig(rank=2, keys=keys).targets(MIXED)[0].path == "model.embed_tokens"
+
+
+def test_all_linear_is_what_none_means_and_goes_with_other_keys():
+    assert LoRAConfig(rank=4, keys="all-linear").targets(SPEC) == LoRAConfig(rank=4).targets(SPEC)
+    paths = [x.path for x in LoRAConfig(rank=4, keys=("all-linear", "lm_head")).targets(SPEC)]
+    assert len(paths) == len(LoRAConfig(rank=4).targets(SPEC)) + 1 and "lm_head" in paths
 
 
 def test_a_pattern_that_matches_other_layers_too_takes_the_linear_ones():
