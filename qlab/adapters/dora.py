@@ -106,6 +106,9 @@ class DoRA(AdapterKind):
             return DoRAEmbedding(base, config, *shape)
         return DoRALayer(base, config, *shape[::-1])
 
+    def compensated(self, outer: Any, inner: Any, norms: Any) -> dict[str, Any]:
+        return {"lora_a": outer, "lora_b": inner, "m": norms}
+
 
 _TINY = 1e-20  # a row of zeros has no direction
 SHELF = (DoRA(),)

@@ -77,5 +77,8 @@ class LoRA(AdapterKind):
             return LoRAEmbedding(base, config, *shape)
         return LoRALayer(base, config, *shape[::-1])
 
+    def compensated(self, outer: Any, inner: Any, norms: Any) -> dict[str, Any]:
+        return {"lora_a": outer, "lora_b": inner}
+
 
 SHELF = (LoRA(),)

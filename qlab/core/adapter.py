@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from qlab.errors import ConfigError
+
 if TYPE_CHECKING:
     from qlab.core.training import LoRAConfig
 
@@ -48,3 +50,16 @@ class AdapterKind(ABC):
             shape: ``(out, in)`` of its weight.
             config: rank, scale, dropout, dtype.
         """
+
+    def compensated(self, outer: Any, inner: Any, norms: Any) -> dict[str, Any]:
+        """Return trainable arrays by name that add ``scale · outer·inner`` (of an embedding; of a linear layer its transpose).
+
+        Args:
+            outer: ``(in, rank)``; of an embedding ``(tokens, rank)``.
+            inner: ``(rank, out)``; of an embedding ``(rank, width)``.
+            norms: ``(out,)``, lengths of the rows of the weight before it was quantized.
+
+        Raises:
+            ConfigError: the kind cannot start so.
+        """
+        raise ConfigError(f"kind={self.name!r} cannot make up for the quantization error; use init='default'.")

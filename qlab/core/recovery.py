@@ -1,0 +1,77 @@
+"""How much of a layer's quantization error a low rank makes up for, and how much of that noise alone would give.
+
+Knows neither weights nor how they are drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+GRID = tuple(dict.fromkeys([*range(1, 17), *(round(16 * 2 ** (i / 4)) for i in range(1, 33))]))
+"""Ranks at which shares are kept: every one up to 16, then four an octave up to 4096."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recovery:
+    """The error E = W − Ŵ of one layer, and what each rank of ``GRID`` takes away from it; NaN above what was computed.
+
+    Attributes:
+        path: of the layer.
+        relative_error: ‖E‖/‖W‖.
+        singular: float32, singular values of E over ‖E‖, those whose number stands in ``GRID``.
+        noise: the same of white noise of E's shape (Marchenko–Pastur).
+        weight: float32, share of ‖E‖² that the data-free start recovers.
+        noise_weight: the same if E is white noise.
+        output: by name of a start, float32, share of the squared error of the layer's output that it recovers on held-out
+            text; empty if the layer saw none.
+    """
+
+    path: str
+    relative_error: float
+    singular: np.ndarray
+    noise: np.ndarray
+    weight: np.ndarray
+    noise_weight: np.ndarray
+    output: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def share(self, rank: int, init: str = "weight") -> float:
+        """Return the share that a rank recovers, between the ranks of ``GRID`` by interpolation; NaN if unknown.
+
+        Args:
+            rank: 1 or more.
+            init: a start, judged by the output on held-out text; ``weight`` is the data-free start, judged by the weights.
+        """
+        curve = self.weight if init == "weight" else self.output.get(init)
+        if curve is None or not (known := np.isfinite(curve)).any():
+            return float("nan")
+        return float(np.interp(rank, np.array(GRID)[known], curve[known]))
+
+
+def on_grid(values: np.ndarray) -> np.ndarray:
+    """Return the values at the ranks of ``GRID`` (the first value is rank 1), float32, NaN where there is none."""
+    found = np.full(len(GRID), np.nan, np.float32)
+    held = [i for i, rank in enumerate(GRID) if rank <= len(values)]
+    found[held] = values[[GRID[i] - 1 for i in held]]
+    return found
+
+
+@lru_cache(maxsize=64)
+def noise_squares(rows: int, columns: int) -> np.ndarray:
+    """Return the squared singular values that white noise of a shape is expected to have; descending, their sum is 1.
+
+    Quantiles of the law of Marchenko and Pastur (1967): with β = rows/columns ≤ 1, the eigenvalues x of the sample
+    covariance have density √((b−x)(x−a)) / (2πβx) on [a, b] = [(1−√β)², (1+√β)²].
+    """
+    few, many = sorted((rows, columns))
+    beta = few / many
+    low, high = (1 - beta**0.5) ** 2, (1 + beta**0.5) ** 2
+    # x = low + (high − low)·sin²θ takes the roots out of the density
+    theta = np.linspace(0, np.pi / 2, 4001)[1:]
+    x = low + (high - low) * np.sin(theta) ** 2
+    density = (np.sin(theta) * np.cos(theta)) ** 2 / x
+    below = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    found = np.interp((np.arange(few) + 0.5) / few, below / below[-1], x)[::-1]
+    return found / found.sum()

@@ -1,0 +1,144 @@
+"""What passes through the layers of a model on a text: collected block by block, so that few of them exist at once.
+
+Knows no weight and no scheme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from qlab.engine.stack import Stack
+from qlab.engine.surgery import map_layers
+from qlab.engine.text import batches
+from qlab.errors import ConfigError, UnsupportedError
+
+_DAMPING = 1e-2  # of the mean power, added to every direction (GPTQ, arXiv:2210.17323, section 3.3, step 3)
+CALIBRATION_TOKENS = 2048
+HELDOUT_TOKENS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Inputs of a layer.
+
+    Attributes:
+        seen: float32 ``(tokens, in)``, from which a start is computed.
+        heldout: float32 ``(tokens, in)``, on which it is judged.
+    """
+
+    seen: mx.array
+    heldout: mx.array
+
+    @cached_property
+    def power(self) -> mx.array:
+        """Mean square of each input, float32 ``(in,)``."""
+        return mx.square(self.seen).mean(0)
+
+    @cached_property
+    def damping(self) -> float:
+        """What is added to the power of every direction."""
+        return _DAMPING * self.power.mean().item()
+
+    @cached_property
+    def root(self) -> mx.array:
+        """L with L·Lᵀ = E[x xᵀ] + damping, float32 ``(in, in)``."""
+        moments = np.array(self.seen.T @ self.seen, np.float64) / len(self.seen)
+        return mx.array(np.linalg.cholesky(moments + self.damping * np.eye(len(moments))), mx.float32)
+
+
+class _Tap(nn.Module):
+    """A layer that keeps what passes through it."""
+
+    def __init__(self, inner: nn.Module, seen: list[mx.array]) -> None:
+        super().__init__()
+        self.inner, self._seen = inner, seen
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if mx.issubdtype(x.dtype, mx.floating):  # an embedding is looked up with integers
+            self._seen.append(x)
+        return self.inner(x)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        self._seen.append(x)
+        return self.inner.as_linear(x)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+def texts(tokenizer: Any, text: Any) -> tuple[list[mx.array], list[mx.array]]:
+    """Return token rows to compute from, and others to judge on: two embedded texts, or two parts of one that is given.
+
+    Args:
+        tokenizer: mlx-lm's wrapper.
+        text: see ``engine.text.read_text``.
+
+    Raises:
+        ConfigError: the text is too short to be parted.
+    """
+    if text is None:
+        seen, _ = batches(tokenizer, None, "calibration.txt", CALIBRATION_TOKENS)
+        return seen, batches(tokenizer, None, "heldout.txt", HELDOUT_TOKENS)[0]
+    rows, words = batches(tokenizer, text, "", CALIBRATION_TOKENS + HELDOUT_TOKENS)
+    cut = max(1, round(len(rows) * CALIBRATION_TOKENS / (CALIBRATION_TOKENS + HELDOUT_TOKENS)))
+    if cut == len(rows):
+        raise ConfigError(f"The text ({words}) is too short: one part is computed from and another judged on.")
+    return rows[:cut], rows[cut:]
+
+
+def passing(model: nn.Module, paths: list[str], seen: list[mx.array], heldout: list[mx.array]) -> Iterator[dict[str, Inputs]]:
+    """Run two texts through a model; yield the inputs of its layers, those of one block at a time.
+
+    Args:
+        model: a dense model; it is not changed.
+        paths: of the layers to watch.
+        seen: token ids ``(1, T)`` of the one text.
+        heldout: of the other.
+    """
+    found: dict[str, list[mx.array]] = {path: [] for path in paths}
+    watched = map_layers(model, paths, lambda path, inner: _Tap(inner, found[path]))
+    rows = seen + heldout
+    try:
+        stack = Stack(watched)
+        states = [stack.before(row) for row in rows]
+    except UnsupportedError:  # then all at once
+        for row in rows:
+            watched(row)
+        yield _taken(found, len(seen))
+        return
+    hidden = [x for x, _ in states]
+    for number, block in enumerate(stack.blocks):
+        hidden = [block(x, *calls[number][0], **calls[number][1]) for x, (_, calls) in zip(hidden, states, strict=True)]
+        mx.eval(hidden)
+        yield _taken(found, len(seen))
+    if any(not path.startswith(f"{stack.path}.") for path in paths):
+        for x in hidden:
+            stack.after(x)
+        yield _taken(found, len(seen))
+
+
+def _taken(found: dict[str, list[mx.array]], count: int) -> dict[str, Inputs]:
+    """Put together what was seen and forget it; layers that read the same array share one ``Inputs``."""
+    made: dict[tuple[int, ...], Inputs] = {}
+    taken = {}
+    for path, arrays in found.items():
+        if arrays:
+            key = tuple(map(id, arrays))
+            if key not in made:
+                flat = [x.reshape(-1, x.shape[-1]).astype(mx.float32) for x in arrays]
+                made[key] = Inputs(mx.concatenate(flat[:count]), mx.concatenate(flat[count:]))
+                mx.eval(made[key].seen, made[key].heldout)
+            taken[path] = made[key]
+    for arrays in found.values():
+        arrays.clear()
+    return taken
