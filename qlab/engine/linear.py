@@ -90,7 +90,7 @@ class Frozen(nn.Module):
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
-        if hasattr(self.layer, "as_linear"):
+        if self.embeds:
             y = self.layer(x)
             return y if self._compute is None else y.astype(self._compute)
         if not self._dequantize:
@@ -109,12 +109,32 @@ class Frozen(nn.Module):
     @contextmanager
     def once(self, after: mx.array) -> Iterator[None]:
         """Dequantize once, when ``after`` is there, for all products made within."""
-        if self._dequantize:
-            self._shared = weight_of(_tied(self.layer, after), after.dtype)
+        with self.lent(weight_of(_tied(self.layer, after), after.dtype) if self._dequantize else None):
+            yield
+
+    @contextmanager
+    def lent(self, weight: mx.array | None) -> Iterator[None]:
+        """Make all products within from this dense weight; None leaves it to the layer."""
+        self._shared = weight
         try:
             yield
         finally:
             self._shared = None
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it looks tokens up."""
+        return hasattr(self.layer, "as_linear")
+
+    def worth(self, dtype: mx.Dtype) -> mx.array | None:
+        """Return the dense weight, lazily, if products in ``dtype`` are to be made from one that is not stored so."""
+        if not self._dequantize or not is_quantized(self.layer) and self.layer.weight.dtype == dtype:
+            return None
+        return weight_of(self.layer, dtype)
+
+    def keep(self) -> None:
+        """Let the dense weight live from forward to backward from now on."""
+        self._keep = True
 
     def dense(self, dtype: mx.Dtype | None = None) -> mx.array:
         """Return the weight as numbers."""

@@ -13,8 +13,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from qlab.engine.segments import SILENT, Apart
 from qlab.engine.surgery import module_at, put_module
 from qlab.errors import UnsupportedError
+
+_NOISE = 1e-2  # the same operations in the same order, so far below that unless something is left out
 
 
 class _Stand:
@@ -47,13 +50,15 @@ class Stack:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.path = _path(module)
-        self.blocks: list[nn.Module] = list(module_at(module, self.path))
+        self.blocks_held: Any = module_at(module, self.path)
+        self.blocks: list[nn.Module] = list(self.blocks_held)
 
-    def before(self, tokens: mx.array) -> tuple[mx.array, list[tuple[tuple, dict]]]:
+    def before(self, tokens: mx.array, segments: mx.array | None = None) -> tuple[mx.array, list[tuple[tuple, dict]]]:
         """Return the first block's input, and the other arguments of every block.
 
         Args:
             tokens: ``(batch, length)``.
+            segments: ``(batch, length)``, number of the packed row that each token belongs to; None if rows are not packed.
 
         Returns:
             ``(batch, length, width)`` and, for each block, positional and keyword arguments after the hidden state.
@@ -68,17 +73,44 @@ class Stack:
             if not isinstance(x, mx.array) or x.ndim != 3:
                 raise UnsupportedError("The blocks of this model do not pass one hidden state (batch, length, width) on.")
             first.append(x)
-            calls.append((args, kwargs))
+            calls.append((tuple(map(_silent, args)), {name: _silent(value) for name, value in kwargs.items()}))
             return x
 
         with self._standing([take] * len(self.blocks)) as module:
             try:
-                module(tokens)
+                run(module, tokens, segments)
             except (ValueError, TypeError, AttributeError, IndexError) as error:  # it wants more of a block than a hidden state
                 raise UnsupportedError(f"The model cannot be taken apart into its blocks: {error}") from error
         if len(calls) != len(self.blocks):
             raise UnsupportedError(f"The model calls {len(calls)} of its {len(self.blocks)} blocks.")
         return first[0], calls
+
+    def logits(self, tokens: mx.array, segments: mx.array | None = None, last: int | None = None) -> mx.array:
+        """Return logits computed block by block, each evaluated; of all positions or the last ones.
+
+        Raises:
+            UnsupportedError: a block does not pass one hidden state on.
+        """
+        x, calls = self.before(tokens, segments)
+        for block, (args, kwargs) in zip(self.blocks, calls, strict=True):
+            y = block(x, *args, **kwargs)
+            if not isinstance(y, mx.array) or y.shape != x.shape:
+                raise UnsupportedError("The blocks of this model do not pass one hidden state (batch, length, width) on.")
+            mx.eval(y)
+            x = y
+        return self.after(x if last is None else x[:, -last:])
+
+    def check(self) -> None:
+        """Compare the pieces with the whole on a few tokens.
+
+        Raises:
+            UnsupportedError: the model does more with its blocks than to run one after the other.
+        """
+        tokens = mx.arange(6)[None]
+        whole, pieces = self.module(tokens), self.logits(tokens)
+        far = mx.linalg.norm((whole - pieces).astype(mx.float32)) / mx.linalg.norm(whole.astype(mx.float32))
+        if not far.item() < _NOISE:
+            raise UnsupportedError("The model does more with its blocks than to run one after the other.")
 
     def after(self, hidden: mx.array) -> mx.array:
         """Return the logits that follow from the last block's output, ``(batch, length, width)``."""
@@ -98,6 +130,19 @@ class Stack:
             yield self.module
         finally:
             put_module(self.module, self.path, self.blocks)  # type: ignore
+
+
+def run(module: nn.Module, tokens: mx.array, segments: mx.array | None) -> mx.array:
+    """Return a model's logits, packed rows kept apart."""
+    if segments is None:
+        return module(tokens)
+    blocks = module_at(module, _path(module)) if not hasattr(module, "layers") else module.layers
+    return module(tokens, cache=[Apart(segments)] * len(blocks))
+
+
+def _silent(value: Any) -> Any:
+    """A block gets its mask as an argument; what stands for a cache must hold no array, or a compiled block would keep it."""
+    return SILENT if isinstance(value, Apart) else value
 
 
 def _path(module: nn.Module) -> str:

@@ -1,14 +1,16 @@
-"""One step of training: a batch → the sum of the loss, its gradients, and the number of tokens. Everything stays lazy.
+"""One step of training: a batch → the sum of the loss, its gradients, and the number of tokens.
 
-Two ways to the same numbers. The whole graph keeps what every block computed until the way back; with checkpoints only
-the input of each block is kept, and a block is computed again when its gradient is due. Knows no data and no schedule.
+Three ways to the same numbers. The whole graph keeps what every block computed until the way back; with checkpoints only
+the input of each block is kept, and a block is computed again when its gradient is due; both stay lazy. ``stepped.py`` does
+the latter a block at a time. Knows no data and no schedule.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,30 +19,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 from qlab.core.spec import ModelSpec
 from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine.linear import Frozen
-from qlab.engine.stack import Stack
+from qlab.engine.loss import Arrays, Given, Sums, given, nats, nats_and_slope
+from qlab.engine.segments import takes_batches
+from qlab.engine.stack import Stack, run
+from qlab.engine.stepped import Stepped
 from qlab.engine.surgery import map_layers, module_at
+from qlab.errors import ConfigError, UnsupportedError
 
-Arrays = dict[str, mx.array]
 _PLAIN_CLASSES = ("linear", "embedding")
-
-
-class Sums(NamedTuple):
-    """What one batch, or several, add up to.
-
-    Attributes:
-        loss: in nats over the targets, float32.
-        grads: of that loss by path.
-        count: number of targets, float32.
-    """
-
-    loss: mx.array
-    grads: Arrays
-    count: mx.array
-
-    def plus(self, other: Sums) -> Sums:
-        """Add another batch."""
-        grads = {path: grad + other.grads[path] for path, grad in self.grads.items()}
-        return Sums(self.loss + other.loss, grads, self.count + other.count)
 
 
 @dataclass(frozen=True)
@@ -87,11 +73,17 @@ def attach(module: nn.Module, spec: ModelSpec, lora: LoRAConfig | None, compute:
 
 
 class Step:
-    """Loss and gradients of a model.
+    """Loss and gradients of a model as one lazy graph.
 
     Args:
         module: what ``attach`` returned; nobody else may use it.
         config: checkpoints, chunk of the loss.
+
+    Attributes:
+        parameters: trainable arrays by path.
+        how: ``whole`` or ``checkpointed``.
+        notes: how it is computed and why, in words.
+        traces: compiled; always 0.
 
     Raises:
         UnsupportedError: checkpoints or a chunked loss are wanted, and the model cannot be taken apart.
@@ -99,6 +91,9 @@ class Step:
 
     def __init__(self, module: nn.Module, config: TrainConfig) -> None:
         self.module, self.config = module, config
+        self.how = "checkpointed" if config.grad_checkpoint else "whole"
+        self.notes: tuple[str, ...] = ()
+        self.traces = 0
         self.stack = Stack(module) if config.grad_checkpoint or config.loss_chunk else None
         self.parameters: Arrays = dict(tree_flatten(module.trainable_parameters()))
         within = f"{self.stack.path}." if self.stack else ""
@@ -106,7 +101,14 @@ class Step:
         self._keys = [path for path, _ in tree_flatten(module.parameters()) if path.endswith("dropout_key")]
         self._drops: Arrays = {}  # the key of each layer, for the batch at hand
 
-    def __call__(self, parameters: Arrays, tokens: mx.array, mask: mx.array, key: mx.array | None = None) -> Sums:
+    def __call__(
+        self,
+        parameters: Arrays,
+        tokens: mx.array,
+        mask: mx.array,
+        key: mx.array | None = None,
+        segments: mx.array | None = None,
+    ) -> Sums:
         """Compute lazily.
 
         Args:
@@ -114,26 +116,28 @@ class Step:
             tokens: ``(batch, length)`` integers.
             mask: ``(batch, length)``, 1 where a token is a target; the first of a row never is.
             key: of the random generator, for dropout; the same key drops the same inputs. Needed if there is dropout.
+            segments: ``(batch, length)``, 1, 2, … for the packed rows in a row, 0 for padding; None if rows are not packed.
         """
         if self._keys:
             if key is None:
                 raise ValueError("Dropout needs a key, a new one for every batch.")
             self._drops = dict(zip(self._keys, mx.random.split(key, len(self._keys)), strict=True))
             self._set(self._drops)
-        inputs, targets, weights = tokens[:, :-1], tokens[:, 1:], mask[:, 1:].astype(mx.float32)
+        batch = given(tokens, mask, segments)
         if self.config.grad_checkpoint:
-            loss, grads = self._checkpointed(parameters, inputs, targets, weights)
+            loss, grads = self._checkpointed(parameters, batch)
         else:
-            loss, grads = self._whole(parameters, inputs, targets, weights)
+            loss, grads = self._whole(parameters, batch)
         self._set(parameters)
-        return Sums(loss, grads, weights.sum())
+        return Sums(loss, grads, batch.weights.sum())
 
-    def _whole(self, parameters: Arrays, inputs: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, Arrays]:
+    def _whole(self, parameters: Arrays, batch: Given) -> tuple[mx.array, Arrays]:
+        targets, weights = batch.targets, batch.weights
         if not self.config.loss_chunk:
-            return mx.value_and_grad(lambda p: _nats(self._run(p, inputs), targets, weights))(parameters)
+            return mx.value_and_grad(lambda p: nats(self._run(p, batch), targets, weights))(parameters)
 
         def surrogate(p: Arrays) -> tuple[mx.array, mx.array, Arrays]:
-            hidden = self._hidden(p, inputs)
+            hidden = self._hidden(p, batch)
             loss, cotangent, outer = self._loss(mx.stop_gradient(hidden), self._outside(parameters), targets, weights)
             self._set(p)
             return (hidden * mx.stop_gradient(cotangent)).sum(), loss, outer
@@ -141,9 +145,7 @@ class Step:
         (_, loss, outer), grads = mx.value_and_grad(surrogate)(parameters)
         return loss, {path: grad + outer[path] if path in outer else grad for path, grad in grads.items()}
 
-    def _checkpointed(
-        self, parameters: Arrays, inputs: mx.array, targets: mx.array, weights: mx.array
-    ) -> tuple[mx.array, Arrays]:
+    def _checkpointed(self, parameters: Arrays, batch: Given) -> tuple[mx.array, Arrays]:
         stack, prefix = self.stack, f"{self.stack.path}."
         mine: list[Arrays] = [{} for _ in stack.blocks]
         for path, array in parameters.items():
@@ -152,18 +154,18 @@ class Step:
                 mine[int(number)][rest] = array
         outside = self._outside(parameters)
         self._set(parameters)
-        x, calls = stack.before(inputs)
+        x, calls = stack.before(batch.inputs, batch.segments)
         kept = []
         for block, (args, kwargs) in zip(stack.blocks, calls, strict=True):
             kept.append(x)
             x = block(x, *args, **kwargs)
-        loss, cotangent, grads = self._loss(x, outside, targets, weights)
+        loss, cotangent, grads = self._loss(x, outside, batch.targets, batch.weights)
         lowest = 0 if outside else next((i for i, own in enumerate(mine) if own), len(mine))
         for i in reversed(range(lowest, len(mine))):
             cotangent, own = _back(stack.blocks[i], kept.pop(), mine[i], calls[i], cotangent)
             grads |= {f"{prefix}{i}.{path}": grad for path, grad in own.items()}
         if outside:
-            _, more = mx.vjp(lambda *a: self._before(outside, a, inputs), list(outside.values()), [cotangent])
+            _, more = mx.vjp(lambda *a: self._before(outside, a, batch), list(outside.values()), [cotangent])
             grads |= {path: grads[path] + grad for path, grad in zip(outside, more, strict=True)}
         return loss, grads
 
@@ -195,51 +197,33 @@ class Step:
                 (piece,) = mx.depends([rows[:, start : start + chunk]], [total, *found[-1:]])  # one chunk after the other
                 given = [piece, *outside.values()]
                 made = logits(*given)
-                loss, slope = _nats_and_slope(made, label, part)
+                loss, slope = nats_and_slope(made, label, part)
                 # the products are linear, so the logits of this second pass are never computed
                 _, (cotangent, *outer) = mx.vjp(lambda *a: [logits(*a)], given, [slope])
                 total, found = total + loss, [*found, cotangent]
                 sums = [a + b for a, b in zip(sums, outer, strict=True)]
         return total, mx.concatenate(found, axis=1).reshape(shape), dict(zip(outside, sums, strict=True))
 
-    def _run(self, parameters: Arrays, inputs: mx.array) -> mx.array:
+    def _run(self, parameters: Arrays, batch: Given) -> mx.array:
         self._set(parameters)
-        return self.module(inputs)
+        return run(self.module, batch.inputs, batch.segments)
 
-    def _hidden(self, parameters: Arrays, inputs: mx.array) -> mx.array:
+    def _hidden(self, parameters: Arrays, batch: Given) -> mx.array:
         self._set(parameters)
-        x, calls = self.stack.before(inputs)
+        x, calls = self.stack.before(batch.inputs, batch.segments)
         for block, (args, kwargs) in zip(self.stack.blocks, calls, strict=True):
             x = block(x, *args, **kwargs)
         return x
 
-    def _before(self, outside: Arrays, arrays: tuple[mx.array, ...], inputs: mx.array) -> list[mx.array]:
+    def _before(self, outside: Arrays, arrays: tuple[mx.array, ...], batch: Given) -> list[mx.array]:
         self._set(dict(zip(outside, arrays, strict=True)))
-        return [self.stack.before(inputs)[0]]
+        return [self.stack.before(batch.inputs, batch.segments)[0]]
 
     def _outside(self, parameters: Arrays) -> Arrays:
         return {path: array for path, array in parameters.items() if not path.startswith(f"{self.stack.path}.")}
 
     def _set(self, parameters: Arrays) -> None:
         self.module.update(tree_unflatten(list(parameters.items())))
-
-
-def _nats(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """Sum of the cross-entropy in nats over the targets; float32."""
-    return (nn.losses.cross_entropy(logits.astype(mx.float32), targets) * weights).sum()
-
-
-def _nats_and_slope(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-    """Sum of the cross-entropy in nats, and its gradient by the logits: probabilities, less one at the target, weighted.
-
-    Written out, because it needs one array of the size of the logits where differentiation keeps four.
-    """
-    full = logits.astype(mx.float32)
-    log_sum = mx.logsumexp(full, -1, keepdims=True)
-    nats = ((log_sum - mx.take_along_axis(full, targets[..., None], -1))[..., 0] * weights).sum()
-    hit = mx.arange(logits.shape[-1]) == targets[..., None]
-    probabilities = mx.exp(full - log_sum)
-    return nats, (mx.where(hit, probabilities - 1, probabilities) * weights[..., None]).astype(logits.dtype)
 
 
 def _back(
@@ -262,3 +246,78 @@ def _back(
     finally:
         block.update(tree_unflatten([*frozen, *parameters.items()]))
     return dx, dict(zip(parameters, grads, strict=True))
+
+
+def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto", window: int | None = None) -> Any:
+    """Return the step of a run: ``step(parameters, tokens, mask, key=None, segments=None) -> Sums``. Computes on few tokens.
+
+    Args:
+        module: what ``attach`` returned, its arrays in memory; nobody else may use it.
+        config: checkpoints, chunk of the loss, packing.
+        how: ``whole`` (one graph), ``stepped`` (a block at a time) or ``auto``: stepped wherever blocks are computed again
+            on the way back, if the model can be taken apart.
+        window: blocks in flight at once when stepped; None leaves it to the device.
+
+    Raises:
+        ConfigError: no such way.
+        UnsupportedError: the model cannot be computed so, or cannot keep packed rows apart.
+    """
+    if how not in WAYS:
+        raise ConfigError(f"how={how!r} is not legal; choose one of {', '.join(WAYS)}.")
+    step: Any = None
+    why = ""
+    if how == "stepped" or how == "auto" and config.grad_checkpoint:
+        try:
+            step = Stepped(module, config, window)
+        except UnsupportedError as error:
+            if how == "stepped":
+                raise
+            why = f"as one graph, because the model cannot be stepped through: {error}"
+    if step is None:
+        step = Step(module, config)
+        step.notes = (why or f"step: {step.how}, as one graph",)
+    if config.pack and not takes_batches(_logits(module), config.max_seq_length - 1):
+        step = _RowByRow(step)
+    return step
+
+
+WAYS = ("auto", "whole", "stepped")
+
+
+def _logits(module: nn.Module) -> Callable[[mx.array, mx.array | None], mx.array]:
+    try:
+        stack = Stack(module)
+        stack.check()
+    except UnsupportedError:
+        return lambda tokens, segments: run(module, tokens, segments)
+    return lambda tokens, segments: stack.logits(tokens, segments, last=8)
+
+
+class _RowByRow:
+    """A step for models whose attention takes one mask for all rows: packed rows pass one at a time, and are added up."""
+
+    def __init__(self, step: Any) -> None:
+        self._step = step
+        self.notes = (*step.notes, "packed rows pass one at a time: this model takes one mask for all")
+
+    def __call__(
+        self,
+        parameters: Arrays,
+        tokens: mx.array,
+        mask: mx.array,
+        key: mx.array | None = None,
+        segments: mx.array | None = None,
+    ) -> Sums:
+        if segments is None:
+            return self._step(parameters, tokens, mask, key)
+        keys = [None] * len(tokens) if key is None else mx.random.split(key, len(tokens))
+        total: Sums | None = None
+        for i, own in enumerate(keys):
+            row = slice(i, i + 1)
+            sums = self._step(parameters, tokens[row], mask[row], own, segments[row])
+            total = sums if total is None else total.plus(sums)
+            mx.eval(total)
+        return total  # type: ignore
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._step, name)

@@ -1,0 +1,359 @@
+"""One step of training, a block at a time: one block's forward and one block's way back are compiled, and serve all alike.
+
+Only the input of each block is kept. Each block is computed when it is handed over, at most a window of them in flight, so
+that the memory in flight is chosen instead of suffered; and what is compiled does not grow with depth. The loss is made of
+the positions that count, a chunk of them at a time. The same numbers as ``Step``. Knows no data and no schedule.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from qlab.core.training import TrainConfig
+from qlab.engine.device import backend
+from qlab.engine.linear import Frozen
+from qlab.engine.loss import Arrays, Given, Sums, given, nats_and_slope
+from qlab.engine.stack import Stack
+
+WINDOW = {"cpu": 1, "cuda": 4, "metal": 4}  # blocks in flight; see docs/adr/0006-layer-stepped.md
+_PARTS = 8  # sizes of the last chunk of the loss: each is compiled once
+_NUMBERS = ("layer_idx", "layer_id", "layer_number")  # attributes that only say where a block stands, as a rule
+
+
+class Stepped:
+    """Loss and gradients of a model, a block at a time; computes at once, so it must not be compiled or traced.
+
+    Args:
+        module: what ``attach`` returned, its arrays in memory; nobody else may use it.
+        config: chunk of the loss.
+        window: blocks in flight at once; None leaves it to the device.
+
+    Attributes:
+        parameters: trainable arrays by path.
+        how: ``stepped``.
+        notes: how it is computed, in words.
+        traces: functions compiled so far: a few for each kind of block and each shape.
+
+    Raises:
+        UnsupportedError: the model cannot be taken apart.
+    """
+
+    how = "stepped"
+
+    def __init__(self, module: nn.Module, config: TrainConfig, window: int | None = None) -> None:
+        self.module, self.config, self.traces = module, config, 0
+        self.window = window or WINDOW[backend()]
+        self.parameters: Arrays = dict(tree_flatten(module.trainable_parameters()))
+        self._stack = Stack(module)
+        self._stack.check()
+        for frozen in (x for x in module.modules() if isinstance(x, Frozen)):
+            frozen.keep()  # for the moment of one block
+        prefix = f"{self._stack.path}."
+        self._blocks = [_Block(block, f"{prefix}{i}", self.parameters) for i, block in enumerate(self._stack.blocks)]
+        self._outside = [path for path in self.parameters if not path.startswith(prefix)]
+        self._keys = [path for path, _ in tree_flatten(module.parameters()) if path.endswith("dropout_key")]
+        self._end = _End(self._stack, self._outside)
+        self._kinds: dict[Hashable, _Kind] = {}
+        self._different: set[int] = set()  # blocks for which it matters where they stand
+        self._checked = False
+        kinds = len({block.piece.form for block in self._blocks})
+        self.notes = (f"step: {len(self._blocks)} blocks of {kinds} kind{'s' * (kinds > 1)} one by one, window {self.window}",)
+
+    def __call__(
+        self,
+        parameters: Arrays,
+        tokens: mx.array,
+        mask: mx.array,
+        key: mx.array | None = None,
+        segments: mx.array | None = None,
+    ) -> Sums:
+        """Compute; what is returned is on its way.
+
+        Args:
+            parameters: trainable arrays by path.
+            tokens: ``(batch, length)`` integers.
+            mask: ``(batch, length)``, 1 where a token is a target; the first of a row never is.
+            key: of the random generator, for dropout; the same key drops the same inputs. Needed if there is dropout.
+            segments: ``(batch, length)``, 1, 2, … for the packed rows in a row, 0 for padding; None if rows are not packed.
+        """
+        if self._keys:
+            if key is None:
+                raise ValueError("Dropout needs a key, a new one for every batch.")
+            self._set(dict(zip(self._keys, mx.random.split(key, len(self._keys)), strict=True)))
+        self._set(parameters)
+        batch = given(tokens, mask, segments)
+        x, calls = self._stack.before(batch.inputs, batch.segments)
+        kinds = [self._kind(i, call, x) for i, call in enumerate(calls)]
+        self._checked = True
+        kept = self._forward(x, kinds)
+        loss, cotangent, grads = self._loss(kept.pop(), batch)
+        flight = _Flight(self.window)
+        first = len(self._blocks) - len(kept)
+        for i in reversed(range(first, len(self._blocks))):
+            block, (kind, call) = self._blocks[i], kinds[i]
+            cotangent, *own = kind.back(block, call, kept.pop(), cotangent)
+            grads |= dict(zip(block.trained, own, strict=True))
+            flight.add(cotangent, *own)
+        if self._end.embeds:
+            names = self._outside
+            _, more = mx.vjp(lambda *a: self._before(a, batch), [parameters[p] for p in names], [cotangent])
+            grads |= {path: grads[path] + grad for path, grad in zip(names, more, strict=True)}
+        return Sums(loss, grads, batch.weights.sum())
+
+    def _forward(self, x: mx.array, kinds: list[tuple[_Kind, _Piece]]) -> list[mx.array]:
+        """Return the inputs of all blocks that a gradient reaches, and the output of the last."""
+        reached = [i for i, block in enumerate(self._blocks) if block.trained]
+        first = 0 if self._end.embeds else min(reached, default=len(self._blocks))
+        kept, flight = [], _Flight(self.window)
+        for i, (block, (kind, call)) in enumerate(zip(self._blocks, kinds, strict=True)):
+            if i >= first:
+                kept.append(x)
+            x = kind.forward(block, call, x)
+            flight.add(x)
+        return [*kept, x]
+
+    def _loss(self, hidden: mx.array, batch: Given) -> tuple[mx.array, mx.array, Arrays]:
+        """Sum of the loss, and its gradients by the last hidden state and by the parameters outside the blocks."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        counted = np.flatnonzero(np.array(batch.weights.reshape(-1)))
+        size = min(self.config.loss_chunk or flat.shape[0], flat.shape[0])
+        targets, weights = batch.targets.reshape(-1), batch.weights.reshape(-1)
+        drops = self._end.drops(-(-counted.size // size))
+        total, cotangent = mx.array(0.0), mx.zeros_like(flat)
+        sums = [mx.zeros_like(self.parameters[path]) for path in self._outside]
+        weight = self._end.weights(hidden.dtype)
+        mx.async_eval(weight)
+        flight = _Flight(self.window)
+        for n, start in enumerate(range(0, counted.size, size)):
+            part = counted[start : start + size]
+            full = -(-part.size * _PARTS // size) * size // _PARTS  # a few sizes only; the rest counts nothing
+            where = mx.array(np.pad(part, (0, max(full, part.size) - part.size)).astype(np.int32))
+            share = weights[where] * (mx.arange(where.size) < part.size)
+            loss, slope, *outer = self._end.run(self, flat[where][None], targets[where][None], share[None], weight, drops[n])
+            total, cotangent = total + loss, cotangent.at[where].add(slope[0])
+            sums = [a + b for a, b in zip(sums, outer, strict=True)]
+            flight.add(total, cotangent, *sums)
+        return total, cotangent.reshape(hidden.shape), dict(zip(self._outside, sums, strict=True))
+
+    def _kind(self, i: int, call: tuple[tuple, dict], x: mx.array) -> tuple[_Kind, _Piece]:
+        """Return what serves a block, and the block's other arguments."""
+        block, piece = self._blocks[i], _Piece([list(call[0]), call[1]])
+        key = (block.piece.form, piece.form, i if i in self._different else None)
+        kind = self._kinds.setdefault(key, _Kind(self, block))
+        if not self._checked and block.piece.numbered and kind.block is not block and not kind.serves(block, piece, x):
+            self._different.add(i)
+            return self._kind(i, call, x)
+        return kind, piece
+
+    def _before(self, arrays: Sequence[mx.array], batch: Given) -> list[mx.array]:
+        self._set(dict(zip(self._outside, arrays, strict=True)))
+        return [self._stack.before(batch.inputs, batch.segments)[0]]
+
+    def _set(self, parameters: Arrays) -> None:
+        self.module.update(tree_unflatten(list(parameters.items())))
+
+
+class _Flight:
+    """Hands arrays over to be computed, and waits so that no more than a window of them is unfinished."""
+
+    def __init__(self, window: int) -> None:
+        self._window, self._unfinished = window, deque()
+
+    def add(self, *arrays: mx.array) -> None:
+        mx.async_eval(arrays)
+        self._unfinished.append(arrays[0])
+        if len(self._unfinished) >= self._window:
+            mx.eval(self._unfinished.popleft())
+
+
+class _Piece:
+    """A part of a model as a function of its arrays.
+
+    Args:
+        root: a module, or a list.
+        without: a list within that is no part of it.
+
+    Attributes:
+        places: path, holder and key of every array.
+        form: everything else about it; two pieces of one form compute the same from the same arrays.
+        numbered: whether an attribute that says where it stands was left out of the form.
+    """
+
+    def __init__(self, root: Any, without: Any = None) -> None:
+        self.root, self.places, self.numbered = root, [], False
+        self.form = self._look(root, "", without)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The arrays that it has now."""
+        return [holder[key] for _, holder, key in self.places]
+
+    @contextmanager
+    def having(self, arrays: Sequence[mx.array]) -> Iterator[None]:
+        """Give it other arrays within."""
+        before = self.arrays
+        self._put(arrays)
+        try:
+            yield
+        finally:
+            self._put(before)
+
+    def _put(self, arrays: Sequence[mx.array]) -> None:
+        for (_, holder, key), array in zip(self.places, arrays, strict=True):
+            holder[key] = array
+
+    def _look(self, node: Any, path: str, without: Any) -> Hashable:
+        if not isinstance(node, (dict, list)):
+            return _plain(node)
+        found: list[Hashable] = [type(node)]
+        for key, value in sorted(node.items()) if isinstance(node, dict) else enumerate(node):
+            if isinstance(value, mx.array):
+                self.places.append((f"{path}{key}", node, key))
+                found.append((key, value.shape, str(value.dtype)))
+            elif value is not without or without is None:
+                found.append((key, self._look(value, f"{path}{key}.", without)))
+        for key, value in sorted(vars(node).items()) if isinstance(node, nn.Module) else ():
+            if key in _NUMBERS:
+                self.numbered = True
+            elif key != "_no_grad":
+                found.append((key, _plain(value)))
+        return tuple(found)
+
+
+def _plain(value: Any) -> Hashable:
+    """Something equal for equal values: itself if it can be, otherwise its identity."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return (type(value), value)
+
+
+class _Block:
+    """One block: where its arrays are, and which of them are trained."""
+
+    def __init__(self, module: nn.Module, path: str, parameters: Arrays) -> None:
+        self.piece = _Piece(module)
+        places = [f"{path}.{name}" for name, *_ in self.piece.places]
+        self.chosen = [n for n, name in enumerate(places) if name in parameters]
+        self.trained = [places[n] for n in self.chosen]
+
+
+class _Kind:
+    """What blocks that differ in their arrays only have in common: a forward pass and a way back, each compiled once."""
+
+    def __init__(self, step: Stepped, block: _Block) -> None:
+        self.block, self._step = block, step
+        self._call: _Piece | None = None  # whatever is no array in it is the same for all calls of this kind
+        self._forward, self._back = mx.compile(self._run), mx.compile(self._way_back)
+
+    def forward(self, block: _Block, call: _Piece, x: mx.array) -> mx.array:
+        """Return the block's output."""
+        self._call = call
+        return self._forward(x, block.piece.arrays, call.arrays)
+
+    def back(self, block: _Block, call: _Piece, x: mx.array, cotangent: mx.array) -> list[mx.array]:
+        """Return the gradients by the block's input and by its trained arrays; its output is computed again."""
+        self._call = call
+        return self._back(x, cotangent, block.piece.arrays, call.arrays)
+
+    def serves(self, block: _Block, call: _Piece, x: mx.array) -> bool:
+        """Whether another block computes the same, tried out on ``x``."""
+        args, kwargs = call.root
+        with self.block.piece.having(block.piece.arrays):
+            found = self.block.piece.root(x, *args, **kwargs)
+        return mx.array_equal(found, block.piece.root(x, *args, **kwargs)).item()
+
+    def _run(self, x: mx.array, arrays: list[mx.array], others: list[mx.array]) -> mx.array:
+        self._step.traces += 1
+        return self._apply(x, arrays, others)
+
+    def _way_back(self, x: mx.array, cotangent: mx.array, arrays: list[mx.array], others: list[mx.array]) -> list[mx.array]:
+        self._step.traces += 1
+        chosen = self.block.chosen
+
+        def run(h: mx.array, *own: mx.array) -> list[mx.array]:
+            all_ = list(arrays)
+            for n, array in zip(chosen, own, strict=True):
+                all_[n] = array
+            return [self._apply(h, all_, others)]
+
+        return mx.vjp(run, [x, *(arrays[n] for n in chosen)], [cotangent])[1]
+
+    def _apply(self, x: mx.array, arrays: list[mx.array], others: list[mx.array]) -> mx.array:
+        with self.block.piece.having(arrays), self._call.having(others):
+            args, kwargs = self._call.root
+            return self.block.piece.root(x, *args, **kwargs)
+
+
+class _End:
+    """What comes after the blocks: the loss of a chunk of positions and its gradients, compiled.
+
+    Attributes:
+        embeds: whether a trained array is needed before the blocks, too.
+    """
+
+    def __init__(self, stack: Stack, trained: list[str]) -> None:
+        self._stack = stack
+        self._piece = _Piece(stack.module, without=stack.blocks_held)
+        names = [name for name, *_ in self._piece.places]
+        self._chosen = [names.index(path) for path in trained]
+        self._dropped = [n for n, name in enumerate(names) if name.endswith("dropout_key")]
+        frozen = [x for path, x in stack.module.named_modules() if isinstance(x, Frozen) and not path.startswith(stack.path)]
+        linear = [x for x in frozen if not x.embeds]
+        self._heads = linear or frozen
+        self.embeds = any(_owner(stack.module, path).base.embeds for path in trained)
+        self._compiled: Callable[..., Any] = mx.compile(self._chunk)
+        self._step: Stepped | None = None
+
+    def weights(self, dtype: mx.Dtype) -> list[mx.array]:
+        """Return the dense weights of the heads that need one, lazily; they serve all chunks."""
+        self._lent = [(head, weight) for head in self._heads if (weight := head.worth(dtype)) is not None]
+        return [weight for _, weight in self._lent]
+
+    def drops(self, chunks: int) -> list[list[mx.array]]:
+        """Return the dropout keys of every chunk: each drops inputs of its own."""
+        own = [self._piece.arrays[n] for n in self._dropped]
+        split = [mx.random.split(key, chunks) if chunks > 1 else [key] for key in own]
+        return [[keys[i] for keys in split] for i in range(max(chunks, 1))]
+
+    def run(self, step: Stepped, rows: Any, labels: Any, share: Any, weights: list[mx.array], drops: list[mx.array]) -> Any:
+        """Return the loss, its gradient by ``rows`` ``(1, n, width)``, and those by the trained arrays."""
+        self._step = step
+        arrays = self._piece.arrays
+        for n, key in zip(self._dropped, drops, strict=True):
+            arrays[n] = key
+        return self._compiled(rows, labels, share, arrays, weights)
+
+    def _chunk(self, rows: mx.array, labels: mx.array, share: mx.array, arrays: list[mx.array], weights: list[mx.array]) -> Any:
+        self._step.traces += 1
+
+        def logits(h: mx.array, *own: mx.array) -> mx.array:
+            all_ = list(arrays)
+            for n, array in zip(self._chosen, own, strict=True):
+                all_[n] = array
+            with ExitStack() as stack:
+                stack.enter_context(self._piece.having(all_))
+                for (head, _), weight in zip(self._lent, weights, strict=True):
+                    stack.enter_context(head.lent(weight))
+                return self._stack.after(h)
+
+        primals = [rows, *(arrays[n] for n in self._chosen)]
+        loss, slope = nats_and_slope(logits(*primals), labels, share)
+        return [loss, *mx.vjp(lambda *a: [logits(*a)], primals, [slope])[1]]
+
+
+def _owner(module: nn.Module, path: str) -> Any:
+    from qlab.engine.surgery import module_at
+
+    return module_at(module, path.rpartition(".")[0])
