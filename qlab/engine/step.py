@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -264,19 +264,21 @@ def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto", wind
     """
     if how not in WAYS:
         raise ConfigError(f"how={how!r} is not legal; choose one of {', '.join(WAYS)}.")
-    step: Any = None
-    why = ""
-    if how == "stepped" or how == "auto" and config.grad_checkpoint:
-        try:
-            step = Stepped(module, config, window)
-        except UnsupportedError as error:
-            if how == "stepped":
-                raise
-            why = f"as one graph, because the model cannot be stepped through: {error}"
-    if step is None:
+    note = ""
+    try:
+        stack = Stack(module)
+        stack.check()
+    except UnsupportedError as error:
+        if how == "stepped":
+            raise
+        stack, config = None, replace(config, grad_checkpoint=False, loss_chunk=0)
+        note = f"step: whole, neither checkpoints nor a chunked loss, because the model cannot be taken apart: {error}"
+    if stack and (how == "stepped" or how == "auto" and config.grad_checkpoint):
+        step: Any = Stepped(module, config, window)
+    else:
         step = Step(module, config)
-        step.notes = (why or f"step: {step.how}, as one graph",)
-    if config.pack and not takes_batches(_logits(module), config.max_seq_length - 1):
+        step.notes = (note or f"step: {step.how}, as one graph",)
+    if config.pack and not takes_batches(_logits(module, stack), config.max_seq_length - 1):
         step = _RowByRow(step)
     return step
 
@@ -284,13 +286,10 @@ def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto", wind
 WAYS = ("auto", "whole", "stepped")
 
 
-def _logits(module: nn.Module) -> Callable[[mx.array, mx.array | None], mx.array]:
-    try:
-        stack = Stack(module)
-        stack.check()
-    except UnsupportedError:
-        return lambda tokens, segments: run(module, tokens, segments)
-    return lambda tokens, segments: stack.logits(tokens, segments, last=8)
+def _logits(module: nn.Module, stack: Stack | None) -> Callable[[mx.array, mx.array | None], mx.array]:
+    if stack:
+        return lambda tokens, segments: stack.logits(tokens, segments, last=8)
+    return lambda tokens, segments: run(module, tokens, segments)
 
 
 class _RowByRow:

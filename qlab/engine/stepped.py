@@ -43,7 +43,7 @@ class Stepped:
         traces: functions compiled so far: a few for each kind of block and each shape.
 
     Raises:
-        UnsupportedError: the model cannot be taken apart.
+        UnsupportedError: the model has no list of blocks. Whether it is no more than its blocks, ``make_step`` checks.
     """
 
     how = "stepped"
@@ -53,7 +53,6 @@ class Stepped:
         self.window = window or WINDOW[backend()]
         self.parameters: Arrays = dict(tree_flatten(module.trainable_parameters()))
         self._stack = Stack(module)
-        self._stack.check()
         for frozen in (x for x in module.modules() if isinstance(x, Frozen)):
             frozen.keep()  # for the moment of one block
         prefix = f"{self._stack.path}."
