@@ -36,6 +36,10 @@ class WeightsError(QlabError, ValueError):
     """Weights hold NaN or infinity, or no layer of the model can be quantized."""
 
 
+class DataError(QlabError, ValueError):
+    """Rows to train on have faults; names every row, its key and what is wrong."""
+
+
 class UnsupportedError(QlabError, NotImplementedError):
     """The model is built in a way that this cannot serve; says which way."""
 

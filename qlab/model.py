@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from pathlib import Path
 
 from qlab.core.config import QuantPlan
@@ -28,14 +29,28 @@ class Model:
         spec: the layers: paths, shapes, dtypes, bytes.
         notes: what to know about where it came from.
         plan: how it was quantized here, or None.
+        solver: by which its codes were chosen; empty if it was not quantized here.
+        source: what ``load`` was given.
     """
 
-    def __init__(self, loaded: _load.Loaded, plan: QuantPlan | None = None) -> None:
+    def __init__(
+        self, loaded: _load.Loaded, plan: QuantPlan | None = None, solver: str = "", original: Model | None = None,
+        source: str = "",
+    ) -> None:  # fmt: skip
         self.name, self.module, self.tokenizer = loaded.name, loaded.module, loaded.tokenizer
-        self.config, self.notes, self.plan = loaded.config, loaded.notes, plan
+        self.config, self.notes, self.plan, self.solver = loaded.config, loaded.notes, plan, solver
+        self.source = source or (original.source if original else "")
+        self._original = weakref.ref(original) if original else None
         self.spec: ModelSpec = mlx_call(describe, loaded.module, loaded.name)
         self._study: Study | None = None
         self._lock = threading.Lock()
+
+    @property
+    def original(self) -> Model | None:
+        """The model that this one was quantized from, while something else still holds it; itself if it is not quantized."""
+        if self.plan is None:
+            return None if any(layer.stored for layer in self.spec.layers) else self
+        return self._original() if self._original else None
 
     @property
     def study(self) -> Study:
@@ -82,4 +97,5 @@ def load(source: str | Path) -> Model:
     Raises:
         LoadError: missing, truncated, not a model, or of an unknown architecture.
     """
-    return Model(mlx_call(_load.load, source))
+    known = Path(source).expanduser()
+    return Model(mlx_call(_load.load, source), source=str(known.resolve() if known.exists() and source != "demo" else source))

@@ -214,7 +214,7 @@ class Quantizer(T.HasTraits):
         self._check_solver(name)
         text = self._text if calibration is None else calibration
         module = self._jobs.run(lambda: model.study.quantize(plan, name, text))
-        return Model(Loaded(module, model.tokenizer, model.config, model.name), plan)
+        return Model(Loaded(module, model.tokenizer, model.config, model.name), plan, name, model)
 
     # --- the panel --------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,11 @@ def setup_code(plan: QuantPlan | None, adapter: LoRAConfig, train: TrainConfig) 
     return "\n".join([*lines, "est = qlab.estimate(model, quant, adapter, train)"]).replace("QuantPlan(", "qlab.QuantPlan(")
 
 
+def train_code(config: TrainConfig) -> str:
+    """Return the lines that make a run again, with the adapter ``a`` and the rows ``data`` at hand."""
+    return f"t = qlab.Trainer(a, data, {_short(config)})\nt.start()"
+
+
 def _config(config: QuantConfig) -> str:
     return f'qlab.QuantConfig("{config.mode}", bits={config.bits}, group_size={config.group_size})'
 

@@ -5,7 +5,8 @@ Knows neither how a step is computed nor how it is drawn.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from math import fsum, isfinite, nan
 from typing import Any
 
 MARKS = ("checkpoint", "best", "learning_rate", "skipped", "early_stop", "guard", "resumed")
@@ -154,4 +155,32 @@ class RunState:
     data: str = ""
     error: str = ""
     code: str = ""
-    judged: tuple[Any, ...] = field(default=())
+
+
+def summary(history: tuple[StepEvent, ...]) -> dict[str, Any]:
+    """Return the fields of a ``RunReport`` that follow from its events."""
+    steps = [event for event in history if event.step > 0]
+    finite = [event.loss for event in steps if isfinite(event.loss)]
+    judged = [(event.val_loss, event.step) for event in history if event.val_loss is not None and isfinite(event.val_loss)]
+    best, best_step = min(judged, default=(nan, 0))
+    tail = finite[-max(len(finite) // 10, 1) :]
+    rates = sorted(event.tokens_per_second for event in steps)
+    return {
+        "steps": steps[-1].step if steps else 0,
+        "loss": fsum(tail) / len(tail) if tail else nan,
+        "val_loss": judged[-1][0] if judged else nan,
+        "best_val_loss": best,
+        "best_step": best_step,
+        "tokens": sum(event.tokens for event in steps),
+        "tokens_per_second": rates[len(rates) // 2] if rates else nan,
+        "seconds": steps[-1].seconds if steps else 0.0,
+        "peak_nbytes": max((event.peak_nbytes for event in history), default=0),
+    }
+
+
+def seconds_left(history: tuple[StepEvent, ...], iters: int) -> float:
+    """Expect the time that the rest takes from the median of the last steps; NaN before there is one."""
+    recent = [b.seconds - a.seconds for a, b in zip(history[-21:-1], history[-20:], strict=False) if b.step > 1]
+    if not recent:
+        return nan
+    return sorted(recent)[len(recent) // 2] * (iters - history[-1].step)

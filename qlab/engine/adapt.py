@@ -26,18 +26,18 @@ def fresh(module: nn.Module, spec: ModelSpec, lora: LoRAConfig, seed: int) -> di
         module: the model; it is not changed.
         spec: its layers.
         lora: the adapters.
-        seed: of what is drawn; nothing else of the thread's random state is touched.
+        seed: of what is drawn.
 
     Raises:
         ConfigError, LayerNotFoundError: the adapter does not fit the model.
     """
-    kept = mx.random.state[0]
+    later = mx.random.randint(0, 2**31 - 1).item()  # the state cannot be put back, only sown anew
     try:
         mx.random.seed(seed)
         made = dict(tree_flatten(attach(module, spec, lora, Compute(None, False), False).trainable_parameters()))
         mx.eval(made)
     finally:
-        mx.random.state[0] = kept
+        mx.random.seed(later)
     return made
 
 

@@ -55,7 +55,7 @@ def machine() -> Machine:
 
     name = backend()
     info = mx.device_info() if name != "cpu" else {}
-    total, free = _ram()
+    total, free = ram()
     if name == "metal":
         total = int(info.get("max_recommended_working_set_size", total))
         free = min(max(total - mx.get_active_memory(), 0), free or total)
@@ -65,8 +65,8 @@ def machine() -> Machine:
     return Machine(f"this machine ({name}, {total / 1e9:.1f} GB)", total, free)
 
 
-def _ram() -> tuple[int, int]:
-    """Physical memory and the part available, in bytes."""
+def ram() -> tuple[int, int]:
+    """Physical memory and the part available, in bytes; all of it where the system does not say."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         with open("/proc/meminfo") as lines:

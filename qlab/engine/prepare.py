@@ -1,0 +1,108 @@
+"""Makes a run ready: the frozen base and its adapter as something to step, and the batches. Knows no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qlab.core.rows import Batch, Rows
+from qlab.core.spec import ModelSpec
+from qlab.core.training import LoRAConfig, TrainConfig
+from qlab.engine.checkpoint import Checkpoints, TrainState, load
+from qlab.engine.feed import Feed
+from qlab.engine.guard import Guard
+from qlab.engine.step import Arrays, attach, make_step
+from qlab.engine.train import Task
+from qlab.engine.trial import choose_compute
+from qlab.engine.update import Update
+from qlab.errors import ConfigError
+
+_SHARE = 0.05  # of the rows, held out unless told
+_MOST_HELD = 100
+_FEW = 20  # rows below which none are held out
+
+
+def held_out(rows: Rows, share: float | None, seed: int) -> tuple[Rows, Rows | None]:
+    """Split rows into those to train on and those to judge by.
+
+    Args:
+        rows: all.
+        share: to hold out; None is 5 %, at most 100 rows, and none of fewer than 20; 0 is none.
+        seed: of the choice.
+    """
+    count = min(round(_SHARE * len(rows)), _MOST_HELD) if share is None else round(share * len(rows))
+    if share is None and len(rows) < _FEW or not count:
+        return rows, None
+    return rows.split(count, seed)
+
+
+def validation_batches(held: Rows | None, config: TrainConfig) -> tuple[Batch, ...]:
+    """Return the batches of every validation: the same ones each time, never packed."""
+    if held is None or not len(held):
+        return ()
+    feed = Feed(held, replace(config, pack=False))
+    count = feed.per_epoch if config.val_batches < 0 else min(config.val_batches, feed.per_epoch)
+    return tuple(feed.batch(i) for i in range(count))
+
+
+def make_task(
+    module: nn.Module,
+    spec: ModelSpec,
+    lora: LoRAConfig,
+    config: TrainConfig,
+    feed: Feed,
+    held: tuple[Batch, ...],
+    parameters: Arrays,
+    checkpoints: Checkpoints | None,
+    on_good: Callable[[TrainState], None],
+    limit_nbytes: int | None = None,
+) -> tuple[Task, TrainState, tuple[str, ...]]:
+    """Return a run, where it stands at first, and what to know about how it is computed. Runs on the MLX thread.
+
+    Args:
+        module: the base; it is not changed.
+        spec: its layers.
+        lora: the adapter.
+        config: the run.
+        feed: batches to train on.
+        held: batches of a validation.
+        parameters: the adapter's arrays by path, evaluated.
+        checkpoints: where to write, or None.
+        on_good: see ``Task``.
+        limit_nbytes: of memory; None takes it from what is free.
+
+    Raises:
+        ConfigError, LayerNotFoundError: the adapter does not fit the model.
+        UnsupportedError: the model's step cannot be built as the config wants it.
+    """
+    largest = max(rows * length for rows, length in feed.shapes)
+    compute, notes = choose_compute(module, spec, lora, largest)
+    step = make_step(attach(module, spec, lora, compute, config.grad_checkpoint), config)
+    # sums over arrays follow their order, and a file has one of its own
+    parameters = {path: parameters[path] for path in step.parameters}
+    update = Update(config, parameters)
+    mx.eval(update.state)
+    task = Task(step, update, feed, held, config, Guard(limit_nbytes), checkpoints, on_good)
+    return task, TrainState(parameters, update.state, config.learning_rate), (*step.notes, *notes)
+
+
+def resumed(path: Path, parameters: Arrays, task: Task) -> TrainState:
+    """Return where a checkpoint stands, if it is one of this run. Runs on the MLX thread.
+
+    Raises:
+        LoadError: it cannot be read.
+        ConfigError: its optimizer is not the run's.
+    """
+    state = load(path, parameters)
+    wanted = task.update.state
+    for name in sorted(state.optimizer.keys() | wanted.keys()):
+        found, other = state.optimizer.get(name), wanted.get(name)
+        if found is None or other is None or found.shape != other.shape or found.dtype != other.dtype:
+            raise ConfigError(f"The optimizer's state in {path} is not that of this run: {name!r} differs.")
+    state.parameters = {name: state.parameters[name] for name in task.step.parameters}
+    state.optimizer = {name: state.optimizer[name] for name in wanted}
+    return state

@@ -1,0 +1,244 @@
+"""The training loop: a generator of events, one for each optimizer step. Shows nothing.
+
+A step is a function of the config, the parameters and its own number: rows, dropout and learning rate follow from these. So
+a run that is stopped, killed and resumed makes the same steps, bit for bit, as one that never was.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+
+from qlab.core.panel import Progress
+from qlab.core.rows import Batch
+from qlab.core.run import Mark, StepEvent
+from qlab.core.schedule import learning_rate
+from qlab.core.training import TrainConfig
+from qlab.engine.checkpoint import Checkpoints, TrainState
+from qlab.engine.feed import Feed
+from qlab.engine.guard import Guard
+from qlab.engine.step import Sums
+from qlab.engine.update import Update, Updated
+from qlab.engine.validate import Nats, nats
+from qlab.errors import SaveError
+
+Events = Generator[StepEvent | Progress, None, Any]
+_MOST_SKIPPED = 5  # steps in a row without a finite loss and gradient, after which going on is pointless
+_LEAST_STEPS = 10  # between validations that were not asked for
+_VALIDATIONS = 4  # at least, in a whole run
+
+
+@dataclass
+class Task:
+    """What a run is made of.
+
+    Attributes:
+        step: batch → sums, what ``make_step`` returned.
+        update: sums → new parameters.
+        feed: batches by number.
+        held_out: batches of a validation; may be empty.
+        config: the run.
+        guard: memory.
+        checkpoints: where to write, or None.
+        on_good: called with the state after every validation and checkpoint, and at the end.
+        wanted_rate: a new base rate that a user has set, taken up by the next step.
+    """
+
+    step: Any
+    update: Update
+    feed: Feed
+    held_out: tuple[Batch, ...]
+    config: TrainConfig
+    guard: Guard
+    checkpoints: Checkpoints | None = None
+    on_good: Callable[[TrainState], None] = lambda state: None
+    wanted_rate: float | None = None
+    marks: list[Mark] = field(default_factory=list)
+
+    @property
+    def iters(self) -> int:
+        """Optimizer steps in all."""
+        return self.feed.iters
+
+    @property
+    def steps_per_eval(self) -> int:
+        """Steps between validations."""
+        if self.config.steps_per_eval:
+            return self.config.steps_per_eval
+        quarter = round(self.feed.per_epoch / self.config.grad_accumulation_steps / 4)
+        return max(min(max(quarter, _LEAST_STEPS), self.iters // _VALIDATIONS), 1)
+
+
+def train_steps(task: Task, state: TrainState) -> Events:
+    """Train from where the state stands to the end.
+
+    Args:
+        task: the run.
+        state: changed in place, and consistent whenever the generator waits.
+
+    Yields:
+        A ``StepEvent`` after each optimizer step (and one before the first, if there are rows held out), and ``Progress``
+        where a step or a validation takes several batches.
+
+    Returns:
+        Why it ended, in words; empty if all steps are done.
+    """
+    saved = state.step
+    with task.guard.limits():
+        mx.reset_peak_memory()
+        try:
+            if state.step == 0 and task.held_out and not state.history:
+                value = yield from _validation(task, state)
+                state.history.append(_first(value))
+                yield state.history[-1]
+            while state.step < task.iters:
+                event, reason = yield from _whole_step(task, state)
+                state.history.append(event)
+                if state.step % task.config.steps_per_save == 0 and state.step < task.iters:
+                    saved = _save(task, state)
+                state.history[-1] = replace(event, marks=tuple(task.marks))
+                task.marks.clear()
+                yield state.history[-1]
+                if reason:
+                    return reason
+            return ""
+        finally:
+            if state.step > saved:
+                _save(task, state)
+            task.on_good(state)
+
+
+def _first(val_loss: float) -> StepEvent:
+    nan, active = math.nan, mx.get_active_memory()
+    return StepEvent(0, 0.0, nan, nan, nan, 0, 0, 0, 0.0, nan, active, mx.get_peak_memory(), val_loss)
+
+
+def _whole_step(task: Task, state: TrainState) -> Generator[Progress, None, tuple[StepEvent, str]]:
+    """Make one optimizer step and what is due after it; return its event and why the run must end, if it must."""
+    if task.wanted_rate is not None:
+        state.learning_rate, task.wanted_rate = task.wanted_rate, None
+        task.marks.append(Mark("learning_rate", f"learning rate {state.learning_rate:g}"))
+    rate = learning_rate(task.config, state.learning_rate, state.step, task.iters)
+    new, batches, seconds = yield from _one_update(task, state, rate)
+    reason = _taken(task, state, new, batches)
+    state.step, state.seconds = state.step + 1, state.seconds + seconds
+    tokens = sum(batch.real for batch in batches)
+    state.tokens += tokens
+    val_loss = None
+    if task.held_out and (state.step % task.steps_per_eval == 0 or state.step == task.iters):
+        val_loss = yield from _validation(task, state)
+        reason = reason or _judged(task, state, val_loss)
+    if not reason and (danger := task.guard.reason()):
+        reason = f"The memory guard ended the run: {danger}. The adapter as it is was kept."
+        task.marks.append(Mark("guard", reason))
+    event = StepEvent(
+        step=state.step,
+        epoch=state.step * task.config.grad_accumulation_steps / task.feed.per_epoch,
+        loss=new.loss.item(),
+        learning_rate=rate,
+        grad_norm=new.grad_norm.item(),
+        targets=sum(batch.targets for batch in batches),
+        tokens=tokens,
+        padded=sum(batch.tokens.size for batch in batches),
+        seconds=state.seconds,
+        tokens_per_second=tokens / max(seconds, 1e-9),
+        active_nbytes=mx.get_active_memory(),
+        peak_nbytes=mx.get_peak_memory(),
+        val_loss=val_loss,
+    )
+    return event, reason
+
+
+def _one_update(task: Task, state: TrainState, rate: float) -> Generator[Progress, None, tuple[Updated, list[Batch], float]]:
+    """Sum over the step's batches and update; nothing is taken over yet."""
+    count, seconds, batches = task.config.grad_accumulation_steps, 0.0, []
+    sums: Sums | None = None
+    for i in range(count):
+        began = time.perf_counter()
+        number = state.step * count + i
+        batch = task.feed.batch(number)
+        batches.append(batch)
+        found = task.step(
+            state.parameters, mx.array(batch.tokens), mx.array(batch.mask), _key(task.config, number),
+            None if batch.segments is None else mx.array(batch.segments),
+        )  # fmt: skip
+        sums = found if sums is None else sums.plus(found)
+        if i + 1 < count:
+            mx.eval(sums)
+            seconds += time.perf_counter() - began
+            yield Progress("training", i + 1, count)
+    new = task.update(state.parameters, state.optimizer, sums, mx.array(rate, mx.float32))
+    mx.eval(new)
+    return new, batches, seconds + time.perf_counter() - began
+
+
+def _key(config: TrainConfig, number: int) -> mx.array:
+    """Random key of a batch: a function of the seed and the batch's number only."""
+    return mx.random.key((config.seed * 2**32 + number) % 2**64)
+
+
+def _taken(task: Task, state: TrainState, new: Updated, batches: list[Batch]) -> str:
+    """Take an update over if it is finite; return why the run must end, if it must."""
+    finite = [mx.isfinite(a).all() for a in (new.loss, new.grad_norm, *new.parameters.values())]
+    if mx.stack(finite).all().item():
+        state.parameters, state.optimizer, state.skipped = new.parameters, new.state, 0
+        return ""
+    state.skipped += 1
+    rows = ", ".join(str(n) for batch in batches for row in batch.numbers for n in row)
+    what = "loss" if not math.isfinite(new.loss.item()) else "gradient"
+    text = f"step {state.step + 1} left out: its {what} is not finite (rows {rows}); the adapter is as before it"
+    task.marks.append(Mark("skipped", text))
+    if task.config.on_nonfinite == "stop":
+        return f"Stopped at {text}."
+    if state.skipped >= _MOST_SKIPPED:
+        return f"Stopped: {state.skipped} steps in a row had no finite loss or gradient. Lower the learning rate."
+    return ""
+
+
+def _validation(task: Task, state: TrainState) -> Generator[Progress, None, float]:
+    """Return the loss on the rows held out, in nats per target."""
+    total = Nats()
+    for i, batch in enumerate(task.held_out):
+        total += nats(task.step.module, state.parameters, batch)
+        yield Progress("validating", i + 1, len(task.held_out))
+    task.on_good(state)
+    return total.mean
+
+
+def _judged(task: Task, state: TrainState, val_loss: float) -> str:
+    """Keep the best; return why the run must end, if no better one is to be expected."""
+    if val_loss < state.best_val_loss:
+        state.best_val_loss, state.best_step, state.stale = val_loss, state.step, 0
+        task.marks.append(Mark("best", f"best so far: validation loss {val_loss:.4g}"))
+        if task.checkpoints:
+            _written(task, lambda: task.checkpoints.save_best(state))
+        return ""
+    state.stale += 1
+    if task.config.early_stop and state.stale >= task.config.early_stop:
+        text = f"no better validation loss for {state.stale} validations; the best was at step {state.best_step}"
+        task.marks.append(Mark("early_stop", text))
+        return f"Stopped early: {text}."
+    return ""
+
+
+def _save(task: Task, state: TrainState) -> int:
+    """Write a checkpoint; return the step up to which the run is safe."""
+    if task.checkpoints:
+        _written(task, lambda: task.checkpoints.save(state), Mark("checkpoint", "checkpoint"))
+    task.on_good(state)
+    return state.step
+
+
+def _written(task: Task, write: Callable[[], Any], mark: Mark | None = None) -> None:
+    """Write; a full disk is told on the time line and does not end a run whose weights are in memory."""
+    try:
+        write()
+    except SaveError as error:
+        mark = Mark("checkpoint", f"not written: {error}")
+    if mark:
+        task.marks.append(mark)
