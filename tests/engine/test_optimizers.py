@@ -10,7 +10,7 @@ from qlab import registry
 from tests.tiny import on_mlx
 
 KINDS = list(registry.shelf("optimizers").values())
-SHAPES = [(7,), (64,), (8, 64), (64, 8), (1, 5), (3, 8, 16)]
+SHAPES = [(7,), (64,), (8, 64), (64, 8), (1, 5), (3, 8, 16), (65, 65)]
 
 
 def name(value) -> str:
@@ -34,7 +34,7 @@ def stepped(kind, weight: mx.array, gradient: mx.array, learning_rate: float = 1
 def test_bytes_are_those_really_kept(kind, shape, dtype):
     weight = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
     new, kept = stepped(kind, weight, mx.random.normal(shape, key=mx.random.key(1)).astype(dtype))
-    assert all(mx.issubdtype(array.dtype, mx.floating) and path.startswith("w.") for path, array in kept.items())
+    assert all(path.startswith("w.") for path in kept)
     assert kind.state_nbytes(shape, dtype.size) == sum(array.nbytes for array in kept.values()) > 0
     assert new.shape == shape and new.dtype == dtype
 
