@@ -19,6 +19,7 @@ _HOME = {
     "load": "qlab.model",
     "Model": "qlab.model",
     "Quantizer": "qlab.quantizer",
+    "Adapter": "qlab.adapter",
     "QuantConfig": "qlab.core.config",
     "QuantPlan": "qlab.core.config",
     "QuantReport": "qlab.core.report",

@@ -6,7 +6,7 @@ Both are frozen, and ``eval(repr(x)) == x``. Spelled as mlx-lm spells them. Know
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import isfinite, sqrt
 from typing import Any
@@ -92,6 +92,11 @@ class LoRAConfig:
     def alpha(self) -> float:
         """Scale × rank; with ``rslora`` scale × the root of the rank."""
         return self.scale * (sqrt(self.rank) if self.rslora else self.rank)
+
+    def with_alpha(self, alpha: float) -> LoRAConfig:
+        """Return the same adapter with the scale that gives this alpha."""
+        _number("alpha", alpha, "a number other than 0", lambda x: x != 0)
+        return replace(self, scale=alpha / (sqrt(self.rank) if self.rslora else self.rank))
 
     @property
     def itemsize(self) -> int:

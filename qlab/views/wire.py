@@ -52,7 +52,7 @@ def checked(intent: Any, ops: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return intent
 
 
-def document(title: str, traits: dict[str, Any], esm: str, static: str) -> str:
+def document(title: str, traits: dict[str, Any], esm: str, static: str, css: str = CSS) -> str:
     """Return one self-contained file in which a panel still works, offline and without a kernel.
 
     Args:
@@ -60,13 +60,14 @@ def document(title: str, traits: dict[str, Any], esm: str, static: str) -> str:
         traits: of the panel's view.
         esm: the panel's script.
         static: what a reader without scripts sees.
+        css: the panel's styles.
     """
     # a closing tag or a comment inside a name must not end the script
     embedded = json.dumps({key: _encoded(value) for key, value in traits.items()}).replace("<", "\\u003c")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title>"
-        f"<style>:root{{color-scheme:light dark}}body{{margin:16px;font-family:system-ui}}{CSS}</style>"
+        f"<style>:root{{color-scheme:light dark}}body{{margin:16px;font-family:system-ui}}{css}</style>"
         f'</head><body><div id="panel"></div><noscript>{static}</noscript>'
         f'<script type="application/json" id="traits">{embedded}</script>'
         f'<script type="module">{esm.replace("export default { render };", "")}{_SHIM}</script></body></html>'
