@@ -174,7 +174,8 @@ async function render({ model, el, host }) {
     const shares = data.layers.flatMap((_, i) => (isOn(data, plan, i) ? [atRank(data.grid, curve(data, what, i), plan.rank)] : [])).filter(Number.isFinite).sort((a, b) => a - b);
     const middle = shares.length ? shares[Math.floor(shares.length / 2)] : NaN;
     svg.setAttribute("aria-label", `${SHOWN[what]} at rank ${plan.rank}: median ${percent(middle)} of ${shares.length} layers`);
-    legend.replaceChildren(h("span", {}, shares.length ? `rank ${plan.rank}: median ${percent(middle)} of ${shares.length} layers; a full bar is 100 %` : "outlined: has an adapter"), h("span", {}, "click a name to switch the role"), ...(st.stale ? [h("span", {}, "dimmed: measured for another storage")] : []));
+    const hints = [shares.length ? `rank ${plan.rank}: median ${percent(middle)} of ${shares.length} layers; a full bar is 100 %` : "outlined: has an adapter", "click a name to switch the role", ...(st.stale ? ["dimmed: measured for another storage"] : [])];
+    legend.replaceChildren(h("span", {}, ...hints.map((t) => h("span", {}, t))));
     paintSpectrum(f); paintDetail(f); paintTable(what);
     code.textContent = codeLine(data, plan);
     note.textContent = st.obstacle || (what === "weight" ? "Without data, recovered weight error near the noise curve is no structure, and says little about the output." : "Output error is judged on text that the start has not seen; layers count alone, not their sum.");
@@ -195,7 +196,7 @@ async function render({ model, el, host }) {
     put("path", { d: `${path(found)}L${X(end)},${base}L${left},${base}Z`, class: "qlab-area" });
     put("path", { d: path(noise, found.length), class: "qlab-noise" }); put("path", { d: path(found), class: "qlab-line" });
     put("line", { x1: cut, x2: cut, y1: top, y2: base, class: "qlab-cutline" }); put("line", { x1: left, x2: W - 6, y1: base, y2: base, class: "qlab-base" });
-    for (const r of data.grid.filter((r) => Number.isInteger(Math.log2(r)) && r <= end && (end < 64 || Math.log2(r) % 2 === 0))) put("text", { x: X(r), y: H - 5, "text-anchor": "middle", class: "qlab-axis" }, r);
+    for (const r of data.grid.filter((r) => Number.isInteger(Math.log2(r)) && r <= end && (end < 64 || Math.log2(r) % 2 === 0))) put("text", { x: X(r), y: H - 5, "text-anchor": X(r) > W - 20 ? "end" : "middle", class: "qlab-axis" }, r);
     put("text", { x: 2, y: top + 8, class: "qlab-axis" }, num(found[0])); put("text", { x: Math.min(cut + 4, W - 50), y: top + 9, class: "qlab-axis" }, `rank ${plan.rank}`);
     put("text", { x: W - 8, y: Math.max(top + 22, Y(found[Math.floor(found.length * 0.55)]) - 8), "text-anchor": "end", class: "qlab-axis" }, "dashed: white noise");
     const share = (name) => atRank(data.grid, curve(data, name, i), plan.rank), white = atRank(data.grid, noiseOf(i)[1], plan.rank);

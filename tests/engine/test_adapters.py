@@ -168,3 +168,108 @@ def test_every_layer_draws_its_own_first_factor_within_the_bound():
     drawn = [module_at(twin, f"model.layers.{i}.self_attn.q_proj").lora_a for i in range(3)]
     assert not mx.array_equal(drawn[0], drawn[1]) and not mx.array_equal(drawn[1], drawn[2])
     assert all(0.9 / 8 < mx.abs(a).max().item() <= 1 / 8 for a in drawn)  # 1 / √64
+
+
+BASES = [None, *(QuantConfig("affine", bits) for bits in (2, 3, 4, 5, 6, 8)), *(QuantConfig(m) for m in ("symmetric", "mxfp4", "mxfp8", "nvfp4", "nf4"))]  # fmt: skip
+
+
+def weight(layer: Frozen, adapter: nn.Module, kind: str, scale: float) -> mx.array:
+    """The weight that an adapter stands for, written down as the papers do."""
+    changed = layer.dense(mx.float32) + scale * (adapter.lora_a @ adapter.lora_b).T
+    return changed if kind == "lora" else adapter.m[:, None] * changed / mx.linalg.norm(changed, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dequantize", [True, False], ids=["dequantized", "kernel"])
+@pytest.mark.parametrize("storage", BASES, ids=lambda c: c.label.replace(" ", "-") if c else "dense")
+@pytest.mark.parametrize("kind", KINDS)
+@on_mlx
+def test_on_every_base_it_is_the_product_with_the_changed_weight(kind, storage, dequantize, bias):
+    layer, x = base(storage, bias, dequantize), inputs()
+    adapter = made(kind, layer, scale=0.7)
+    stir(adapter, kind)
+    expected = x @ weight(layer, adapter, kind, 0.7).T + (layer.layer.bias if bias else 0)
+    assert mx.allclose(adapter(x), expected, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("storage", [None, QuantConfig("affine", 3), QuantConfig("nf4")], ids=label)
+@on_mlx
+def test_dora_has_the_gradients_of_a_weight_whose_norm_is_a_constant(storage):
+    layer, x = base(storage), inputs()
+    adapter = made("dora", layer, scale=0.7)
+    stir(adapter, "dora")
+    names = ["lora_a", "lora_b", "m"]
+    plain = layer.dense(mx.float32)
+
+    def ours(parameters: dict[str, mx.array], x: mx.array) -> mx.array:
+        adapter.update(parameters)
+        return mx.sin(adapter(x)).sum()
+
+    def written_down(parameters: dict[str, mx.array], x: mx.array) -> mx.array:
+        changed = plain + 0.7 * (parameters["lora_a"] @ parameters["lora_b"]).T
+        norm = mx.stop_gradient(mx.linalg.norm(changed, axis=1, keepdims=True))
+        return mx.sin(x @ (parameters["m"][:, None] * changed / norm).T + layer.layer.bias).sum()
+
+    parameters = {name: adapter[name] for name in names}
+    found, expected = (mx.grad(f, argnums=(0, 1))(parameters, x) for f in (ours, written_down))
+    for name in names:
+        assert mx.allclose(found[0][name], expected[0][name], rtol=1e-3, atol=1e-3), name
+    assert mx.allclose(found[1], expected[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=label)
+@pytest.mark.parametrize("kind", KINDS)
+@on_mlx
+def test_on_an_embedding_look_up_and_head_use_the_same_changed_weight(kind, storage):
+    mx.random.seed(4)
+    layer = nn.Embedding(96, WIDTH)
+    layer = Frozen(quantized_layer(layer, "x", storage, "rtn", None) if storage else layer, mx.float32, True)
+    config = LoRAConfig(kind=kind, rank=4, scale=0.7)
+    adapter = config.adapter.make(layer, (96, WIDTH), config)
+    tokens, hidden = mx.array([[3, 95, 0]]), mx.random.normal((2, 3, WIDTH))
+    assert mx.array_equal(adapter(tokens), layer(tokens)) and mx.array_equal(adapter.as_linear(hidden), layer.as_linear(hidden))
+    declared = config.adapter.shapes((96, WIDTH), 4, "embedding")
+    assert {name: array.shape for name, array in tree_flatten(adapter.trainable_parameters())} == declared
+    for number, (name, shape) in enumerate(declared.items()):
+        adapter[name] = mx.random.normal(shape, key=mx.random.key(number)) * 0.3
+    changed = layer.dense(mx.float32) + 0.7 * adapter.lora_a @ adapter.lora_b
+    if kind == "dora":
+        changed = adapter.m[:, None] * changed / mx.linalg.norm(changed, axis=1, keepdims=True)
+    assert mx.allclose(adapter(tokens), changed[tokens], rtol=1e-3, atol=1e-3)
+    assert mx.allclose(adapter.as_linear(hidden), hidden @ changed.T, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@on_mlx
+def test_shapes_and_names_on_an_embedding_are_those_of_mlx_lm(kind):
+    from mlx_lm.tuner.dora import DoRAEmbedding
+    from mlx_lm.tuner.lora import LoRAEmbedding
+
+    theirs = {"lora": LoRAEmbedding, "dora": DoRAEmbedding}[kind](96, WIDTH, r=4)
+    declared = registry.get("adapters", kind).shapes((96, WIDTH), 4, "embedding")
+    assert {name: theirs[name].shape for name in declared} == declared
+
+
+@on_mlx
+def test_dora_keeps_no_dense_weight_for_the_way_back():
+    width, layers = 512, 24
+    mx.random.seed(5)
+    config = LoRAConfig(kind="dora", rank=4)
+    chain = []
+    for _ in range(layers):
+        layer = quantized_layer(nn.Linear(width, width, bias=False), "x", QuantConfig("nf4"), "rtn", None)
+        chain.append(config.adapter.make(Frozen(layer, None, True), (width, width), config))
+    mx.eval([adapter.parameters() for adapter in chain])
+    x = mx.random.normal((16, width))
+
+    def run(x: mx.array) -> mx.array:
+        for adapter in chain:
+            x = mx.tanh(adapter(x) * 3)
+        return x.sum()
+
+    mx.eval(x)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(mx.grad(run)(x))
+    dense = width * width * 4
+    assert mx.get_peak_memory() - before < layers * dense / 1.4
