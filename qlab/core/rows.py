@@ -1,14 +1,15 @@
-"""Rows to train on, as values: tokens, and which of them are targets. Knows no tokenizer and no framework."""
+"""Rows to train on, as values: tokens, which of them are targets, and batches of them. Knows no tokenizer and no framework."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 
 import numpy as np
+
+from qlab.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,12 +21,19 @@ class Row:
         tokens: int32 ``(T,)``.
         mask: uint8 ``(T,)``, 1 where the token is a target; the first never is.
         cut: tokens cut off at the end.
+        beyond: the first tokens of those cut off, int32, for the eye.
     """
 
     number: int
     tokens: np.ndarray
     mask: np.ndarray
     cut: int = 0
+    beyond: np.ndarray | None = None
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Hash of tokens and mask: equal for rows that teach the same."""
+        return sha256(self.tokens.tobytes() + b"|" + self.mask.tobytes()).digest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,49 +69,65 @@ class Rows:
     @cached_property
     def targets(self) -> int:
         """Targets of all rows."""
-        return int(sum(int(row.mask.sum()) for row in self.rows))
+        return sum(int(row.mask.sum()) for row in self.rows)
+
+    @cached_property
+    def cut(self) -> int:
+        """Rows that lost tokens at their end."""
+        return sum(row.cut > 0 for row in self.rows)
 
     @cached_property
     def duplicates(self) -> int:
         """Rows that repeat an earlier one, token by token."""
-        return len(self.rows) - len(Counter(map(_print, self.rows)))
+        return len(self.rows) - len({row.digest for row in self.rows})
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all tokens and masks, in order."""
-        digest = sha256()
-        for row in self.rows:
-            digest.update(_print(row))
-        return digest.hexdigest()
+        """Hash of all tokens and masks, in order: hex digits of SHA-256."""
+        return sha256(b"".join(row.digest for row in self.rows)).hexdigest()
 
-    def split(self, count: int, seed: int) -> tuple[Rows, Rows]:
-        """Return rows to train on and about so many held out; equal rows stay on one side.
+    def split(self, held: int | float, seed: int) -> tuple[Rows, Rows]:
+        """Return rows to train on and rows held out; equal rows stay on one side, so that none is judged that was learned.
 
         Args:
-            count: rows to hold out.
+            held: rows to hold out: a number, or a share below 1. It is missed by a few where duplicates leave no choice, and
+                none is held out where all rows are equal.
             seed: of the choice.
+
+        Raises:
+            DataError: fewer than one row would be held out, or no row left to train on.
         """
+        count = round(held * len(self)) if isinstance(held, float) else held
+        if not 1 <= count < len(self):
+            raise DataError(
+                f"{held!r} of {len(self)} rows cannot be held out; hold out 1 to {len(self) - 1}, or a share of them."
+            )
         groups: dict[bytes, list[int]] = {}
         for i, row in enumerate(self.rows):
-            groups.setdefault(_print(row), []).append(i)
-        held: set[int] = set()
-        keys = list(groups)
-        for k in np.random.default_rng((seed, 1)).permutation(len(keys)):
-            if len(held) >= count:
-                break
-            if len(held) + len(groups[keys[k]]) < len(self.rows):
-                held.update(groups[keys[k]])
-        parts = [tuple(row for i, row in enumerate(self.rows) if (i in held) == side) for side in (False, True)]
-        return replace(self, rows=parts[0]), replace(self, rows=parts[1], dropped=())
+            groups.setdefault(row.digest, []).append(i)
+        drawn = [list(groups.values())[k] for k in order(len(groups), seed, 1)]
+        taken: set[int] = set()
+        for group in drawn:
+            if len(taken) + len(group) <= count:
+                taken.update(group)
+        if not taken and len(drawn) > 1:
+            taken.update(min(drawn, key=len))
+        sides = [tuple(row for i, row in enumerate(self.rows) if (i in taken) == side) for side in (False, True)]
+        return replace(self, rows=sides[0]), replace(self, rows=sides[1], dropped=())
 
     def __repr__(self) -> str:
         text = f"Rows({len(self)} {self.kind}, {self.tokens} tokens, {self.targets} targets"
-        text += f", {self.duplicates} duplicates" if self.duplicates else ""
-        return text + (f", {len(self.dropped)} dropped)" if self.dropped else ")")
+        found = ((self.duplicates, "duplicates"), (self.cut, "cut"), (len(self.dropped), "dropped"))
+        return text + "".join(f", {count} {what}" for count, what in found if count) + ")"
 
 
-def _print(row: Row) -> bytes:
-    return sha256(row.tokens.tobytes() + b"|" + row.mask.tobytes()).digest()
+def order(count: int, *seed: int) -> np.ndarray:
+    """Return the numbers 0 … count−1 in an order drawn from a seed, int64.
+
+    Made from the raw words of the generator, which numpy promises not to change, so that a run resumed after an upgrade sees
+    the same rows.
+    """
+    return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +135,7 @@ class Batch:
     """Rows that pass the model at once.
 
     Attributes:
-        tokens: int32 ``(B, L)``, padded.
+        tokens: int32 ``(B, L)``, padded with 0.
         mask: uint8 ``(B, L)``, 1 where a token is a target: never padding, never the first token of a row.
         segments: int32 ``(B, L)`` where rows are packed: 1, 2, … for the rows in a row, 0 for padding; else None.
         numbers: which of the user's rows are in each row.
@@ -125,6 +149,51 @@ class Batch:
     real: int
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and length."""
+        return self.tokens.shape[0], self.tokens.shape[1]
+
+    @cached_property
     def targets(self) -> int:
-        """Number of targets."""
+        """Number of targets; 1 at least."""
         return int(self.mask.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """A row as a person reads it.
+
+    Attributes:
+        row: the row.
+        pieces: text of each token; joined, they are the text.
+        beyond: text of the first tokens that were cut off.
+    """
+
+    row: Row
+    pieces: tuple[str, ...]
+    beyond: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class DataReport:
+    """What will be trained on, for a person to check before the first step.
+
+    Attributes:
+        rows: all rows.
+        shown: the first few, to read.
+        shapes: distinct ``(rows, length)`` of batches.
+        waste: tokens computed per real token.
+        per_epoch: batches in a pass through the rows.
+        packed: whether several rows share one.
+        held: rows held out.
+        held_shared: rows held out that are also trained on; 0 unless both were given.
+    """
+
+    rows: Rows
+    shown: tuple[Shown, ...]
+    shapes: tuple[tuple[int, int], ...]
+    waste: float
+    per_epoch: int
+    packed: bool
+    held: int = 0
+    held_shared: int = 0

@@ -5,196 +5,238 @@ A row is ``text``, ``prompt`` and ``completion``, or ``messages`` (with ``tools`
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
 
-from qlab.core.rows import Row, Rows
+from qlab.core.rows import DataReport, Row, Rows, Shown
 from qlab.core.training import TrainConfig
-from qlab.engine.masks import MaskError, chat
+from qlab.engine.conversation import Fault, a, messages, tools
+from qlab.engine.feed import Feed
+from qlab.engine.masks import Chats, MaskError
+from qlab.engine.source import Text, listed, numbered, rows_of
 from qlab.errors import DataError, nearest
 
-_SHOWN = 20
 _KEYS = ("text", "prompt", "completion", "messages", "tools")
-_ROLES = ("system", "user", "assistant", "tool", "developer")
+_BEYOND = 24  # tokens kept, for the eye, of those cut off
+_INPUTS, _OUTPUTS = ("instruction", "question", "query", "input"), ("output", "answer", "response")
 
-
-class _Fault(Exception):
-    """What is wrong with a row."""
+Made = tuple[str, list[int], list[int]]  # kind, tokens, mask
 
 
 def read(data: Any, tokenizer: Any, config: TrainConfig) -> Rows:
     """Return the rows of any data.
 
+    Rows of several kinds may be mixed, since each carries its own mask; a key that holds None counts as absent. A text or
+    completion ends with the tokenizer's end token. Running text is cut into rows of ``max_seq_length`` in which every token
+    but the first is a target once. ``prompt`` and ``completion`` are a turn each where the tokenizer has a chat template, as
+    in mlx-lm, and are joined as they are where it has none; both may be lists of messages.
+
     Args:
-        data: a list of strings or dicts, a ``datasets`` set, a path of ``.jsonl``, ``.json``, ``.csv`` or ``.txt`` (a text
-            row per paragraph), or any iterable of these.
+        data: a list of strings or dicts, a ``datasets`` set, a data frame, a dict of columns, a path of ``.jsonl``,
+            ``.json``, ``.csv``, ``.parquet`` or ``.txt``, any iterable of these, or running text.
         tokenizer: mlx-lm's wrapper.
         config: longest row, and whether prompts are masked.
 
     Raises:
         DataError: names every row that cannot be used, its key and what is wrong.
     """
-    rows, dropped, faults, kinds = [], [], [], set()
-    count = 0
-    for number, found in enumerate(_source(data)):
+    source = rows_of(data)
+    if isinstance(source, Text):
+        return _running(source, tokenizer, config.max_seq_length)
+    maker = _Maker(tokenizer, config.mask_prompt)
+    rows, dropped, faults, kinds, count = [], [], [], set(), 0
+    for number, found in numbered(source):
         count += 1
         try:
-            kind, tokens, mask = _tokenized(found, tokenizer, config.mask_prompt)
-        except (_Fault, MaskError) as fault:
+            kind, tokens, mask = maker.make(found)
+        except (Fault, MaskError) as fault:
             faults.append(f"row {number}: {fault}")
             continue
-        kinds.add(kind)
-        cut = max(len(tokens) - config.max_seq_length, 0)
-        tokens, mask = (np.array(x[: config.max_seq_length], kind) for x, kind in ((tokens, np.int32), (mask, np.uint8)))
-        mask[:1] = 0
-        if not mask.any():
-            why = f"its first {config.max_seq_length} tokens hold no target" if cut else "it holds no target"
-            dropped.append((number, why))
-            continue
-        rows.append(Row(number, tokens, mask, cut))
+        row = _row(number, tokens, mask, config.max_seq_length)
+        if row.mask.any():
+            rows.append(row)
+            kinds.add(kind)
+        else:
+            cut = f"its first {config.max_seq_length} of {len(tokens)} tokens hold no target; max_seq_length cuts them off"
+            dropped.append((number, cut if row.cut else "it is empty"))
     if faults:
-        more = f"\n… and {len(faults) - _SHOWN} more." if len(faults) > _SHOWN else ""
-        listed = "\n".join(f"- {fault}" for fault in faults[:_SHOWN])
-        raise DataError(f"{len(faults)} of {count} rows cannot be used:\n{listed}{more}")
+        raise DataError(listed(f"{len(faults)} of {count} rows cannot be used", faults))
     if not rows:
-        why = f"{count} rows were read, and none has a target: {dropped[0][1]} (row {dropped[0][0]})" if count else "no rows"
-        raise DataError(f"There is nothing to train on: {why}.")
+        why = f"none of {count} rows has a target: {dropped[0][1]} (row {dropped[0][0]})" if count else "it holds no rows"
+        raise DataError(f"The data gives nothing to train on: {why}.")
     return Rows(tuple(rows), kinds.pop() if len(kinds) == 1 else "mixed", tuple(dropped))
 
 
-# --- where rows come from -------------------------------------------------------------------------------------------
+def _row(number: int, tokens: list[int], mask: list[int], longest: int) -> Row:
+    kept = np.array(mask[:longest], np.uint8)
+    kept[:1] = 0
+    cut = max(len(tokens) - longest, 0)
+    beyond = np.array(tokens[longest : longest + _BEYOND], np.int32) if cut else None
+    return Row(number, np.array(tokens[:longest], np.int32), kept, cut, beyond)
 
 
-def _source(data: Any) -> Iterable[Any]:
-    if isinstance(data, (Path, str)):
-        return _file(Path(data).expanduser())
-    if isinstance(data, Mapping):
-        if "train" in data and not isinstance(data["train"], str):
-            raise DataError(f"The data is a set of splits ({', '.join(map(str, data))}); give one, such as data['train'].")
-        raise DataError("The data is one dict; give a list of dicts, one for each row.")
-    if not isinstance(data, Iterable) or isinstance(data, (bytes, bytearray)):
-        raise DataError(f"The data is a {type(data).__name__}; give a list of dicts or strings, a datasets set, or a path.")
-    return data
-
-
-def _file(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"There is no file {str(path)!r}.{nearest(path.name, beside)}")
-    kind = path.suffix.lower()
-    if kind not in (".jsonl", ".json", ".csv", ".txt"):
-        raise DataError(f"{path.name} is not read here; give a .jsonl, .json, .csv or .txt file.")
+def _running(text: str, tokenizer: Any, longest: int) -> Rows:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name} is not UTF-8 text: {error}.") from None
-    if kind == ".txt":
-        return iter([part.strip() for part in text.split("\n\n") if part.strip()])
-    if kind == ".csv":
-        return iter(list(csv.DictReader(text.splitlines())))
-    if kind == ".json":
+        tokens = _ended(tokenizer, list(tokenizer.encode(str(text))))
+    except Exception as error:  # as for a row
+        raise DataError(f"The text cannot be tokenized: {error}.") from None
+    first = tokenizer.bos_token_id
+    # each row begins with the token that begins every text, or with the one before
+    head = tokens[:1] if first is not None and tokens[:1] == [first] else None
+    rows = []
+    for number, at in enumerate(range(1, len(tokens), longest - 1)):
+        part = [*(head or tokens[at - 1 : at]), *tokens[at : at + longest - 1]]
+        rows.append(_row(number, part, [1] * len(part), longest))
+    if not rows:
+        raise DataError("The text has fewer than two tokens; give at least a few sentences.")
+    return Rows(tuple(rows), "text")
+
+
+def _ended(tokenizer: Any, tokens: list[int]) -> list[int]:
+    """Tokens that begin and end once: a text may hold the marks that the tokenizer sets."""
+    first, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if first is not None and first != end and tokens[:2] == [first, first]:
+        tokens = tokens[1:]
+    return tokens if end is None or tokens[-1:] and tokens[-1] in tokenizer.eos_token_ids else [*tokens, end]
+
+
+class _Maker:
+    """Makes tokens and mask of a row."""
+
+    def __init__(self, tokenizer: Any, mask_prompt: bool) -> None:
+        self.tokenizer, self.mask_prompt = tokenizer, mask_prompt
+        self.chats = Chats(tokenizer) if getattr(tokenizer, "has_chat_template", False) else None
+
+    def make(self, row: Any) -> Made:
+        if isinstance(row, str):
+            row = {"text": row}
+        if not isinstance(row, Mapping):
+            raise Fault(f"it is {a(row)}, not a dict or a string")
+        # data frames hold NaN where there is nothing
+        found = {key: row[key] for key in _KEYS if row.get(key) is not None and row[key] == row[key]}
+        pair = "prompt" in found and "completion" in found
+        ways = [way for way, has in (("text", "text" in found), ("prompt", pair), ("messages", "messages" in found)) if has]
+        if not ways:
+            raise Fault(_unknown(row, found))
+        if len(ways) > 1:
+            raise Fault(f"it has {' and '.join(map(repr, ways))}; a row is given in one way, so remove the others")
+        if "tools" in found and ways == ["text"]:
+            raise Fault("'tools' needs 'messages' beside it")
         try:
-            found = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{path.name} is not JSON: {error}.") from None
-        if not isinstance(found, list):
-            raise DataError(f"{path.name} holds a {type(found).__name__}; it must hold a list of rows.")
-        return iter(found)
-    rows, faults = [], []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                faults.append(f"- line {number}: {error}")
-    if faults:
-        raise DataError(f"{len(faults)} lines of {path.name} are not JSON:\n" + "\n".join(faults[:_SHOWN]))
-    return iter(rows)
+            return getattr(self, f"_{ways[0]}")(found)
+        except (UnicodeError, TypeError) as error:  # such as half of a surrogate pair
+            raise Fault(f"{ways[0]!r} cannot be tokenized: {error}") from None
 
-
-# --- a row ----------------------------------------------------------------------------------------------------------
-
-
-def _tokenized(row: Any, tokenizer: Any, mask_prompt: bool) -> tuple[str, list[int], list[int]]:
-    """Return kind, tokens and mask of a row."""
-    if isinstance(row, str):
-        row = {"text": row}
-    if not isinstance(row, Mapping):
-        raise _Fault(f"it is a {type(row).__name__}, not a dict or a string")
-    found = {key: row[key] for key in _KEYS if row.get(key) is not None}
-    ways = [key for key in ("text", "prompt", "completion", "messages") if key in found]
-    if ways == ["messages"]:
-        messages = _messages(found["messages"])
-        if tokenizer.chat_template is None:
-            raise _Fault("'messages' needs a chat template, and this tokenizer has none; give 'prompt' and 'completion'")
-        return "chat", *chat(tokenizer, messages, found.get("tools"), mask_prompt)
-    if ways == ["text"]:
-        tokens = _encoded(tokenizer, _string(found, "text"))
+    def _text(self, found: dict[str, Any]) -> Made:
+        text = _string(found, "text")
+        tokens = _ended(self.tokenizer, list(self.tokenizer.encode(text))) if text.strip() else []
         return "text", tokens, [1] * len(tokens)
-    if ways == ["prompt", "completion"]:
+
+    def _prompt(self, found: dict[str, Any]) -> Made:
+        if isinstance(found["prompt"], (list, tuple)) or isinstance(found["completion"], (list, tuple)):
+            asked, said = (messages(found[key], key) for key in ("prompt", "completion"))
+            return "completion", *self._chat([*asked, *said], tools(found.get("tools")), len(asked), "completion")
         prompt, completion = _string(found, "prompt"), _string(found, "completion")
-        if tokenizer.chat_template is not None:
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            return "completion", *chat(tokenizer, messages, found.get("tools"), mask_prompt)
-        head = list(tokenizer.encode(prompt))
-        tail = [*tokenizer.encode(completion, add_special_tokens=False)]
-        tokens = [*head, *tail, *_end(tokenizer, tail)]
-        return "completion", tokens, [0 if mask_prompt else 1] * len(head) + [1] * (len(tokens) - len(head))
-    if not ways:
-        held = ", ".join(map(repr, row)) or "nothing"
-        hint = next((h for key in row if (h := nearest(str(key), _KEYS))), "")
-        raise _Fault(f"it has {held}; it needs 'text', 'prompt' and 'completion', or 'messages'.{hint}")
-    if ways in (["prompt"], ["completion"]):
-        missing = "completion" if ways == ["prompt"] else "prompt"
-        raise _Fault(f"{missing!r} is missing beside {ways[0]!r}")
-    raise _Fault(f"it has {' and '.join(map(repr, ways))}; only one way of giving a row can be used")
+        if not completion.strip():
+            raise Fault("'completion' is empty")
+        if self.chats is not None:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            return "completion", *self._chat(turns, tools(found.get("tools")), 0, "completion")
+        if "tools" in found:
+            raise Fault("'tools' needs a chat template, and this tokenizer has none")
+        head = list(self.tokenizer.encode(prompt))
+        tokens = list(self.tokenizer.encode(prompt + completion))
+        if commonprefix([head, tokens]) != head:  # a token would reach over the border, where none can when the model is asked
+            tokens = [*head, *self.tokenizer.encode(completion, add_special_tokens=False)]
+        while len(head) > len(tokens) - 1:  # an end token that the tokenizer adds by itself
+            head.pop()
+        tokens = _ended(self.tokenizer, tokens)
+        return "completion", tokens, [int(not self.mask_prompt)] * len(head) + [1] * (len(tokens) - len(head))
+
+    def _messages(self, found: dict[str, Any]) -> Made:
+        return "chat", *self._chat(messages(found["messages"], "messages"), tools(found.get("tools")), 0, "messages")
+
+    def _chat(self, turns: list[dict[str, Any]], known: Any, first: int, key: str) -> tuple[list[int], list[int]]:
+        if self.chats is None:
+            other = "give 'prompt' and 'completion' as strings, or 'text'"
+            raise Fault(f"{key!r} needs a chat template, and this tokenizer has none; {other}")
+        assistant = [i for i, turn in enumerate(turns) if i >= first and turn["role"] == "assistant"]
+        spoken = [i for i in assistant if turns[i].get("weight", 1)]
+        if self.mask_prompt and not spoken:
+            raise Fault(f"{key!r} has no message of the assistant to learn; with mask_prompt=False every token is learned")
+        plain = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
+        return self.chats.encode(plain, known, spoken if self.mask_prompt else None)
 
 
-def _string(row: dict[str, Any], key: str) -> str:
-    if not isinstance(row[key], str):
-        raise _Fault(f"{key!r} is a {type(row[key]).__name__}, not a string")
-    if not row[key].strip():
-        raise _Fault(f"{key!r} is empty")
-    return row[key]
+def _string(found: dict[str, Any], key: str) -> str:
+    if not isinstance(found[key], str):
+        raise Fault(f"{key!r} is {a(found[key])}, not a string")
+    return found[key]
 
 
-def _messages(found: Any) -> list[dict[str, Any]]:
-    if not isinstance(found, (list, tuple)) or not found:
-        raise _Fault(f"'messages' is {'empty' if found in ([], ()) else f'a {type(found).__name__}'}, not a list of messages")
-    for n, message in enumerate(found):
-        place = f"'messages'[{n}]"
-        if not isinstance(message, Mapping):
-            raise _Fault(f"{place} is a {type(message).__name__}, not a dict with 'role' and 'content'")
-        role = message.get("role")
-        if role not in _ROLES:
-            raise _Fault(f"{place}['role'] is {role!r}; it is one of {', '.join(_ROLES)}.{nearest(str(role), _ROLES)}")
-        content = message.get("content")
-        if not isinstance(content, str) and not message.get("tool_calls"):
-            what = "missing" if content is None else f"a {type(content).__name__}"
-            raise _Fault(f"{place}['content'] is {what}, not a string")
-        if role == "assistant" and not (content or "").strip() and not message.get("tool_calls"):
-            raise _Fault(f"{place}['content'] of the assistant is empty")
-    if not any(message["role"] == "assistant" for message in found):
-        raise _Fault("'messages' has no message of the assistant, so there is nothing to learn")
-    return [dict(message) for message in found]
+def _unknown(row: Mapping[Any, Any], found: dict[str, Any]) -> str:
+    """Say what a row lacks."""
+    for one, other in (("prompt", "completion"), ("completion", "prompt")):
+        if one in found:
+            near = next((f" Did you mean {other!r} by {key!r}?" for key in row if nearest(str(key), [other])), "")
+            return f"{other!r} is missing beside {one!r}.{near}"
+    empty = [key for key in _KEYS[:4] if key in row]
+    if empty:
+        return f"{' and '.join(map(repr, empty))} hold{'s' if len(empty) == 1 else ''} nothing"
+    if "conversations" in row:
+        return "it has 'conversations'; call it 'messages', a list of dicts with 'role' and 'content'"
+    asked, said = (next((key for key in keys if key in row), None) for keys in (_INPUTS, _OUTPUTS))
+    if asked and said:
+        return f"it has {asked!r} and {said!r}; call them 'prompt' and 'completion'"
+    has = f"it has {', '.join(map(repr, row))}" if row else "it has no keys"
+    near = next(
+        (f" Did you mean {hint.split(chr(39))[1]!r} by {key!r}?" for key in row if (hint := nearest(str(key), _KEYS[:4]))), ""
+    )
+    return f"{has}; it needs 'text', 'prompt' and 'completion', or 'messages'.{near}"
 
 
-def _encoded(tokenizer: Any, text: str) -> list[int]:
-    tokens = list(tokenizer.encode(text))
-    return [*tokens, *_end(tokenizer, tokens)]
-
-
-def _end(tokenizer: Any, tokens: list[int]) -> list[int]:
-    """The token that ends a text, unless it is there or the tokenizer has none."""
-    end = tokenizer.eos_token_id
-    return [] if end is None or (tokens and tokens[-1] == end) else [end]
+# --- for the eye ----------------------------------------------------------------------------------------------------
 
 
 def pieces(row: Row, tokenizer: Any) -> list[str]:
-    """Return the text of each token, for the eye."""
-    return [tokenizer.decode([token]) for token in row.tokens.tolist()]
+    """Return the text of each token; joined, they are the text. A character made of several tokens stands with the last."""
+    return _pieces(row.tokens.tolist(), tokenizer)
+
+
+def _pieces(tokens: list[int], tokenizer: Any) -> list[str]:
+    """Decode in the company of the tokens before, since some tokenizers drop the space that a text begins with."""
+    made, before, read_to = [], 0, 0
+    for k in range(len(tokens)):
+        known = tokenizer.decode(tokens[before:read_to]) if read_to else ""
+        text = tokenizer.decode(tokens[before : k + 1])
+        if text.endswith("\ufffd") and k - read_to < 4 and k + 1 < len(tokens):  # half of a character
+            made.append("")
+            continue
+        made.append(text[len(known) :])
+        before, read_to = read_to, k + 1
+    return made
+
+
+def report(feed: Feed, tokenizer: Any, held: Rows | None = None, first: int = 6) -> DataReport:
+    """Return what will be trained on, for a person to check before the first step.
+
+    Args:
+        feed: of the run.
+        tokenizer: mlx-lm's wrapper.
+        held: rows held out.
+        first: rows to show.
+    """
+    rows = feed.rows
+    shown = tuple(
+        Shown(
+            row, tuple(pieces(row, tokenizer)), "" if row.beyond is None else "".join(_pieces(row.beyond.tolist(), tokenizer))
+        )
+        for row in rows.rows[:first]
+    )
+    learned = {row.digest for row in rows}
+    shared = sum(row.digest in learned for row in held or ())
+    packed = feed.config.pack
+    return DataReport(rows, shown, feed.shapes, feed.waste, feed.per_epoch, packed, len(held or ()), shared)

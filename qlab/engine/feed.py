@@ -5,21 +5,29 @@ Knows no model.
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_left, insort
 from functools import lru_cache
 from math import ceil
 
 import numpy as np
 
-from qlab.core.rows import Batch, Rows
+from qlab.core.rows import Batch, Rows, order
 from qlab.core.training import TrainConfig
 from qlab.errors import DataError
 
 _LENGTHS = 8  # distinct lengths at most: every shape is a trace
-_GRAIN = 8  # lengths are multiples of this
+_CANDIDATES = 512  # lengths that the search looks at
+
+Bins = list[tuple[int, ...]]
 
 
 class Feed:
     """The batches of a run.
+
+    Rows of like length share a batch. Without packing, the rows in order of length are parted into at most eight groups, each
+    padded to its longest, such that the least is wasted; within a group rows meet in a new order every epoch. With packing,
+    whole rows are put together into long ones first.
 
     Args:
         rows: to train on.
@@ -27,6 +35,8 @@ class Feed:
 
     Attributes:
         per_epoch: batches in a pass through the rows.
+        shapes: distinct ``(rows, length)`` of batches, the largest first.
+        waste: tokens computed per real token.
 
     Raises:
         DataError: there are no rows.
@@ -36,17 +46,19 @@ class Feed:
         if not len(rows):
             raise DataError("There are no rows to train on.")
         self.rows, self.config = rows, config
-        longest = config.max_seq_length
-        self._bins = _packed(rows, longest) if config.pack else [(i,) for i in range(len(rows))]
-        self._sizes = np.array([sum(rows.rows[i].tokens.size for i in members) for members in self._bins])
-        self._lengths = _few_lengths(self._sizes, longest)
-        self.per_epoch = -(-len(self._bins) // config.batch_size)
+        lengths = rows.lengths
+        bins: Bins = [(i,) for i in range(len(rows))]
+        if config.pack:
+            bins = _packed(lengths, max(config.max_seq_length, int(lengths.max())), config.batch_size)
+        sizes = np.array([sum(int(lengths[i]) for i in members) for members in bins])
+        by_size = np.argsort(sizes, kind="stable")
+        self._bins = [bins[i] for i in by_size]
+        self._groups = _groups(sizes[by_size], config.batch_size, 1 if config.pack else _LENGTHS)
+        made = [(min(config.batch_size, end - i), length) for i, end, length in self._places()]
+        self.per_epoch = len(made)
+        self.shapes = tuple(sorted(set(made), key=lambda shape: (-shape[0] * shape[1], shape)))
+        self.waste = sum(count * length for count, length in made) / rows.tokens
         self._order = lru_cache(maxsize=4)(self._shuffled)
-
-    def batch(self, number: int) -> Batch:
-        """Return batch ``number`` since the start of the run; epochs follow each other, each in an order of its own."""
-        epoch, place = divmod(number, self.per_epoch)
-        return self._made([self._bins[i] for i in self._order(epoch)[place]])
 
     @property
     def iters(self) -> int:
@@ -55,87 +67,122 @@ class Feed:
             return self.config.iters
         return max(ceil(self.config.epochs * self.per_epoch / self.config.grad_accumulation_steps), 1)
 
-    @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        """Distinct ``(rows, length)`` of a pass."""
-        return tuple(sorted({self._shape(members) for members in self._order(0)}))
-
-    @property
-    def waste(self) -> float:
-        """Computed tokens by real tokens in a pass."""
-        made = [self._shape(members) for members in self._order(0)]
-        return sum(rows * length for rows, length in made) / int(self._sizes.sum())
-
-    def _shape(self, members: tuple[int, ...]) -> tuple[int, int]:
-        longest = int(self._sizes[list(members)].max())
-        return len(members), int(self._lengths[np.searchsorted(self._lengths, longest)])
-
-    def _shuffled(self, epoch: int) -> list[tuple[int, ...]]:
-        """Rows of like length together, ties and batches in an order drawn for this epoch."""
-        draw = np.random.default_rng((self.config.seed, 2, epoch))
-        shuffled = draw.permutation(len(self._bins))
-        by_length = shuffled[np.argsort(self._sizes[shuffled], kind="stable")]
-        size = self.config.batch_size
-        batches = [tuple(by_length[i : i + size].tolist()) for i in range(0, len(by_length), size)]
-        return [batches[i] for i in draw.permutation(len(batches))]
-
-    def _made(self, bins: list[tuple[int, ...]]) -> Batch:
-        groups = [[self.rows.rows[i] for i in members] for members in bins]
-        longest = max(sum(row.tokens.size for row in group) for group in groups)
-        length = int(self._lengths[np.searchsorted(self._lengths, longest)])
+    def batch(self, number: int) -> Batch:
+        """Return batch ``number`` since the start of the run; epochs follow each other, each in an order of its own."""
+        epoch, place = divmod(number, self.per_epoch)
+        members, length = self._order(epoch)[place]
+        groups = [[self.rows.rows[i] for i in self._bins[m]] for m in members]
         tokens, segments = np.zeros((2, len(groups), length), np.int32)
         mask = np.zeros(tokens.shape, np.uint8)
         for b, group in enumerate(groups):
             at = 0
-            for n, row in enumerate(group):
+            for n, row in enumerate(group, 1):
                 end = at + row.tokens.size
-                tokens[b, at:end], mask[b, at:end], segments[b, at:end] = row.tokens, row.mask, n + 1
-                mask[b, at] = 0
+                tokens[b, at:end], mask[b, at:end], segments[b, at:end] = row.tokens, row.mask, n
+                mask[b, at] = 0  # it has no token before it to be predicted from
                 at = end
         numbers = tuple(tuple(row.number for row in group) for group in groups)
         return Batch(tokens, mask, segments if self.config.pack else None, numbers, int((segments > 0).sum()))
 
+    def _places(self) -> list[tuple[int, int, int]]:
+        """Start of each batch in the rows by length, end of its group, and its length."""
+        size = self.config.batch_size
+        return [(i, end, length) for start, end, length in self._groups for i in range(start, end, size)]
 
-def _packed(rows: Rows, longest: int) -> list[tuple[int, ...]]:
-    """Put whole rows together, longest first, each where the least room is left (best fit decreasing)."""
-    room: list[list[int]] = [[] for _ in range(longest + 1)]  # bins by free tokens
+    def _shuffled(self, epoch: int) -> list[tuple[list[int], int]]:
+        """Members and length of each batch of an epoch."""
+        seed, size = self.config.seed, self.config.batch_size
+        drawn = np.empty(len(self._bins), np.int64)
+        for start, end, _ in self._groups:
+            drawn[start:end] = start + order(end - start, seed, 2, epoch, start)
+        batches = [(drawn[i : min(i + size, end)].tolist(), length) for i, end, length in self._places()]
+        return [batches[i] for i in order(len(batches), seed, 3, epoch)]
+
+
+def _groups(sizes: np.ndarray, batch_size: int, most: int) -> list[tuple[int, int, int]]:
+    """Part rows in order of length into groups that share a length, so that the least is padded.
+
+    Exact, by dynamic programming over the lengths there are (where these are many, over some of them).
+
+    Args:
+        sizes: of the rows, ascending.
+        batch_size: every group is a multiple of it, but for the last.
+        most: groups.
+
+    Returns:
+        ``(start, end, length)`` of each group.
+    """
+    ends = np.append(np.arange(batch_size, len(sizes), batch_size), len(sizes))
+    tops = sizes[ends - 1]
+    last = np.append(np.flatnonzero(np.diff(tops)), len(tops) - 1)  # the last batch of each length
+    if len(last) > _CANDIDATES:
+        last = last[np.unique(np.linspace(0, len(last) - 1, _CANDIDATES).round().astype(int))]
+    ends, tops = ends[last], tops[last]
+    starts, n = np.append(0, ends), len(ends)
+    cost, cuts = np.append(0.0, np.full(n, np.inf)), []
+    for _ in range(min(most, n)):
+        # from every start to every end: rows between, padded to the longest of them
+        total = cost[:, None] + np.maximum(starts[None, :] - starts[:, None], 0) * np.append(0, tops)[None, :]
+        total[starts[:, None] > starts[None, :]] = np.inf
+        cuts.append(total.argmin(0))
+        cost = total.min(0)
+    found, j = [], n
+    for cut in reversed(cuts):
+        i = int(cut[j])
+        if i < j:
+            found.append((int(starts[i]), int(starts[j]), int(tops[j - 1])))
+        j = i
+    return found[::-1]
+
+
+def _packed(lengths: np.ndarray, longest: int, batch_size: int) -> Bins:
+    """Put whole rows together so that the fewest tokens are computed.
+
+    Best fit decreasing finds how many long rows are needed. The rows are then spread evenly over as many, or over the next
+    multiple of the batch size (which makes shorter ones, and no batch smaller than the others), whichever computes less.
+    """
+    fitted = _best_fit(lengths, longest)
+    choices = [fitted]
+    for count in {len(fitted), min(-(-len(fitted) // batch_size) * batch_size, len(lengths))}:
+        even = _spread(lengths, count)
+        if max(_sums(lengths, even)) <= longest:
+            choices.append(even)
+    return min(choices, key=lambda bins: len(bins) * max(_sums(lengths, bins)))
+
+
+def _sums(lengths: np.ndarray, bins: Bins) -> list[int]:
+    return [int(lengths[list(members)].sum()) for members in bins]
+
+
+def _best_fit(lengths: np.ndarray, longest: int) -> Bins:
+    """Longest first, each where the least room is left (best fit decreasing)."""
     bins: list[list[int]] = []
-    for i in np.argsort(-rows.lengths, kind="stable").tolist():
-        size = int(rows.lengths[i])
-        free = next((f for f in range(size, longest + 1) if room[f]), None)
-        if free is None:
-            bins.append([])
-            at, free = len(bins) - 1, longest
+    room: dict[int, list[int]] = {}  # bins by free tokens
+    free: list[int] = []  # the keys, ascending
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        size = int(lengths[i])
+        k = bisect_left(free, size)
+        if k == len(free):
+            at, left = len(bins), longest - size
+            bins.append([i])
         else:
-            at = room[free].pop()
-        bins[at].append(i)
-        room[free - size].append(at)
+            at, left = room[free[k]].pop(), free[k] - size
+            if not room[free[k]]:
+                del room[free.pop(k)]
+            bins[at].append(i)
+        if left not in room:
+            room[left] = []
+            insort(free, left)
+        room[left].append(at)
     return [tuple(members) for members in bins]
 
 
-def _few_lengths(sizes: np.ndarray, longest: int) -> np.ndarray:
-    """Choose a few lengths to pad to, so that the least is wasted: exact, by dynamic programming over the lengths there are."""
-    rounded = np.minimum(-(-sizes // _GRAIN) * _GRAIN, max(longest, int(sizes.max())))
-    values, counts = np.unique(rounded, return_counts=True)
-    if len(values) <= _LENGTHS:
-        return values
-    if len(values) > 128:  # a coarser grain keeps the search short
-        step = -(-len(values) // 128)
-        keep = np.unique(np.append(values[step - 1 :: step], values[-1]))
-        counts = np.bincount(np.searchsorted(keep, values), counts).astype(int)
-        values = keep
-    cumulative = np.concatenate([[0], np.cumsum(counts)])
-    n = len(values)
-    cost = np.full((_LENGTHS + 1, n + 1), np.inf)
-    cost[0, 0], cut = 0, np.zeros((_LENGTHS + 1, n + 1), int)
-    for k in range(1, _LENGTHS + 1):
-        for j in range(1, n + 1):
-            total = cost[k - 1, :j] + (cumulative[j] - cumulative[:j]) * values[j - 1]
-            cut[k, j] = int(total.argmin())
-            cost[k, j] = total[cut[k, j]]
-    chosen, j = [], n
-    for k in range(_LENGTHS, 0, -1):
-        if j:
-            chosen.append(values[j - 1])
-            j = cut[k, j]
-    return np.array(sorted(set(chosen)))
+def _spread(lengths: np.ndarray, count: int) -> Bins:
+    """Longest first, each where the fewest tokens are."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, at) for at in range(count)]
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        filled, at = heap[0]
+        bins[at].append(i)
+        heapq.heapreplace(heap, (filled + int(lengths[i]), at))
+    return [tuple(members) for members in bins]
