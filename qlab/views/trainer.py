@@ -1,0 +1,150 @@
+"""The live trainer panel: two widgets, one for each direction. Sees states, never a model."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import anywidget
+import traitlets as T
+
+from qlab.core.run import RunState
+from qlab.views import run_words as words
+from qlab.views.curve import Curve
+from qlab.views.wire import Controls, checked, source
+
+ESM = source("panel.js", "trainer.js")  # text, not a Path: a Path keeps every instance alive
+CSS = source("panel.css", "trainer.css")
+
+_OPS = {
+    "hello": {},
+    "start": {},
+    "pause": {},
+    "resume": {},
+    "stop": {},
+    "learning_rate": {"value": (int, float)},
+    "generate": {"prompt": str},
+}
+_PROMPTS = 12  # prompts whose answers are sent
+_TEXT = 4000  # characters of an answer that are sent
+
+
+class TrainerView(anywidget.AnyWidget):
+    """Kernel → browser: the whole run, thinned where it is long."""
+
+    _esm = ESM
+    _css = CSS
+    curve = T.Bytes(b"").tag(sync=True)
+    marks = T.List().tag(sync=True)
+    state = T.Dict().tag(sync=True)
+    controls = anywidget.WidgetTrait().tag(sync=True)
+
+
+def payload(state: RunState) -> dict[str, Any]:
+    """Return a state as the traits of the view (without ``controls``)."""
+    curve = Curve()
+    curve.extend(state.history)
+    return {"curve": curve.encoded(), "marks": list(curve.marks), "state": facts(state, None)}
+
+
+def facts(state: RunState, ack: int | None) -> dict[str, Any]:
+    """Return everything but the curve: what the run is, where it stands, what the model says."""
+    report = state.report
+    icon, word = words.status_words(state)
+    return {
+        "name": report.name,
+        "setup": [part for part in (report.model, report.storage, report.adapter) if part],
+        "status": report.status,
+        "icon": icon,
+        "word": word,
+        "headline": words.headline(state),
+        "steps": report.steps,
+        "iters": report.iters,
+        "allowed": list(words.allowed(state)),
+        "ended": report.status in words.ENDED,
+        "rate": _number(state.learning_rate),
+        "best": [report.best_step, report.best_val_loss] if math.isfinite(report.best_val_loss) else None,
+        "predicted": report.predicted_nbytes,
+        "limit": state.limit_nbytes,
+        "active": state.active_nbytes,
+        "voices": voices_of(state),
+        "data": state.data,
+        "error": state.error,
+        "code": state.code,
+        "notes": list(report.notes),
+        "summary": [list(line) for line in words.summary(report)],
+        "ack": ack or 0,
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return float(value) if math.isfinite(value) else None
+
+
+def voices_of(state: RunState) -> list[Any]:
+    """Return ``[prompt, [step, text] first, [step, text] last]`` of each prompt, the one asked last at the end."""
+    by_prompt: dict[str, list[Any]] = {}
+    for voice in state.voices:
+        said = by_prompt.pop(voice.prompt, [])  # moves it to the end
+        by_prompt[voice.prompt] = [*said[:1], [voice.step, voice.text[:_TEXT]]]
+    return [[prompt, said[0], said[-1]] for prompt, said in list(by_prompt.items())[-_PROMPTS:]]
+
+
+class TrainerPanel:
+    """One panel: shows states and passes on what the user wants.
+
+    Args:
+        state: shown first.
+        on_intent: called on a widget thread with a checked intent: ``hello``, ``start``, ``pause``, ``resume``, ``stop``,
+            ``learning_rate`` (``value``) or ``generate`` (``prompt``); what it raises is shown in the panel.
+    """
+
+    def __init__(self, state: RunState, on_intent: Callable[[dict[str, Any]], None]) -> None:
+        self._state, self._on_intent, self._ack = state, on_intent, 0
+        self._lock = threading.RLock()
+        self._curve = Curve()
+        self._curve.extend(state.history)
+        self._controls = Controls()
+        self.widget = TrainerView(
+            controls=self._controls, curve=self._curve.encoded(), marks=list(self._curve.marks), state=facts(state, None)
+        )
+        self._controls.observe(self._receive, "intent")
+
+    def show(self, state: RunState, ack: int | None = None) -> None:
+        """Send what has changed, in one message; after the run everything, so that a view can never stay behind.
+
+        Args:
+            state: the run now.
+            ack: number of the newest intent that the state answers.
+        """
+        # hold_sync loses what another thread sets while it flushes
+        with self._lock:
+            ended = self._state.report.status not in words.ENDED and state.report.status in words.ENDED
+            self._state, self._ack = state, max(self._ack, ack or 0)
+            self._curve.extend(state.history)
+            with self.widget.hold_sync():
+                self.widget.curve = self._curve.encoded()
+                if len(self.widget.marks) != len(self._curve.marks) or self.widget.marks != self._curve.marks:
+                    self.widget.marks = list(self._curve.marks)
+                self.widget.state = facts(state, self._ack)
+            if ended:
+                self.widget.send_state(["curve", "marks", "state"])
+
+    def close(self) -> None:
+        """Take the panel off the page."""
+        self._controls.unobserve_all()
+        self.widget.close()
+        self._controls.close()
+
+    def _receive(self, change: Any) -> None:
+        intent = change["new"]
+        try:
+            self._on_intent(checked(intent, _OPS))
+        except Exception as error:  # an exception in an observer would vanish
+            seq = intent.get("seq") if isinstance(intent, dict) else None
+            with self._lock:
+                self._ack = max(self._ack, seq if isinstance(seq, int) else 0)
+                self.widget.state = {**facts(self._state, self._ack), "error": str(error) or type(error).__name__}
