@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from math import prod
 
 import numpy as np
@@ -85,18 +86,29 @@ class _Buffer:
     flights: int = 0
 
 
-def order(graph: Graph) -> list[int]:
-    """Return node indices in the order in which MLX evaluates them: breadth first from the outputs, of limited width."""
-    makers = graph.makers()
+def order(graph: Graph) -> list[list[int]]:
+    """Return node indices in the order in which MLX evaluates them, round by round.
+
+    Each round goes breadth first from what is asked for, of limited width.
+    """
+    makers, done, made = graph.makers(), set(), []
+    for asked in graph.rounds or [tuple(graph.outputs)]:
+        made.append(_round(graph, makers, asked, done))
+        done.update(made[-1])
+    return made
+
+
+def _round(graph: Graph, makers: dict[int, int], asked: tuple[int, ...], done: set[int]) -> list[int]:
+    """What is evaluated when arrays are asked for, and some nodes are done."""
+    wanted = [makers[a] for a in asked if a in makers and makers[a] not in done]
     degree: dict[int, int] = {}
-    wanted = [makers[a] for a in graph.outputs if a in makers]
     for n in wanted:
         degree[n] = degree.get(n, 0) + 1
     stack, seen = list(dict.fromkeys(wanted)), set(wanted)
     while stack:
         for array in graph.nodes[stack.pop()].inputs:
-            if array in makers:
-                n = makers[array]
+            n = makers.get(array, -1)
+            if n >= 0 and n not in done:
                 degree[n] = degree.get(n, 0) + 1
                 if n not in seen:
                     seen.add(n)
@@ -112,7 +124,7 @@ def order(graph: Graph) -> list[int]:
             i += 1
         inputs = wanted if node < 0 else [makers.get(a, -1) for a in graph.nodes[node].inputs]
         while j < len(inputs):
-            if inputs[j] >= 0:
+            if inputs[j] in degree:
                 if len(tape) - i >= MAX_WIDTH:
                     waiting.append((node, j))
                     break
@@ -142,7 +154,9 @@ class _Simulation:
         self.stored: dict[int, int] = {}  # elements in the buffer that the array spans
         self.flying: list[tuple[int, list[_Buffer]]] = []
         self.at = 0
-        self.steps = order(graph)  # what nobody asks for is never evaluated, and keeps nothing alive
+        rounds = order(graph)  # what nobody asks for is never evaluated, and keeps nothing alive
+        self.steps = [n for each in rounds for n in each]
+        self.ends = list(accumulate(map(len, rounds)))
         self.usage = Usage(self.steps)
         self.makers = graph.makers()
         self.reads: dict[int, int] = {}
@@ -154,11 +168,11 @@ class _Simulation:
             if a not in made:
                 self._allocate(a, array.nbytes)
                 self.readers[a] = self.readers.get(a, 0) + 1  # inputs stay
-        for a in graph.outputs:
+        for a in (*graph.outputs, *graph.held):
             self.readers[a] = self.readers.get(a, 0) + 1
 
     def run(self) -> Usage:
-        issued, first = 0, 0
+        issued, first, end = 0, 0, 0
         for at, n in enumerate(self.steps):
             self.at = at
             node = self.graph.nodes[n]
@@ -181,10 +195,13 @@ class _Simulation:
             self.flying.append((issued, holds))
             done = self.ahead.done(issued) if self.ahead else issued
             while first < len(self.flying) and self.flying[first][0] <= done:
-                for buffer in self.flying[first][1]:
-                    self._land(buffer)
-                self.flying[first] = (0, [])
+                self._land(first)
                 first += 1
+            while at + 1 == self.ends[end] and end + 1 < len(self.ends):  # the round is handed over; the host waits
+                end += 1
+                for late in range(first, self.ends[end - self.graph.window] if 0 < self.graph.window <= end else 0):
+                    self._land(late)
+                    first = late + 1
         return self.usage
 
     def _dispatches(self, node: Node, copies: int) -> int:
@@ -242,10 +259,13 @@ class _Simulation:
         if not buffer.arrays:
             self._note(buffer, IDLE if buffer.flights else FREED)
 
-    def _land(self, buffer: _Buffer) -> None:
-        buffer.flights -= 1
-        if not buffer.flights and not buffer.arrays:
-            self._note(buffer, LANDED)
+    def _land(self, number: int) -> None:
+        """The device has run a step: what it read is held no longer."""
+        for buffer in self.flying[number][1]:
+            buffer.flights -= 1
+            if not buffer.flights and not buffer.arrays:
+                self._note(buffer, LANDED)
+        self.flying[number] = (0, [])
 
     def _note(self, buffer: _Buffer, kind: int) -> None:
         self.usage.events.append((self.at + (kind != TAKEN), buffer.array, buffer.nbytes, kind))
@@ -283,15 +303,16 @@ class _Simulation:
         self._note(buffer, TAKEN)
         return buffer
 
-    def _donor(self, node: Node, a: int, whole: bool = True) -> bool:
-        buffer, output = self.buffers[a], self.graph.arrays[node.outputs[0]]
+    def _donor(self, node: Node, a: int, to: int) -> bool:
+        """Whether an input's buffer may become that of an output."""
+        buffer, output = self.buffers[a], self.graph.arrays[to]
         return (
             self.readers[a] == node.inputs.count(a) == 1
             and buffer.arrays == 1
             and not buffer.flights
             and self.graph.arrays[a].itemsize == output.itemsize
             and buffer.nbytes <= output.nbytes + _DONATION_SLACK
-            and (not whole or self.graph.arrays[a].size == output.size)
+            and self.graph.arrays[a].size == output.size
         )
 
     def _elementwise(self, node: Node) -> None:
@@ -310,15 +331,16 @@ class _Simulation:
             return
         for a in node.outputs:
             size = self.graph.arrays[a].size
-            donor = next((x for x in full if self._donor(node, x) and (strides or _is_dense(shape, self.strides[x]))), None)
-            if donor is not None and a == first:
+            donors = [x for x in full if self._donor(node, x, a) and (strides or _is_dense(shape, self.strides[x]))]
+            donor = next(iter(donors), None)
+            if donor is not None:
                 self._share(a, donor, self.strides[donor])
             else:
                 self._allocate(a, size * self.graph.arrays[a].itemsize, strides)
 
     def _in_place(self, node: Node) -> None:
         for n, a in enumerate(node.outputs):
-            donors = [x for x in node.inputs[:1] if self.strides[x][-1:] in ((1,), ()) and self._donor(node, x)]
+            donors = [x for x in node.inputs[:1] if self.strides[x][-1:] in ((1,), ()) and self._donor(node, x, a)]
             if n == 0 and donors:
                 self._share(a, donors[0], self.strides[donors[0]])
             else:

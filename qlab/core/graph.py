@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from math import prod
 
 
@@ -55,16 +56,47 @@ class Graph:
     Attributes:
         arrays: by id.
         nodes: each after those that make its inputs.
+        inputs: ids, in the order in which they are given.
         outputs: ids, in the order in which they are asked for.
+        held: ids of arrays that are kept to the end though nobody asks for them.
+        rounds: what is asked for round by round, where a computation is handed over in several; empty if it is in one.
+        window: rounds that may be unfinished at once; 0 means all.
     """
 
     arrays: dict[int, Array] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
+    rounds: list[tuple[int, ...]] = field(default_factory=list)
+    window: int = 0
 
     def makers(self) -> dict[int, int]:
         """Index of the node that makes an array, by the array's id; inputs have none."""
         return {output: n for n, node in enumerate(self.nodes) for output in node.outputs}
+
+    def add(self, array: Array) -> int:
+        """Take an array in; return its id."""
+        self.arrays[len(self.arrays)] = array
+        return len(self.arrays) - 1
+
+    def then(self, piece: Graph, inputs: Iterable[int], constants: dict[int, int]) -> list[int]:
+        """Go on with a copy of another computation; return the ids of its outputs.
+
+        Args:
+            piece: the other.
+            inputs: ids of what it is given, here.
+            constants: ids of its constants, here, by their own; those that are missing are added.
+        """
+        new = dict(zip(piece.inputs, inputs, strict=True))
+        for a, array in piece.arrays.items():
+            if array.role == "constant" and a not in new:
+                new[a] = constants[a] if a in constants else constants.setdefault(a, self.add(array))
+        for node in piece.nodes:
+            new.update({a: self.add(replace(piece.arrays[a], role="")) for a in node.outputs})
+            ids = [tuple(new[a] for a in side) for side in (node.inputs, node.outputs)]
+            self.nodes.append(replace(node, inputs=ids[0], outputs=ids[1]))
+        return [new[a] for a in piece.outputs]
 
 
 def unmerged(graph: Graph, weights: bool) -> Graph:
@@ -80,7 +112,7 @@ def unmerged(graph: Graph, weights: bool) -> Graph:
         if all(a in fixed for a in node.inputs):
             fixed.update(dict.fromkeys(node.outputs, any(fixed[a] for a in node.inputs)))
     makers = graph.makers()
-    made = Graph(dict(graph.arrays), [], list(graph.outputs))
+    made = replace(graph, arrays=dict(graph.arrays), nodes=[])
     read: set[int] = set()
 
     def again(a: int, after: int) -> int:

@@ -28,9 +28,11 @@ from qlab.engine.device import backend, wants_float32
 from qlab.engine.export import chosen, quantize
 from qlab.engine.skeleton import describe
 from qlab.engine.stack import Stack
-from qlab.engine.step import Compute, Step, Sums, attach
+from qlab.engine.pieces import Pieces
+from qlab.engine.step import Compute, Sums, attach, make_step
+from qlab.engine.stepped import WINDOW
 from qlab.engine.surgery import put_module, twin
-from qlab.engine.trace import stored, trace
+from qlab.engine.trace import stored, whole
 from qlab.engine.update import Update
 from qlab.errors import ConfigError, UnsupportedError
 
@@ -205,8 +207,9 @@ class Forecast:
         return moment, {name: round(n) for name, n in (parts | self.inputs(setup)).items()}
 
     def _read(self, module: nn.Module, configs: dict[str, QuantConfig], setup: Setup) -> Graph:
-        made = stored(module, configs)
-        return trace(made, describe(made, self.spec.name), setup.adapter, setup.train, usual_compute(traced=True))
+        made, train = stored(module, configs), setup.train
+        twin_ = attach(made, describe(made, self.spec.name), setup.adapter, usual_compute(traced=True), train.grad_checkpoint)
+        return Pieces(twin_, train, WINDOW[backend()]).read() if train.grad_checkpoint else whole(twin_, train)
 
     def by_step(self, setup: Setup, machine: Machine) -> int:
         """Run one real step on random tokens of the largest shape; return its peak, other models in memory not counted.
@@ -232,31 +235,35 @@ class Forecast:
         return measured_peak(module, setup)
 
 
-def measured_peak(module: nn.Module, setup: Setup) -> int:
-    """Run one step; return the peak of what it needs, whatever else MLX holds."""
+def measured_peak(module: nn.Module, setup: Setup, steps: int = 1) -> int:
+    """Run steps as the training loop does; return the peak of what they need, whatever else MLX holds."""
     train = setup.train
     made = attach(module, describe(module, ""), setup.adapter, usual_compute(), train.grad_checkpoint)
-    step = Step(made, train)
+    step = make_step(made, train)
     parameters = step.parameters
     update = Update(train, parameters)
-    state = update.state
     tokens = mx.random.randint(0, 100, (train.batch_size, train.max_seq_length))
-    mask = mx.ones(tokens.shape, mx.int32)
-    zeros = {path: mx.zeros_like(a) for path, a in parameters.items()} if train.grad_accumulation_steps > 1 else {}
-    earlier = Sums(mx.array(0.0), zeros, mx.array(0.0)) if zeros else None
-    given = [a for _, a in tree_flatten(made.parameters())] + [*state.values(), *zeros.values(), tokens, mask]
+    mask, key, rate = mx.ones(tokens.shape, mx.int32), mx.random.key(0), mx.array(train.learning_rate)
+    segments = mx.ones(tokens.shape, mx.int32) if train.pack else None
+    several = train.grad_accumulation_steps > 1
+    zeros = {path: mx.zeros_like(a) for path, a in parameters.items()} if several else {}
+    given = [a for _, a in tree_flatten(made.parameters())] + [*update.state.values(), *zeros.values(), tokens, mask, segments]
     mx.eval(given)
     mx.clear_cache()
-    own, before = sum(a.nbytes for a in given), mx.get_active_memory()
+    own, before = sum(a.nbytes for a in given if a is not None), mx.get_active_memory()
     mx.reset_peak_memory()
-    sums = step(parameters, tokens, mask, mx.random.key(0))
-    mx.eval(update(parameters, state, sums.plus(earlier) if earlier else sums, mx.array(train.learning_rate)))
+    for _ in range(steps):
+        found = step(parameters, tokens, mask, key, segments)
+        sums = Sums(mx.array(0.0), zeros, mx.array(0.0)).plus(found) if several else found
+        new = update(parameters, update.state, sums, rate)
+        mx.eval(new)
+        del found, sums, new
     return mx.get_peak_memory() - before + own
 
 
 def _trained(adapter: LoRAConfig, spec: ModelSpec) -> list[tuple[int, ...]]:
     """Shapes of the trained arrays."""
-    return [s for x in adapter.targets(spec) for s in adapter.adapter.shapes(x.shape, adapter.rank).values()]
+    return [s for x in adapter.targets(spec) for s in adapter.adapter.shapes(x.shape, adapter.rank, x.kind).values()]
 
 
 def _moved(path: str, stack: str, places: dict[str, str]) -> str | None:

@@ -5,20 +5,21 @@ Knows no budget. Runs on the MLX thread.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from qlab.core.config import QuantConfig
-from qlab.core.graph import Array, Graph, Node, unmerged
-from qlab.core.spec import ModelSpec
-from qlab.core.training import LoRAConfig, TrainConfig
+from qlab.core.graph import Graph, unmerged
+from qlab.core.training import TrainConfig
 from qlab.engine.device import backend
 from qlab.engine.export import stored_layer
 from qlab.engine.linear import PackedEmbedding, PackedLinear, weight_of
-from qlab.engine.step import Compute, Step, Sums, attach
+from qlab.engine.loss import Arrays, Sums
+from qlab.engine.reading import read
+from qlab.engine.step import Step
 from qlab.engine.surgery import map_layers
 from qlab.engine.update import Update
 
@@ -81,26 +82,23 @@ def _numbers(packed: dict[str, mx.array], config: QuantConfig, dtype: mx.Dtype) 
     return dense * (packed["global_scale"].astype(dtype) / 2688.0) if "global_scale" in packed else dense
 
 
-def trace(module: nn.Module, spec: ModelSpec, lora: LoRAConfig, train: TrainConfig, compute: Compute) -> Graph:
-    """Return the graph of one optimizer step on the largest batch.
+def whole(module: nn.Module, train: TrainConfig) -> Graph:
+    """Return the graph of one optimizer step on the largest batch, taken as one.
 
     Args:
-        module: what ``stored`` returned, or any model.
-        spec: its layers.
-        lora: the adapters.
+        module: what ``attach`` returned, its arrays lazy or not; nobody else may use it.
         train: the run.
-        compute: how frozen layers are computed.
 
     Raises:
-        UnsupportedError: the step cannot be built for this model.
+        UnsupportedError: the step cannot be built for this model, or cannot be read.
     """
-    made = attach(module, spec, lora, compute, train.grad_checkpoint)
-    step = Step(made, train)
+    step = Step(module, train)
+    several = train.grad_accumulation_steps > 1
     update = Update(train, step.parameters)
-    frozen = {path: array for path, array in tree_flatten(made.parameters()) if path not in step.parameters}
+    frozen = {path: array for path, array in tree_flatten(module.parameters()) if path not in step.parameters}
     groups: list[tuple[str, dict[str, mx.array]]] = [
         ("weights", frozen), ("adapter", step.parameters), ("optimizer", update.state),
-        ("gradients", step.parameters if train.grad_accumulation_steps > 1 else {}),
+        ("gradients", step.parameters if several else {}),
     ]  # fmt: skip
     batch = mx.zeros((train.batch_size, train.max_seq_length), mx.int32)
     rest = [batch, batch, mx.array(0.0), mx.array(0.0), mx.random.key(0), mx.array(0.0)]
@@ -110,44 +108,28 @@ def trace(module: nn.Module, spec: ModelSpec, lora: LoRAConfig, train: TrainConf
         given = iter(arrays)
         weights, parameters, state, sums = ({path: next(given) for path in group} for _, group in groups)
         tokens, mask, loss, count, key, rate = given
-        made.update(tree_unflatten(list(weights.items())))
-        found = step(parameters, tokens, mask, key)
-        new = update(parameters, state, found.plus(Sums(loss, sums, count)) if sums else found, rate)
-        return [new.loss, new.grad_norm, *new.parameters.values(), *new.state.values()]
+        module.update(tree_unflatten(list(weights.items())))
+        found = step(parameters, tokens, mask, key, tokens if train.pack else None)
+        return updated(update, parameters, state, found, Sums(loss, sums, count) if several else None, rate)
 
     roles = [role for role, group in groups for _ in group] + ["batch"] * len(rest)
-    reader = _Reader(roles)
     try:
-        mx.export_function(reader, run, *flat, *rest)
+        graph = unmerged(read(run, [*flat, *rest], roles), True)
     finally:
-        made.update(tree_unflatten(list(frozen.items())))
-    return unmerged(reader.graph, not train.grad_checkpoint)
+        module.update(tree_unflatten(list(frozen.items())))
+    return kept(graph, len(step.parameters) + len(update.state) + 2)
 
 
-class _Reader:
-    """Takes what MLX says of a function, record by record: a whole step's records would be large."""
+def updated(
+    update: Update, parameters: Arrays, state: Arrays, found: Sums, earlier: Sums | None, rate: mx.array
+) -> list[mx.array]:
+    """Return what the training loop asks for, in its order, and then what it holds on to meanwhile."""
+    sums = earlier.plus(found) if earlier else found
+    new = update(parameters, state, sums, rate)
+    held = [*found.grads.values(), *(sums.grads.values() if earlier else ())]
+    return [*new.parameters.values(), *new.state.values(), new.loss, new.grad_norm, *held]
 
-    def __init__(self, roles: list[str]) -> None:
-        self.graph, self._roles = Graph(), roles
-        self._ids: dict[str, int] = {}
 
-    def __call__(self, record: dict[str, Any]) -> None:
-        kind = record["type"]
-        if kind == "inputs":
-            for item, role in zip(record["inputs"], self._roles, strict=True):
-                self._note(*item, role)
-        elif kind == "outputs":
-            self.graph.outputs = [self._note(*item) for item in record["outputs"]]
-        elif kind == "constants":
-            for name, array in record["constants"]:
-                self._note(name, array.shape, array.dtype, "constant")
-        elif kind == "primitive":
-            sides = [tuple(self._note(*item) for item in record[side]) for side in ("inputs", "outputs")]
-            arguments = tuple(record["arguments"]) if record["name"] == "Transpose" else ()
-            self.graph.nodes.append(Node(record["name"], *sides, arguments))
-
-    def _note(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype, role: str = "") -> int:
-        if name not in self._ids:
-            self._ids[name] = len(self._ids)
-            self.graph.arrays[self._ids[name]] = Array(tuple(shape), dtype.size, role)
-        return self._ids[name]
+def kept(graph: Graph, asked: int) -> Graph:
+    """Take what is only held on to out of what is asked for."""
+    return replace(graph, outputs=graph.outputs[:asked], held=[*graph.held, *graph.outputs[asked:]])
