@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from qlab.engine.gguf_tokenizer import tokenizer
+from qlab.engine.job import mlx_call
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -71,11 +77,17 @@ _MARKS = {
 }  # fmt: skip
 
 
-def speaking(tokenizer: Any, template: str, bos: bool = False) -> TokenizerWrapper:
-    """Return the tokenizer with a chat template, the marks of it as tokens, and a beginning if asked."""
-    inner = copy.deepcopy(tokenizer._tokenizer)
+def speaking(plain: Any, template: str) -> TokenizerWrapper:
+    """Return a tokenizer with a chat template, and the marks of it as tokens."""
+    inner = copy.deepcopy(plain._tokenizer)
     marks = _MARKS[template]
     inner.add_special_tokens({"eos_token": marks[0], "bos_token": "<s>", "additional_special_tokens": list(marks[1:])})
     inner.add_tokens(["<think>", "</think>"])
     inner.chat_template = template
     return TokenizerWrapper(inner)
+
+
+@functools.cache
+def of_gguf(path: Path) -> TokenizerWrapper:
+    """Return the tokenizer in a GGUF file, its chat template included, without the model."""
+    return tokenizer(path, mlx_call(mx.load, str(path), return_metadata=True)[1])

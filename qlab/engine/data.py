@@ -181,7 +181,9 @@ def _unknown(row: Mapping[Any, Any], found: dict[str, Any]) -> str:
     """Say what a row lacks."""
     for one, other in (("prompt", "completion"), ("completion", "prompt")):
         if one in found:
-            near = next((f" Did you mean {other!r} by {key!r}?" for key in row if nearest(str(key), [other])), "")
+            near = next(
+                (f" Did you mean {other!r} by {key!r}?" for key in row if key != one and nearest(str(key), [other])), ""
+            )
             return f"{other!r} is missing beside {one!r}.{near}"
     empty = [key for key in _KEYS[:4] if key in row]
     if empty:
@@ -192,9 +194,7 @@ def _unknown(row: Mapping[Any, Any], found: dict[str, Any]) -> str:
     if asked and said:
         return f"it has {asked!r} and {said!r}; call them 'prompt' and 'completion'"
     has = f"it has {', '.join(map(repr, row))}" if row else "it has no keys"
-    near = next(
-        (f" Did you mean {hint.split(chr(39))[1]!r} by {key!r}?" for key in row if (hint := nearest(str(key), _KEYS[:4]))), ""
-    )
+    near = next((hint for key in row if (hint := nearest(str(key), _KEYS[:4]))), "")
     return f"{has}; it needs 'text', 'prompt' and 'completion', or 'messages'.{near}"
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qlab.engine.conversation import a
 from qlab.errors import DataError, nearest
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -45,7 +46,7 @@ def rows_of(data: Any) -> Iterable[Any] | Text:
     if hasattr(data, "column_names"):  # a datasets set: Arrow gives every row the keys of all rows, None where it had none
         return (_without_none(row) for row in data)
     if not isinstance(data, Iterable) or isinstance(data, (bytes, bytearray, set, frozenset)):
-        raise DataError(f"The data is a {type(data).__name__}; {_LISTED}.")
+        raise DataError(f"The data is {a(data)}; {_LISTED}.")
     return data
 
 
@@ -127,7 +128,7 @@ def _json(name: str, text: str) -> list[Any]:
     if isinstance(found, dict) and found and all(isinstance(column, list) for column in found.values()):
         return _columns(found)
     if not isinstance(found, list):
-        raise DataError(f"{name} holds a {type(found).__name__}; it must hold a list of rows.")
+        raise DataError(f"{name} holds {a(found)}; it must hold a list of rows.")
     return found
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-import qlab
 from qlab.core.training import TrainConfig
 from qlab.engine.data import read
 from qlab.errors import DataError
@@ -44,7 +43,7 @@ def test_chatml_trains_answers_with_the_mark_that_ends_them(demo):
 
 
 def test_smollm2_trains_answers_though_it_adds_a_system_message(smollm2_path):
-    tokenizer = qlab.load(str(smollm2_path)).tokenizer
+    tokenizer = t.of_gguf(smollm2_path)
     assert targets(tokenizer, TWO) == ["Hello.<|im_end|>", "Now\n\nthis: 1+1=2<|im_end|>"]
     row = read([{"messages": TWO}], tokenizer, LONG).rows[0]
     assert row.tokens.tolist() == tokenizer.apply_chat_template(TWO)
