@@ -117,15 +117,15 @@ def thinned(rows: np.ndarray, stride: int, pinned: np.ndarray, crowded: bool = F
         crowded: whether too many are pinned: then only the smallest and the largest validation of a stretch stay.
     """
     stretches = -(-len(rows) // stride)
-    starts = np.arange(stretches) * stride
 
-    def extreme(column: int, sign: int) -> np.ndarray:
+    def extreme(column: int, sign: int) -> tuple[np.ndarray, np.ndarray]:
         padded = np.full(stretches * stride, -np.inf)
         values = sign * rows[:, column]
         padded[: len(rows)] = np.where(np.isfinite(values), values, -np.inf)
-        found = starts + padded.reshape(stretches, stride).argmax(axis=1)
-        return found[np.isfinite(padded[found])]
+        found = np.arange(stretches) * stride + padded.reshape(stretches, stride).argmax(axis=1)
+        return found, np.isfinite(padded[found])
 
-    chosen = [starts, extreme(LOSS, -1), extreme(LOSS, 1), extreme(NORM, 1)]
-    chosen += [extreme(VAL, -1), extreme(VAL, 1)] if crowded else [np.flatnonzero(pinned)]
-    return np.unique(np.concatenate(chosen))
+    lowest, _ = extreme(LOSS, -1)  # of a stretch without any loss its first row, so that the gap has its place
+    wanted = [(LOSS, 1), (NORM, 1), *([(VAL, -1), (VAL, 1)] if crowded else [])]
+    chosen = [found[there] for found, there in (extreme(*which) for which in wanted)]
+    return np.unique(np.concatenate([lowest, *chosen, *([] if crowded else [np.flatnonzero(pinned)])]))

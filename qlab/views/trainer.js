@@ -144,7 +144,7 @@ async function render({ model, el, host }) {
     const most = Math.max(1, n < 0 ? 0 : cell(n, PEAK), ...column(rows, ACTIVE), st.predicted) * 1.12, roof = st.limit && st.limit < 2 * most ? Math.max(most, st.limit * 1.06) : most;
     y.memory = lane("memory", 0, roof);
     rows.y = y;
-    draw(grid, marks.map((v) => `M${LEFT} ${y.loss(v).toFixed(1)}H${end}`).join("") + ["rate", "norm", "speed", "memory"].map((name) => `M${LEFT} ${LANES[name][0] + LANES[name][1] + 0.5}H${end}`).join(""));
+    draw(grid, (n < 0 ? [] : marks).map((v) => `M${LEFT} ${y.loss(v).toFixed(1)}H${end}`).join("") + ["rate", "norm", "speed", "memory"].map((name) => `M${LEFT} ${LANES[name][0] + LANES[name][1] + 0.5}H${end}`).join(""));
     const label = (px, py, text, anchor) => { const e = s("text", { x: px, y: py, "text-anchor": anchor }); e.textContent = text; return e; };
     axis.replaceChildren(...(n < 0 ? [] : marks.filter((v) => y.loss(v) > 22).map((v) => label(LEFT - 8, y.loss(v) + 4, String(v), "end"))),
       ...steps.map((v) => label(x(v), TALL - 4, whole(v), "middle")), label(LEFT - 26, TALL - 4, "step", "end"));
@@ -177,7 +177,7 @@ async function render({ model, el, host }) {
     const known = i >= 0, size = (b) => (b > 0 ? gb(b) : "–");
     tell("step", known ? `${live && !st.ended ? "now: " : ""}step ${whole(at)}` : ""); tell("epoch", known ? `epoch ${cell(i, EPOCH).toFixed(2)}` : "");
     tell("loss", known ? `● ${lossText(cell(i, LOSS))} this step` : ""); tell("smooth", known ? `━ ${lossText(cell(i, SMOOTH))} smoothed` : "");
-    tell("val", v >= 0 ? `◆ ${lossText(cell(v, VAL))} val${cell(v, STEP) === at ? "" : ` at ${whole(cell(v, STEP))}`}` : "◆ no validation"); tell("best", st.best ? `◇ ${lossText(st.best[1])} best at ${whole(st.best[0])}` : "");
+    tell("val", v >= 0 ? `◆ ${lossText(cell(v, VAL))} val${cell(v, STEP) === at ? "" : ` at ${whole(cell(v, STEP))}`}` : known ? "◆ no validation" : ""); tell("best", st.best ? `◇ ${lossText(st.best[1])} best at ${whole(st.best[0])}` : "");
     tell("rate", known ? rateText(cell(i, RATE)) : rateText(st.rate)); tell("norm", known ? num(cell(i, NORM)) : ""); tell("speed", known && cell(i, SPEED) > 0 ? whole(cell(i, SPEED)) : "");
     tell("active", `─ now ${size(known && !live ? cell(i, ACTIVE) : st.active || (known ? cell(i, ACTIVE) : 0))}`.replace("now", live ? "now" : "then")); tell("peak", `━ peak ${known ? size(cell(i, PEAK)) : "–"}`);
     tell("foreseen", st.predicted ? `╌ predicted ${gb(st.predicted)}` : ""); tell("limit", st.limit ? `${limit.was ? "━" : "↑"} limit ${gb(st.limit)}` : "");
