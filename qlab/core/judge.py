@@ -153,9 +153,10 @@ class Sample:
 
     Attributes:
         prompt: what was asked.
-        texts: answers, in the order of the columns.
+        texts: answers, in the order of the columns; empty where a model was not in memory.
         expected: the right answer, or None.
-        scores: of the answers, 0 to 1, in the order of the columns; empty without an expected answer.
+        scores: of the answers, 0 to 1, in the order of the columns, NaN where a model was not in
+            memory; empty without an expected answer.
     """
 
     prompt: str
@@ -175,7 +176,9 @@ class JudgeReport:
         targets: tokens that count.
         teacher: how the unquantized model's predictions were kept: ``exact``, or in words what was left out; empty
             without an unquantized model.
-        floor_nats: KL of the unquantized model to what was kept of it: no smaller KL can be told from 0.
+        floor_nats: what the kept predictions cannot tell, 0 if exact: KL of the unquantized model to what was kept of it, its
+            tail spread evenly. A KL from kept predictions is a lower bound; it is short by less than this wherever a model's
+            tail is no worse than an even one.
         seconds: of everything.
         notes: what else to know.
     """

@@ -1,0 +1,108 @@
+"""What a model predicts at chosen positions, a chunk of logits at a time, and its most likely answer to a prompt.
+
+Knows neither what is right nor any other model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qlab.engine.stack import Stack
+from qlab.engine.surgery import twin
+from qlab.errors import UnsupportedError
+
+CHUNK_NBYTES = 64e6  # of float32 logits that exist at once, for each model
+_PREFILL = 512  # tokens of a prompt that pass at once
+
+
+class Predictor:
+    """A model, dropout off.
+
+    Args:
+        module: an mlx-lm model; it is not changed.
+
+    Attributes:
+        vocabulary: outcomes of a prediction.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = twin(module)
+        self._module.eval()
+        try:
+            self._stack: Stack | None = Stack(self._module)
+        except UnsupportedError:
+            self._stack = None
+        self.vocabulary: int = self.log_probs(self._rows(mx.zeros((1, 1), mx.int32))[0]).shape[-1]  # never computed
+
+    def hidden(self, tokens: mx.array, where: mx.array) -> mx.array:
+        """Return what ``log_probs`` takes for chosen positions, evaluated, ``(n, …)``.
+
+        Args:
+            tokens: ``(1, T)``.
+            where: positions, integers ``(n,)``.
+        """
+        rows = self._rows(tokens)[0, where]
+        mx.eval(rows)
+        return rows
+
+    def log_probs(self, hidden: mx.array) -> mx.array:
+        """Return log-probabilities of the next token, float32 ``(n, vocabulary)``, lazily."""
+        logits = self._stack.after(hidden[None])[0] if self._stack is not None else hidden
+        logits = logits.astype(mx.float32)
+        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+    def _rows(self, tokens: mx.array) -> mx.array:
+        if self._stack is not None:
+            try:
+                x, calls = self._stack.before(tokens)
+            except UnsupportedError:
+                self._stack = None
+        if self._stack is None:  # then all logits exist at once
+            return self._module(tokens)
+        for block, (args, kwargs) in zip(self._stack.blocks, calls, strict=True):
+            x = block(x, *args, **kwargs)
+        return x
+
+
+def chunk_length(vocabulary: int) -> int:
+    """Positions whose logits may exist at once."""
+    return max(1, int(CHUNK_NBYTES / (4 * vocabulary)))
+
+
+def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the tokens of a prompt: a user's turn, where the tokenizer has a chat template."""
+    if tokenizer.chat_template is not None:
+        return list(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True))
+    return list(tokenizer.encode(prompt))
+
+
+def answer(module: nn.Module, tokenizer: Any, prompt: str, max_tokens: int) -> Generator[int, None, str]:
+    """Write the most likely continuation, a token at a time. The wired limit stays as it is.
+
+    Args:
+        module: an mlx-lm model, dropout off.
+        tokenizer: mlx-lm's wrapper.
+        prompt: a question, or a text to go on with.
+        max_tokens: tokens to write at most.
+
+    Yields:
+        The number of tokens written.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    tokens, cache = prompt_tokens(tokenizer, prompt), make_prompt_cache(module)
+    for start in range(0, len(tokens) - 1, _PREFILL):
+        module(mx.array([tokens[start : min(start + _PREFILL, len(tokens) - 1)]]), cache=cache)
+        mx.eval([layer.state for layer in cache])  # the logits are never computed
+    last, written = tokens[-1], []
+    while len(written) < max_tokens:
+        last = module(mx.array([[last]]), cache=cache)[0, -1].argmax().item()
+        if last in tokenizer.eos_token_ids:
+            break
+        written.append(last)
+        yield len(written)
+    return tokenizer.decode(written)
