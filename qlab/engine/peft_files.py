@@ -24,7 +24,7 @@ _PREFIX = "base_model.model."
 _LINEAR = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m"}
 _EMBEDDING = {"lora_embedding_A": "lora_a", "lora_embedding_B": "lora_b"}
 _NAMES = {**_LINEAR, **_EMBEDDING}
-# modules of these are called the same by mlx-lm and transformers (tests/bench/peft_names.py)
+# modules of these are called the same by mlx-lm and transformers (tests/bench/peft_roundtrip.py)
 SAME_NAMES = (
     "cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm", "granite", "hunyuan_v1_dense", "lfm2", "llama",
     "mamba", "ministral3", "mistral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm",
