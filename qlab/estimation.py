@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Generator, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
@@ -11,19 +14,28 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from qlab.core.advice import Change
 from qlab.core.budget import budget
 from qlab.core.config import QuantConfig, QuantPlan
+from qlab.core.estimate_panel import BUDGETS, EstimateState
 from qlab.core.memory import LEVELS, EstimateTable, MemoryEstimate, Setup
-from qlab.core.panel import Machine
+from qlab.core.panel import Machine, Progress
 from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine.device import machine as _machine
 from qlab.engine.forecast import Forecast
-from qlab.engine.job import mlx_call
+from qlab.engine.job import Latest, mlx_call
 from qlab.engine.structure import context, structure
-from qlab.errors import ConfigError, LoadError, nearest
+from qlab.engine.sweep import Sweep
+from qlab.errors import ConfigError, LoadError, QlabError, nearest
 from qlab.model import Model
+from qlab.views.estimate import EstimatePanel
+from qlab.views.estimate_text import html, page
 
-Source = Any  # a Model, a Quantizer, a config dict, a path or a hub id
+Source = Any  # a Model, a Quantizer, an Adapter, a config dict, a path or a hub id
+_REST_S = 0.4  # sliders must rest so long before a whole step is traced
+_AROUND_S = 20.0  # time spent at most on reading ahead
+_KEPT = 64  # estimates remembered by a panel
+_STORAGE, _SIZE = ("mode", "bits", "group_size", "overrides"), ("rank", "scale", "num_layers")
 
 
 def estimate(
@@ -61,18 +73,26 @@ def estimate(
     rows = []
     for source in sources:
         forecast = _forecast(source)
-        place = _place(source, forecast) if machine is None else budget(machine)
+        place = _place(forecast) if machine is None else budget(machine)
         for storage, lora, run in product(storages, loras, runs):
-            setup = Setup(_plan(storage, source), _of(LoRAConfig, lora, "adapter"), _of(TrainConfig, run, "train"))
-            rows.append(_estimate(forecast, setup, place, level))
+            lora_ = lora if lora is not None else _config_of(source)
+            setup = Setup(_plan(storage, source), _of(LoRAConfig, lora_, "adapter"), _of(TrainConfig, run, "train"))
+            link = _Link(source, storage is None, lora is None)
+            rows.append(_estimate(forecast, setup, place, level, link))
     return EstimateTable(tuple(rows)) if any(isinstance(x, (list, tuple)) for x in given) else rows[0]
 
 
-def _estimate(forecast: Forecast, setup: Setup, place: Machine, level: str) -> MemoryEstimate:
-    def again(other: Setup) -> MemoryEstimate:
-        return _estimate(forecast, other, place, "formula")
+def _estimate(forecast: Forecast, setup: Setup, place: Machine, level: str, link: _Link) -> MemoryEstimate:
+    return _asking(mlx_call(forecast.estimate, setup, place, level), forecast, link)
 
-    return replace(mlx_call(forecast.estimate, setup, place, level), _again=again)
+
+def _asking(est: MemoryEstimate, forecast: Forecast, link: _Link) -> MemoryEstimate:
+    """Return an estimate that can be asked for others, and has a panel."""
+
+    def again(other: Setup) -> MemoryEstimate:
+        return _estimate(forecast, other, est.machine, "formula", link)
+
+    return replace(est, _again=again, _panel=lambda first: LiveEstimate(first, forecast, link))
 
 
 def _forecast(source: Any) -> Forecast:
@@ -101,7 +121,7 @@ def _opened(source: str | Path) -> Forecast:
     return mlx_call(work)
 
 
-def _place(source: Any, forecast: Forecast) -> Machine:
+def _place(forecast: Forecast) -> Machine:
     """This machine; what a loaded model holds already counts as free, since the estimate counts it again."""
     here = mlx_call(_machine)
     return replace(here, free_nbytes=min(here.free_nbytes + forecast.held_nbytes, here.total_nbytes))
@@ -117,9 +137,261 @@ def _plan(storage: Any, source: Any) -> QuantPlan | None:
     raise ConfigError(f"quant={storage!r} is not legal; give a QuantConfig, a QuantPlan or None.")
 
 
+def _config_of(source: Any) -> LoRAConfig | None:
+    """The adapter that a source brings along."""
+    found = getattr(source, "config", None)
+    return found if isinstance(found, LoRAConfig) else None
+
+
 def _of(kind: Any, value: Any, name: str) -> Any:
     if value is None:
         return kind()
     if isinstance(value, kind):
         return value
     raise ConfigError(f"{name}={value!r} is not legal; give a {kind.__name__} or None.")
+
+
+class _Link:
+    """Traits of a quantizer or an adapter that move together with the sliders of an estimate.
+
+    Args:
+        source: what was estimated.
+        storage: whether its storage counts, not one given beside it.
+        size: whether its adapter counts.
+    """
+
+    def __init__(self, source: Any, storage: bool, size: bool) -> None:
+        holder = source if hasattr(source, "bits") else getattr(source, "quantizer", None)
+        self.storage = holder if storage and hasattr(holder, "observe") else None
+        self.adapter = source if size and hasattr(source, "observe") and _config_of(source) else None
+
+    @property
+    def label(self) -> str:
+        """What moves along, in a word."""
+        return "quantizer" if self.storage is not None else "adapter" if self.adapter is not None else ""
+
+    def follow(self, heard: Any) -> None:
+        """Call ``heard`` with every change of a trait."""
+        for holder, names in ((self.storage, _STORAGE), (self.adapter, _SIZE)):
+            if holder is not None:
+                holder.observe(heard, list(names))
+
+    def leave(self, heard: Any) -> None:
+        """Stop to call."""
+        for holder, names in ((self.storage, _STORAGE), (self.adapter, _SIZE)):
+            if holder is not None:
+                holder.unobserve(heard, list(names))
+
+    def pull(self, setup: Setup) -> Setup:
+        """Return a setup as the traits have it now."""
+        plan = self.storage.plan if self.storage is not None else setup.plan
+        return replace(setup, plan=plan, adapter=self.adapter.config if self.adapter is not None else setup.adapter)
+
+    def push(self, setup: Setup) -> None:
+        """Set the traits as a setup has them."""
+        plan, lora = setup.plan, setup.adapter
+        if self.storage is not None and plan is not None and plan != self.storage.plan:
+            with self.storage.hold_trait_notifications():
+                default = plan.default
+                self.storage.mode, self.storage.bits, self.storage.group_size = default.mode, default.bits, default.group_size
+                self.storage.overrides = dict(plan.overrides)
+        if self.adapter is not None and lora != self.adapter.config:
+            with self.adapter.hold_trait_notifications():
+                self.adapter.rank, self.adapter.scale, self.adapter.num_layers = lora.rank, lora.scale, lora.num_layers
+
+
+class LiveEstimate:
+    """An estimate whose settings move: by its sliders, or with the quantizer or adapter that it was made of.
+
+    Args:
+        first: where the sliders stand at first.
+        forecast: of the model.
+        link: what moves along.
+    """
+
+    def __init__(self, first: MemoryEstimate, forecast: Forecast, link: _Link) -> None:
+        self._forecast, self._link, self._setup, self._place = forecast, link, first.setup, first.machine
+        self._band = first.band if first.measured_peak is None else first.again(first.setup).band
+        self._here = _place(forecast)
+        named = [budget(name) for name in BUDGETS]
+        self._budgets = list({m.label: m for m in (self._here, *named, first.machine)}.values())
+        self._known = {first.setup: first}
+        self._found: dict[tuple[Setup, Machine], tuple[Change, ...]] = {}
+        self._sweep = mlx_call(Sweep, forecast, first.setup)
+        mlx_call(self._sweep.read, first.setup)
+        self._jobs = Latest(self._show)
+        self._lock = threading.RLock()
+        self._panel: EstimatePanel | None = None
+        self._ack: int | None = None
+        self._views = 0
+
+    @property
+    def setup(self) -> Setup:
+        """What the sliders show."""
+        return self._setup
+
+    @property
+    def estimate(self) -> MemoryEstimate:
+        """Of that setup and the chosen budget, at the best level known."""
+        setup = self._setup
+        if setup not in self._known:
+            self._learn(mlx_call(self._forecast.estimate, setup, self._place))
+        return _asking(replace(self._known[setup], machine=self._place), self._forecast, self._link)
+
+    @property
+    def widget(self) -> Any:
+        """The live panel."""
+        with self._lock:
+            if self._panel is None:
+                self._panel = EstimatePanel(self.state(), self._on_intent)
+            return self._panel.widget
+
+    def state(self) -> EstimateState:
+        """What the panel shows now, as a value. Asks nothing of the MLX thread, which may be waiting to show."""
+        setup, place, known = self._setup, self._place, self._known.get(self._setup)
+        return EstimateState(
+            spec=self._forecast.spec,
+            setup=setup,
+            estimate=replace(known, machine=place) if known else None,
+            reach=self._sweep.reach,
+            machine=place,
+            budgets=tuple(self._budgets),
+            band=self._band,
+            context=self._forecast.context,
+            changes=self._found.get((setup, place)),
+            progress=self._jobs.progress,
+            error=self._jobs.error,
+            loaded=self._forecast.held_nbytes > 0,
+            linked=self._link.label,
+            notes=self._forecast.notes,
+        )
+
+    def to_html(self, path: str) -> str:
+        """Write one self-contained file in which the sliders still work, offline and without a kernel; return its path."""
+        _ = self.estimate
+        self._jobs.run(self._look_around)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(page(self.state()))
+        return path
+
+    def close(self) -> None:
+        """End the running job and the panel."""
+        self._jobs.stop()
+        if self._views:
+            self._link.leave(self._on_source)
+            self._views = 0
+        if self._panel is not None:
+            self._panel.close()
+            self._panel = None
+
+    def __repr__(self) -> str:
+        return repr(self.estimate)
+
+    def _repr_html_(self) -> str:
+        return html(self.estimate)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **_: Any) -> Any:
+        bundle = self.widget._repr_mimebundle_()
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+        now = self.estimate
+        return {**data, "text/plain": repr(now), "text/html": html(now)}, metadata
+
+    def _display_(self) -> Any:  # marimo
+        return self.widget
+
+    # --- within -----------------------------------------------------------------------------------------------------
+
+    def _learn(self, est: MemoryEstimate) -> None:
+        """Remember an estimate, unless a better one of that setup is known."""
+        known = self._known.get(est.setup)
+        if known is None or LEVELS.index(est.level) >= LEVELS.index(known.level):
+            self._known = {**dict(list(self._known.items())[-_KEPT:]), est.setup: est}
+
+    def _work(self, measure: bool = False) -> Generator[Progress, None, None]:
+        """Find all there is to know of the present setup, the quickest first, and then what lies around it."""
+        setup, place = self._setup, self._place
+        yield Progress("reading this kind of step", 0, 1)
+        self._learn(self._forecast.estimate(setup, place))
+        self._sweep.read(setup)
+        yield from self._changes(setup, place)
+        if measure:
+            yield Progress("running one step", 0, 1)
+            self._learn(self._forecast.estimate(setup, _place(self._forecast), "measured"))
+        elif self._known[setup].level == "formula":
+            rested = time.monotonic() + _REST_S
+            while time.monotonic() < rested:
+                yield Progress("tracing", 0, 1)
+                time.sleep(_REST_S / 20)
+            self._learn(self._forecast.estimate(setup, place, "traced"))
+        yield from self._changes(setup, place)
+        yield from self._look_around()
+
+    def _changes(self, setup: Setup, place: Machine) -> Generator[Progress, None, None]:
+        yield Progress("looking for what fits", 0, 1)
+        self._found = {(setup, place): self.estimate.changes(place)} if self._setup == setup else {}
+
+    def _look_around(self) -> Generator[Progress, None, None]:
+        """Read the kinds of step that the sliders may reach next."""
+        around = list(self._sweep.nearby(self._setup))
+        until = time.monotonic() + _AROUND_S
+        for number, other in enumerate(around):
+            yield Progress("reading nearby settings", number, len(around))
+            if time.monotonic() > until:
+                return
+            with suppress(QlabError):  # what this model cannot be is no news until a user asks for it
+                self._sweep.read(other)
+
+    def _show(self) -> None:
+        with self._lock:  # called by cells, widgets and jobs: an older state must not overtake a newer one
+            if self._panel is not None:
+                self._panel.show(self.state(), self._ack)
+
+    def _move(self, setup: Setup) -> None:
+        self._link.push(setup)
+        self._setup = setup
+        self._jobs.start(self._work)
+
+    def _on_source(self, change: Any) -> None:
+        if (setup := self._link.pull(self._setup)) != self._setup:
+            self._setup = setup
+            self._jobs.start(self._work)
+            self._show()
+
+    def _on_intent(self, intent: dict[str, Any]) -> None:
+        """Do what the browser asks; called on a widget thread, so work is only queued."""
+        self._ack = intent["seq"]
+        getattr(self, f"_do_{intent['op']}")(intent)
+        self._show()
+
+    def _do_hello(self, intent: dict[str, Any]) -> None:
+        """A view has opened."""
+        self._views += 1
+        if self._views == 1:
+            self._link.follow(self._on_source)
+            self._setup = self._link.pull(self._setup)
+            self._jobs.start(self._work)
+
+    def _do_bye(self, intent: dict[str, Any]) -> None:
+        """A view has gone; with the last one, nothing is followed any more."""
+        self._views = max(self._views - 1, 0)
+        if not self._views:
+            self._link.leave(self._on_source)
+            self._jobs.stop()
+
+    def _do_set(self, intent: dict[str, Any]) -> None:
+        self._move(intent["choice"].setup(self._setup, self.state().blocks))
+
+    def _do_change(self, intent: dict[str, Any]) -> None:
+        self._move(self._found[self._setup, self._place][intent["index"]].setup)
+
+    def _do_budget(self, intent: dict[str, Any]) -> None:
+        place = next((m for m in self._budgets if m.label == intent["name"]), None) or budget(intent["name"])
+        self._budgets = list({m.label: m for m in (*self._budgets, place)}.values())
+        self._place = place
+        self._jobs.start(self._work)
+
+    def _do_measure(self, intent: dict[str, Any]) -> None:
+        self._jobs.start(lambda: self._work(measure=True))
+
+    def _do_cancel(self, intent: dict[str, Any]) -> None:
+        self._jobs.stop()

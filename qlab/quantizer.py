@@ -51,6 +51,7 @@ class Quantizer(T.HasTraits):
     bits = T.Int(4)
     group_size = T.Int(64)
     solver = T.Unicode("rtn")
+    overrides = T.Dict()  # by layer path; replaced as a whole, so that who observes it is told
 
     def __init__(
         self, model: Model, bits: int | None = None, group_size: int | None = None, mode: str = "affine",
@@ -59,7 +60,6 @@ class Quantizer(T.HasTraits):
         first = QuantConfig(mode, bits, group_size)
         registry.get("solvers", solver)
         self._model, self._text = model, text
-        self._overrides: dict[str, QuantConfig | None] = {}
         self._lock = threading.RLock()
         self._jobs = Latest(self._show)
         self._panel: QuantizerPanel | None = None
@@ -69,7 +69,7 @@ class Quantizer(T.HasTraits):
         super().__init__()
         with self.hold_trait_notifications():
             self.mode, self.bits, self.group_size, self.solver = first.mode, first.bits, first.group_size, solver
-        self.observe(self._on_trait, ["mode", "bits", "group_size", "solver"])
+        self.observe(self._on_trait, ["mode", "bits", "group_size", "solver", "overrides"])
         self._jobs.start(self._open)
 
     @property
@@ -87,7 +87,7 @@ class Quantizer(T.HasTraits):
     @property
     def plan(self) -> QuantPlan:
         """Storage of every layer; its repr pastes back."""
-        return QuantPlan(self.config, {p: c for p, c in self._overrides.items() if c != self.config})
+        return QuantPlan(self.config, {p: c for p, c in self.overrides.items() if c != self.config})
 
     @property
     def code(self) -> str:
@@ -124,10 +124,9 @@ class Quantizer(T.HasTraits):
         Raises:
             LayerNotFoundError: nothing matches.
         """
+        dropped = set(self._matching(path))
         with self._lock:
-            for found in self._matching(path):
-                self._overrides.pop(found, None)
-        self._show()
+            self.overrides = {p: c for p, c in self.overrides.items() if p not in dropped}
 
     def allocate(self, bits_per_weight: float) -> QuantPlan:
         """Choose bits per layer for the least predicted ΔKL under a budget, and set them as overrides.
@@ -327,8 +326,7 @@ class Quantizer(T.HasTraits):
 
     def _change(self, overrides: dict[str, QuantConfig | None]) -> None:
         with self._lock:
-            self._overrides.update(overrides)
-        self._show()
+            self.overrides = {**self.overrides, **overrides}
 
     def _report(self) -> QuantReport:
         study = self._model.study

@@ -23,10 +23,8 @@ def code_line(plan: QuantPlan, solver: str = "rtn") -> str:
 
 def setup_code(plan: QuantPlan | None, adapter: LoRAConfig, train: TrainConfig) -> str:
     """Return the lines that estimate a setup."""
-    own = bool(plan and plan.overrides)
-    quant = repr(plan) if own else _config(plan.default) if plan else "None"
-    lines = [f"quant = {quant}", f"adapter = {_short(adapter)}", f"train = {_short(train)}"]
-    return "\n".join([*lines, "est = qlab.estimate(model, quant, adapter, train)"]).replace("QuantPlan(", "qlab.QuantPlan(")
+    lines = [f"quant = {_plan(plan)}", f"adapter = {_short(adapter)}", f"train = {_short(train)}"]
+    return "\n".join([*lines, "est = qlab.estimate(model, quant, adapter, train)"])
 
 
 def train_code(config: TrainConfig) -> str:
@@ -34,7 +32,16 @@ def train_code(config: TrainConfig) -> str:
     return f"t = qlab.Trainer(a, data, {_short(config)})\nt.start()"
 
 
-def _config(config: QuantConfig) -> str:
+def _plan(plan: QuantPlan | None) -> str:
+    if plan is None or not plan.overrides:
+        return _config(plan.default if plan else None)
+    own = ", ".join(f'"{path}": {_config(config)}' for path, config in plan.overrides.items())
+    return f"qlab.QuantPlan({_config(plan.default)}, {{{own}}})"
+
+
+def _config(config: QuantConfig | None) -> str:
+    if config is None:
+        return "None"
     return f'qlab.QuantConfig("{config.mode}", bits={config.bits}, group_size={config.group_size})'
 
 

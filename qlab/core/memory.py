@@ -8,9 +8,11 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qlab.core.budget import Verdict, budget, size_text, verdict
+from qlab.core.code import setup_code
 from qlab.core.config import QuantConfig, QuantPlan
 from qlab.core.panel import Machine
 from qlab.core.parts import PARTS
@@ -52,8 +54,8 @@ class Setup:
             default = self.plan.default if self.plan else QuantConfig()
             return replace(self, plan=QuantPlan(QuantConfig(default.mode, value, default.group_size), {}))
         if name in LoRAConfig.__dataclass_fields__:
-            kept = {"scale": self.adapter.alpha / value} if name == "rank" else {}
-            return replace(self, adapter=replace(self.adapter, **{name: value}, **kept))
+            made = replace(self.adapter, **{name: value})
+            return replace(self, adapter=made.with_alpha(self.adapter.alpha) if name == "rank" else made)
         return replace(self, train=replace(self.train, **{name: value}))
 
 
@@ -85,6 +87,7 @@ class MemoryEstimate:
     measured_peak: int | None = None
     notes: tuple[str, ...] = ()
     _again: Callable[[Setup], MemoryEstimate] | None = field(default=None, repr=False, compare=False)
+    _panel: Callable[[MemoryEstimate], Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def total_nbytes(self) -> int:
@@ -153,8 +156,8 @@ class MemoryEstimate:
         legal = self._legal(name)
         need = self.again(self.setup.with_value(name, legal[0])).total_nbytes
         if need > place.free_nbytes:
-            have = f"{place.label} has {size_text(place.free_nbytes)}"
-            raise ConfigError(f"Not even {name}={legal[0]} fits: it needs {size_text(need)}, and {have}.")
+            have = f"{size_text(place.free_nbytes)} are free"
+            raise ConfigError(f"Not even {name}={legal[0]} fits: it needs {size_text(need)}, and {have} ({place.label}).")
         low, high = 0, len(legal)
         while high - low > 1:
             middle = (low + high) // 2
@@ -199,6 +202,34 @@ class MemoryEstimate:
         return self._again(setup)
 
     # --- display ----------------------------------------------------------------------------------------------------
+
+    @property
+    def code(self) -> str:
+        """The Python that makes this estimate of a model called ``model``."""
+        return setup_code(self.setup.plan, self.setup.adapter, self.setup.train)
+
+    @cached_property
+    def panel(self) -> Any:
+        """The live panel that starts from this estimate; ``panel.estimate`` is what its controls show now.
+
+        Raises:
+            ConfigError: the estimate was made without its model.
+        """
+        if self._panel is None:
+            raise ConfigError("This estimate was made without its model; call qlab.estimate again.")
+        return self._panel(self)
+
+    def to_html(self, path: str) -> str:
+        """Write one self-contained file in which the sliders still work, offline and without a kernel; return its path."""
+        return self.panel.to_html(path)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **_: Any) -> Any:
+        if self._panel is None:
+            return {"text/plain": repr(self), "text/html": self._repr_html_()}
+        return self.panel._repr_mimebundle_()
+
+    def _display_(self) -> Any:  # marimo
+        return self.panel.widget
 
     def __repr__(self) -> str:
         train, adapter = self.setup.train, self.setup.adapter
