@@ -20,6 +20,7 @@ _HOME = {
     "Model": "qlab.model",
     "Quantizer": "qlab.quantizer",
     "Adapter": "qlab.adapter",
+    "Trainer": "qlab.trainer",
     "QuantConfig": "qlab.core.config",
     "QuantPlan": "qlab.core.config",
     "QuantReport": "qlab.core.report",

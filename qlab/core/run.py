@@ -40,8 +40,8 @@ class StepEvent:
         padded: tokens that passed the model, padding counted.
         seconds: time in steps since the run began, pauses and validations not counted.
         tokens_per_second: of this step, padding not counted.
-        active_nbytes: what MLX holds after the step.
-        peak_nbytes: most that MLX held since the run began.
+        active_nbytes: what the run holds after the step (other models in memory not counted).
+        peak_nbytes: most that the run held so far.
         val_loss: in nats per target token on rows held out, if it was measured after this step.
         marks: what else happened.
     """

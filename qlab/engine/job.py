@@ -59,7 +59,7 @@ class _MLXThread:
         mx.synchronize()
         mx.clear_streams()
 
-    def close(self, timeout_s: float = 5.0) -> None:
+    def close(self, timeout_s: float = 60.0) -> None:
         """End the thread after the calls that are queued."""
         if self._thread is not None:
             self._queue.put(None)

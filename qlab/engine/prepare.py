@@ -40,6 +40,27 @@ def held_out(rows: Rows, share: float | None, seed: int) -> tuple[Rows, Rows | N
     return rows.split(count, seed)
 
 
+def describe(feed: Feed, held: Rows | None) -> str:
+    """Say in a line what there is to train on."""
+    rows, shapes = feed.rows, len(feed.shapes)
+    parts = [f"{len(rows)} {rows.kind} rows"]
+    parts += [f"{len(held)} held out"] if held else []
+    found = ((len(rows.dropped), "dropped"), (rows.cut, "cut"), (rows.duplicates, "duplicates"))
+    parts += [f"{count} {what}" for count, what in found if count]
+    parts += [
+        f"{rows.targets} targets",
+        f"{shapes} shape{'s' if shapes > 1 else ''}",
+        f"{100 * (feed.waste - 1):.0f} % padding",
+    ]
+    return ", ".join(parts)
+
+
+def largest(config: TrainConfig, feed: Feed) -> TrainConfig:
+    """Return the run with the largest batch that its rows make, for an estimate."""
+    rows, length = max(feed.shapes, key=lambda shape: shape[0] * shape[1])
+    return replace(config, batch_size=rows, max_seq_length=max(length, 2))
+
+
 def validation_batches(held: Rows | None, config: TrainConfig) -> tuple[Batch, ...]:
     """Return the batches of every validation: the same ones each time, never packed."""
     if held is None or not len(held):

@@ -133,3 +133,8 @@ def _unpacked(stored: Any, name: str) -> Rows:
         strict=True,
     )  # fmt: skip
     return Rows(tuple(Row(*part) for part in parts), str(stored[f"{name}_kind"]))
+
+
+def free(path: Path) -> Path:
+    """Return a path that does not exist yet."""
+    return path if not path.exists() else next(p for n in range(2, 10**6) if not (p := Path(f"{path}-{n}")).exists())

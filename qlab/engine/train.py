@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from qlab.core.panel import Progress
 from qlab.core.rows import Batch
@@ -47,6 +48,8 @@ class Task:
         checkpoints: where to write, or None.
         on_good: called with the state after every validation and checkpoint, and at the end.
         wanted_rate: a new base rate that a user has set, taken up by the next step.
+        marks: what has happened since the last event.
+        other_nbytes: what MLX held beside the run when it began, such as the model before it was quantized.
     """
 
     step: Any
@@ -59,6 +62,7 @@ class Task:
     on_good: Callable[[TrainState], None] = lambda state: None
     wanted_rate: float | None = None
     marks: list[Mark] = field(default_factory=list)
+    other_nbytes: int = 0
 
     @property
     def iters(self) -> int:
@@ -89,12 +93,14 @@ def train_steps(task: Task, state: TrainState) -> Events:
         Why it ended, in words; empty if all steps are done.
     """
     saved = state.step
+    own = [*tree_flatten(task.step.module.parameters()), *state.optimizer.items()]
+    task.other_nbytes = max(mx.get_active_memory() - sum(array.nbytes for _, array in own), 0)
     with task.guard.limits():
         mx.reset_peak_memory()
         try:
             if state.step == 0 and task.held_out and not state.history:
                 value = yield from _validation(task, state)
-                state.history.append(_first(value))
+                state.history.append(_first(task, value))
                 yield state.history[-1]
             while state.step < task.iters:
                 event, reason = yield from _whole_step(task, state)
@@ -113,9 +119,14 @@ def train_steps(task: Task, state: TrainState) -> Events:
             task.on_good(state)
 
 
-def _first(val_loss: float) -> StepEvent:
-    nan, active = math.nan, mx.get_active_memory()
-    return StepEvent(0, 0.0, nan, nan, nan, 0, 0, 0, 0.0, nan, active, mx.get_peak_memory(), val_loss)
+def _first(task: Task, val_loss: float) -> StepEvent:
+    nan = math.nan
+    return StepEvent(0, 0.0, nan, nan, nan, 0, 0, 0, 0.0, nan, *_memory(task), val_loss)
+
+
+def _memory(task: Task) -> tuple[int, int]:
+    """What the run holds now, and the most that it held."""
+    return mx.get_active_memory() - task.other_nbytes, mx.get_peak_memory() - task.other_nbytes
 
 
 def _whole_step(task: Task, state: TrainState) -> Generator[Progress, None, tuple[StepEvent, str]]:
@@ -136,6 +147,7 @@ def _whole_step(task: Task, state: TrainState) -> Generator[Progress, None, tupl
     if not reason and (danger := task.guard.reason()):
         reason = f"The memory guard ended the run: {danger}. The adapter as it is was kept."
         task.marks.append(Mark("guard", reason))
+    active, peak = _memory(task)
     event = StepEvent(
         step=state.step,
         epoch=state.step * task.config.grad_accumulation_steps / task.feed.per_epoch,
@@ -147,8 +159,8 @@ def _whole_step(task: Task, state: TrainState) -> Generator[Progress, None, tupl
         padded=sum(batch.tokens.size for batch in batches),
         seconds=state.seconds,
         tokens_per_second=tokens / max(seconds, 1e-9),
-        active_nbytes=mx.get_active_memory(),
-        peak_nbytes=mx.get_peak_memory(),
+        active_nbytes=active,
+        peak_nbytes=peak,
         val_loss=val_loss,
     )
     return event, reason

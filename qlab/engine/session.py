@@ -1,0 +1,167 @@
+"""One run from its first start to its end: the job on the MLX thread, where the run stands, and what it has to say.
+
+Knows no adapter and no panel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import replace
+from typing import Any
+
+from qlab.core.panel import Progress
+from qlab.core.run import StepEvent
+from qlab.core.training import TrainConfig
+from qlab.engine import record
+from qlab.engine.checkpoint import TrainState
+from qlab.engine.device import backend
+from qlab.engine.feed import Feed
+from qlab.engine.job import Job
+from qlab.engine.train import Task, train_steps
+from qlab.errors import BusyError
+
+_TICK_S = 0.1  # panels are told no more often than this
+
+Made = tuple[Task, TrainState, tuple[str, ...]]
+
+
+class Session:
+    """A run that can be started, held, stopped and started again.
+
+    Args:
+        name: of the run.
+        config: the run.
+        feed: its batches.
+        callbacks: called with every ``StepEvent``, on the MLX thread; one that fails is told and called no more.
+        on_change: called, at most ten times a second while the run goes on, whenever there is something new to show.
+
+    Attributes:
+        config: the run; the learning rate may still change before the first start.
+        task: what runs, or None before the first start.
+        state: where it stands, or None before.
+        phase: what it does now, in a word; empty while nothing runs.
+        error: what it failed with, in words, or an empty string.
+        reason: why it ended before its last step, or an empty string.
+        notes: what to know about it.
+    """
+
+    def __init__(
+        self, name: str, config: TrainConfig, feed: Feed, callbacks: Iterable[Callable[[StepEvent], Any]],
+        on_change: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.name, self.config, self.feed = name, config, feed
+        self._callbacks, self._on_change = list(callbacks), on_change
+        self.task: Task | None = None
+        self.state: TrainState | None = None
+        self.phase = self.error = self.reason = ""
+        self.notes: tuple[str, ...] = ()
+        self._job: Job | None = None
+        self._told = 0.0
+
+    @property
+    def status(self) -> str:
+        """``idle``, ``running``, ``paused``, ``stopped``, ``done`` or ``failed``."""
+        if self._job is None:
+            return "idle"
+        return "stopped" if self._job.state == "done" and self.reason else self._job.state
+
+    @property
+    def active(self) -> bool:
+        """Whether it is running or paused."""
+        return self._job is not None and self._job.active
+
+    @property
+    def events(self) -> tuple[StepEvent, ...]:
+        """Every event so far."""
+        return tuple(self.state.history) if self.state is not None else ()
+
+    @property
+    def learning_rate(self) -> float:
+        """Base rate, before warm-up and schedule; a new one counts from the next step on."""
+        if self.task is None or self.state is None:
+            return self.config.learning_rate
+        return self.task.wanted_rate or self.state.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        wanted = replace(self.config, learning_rate=value)  # refuses what is no rate
+        if self.task is None:
+            self.config = wanted
+        else:
+            self.task.wanted_rate = value
+
+    def check_idle(self) -> None:
+        """Refuse to start twice, or to start what is done.
+
+        Raises:
+            BusyError: says which.
+        """
+        if self.active:
+            raise BusyError(f"The run {self.name!r} is {self.status} already.")
+        if self.status == "done":
+            raise BusyError("All steps are done. A new Trainer on the same adapter goes on from its parameters.")
+
+    def start(self, make: Callable[[], Made], on_end: Callable[[], None]) -> None:
+        """Run in the background from where it stands.
+
+        Args:
+            make: called on the MLX thread at the first start.
+            on_end: called on the MLX thread at the end.
+        """
+        self.error = self.reason = ""
+
+        def ended(job: Job) -> None:
+            self.phase = ""
+            if job.error is not None:
+                self.error = str(job.error) or type(job.error).__name__
+            on_end()
+            self._on_change()
+
+        self._job = Job(lambda: self._run(make), self._event, ended).start()
+
+    def pause(self) -> None:
+        """Hold after the present step."""
+        if self._job is not None:
+            self._job.pause()
+
+    def resume(self) -> None:
+        """Go on after ``pause``."""
+        if self._job is not None:
+            self._job.resume()
+
+    def stop(self) -> None:
+        """End after the present step, with a checkpoint."""
+        if self._job is not None:
+            self._job.stop()
+
+    def wait(self) -> None:
+        """Wait for the end."""
+        if self._job is not None:
+            self._job.wait()
+
+    def note_peak(self, foreseen: int, exact: int, peak: int) -> None:
+        """Record a foreseen and a measured peak, if the run was long enough to have seen its largest batch."""
+        if self.state is not None and self.state.step >= self.feed.per_epoch:
+            record.add(backend(), foreseen, exact, peak)
+
+    def _run(self, make: Callable[[], Made]) -> Generator[StepEvent | Progress, None, None]:
+        if self.task is None:
+            self.phase = "preparing"
+            yield Progress("preparing", 0, 1)
+            self.task, self.state, self.notes = make()
+        self.phase = "training"
+        self.reason = yield from train_steps(self.task, self.state)
+
+    def _event(self, event: StepEvent | Progress) -> None:
+        self.phase = event.what if isinstance(event, Progress) else "training"
+        if isinstance(event, StepEvent):
+            for callback in list(self._callbacks):
+                try:
+                    callback(event)
+                except Exception as error:  # somebody else's; the run must not end for it
+                    self._callbacks.remove(callback)
+                    self.notes += (f"a callback failed at step {event.step} and is called no more: {error!r}",)
+        if time.monotonic() - self._told > _TICK_S:
+            self._told = time.monotonic()
+            self._on_change()

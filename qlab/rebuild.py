@@ -1,0 +1,46 @@
+"""Makes an earlier run again from its folder: its model loaded and quantized as it was, its adapter put on it. Wiring only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qlab.adapter import Adapter
+from qlab.core.rows import Rows
+from qlab.engine import checkpoint, run_folder
+from qlab.engine.job import mlx_call
+from qlab.errors import ConfigError
+from qlab.model import load
+from qlab.quantizer import Quantizer
+
+
+def rebuilt(path: str | Path, adapter: Adapter | None) -> tuple[Path, Adapter, run_folder.RunFacts, Rows, Rows | None]:
+    """Return a run's last checkpoint, its adapter with the checkpoint's parameters, and what else it was made of; blocks.
+
+    Args:
+        path: of the run, or of one of its checkpoints.
+        adapter: on the same base; None loads and quantizes the base anew.
+
+    Raises:
+        LoadError: no checkpoint there opens, or the model is gone.
+        ConfigError: the base is not the one that the run was made with.
+    """
+    found = checkpoint.latest(Path(path).expanduser())
+    facts, rows, held = run_folder.read(found.parent)
+    adapter = adapter or _adapter(facts)
+    if mlx_call(run_folder.fingerprint, adapter.base.module) != facts.base:
+        raise ConfigError(f"{adapter.model.name!r} is not the base that the run in {found.parent} was made with.")
+    adapter.set_parameters(mlx_call(checkpoint.read_parameters, found), f"checkpoint {found.name}")
+    return found, adapter, facts, rows, held
+
+
+def _adapter(facts: run_folder.RunFacts) -> Adapter:
+    if not facts.source:
+        raise ConfigError("The run does not say where its model came from; give resume the adapter.")
+    source: Any = load(facts.source)
+    if facts.plan is not None:
+        default = facts.plan.default
+        source = Quantizer(source, default.bits, default.group_size, default.mode, facts.solver)
+        for layer, own in facts.plan.overrides.items():
+            source.set(layer, own and own.bits, **({"group_size": own.group_size, "mode": own.mode} if own else {}))
+    return Adapter(source, seed=facts.train.seed, **facts.lora.__dict__)

@@ -1,0 +1,359 @@
+"""``Trainer``: train an adapter in this kernel, watch it, steer it. Wiring only: adapter + rows → session → panel."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from qlab.adapter import Adapter
+from qlab.core.code import train_code
+from qlab.core.memory import MemoryEstimate
+from qlab.core.rows import Rows
+from qlab.core.run import RunReport, RunState, StepEvent, Voice, seconds_left, summary
+from qlab.core.training import LoRAConfig, TrainConfig
+from qlab.engine import checkpoint, prepare, run_folder
+from qlab.engine.data import read
+from qlab.engine.feed import Feed
+from qlab.engine.job import mlx_call
+from qlab.engine.session import Made, Session
+from qlab.errors import BusyError, ConfigError
+from qlab.estimation import estimate
+from qlab.model import Model
+from qlab.rebuild import rebuilt
+from qlab.views.trainer import TrainerPanel
+from qlab.views.trainer_text import html, page, text_line
+
+_ACTIVE: WeakKeyDictionary[Model, str] = WeakKeyDictionary()  # bases that a run holds, and the run's name
+RUNS: list[Any] = []  # this kernel's trainers
+
+
+class _Resume:
+    """``t.resume()`` goes on after a pause; ``Trainer.resume(path)`` goes on from a checkpoint."""
+
+    def __get__(self, trainer: Trainer | None, kind: type[Trainer]) -> Callable[..., Any]:
+        return kind._from_folder if trainer is None else trainer._go_on
+
+
+class Trainer:
+    """A training run. As the last line of a cell it is a panel.
+
+    Args:
+        adapter: what to train; its base is frozen.
+        data: rows: ``text``, ``prompt`` and ``completion``, or ``messages``; a list, a ``datasets`` set, or a path.
+        config: None is ``TrainConfig()``.
+        val: rows to judge by, or the share of the rows to hold out; None is 5 % (none of fewer than 20 rows), 0 is none.
+        path: folder for checkpoints; None is ``runs/<model>-<time>``.
+        prompts: asked at every validation, so that the model's voice can be heard to change.
+        callbacks: called with every ``StepEvent``, on the MLX thread; one that fails is told and called no more.
+
+    Raises:
+        DataError: rows cannot be used; names each of them.
+        ConfigError: a setting is not legal, or does not fit the model.
+    """
+
+    resume = _Resume()
+
+    def __init__(
+        self, adapter: Adapter, data: Any, config: TrainConfig | None = None, *, val: Any = None,
+        path: str | Path | None = None, prompts: Iterable[str] = (), callbacks: Iterable[Callable[[StepEvent], Any]] = (),
+    ) -> None:  # fmt: skip
+        if not isinstance(adapter, Adapter):
+            raise ConfigError(f"adapter={adapter!r} is not legal; give a qlab.Adapter.")
+        if config is not None and not isinstance(config, TrainConfig):
+            raise ConfigError(f"config={config!r} is not legal; give a qlab.TrainConfig.")
+        config = config or TrainConfig()
+        self.adapter, self.prompts = adapter, tuple([prompts] if isinstance(prompts, str) else prompts)
+        rows = self._read(data, config)
+        if val is None or isinstance(val, (int, float)):
+            self.rows, self.held = prepare.held_out(rows, val, config.seed)
+        else:
+            self.rows, self.held = rows, self._read(val, config)
+        name = f"{adapter.model.name.split('/')[-1]}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.path = Path(path).expanduser() if path else run_folder.free(Path("runs") / name)
+        self._feed = Feed(self.rows, config)
+        self._session = Session(self.path.name, config, self._feed, callbacks, self._show)
+        self._lock = threading.RLock()
+        self._checkpoint: Path | None = None
+        self._base: Model | None = None
+        self._panel: TrainerPanel | None = None
+        self._predicted: MemoryEstimate | None = None
+        self._voices: tuple[Voice, ...] = ()
+        self._error, self._ack = "", None
+        RUNS.append(self)
+
+    def _read(self, data: Any, config: TrainConfig) -> Rows:
+        return data if isinstance(data, Rows) else read(data, self.adapter.model.tokenizer, config)
+
+    # --- the run ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> Trainer:
+        """Train in the background, from where the run stands; returns at once.
+
+        Raises:
+            BusyError: it runs already, all steps are done, or another run trains on the same base.
+        """
+        with self._lock:
+            self._session.check_idle()
+            base, lora, parameters = self.adapter.base, self.adapter.config, self.adapter.parameters
+            if base in _ACTIVE:
+                raise BusyError(f"The run {_ACTIVE[base]!r} trains on this model; stop it first, or load the model again.")
+            _ACTIVE[base], self._base, self._error = self.path.name, base, ""
+            _ = self.estimate
+            self._session.start(lambda: self._make(base, lora, parameters), self._ended)
+        self._show()
+        return self
+
+    def run(self) -> RunReport:
+        """Train and wait for the end; a kernel interrupt stops the run cleanly.
+
+        Raises:
+            BusyError: see ``start``.
+            Exception: whatever the run failed with; what it had learned is kept.
+        """
+        self.start()
+        return self.wait()
+
+    def wait(self) -> RunReport:
+        """Wait for the end of a run that was started."""
+        self._session.wait()
+        return self.report
+
+    def pause(self) -> None:
+        """Hold after the present step; ``resume`` goes on."""
+        self._session.pause()
+        self._show()
+
+    def _go_on(self) -> None:
+        """Go on after a pause."""
+        self._session.resume()
+        self._show()
+
+    def stop(self) -> None:
+        """End after the present step, with a checkpoint; ``start`` goes on from there."""
+        self._session.stop()
+        self._show()
+
+    @property
+    def config(self) -> TrainConfig:
+        """The run as a value; its repr pastes back."""
+        return self._session.config
+
+    @property
+    def status(self) -> str:
+        """``idle``, ``running``, ``paused``, ``stopped``, ``done`` or ``failed``."""
+        return self._session.status
+
+    @property
+    def learning_rate(self) -> float:
+        """Base rate, before warm-up and schedule; a new one counts from the next step on."""
+        return self._session.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self._session.learning_rate = value
+        self._show()
+
+    @classmethod
+    def _from_folder(cls, path: str | Path, adapter: Adapter | None = None, **settings: Any) -> Trainer:
+        """Make a run again from its folder; ``start`` or ``run`` then goes on from its last checkpoint, bit for bit.
+
+        Args:
+            path: of the run, or of one of its checkpoints.
+            adapter: to train, on the same base; None loads and quantizes the base anew.
+            settings: ``prompts`` and ``callbacks`` as for ``Trainer``.
+
+        Raises:
+            LoadError: no checkpoint there opens, or the model is gone.
+            ConfigError: the base is not the one that the run was made with.
+        """
+        found, adapter, facts, rows, held = rebuilt(path, adapter)
+        made = cls(adapter, rows, facts.train, val=held or 0, path=found.parent, **{"prompts": facts.prompts, **settings})
+        made._checkpoint = found
+        return made
+
+    # --- what comes of it -------------------------------------------------------------------------------------------
+
+    @property
+    def events(self) -> tuple[StepEvent, ...]:
+        """Every event so far."""
+        return self._session.events
+
+    @property
+    def history(self) -> Any:
+        """Every step as a data frame."""
+        import pandas as pd
+
+        return pd.DataFrame([event.record() for event in self.events])
+
+    @property
+    def report(self) -> RunReport:
+        """The run so far."""
+        session, lora, model = self._session, self.adapter.config, self.adapter.model
+        plan = self._base.plan if self._base is not None else self.adapter.plan
+        stored = plan.default.label if plan else next((x.stored for x in model.spec.layers if x.stored), "16-bit")
+        return RunReport(
+            name=self.path.name, model=model.name, storage=stored, adapter=f"{lora.kind} r{lora.rank}", status=self.status,
+            iters=self._feed.iters, predicted_nbytes=self._predicted.total_nbytes if self._predicted else 0,
+            path=str(self.path), notes=tuple(note for note in (session.reason, *session.notes) if note),
+            **summary(self.events),
+        )  # fmt: skip
+
+    @property
+    def estimate(self) -> MemoryEstimate:
+        """Memory that a step with the largest batch will take, foreseen by formula or measured by ``probe``."""
+        if self._predicted is None:
+            adapter = self.adapter
+            source = adapter if adapter.model.plan is None and adapter.plan else adapter.model
+            self._predicted = estimate(source, adapter=adapter.config, train=prepare.largest(self.config, self._feed))
+        return self._predicted
+
+    def probe(self) -> MemoryEstimate:
+        """Run one step with the largest batch, take nothing over, and return the memory that it took; blocks.
+
+        Raises:
+            BusyError: the run is under way.
+        """
+        self._check_still()
+        train = prepare.largest(self.config, self._feed)
+        self._predicted = estimate(self.adapter.base, adapter=self.adapter.config, train=train, level="measured")
+        return self._predicted
+
+    def generate(self, prompt: str, max_tokens: int = 64) -> str:
+        """Return the model's answer as it is now; between two steps if the run is under way."""
+        mlx_call(self._hand_over)
+        text = self.adapter.generate(prompt, max_tokens)
+        self._voices += (Voice(self._steps, prompt, text),)
+        self._show()
+        return text
+
+    def load_best(self) -> Adapter:
+        """Give the adapter the parameters with the best validation loss; return it.
+
+        Raises:
+            BusyError: the run is under way.
+            LoadError: there was no validation.
+        """
+        self._check_still()
+        found = checkpoint.best(self.path)
+        self.adapter.set_parameters(mlx_call(checkpoint.read_parameters, found), f"best of {self.path.name}, {found.name}")
+        return self.adapter
+
+    # --- the panel --------------------------------------------------------------------------------------------------
+
+    @property
+    def widget(self) -> Any:
+        """The live panel."""
+        with self._lock:
+            if self._panel is None:
+                self._panel = TrainerPanel(self.state(), self._on_intent)
+            return self._panel.widget
+
+    def state(self) -> RunState:
+        """What the panel shows now, as a value."""
+        events, session = self.events, self._session
+        limit = session.task.guard.limit_nbytes - session.task.other_nbytes if session.task else 0
+        return RunState(
+            report=self.report, phase=session.phase, history=events, seconds_left=seconds_left(events, self._feed.iters),
+            learning_rate=self.learning_rate, limit_nbytes=limit, active_nbytes=events[-1].active_nbytes if events else 0,
+            voices=self._voices, data=prepare.describe(self._feed, self.held), error=self._error or session.error,
+            code=train_code(self.config),
+        )  # fmt: skip
+
+    def to_html(self, path: str) -> str:
+        """Write the run so far as one self-contained file; return its path."""
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(page(self.state()))
+        return path
+
+    def close(self) -> None:
+        """Stop the run and take the panel off the page."""
+        self.stop()
+        if self._panel is not None:
+            self._panel.close()
+            self._panel = None
+
+    def __repr__(self) -> str:
+        return text_line(self.state())
+
+    def _repr_html_(self) -> str:
+        return html(self.state())
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **_: Any) -> Any:
+        bundle = self.widget._repr_mimebundle_()
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+        state = self.state()
+        return {**data, "text/plain": text_line(state), "text/html": html(state)}, metadata
+
+    def _display_(self) -> Any:  # marimo
+        return self.widget
+
+    # --- within -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _steps(self) -> int:
+        return self._session.state.step if self._session.state is not None else 0
+
+    def _check_still(self) -> None:
+        if self._session.active:
+            raise BusyError(f"The run {self.path.name!r} is {self.status}; stop it first.")
+
+    def _make(self, base: Model, lora: LoRAConfig, parameters: Any) -> Made:
+        """Make the run ready, at its first start; on the MLX thread."""
+        spec, config = base.spec, self.config
+        kept = checkpoint.Checkpoints(self.path, lambda path, arrays: checkpoint.write_adapter(path, arrays, lora, spec))
+        held = prepare.validation_batches(self.held, config)
+        made = (base.module, spec, lora, config, self._feed, held, parameters, kept, lambda _: self._good())
+        task, state, notes = prepare.make_task(*made)
+        if self._checkpoint is not None:
+            return task, prepare.resumed(self._checkpoint, parameters, task), notes
+        whole = run_folder.fingerprint(base.module)
+        facts = run_folder.RunFacts(base.source, base.plan, base.solver, lora, config, whole, self.prompts)
+        run_folder.write(self.path, facts, self.rows, self.held)
+        return task, state, notes
+
+    def _good(self) -> None:
+        """Hand the parameters over, and hear the model's voice; on the MLX thread."""
+        self._hand_over()
+        if self._session.active:
+            for prompt in self.prompts:
+                if (self._steps, prompt) not in {(voice.step, voice.prompt) for voice in self._voices}:
+                    self._voices += (Voice(self._steps, prompt, self.adapter.generate(prompt)),)
+
+    def _hand_over(self) -> None:
+        if self._steps:
+            self.adapter.set_parameters(self._session.state.parameters, f"{self.path.name}, step {self._steps}")
+
+    def _ended(self) -> None:
+        if self._base is not None:
+            _ACTIVE.pop(self._base, None)
+        est = self.estimate
+        self._session.note_peak(est.total_nbytes, est.exact_nbytes, self.report.peak_nbytes)
+
+    def _show(self) -> None:
+        with self._lock:  # called by cells, widgets and the job: an older state must not overtake a newer one
+            if self._panel is not None:
+                self._panel.show(self.state(), self._ack)
+
+    def _on_intent(self, intent: dict[str, Any]) -> None:
+        """Do what the browser asks; called on a widget thread, so what takes time gets a thread of its own."""
+        self._ack, op = intent["seq"], intent["op"]
+        if op == "learning_rate":
+            self.learning_rate = intent["value"]
+        elif op in ("pause", "resume", "stop"):
+            getattr(self, op)()
+        elif op in ("start", "generate"):
+            work = self.start if op == "start" else lambda: self.generate(intent["prompt"])
+            threading.Thread(target=self._heard, args=(work,), daemon=True).start()
+        self._show()
+
+    def _heard(self, work: Callable[[], Any]) -> None:
+        self._error = ""
+        try:
+            work()
+        except Exception as error:  # it would vanish in a thread
+            self._error = str(error) or type(error).__name__
+            self._show()

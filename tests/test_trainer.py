@@ -1,0 +1,196 @@
+"""The trainer as a user holds it: start, pause, stop, resume, generate, and everything that it refuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import mlx.core as mx
+import pytest
+
+import qlab
+from qlab.engine import checkpoint
+from qlab.engine.job import mlx_call
+from qlab.errors import BusyError, ConfigError, DataError, LoadError, QlabError
+
+ROWS = [{"text": f"Row {n}: the {word} of the house was very {word}."} for n, word in enumerate(["tall", "kind", "odd"] * 10)]
+SMALL = {"rank": 4, "num_layers": 1, "keys": ["q_proj", "v_proj"]}
+CONFIG = qlab.TrainConfig(iters=6, batch_size=2, max_seq_length=24, learning_rate=1e-3, steps_per_eval=3)
+
+
+@pytest.fixture(scope="module")
+def base(demo):
+    q = qlab.Quantizer(demo, bits=4)
+    yield q.quantize()
+    q.close()
+
+
+@pytest.fixture
+def adapter(base):
+    return qlab.Adapter(base, **SMALL)
+
+
+def copied(parameters):
+    return mlx_call(lambda: {path: mx.array(array) for path, array in parameters.items()})
+
+
+def same(one, two) -> bool:
+    return mlx_call(lambda: one.keys() == two.keys() and all(mx.array_equal(one[p], two[p]).item() for p in one))
+
+
+def until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+
+
+def test_a_run_trains_the_adapter_and_leaves_the_base_as_it_was(adapter, base, tmp_path):
+    before = copied(dict(mlx_call(lambda: __import__("mlx.utils").utils.tree_flatten(base.module.parameters()))))
+    seen = []
+    trainer = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path, callbacks=[seen.append])
+    assert trainer.status == "idle" and trainer.report.steps == 0
+    report = trainer.run()
+    assert report.status == "done" and report.steps == 6 and report.best_step in (3, 6)
+    assert [event.step for event in seen] == list(range(7)) and len(trainer.history) == 7
+    assert adapter.trained and adapter.origin.endswith("step 6")
+    assert report.predicted_nbytes == pytest.approx(report.peak_nbytes, rel=0.25)
+    after = dict(mlx_call(lambda: __import__("mlx.utils").utils.tree_flatten(base.module.parameters())))
+    assert same(before, after)
+    assert "step 6" in repr(trainer) or "6" in repr(trainer)
+    assert "<table" in trainer._repr_html_()
+    with pytest.raises(BusyError, match="All steps are done"):
+        trainer.start()
+
+
+def test_prompts_are_asked_at_every_validation(adapter, tmp_path):
+    trainer = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path, prompts="The house")
+    trainer.run()
+    assert [(voice.step, voice.prompt) for voice in trainer.state().voices] == [(step, "The house") for step in (0, 3, 6)]
+
+
+def test_pause_holds_resume_goes_on_stop_keeps_and_start_goes_on(adapter, tmp_path):
+    config = qlab.TrainConfig(iters=400, batch_size=2, max_seq_length=24, learning_rate=1e-3, steps_per_eval=3)
+    trainer = qlab.Trainer(adapter, ROWS, config, path=tmp_path).start()
+    until(lambda: trainer.report.steps > 2)
+    trainer.pause()
+    until(lambda: trainer.status == "paused")
+    time.sleep(0.3)
+    steps = trainer.report.steps
+    time.sleep(0.5)
+    assert trainer.report.steps == steps
+    trainer.learning_rate = 5e-4
+    assert isinstance(trainer.generate("The", max_tokens=3), str) and trainer.state().voices[-1].step == steps
+    trainer.resume()
+    until(lambda: trainer.report.steps > steps)
+    trainer.stop()
+    trainer.wait()
+    assert trainer.status == "stopped" and 0 < trainer.report.steps < 400
+    assert trainer.events[-1].learning_rate == 5e-4
+    assert checkpoint.latest(tmp_path).name == f"step-{trainer.report.steps:06d}"
+    steps = trainer.report.steps
+    trainer.start()
+    until(lambda: trainer.report.steps > steps)
+    trainer.stop()
+    trainer.wait()
+    trainer.load_best()
+    assert adapter.origin.startswith("best of")
+
+
+def test_another_run_on_the_same_model_is_refused_while_one_is_under_way(adapter, base, tmp_path):
+    config = qlab.TrainConfig(iters=400, batch_size=2, max_seq_length=24)
+    first = qlab.Trainer(adapter, ROWS, config, path=tmp_path / "a").start()
+    other = qlab.Trainer(qlab.Adapter(base, **SMALL), ROWS, config, path=tmp_path / "b")
+    with pytest.raises(BusyError, match="The run 'a' trains on this model"):
+        other.start()
+    for act in (first.start, first.probe, first.load_best):
+        with pytest.raises(BusyError):
+            act()
+    first.stop()
+    first.wait()
+    other.start()
+    other.stop()
+    other.wait()
+
+
+def test_a_callback_that_fails_is_told_and_does_not_end_the_run(adapter, tmp_path):
+    def bad(event):
+        raise RuntimeError("disk of the reporter is full")
+
+    report = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path, callbacks=[bad]).run()
+    assert report.status == "done" and any("disk of the reporter is full" in note for note in report.notes)
+
+
+def test_an_interrupt_stops_cleanly_and_keeps_what_was_learned(adapter, tmp_path):
+    trainer = qlab.Trainer(adapter, ROWS, qlab.TrainConfig(iters=5000, batch_size=2, max_seq_length=24), path=tmp_path)
+
+    def interrupt():
+        until(lambda: trainer.report.steps > 3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert trainer.status == "stopped" and checkpoint.latest(tmp_path) and adapter.trained
+
+
+KILLED = """
+    import os, signal, sys
+    import qlab
+    q = qlab.Quantizer(qlab.load("demo"), bits=4)
+    rows = [{"text": f"Row {n}: the %s of the house." % word} for n, word in enumerate(["tall", "kind", "odd"] * 10)]
+    config = qlab.TrainConfig(iters=40, batch_size=2, max_seq_length=24, learning_rate=1e-3, steps_per_save=20,
+                              lr_schedule="cosine", warmup=4)
+    def end(event):
+        if event.step == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+    a = qlab.Adapter(q, rank=4, num_layers=1, keys=["q_proj", "v_proj"], dropout=0.1)
+    qlab.Trainer(a, rows, config, path=sys.argv[1], callbacks=[end]).run()
+"""
+
+
+def test_a_killed_kernel_resumes_from_the_folder_alone_and_ends_bit_for_bit_the_same(tmp_path):
+    script = textwrap.dedent(KILLED)
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "cut", "23"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    subprocess.run([sys.executable, "-c", script, tmp_path / "whole", "-1"], check=True, timeout=300, capture_output=True)
+    trainer = qlab.Trainer.resume(tmp_path / "cut")
+    assert trainer.status == "idle" and trainer.adapter.origin == "checkpoint step-000020"
+    report = trainer.run()
+    assert report.steps == 40 and [event.step for event in trainer.events] == list(range(41))
+    wanted = mlx_call(checkpoint.read_parameters, tmp_path / "whole" / "step-000040")
+    assert same(trainer.adapter.parameters, wanted)
+    qlab.Trainer.resume(tmp_path / "whole" / "step-000020")
+    with pytest.raises(LoadError, match="no checkpoint that opens"):
+        qlab.Trainer.resume(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda a: qlab.Trainer("a", ROWS), ConfigError, "give a qlab.Adapter"),
+        (lambda a: qlab.Trainer(a, ROWS, {"iters": 3}), ConfigError, "give a qlab.TrainConfig"),
+        (lambda a: qlab.Trainer(a, []), DataError, "nothing to train on|no rows"),
+        (lambda a: qlab.Trainer(a, [{"txt": "x"}]), DataError, "row 0.*'txt'"),
+        (lambda a: qlab.Trainer(a, ROWS, val=1.5), QlabError, "held out"),
+        (lambda a: qlab.Trainer(a, ROWS, val=[{"prompt": "x"}]), DataError, "row 0"),
+        (lambda a: setattr(qlab.Trainer(a, ROWS), "learning_rate", -1), ConfigError, "learning_rate=-1 is not legal"),
+        (lambda a: setattr(qlab.Trainer(a, ROWS), "learning_rate", "high"), ConfigError, "learning_rate='high' is not legal"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_refused_before_anything_runs(adapter, make, error, says):
+    with pytest.raises(error, match=says):
+        make(adapter)
+    assert not adapter.trained
+
+
+def test_the_code_of_a_run_makes_it_again(adapter, tmp_path):
+    trainer = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path)
+    made = {}
+    exec(trainer.state().code.replace("t.start()", "made['t'] = t"), {"qlab": qlab, "a": adapter, "data": ROWS, "made": made})
+    assert made["t"].config == CONFIG
