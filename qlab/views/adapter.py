@@ -122,7 +122,7 @@ class AdapterPanel:
     def __init__(self, state: AdapterState, on_intent: Callable[[dict[str, Any]], None]) -> None:
         self._state, self._on_intent = state, on_intent
         self._lock = threading.Lock()
-        self._told = 0.0
+        self._told, self._complaint = 0.0, ""
         self._controls = Controls()
         self.widget = AdapterView(controls=self._controls, **payload(state))
         self._controls.observe(self._receive, "intent")
@@ -140,7 +140,7 @@ class AdapterPanel:
                     if getattr(self.widget, name) != value:
                         setattr(self.widget, name, value)
                         self._told = time.monotonic()
-                self.widget.state = choice(state, ack)
+                self.widget.state = self._choice(ack)
             if ended:
                 self.widget.send_state([*arrays, "state"])
 
@@ -150,14 +150,20 @@ class AdapterPanel:
         self.widget.close()
         self._controls.close()
 
+    def _choice(self, ack: int | None) -> dict[str, Any]:
+        sent = choice(self._state, ack)
+        return {**sent, "error": sent["error"] or self._complaint}  # a running job must not wipe it away
+
     def _receive(self, change: Any) -> None:
         intent = change["new"]
         try:
+            self._complaint = ""
             self._on_intent(_settled(checked(intent, _OPS)))
         except Exception as error:  # an exception in an observer would vanish
             seq = intent.get("seq") if isinstance(intent, dict) else None
             with self._lock:
-                self.widget.state = {**choice(self._state, seq), "error": str(error) or type(error).__name__}
+                self._complaint = str(error) or type(error).__name__
+                self.widget.state = self._choice(seq)
 
 
 def _settled(intent: dict[str, Any]) -> dict[str, Any]:
