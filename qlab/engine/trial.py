@@ -108,8 +108,10 @@ def _race(layer: nn.Module, shape: tuple[int, ...], tokens: int, dtype: mx.Dtype
     wide = dtype or layer.scales.dtype
     wide = wide if mx.issubdtype(wide, mx.floating) else mx.bfloat16
     runs = [_product(Frozen(layer, dtype, dequantize), shape, wide) for dequantize in (False, True)]
-    end = time.perf_counter() + budget_s
     few = min(_FEW, tokens)
+    for run in runs:
+        run(few)
+    end = time.perf_counter() + budget_s
     short = [_median(run, few, end) for run in runs]
     slow = short.index(max(short))
     if tokens == few:
@@ -129,15 +131,14 @@ def _product(layer: Frozen, shape: tuple[int, ...], dtype: mx.Dtype) -> Callable
 
 
 def _median(run: Callable[[int], None], tokens: int, end: float) -> float:
-    """Median seconds of a few runs after a first one; fewer when time is up."""
-    taken = []
-    for n in range(1 + _REPEATS):
+    """Median seconds of a few runs; fewer when time is up. The first run is not counted: it may compile for minutes."""
+    run(tokens)
+    taken: list[float] = []
+    while not taken or len(taken) < _REPEATS and time.perf_counter() < end:
         start = time.perf_counter()
         run(tokens)
         taken.append(time.perf_counter() - start)
-        if n and time.perf_counter() > end or time.perf_counter() > end + _BUDGET_S:
-            break
-    return statistics.median(taken[1:] or taken)
+    return statistics.median(taken)
 
 
 def _bucket(tokens: int) -> int:

@@ -1,0 +1,207 @@
+"""The training step on a CUDA card: qlab's ways against mlx-lm's own train step, on llama shapes with random weights.
+
+``python -m tests.bench.cuda_step [1b|8b|4b ...] [seconds]`` prints a line a way: tokens/s, peak memory, share of the card's
+dense bf16 rate (recomputation counted). Weights are made on the card, a layer at a time; nothing is read or fetched.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import qlab  # noqa: F401
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_unflatten
+
+from qlab.core.training import LoRAConfig, TrainConfig
+from qlab.engine.skeleton import describe, skeleton
+from qlab.engine.step import attach, make_step
+from qlab.engine.trial import choose_compute
+from qlab.engine.update import Update
+
+_LLAMA = dict(model_type="llama", rms_norm_eps=1e-5, rope_theta=5e5, max_position_embeddings=8192, torch_dtype="bfloat16")
+SHAPES = {
+    "1b": (4, 1024, dict(hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, num_attention_heads=32,
+                         num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True)),
+    "4b": (2, 512, dict(hidden_size=2560, num_hidden_layers=36, intermediate_size=9728, num_attention_heads=32,
+                        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True)),
+    "8b": (1, 2048, dict(hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32,
+                         num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=False)),
+}  # fmt: skip
+RANK = 16
+
+
+def random_model(settings: dict, bits: int | None) -> nn.Module:
+    """A model of random weights, quantized as it is made, so that it never exists whole in 16 bits."""
+    module = skeleton({**_LLAMA, **settings})
+    for path, layer in module.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Embedding)):
+            layer.weight = (mx.random.normal(layer.weight.shape) * 0.02).astype(mx.bfloat16)
+            mx.eval(layer.weight)
+            if bits:
+                made = layer.to_quantized(64, bits)
+                mx.eval(made.parameters())
+                layer.weight = mx.zeros((1, 1))
+                module.update_modules(_nested(path, made))
+    mx.eval(module.parameters())
+    return module
+
+
+def _nested(path: str, module: nn.Module):
+    return tree_unflatten([(path, module)])
+
+
+def flops(module: nn.Module, settings: dict, batch: int, length: int, again: bool) -> float:
+    """Floating-point operations of a step: products of the base forward, back, and again if recomputed; attention too."""
+    spec = describe(module, "x")
+    inner = sum(x.shape[-2] * x.shape[-1] for x in spec.layers if x.block is not None)
+    head = settings["vocab_size"] * settings["hidden_size"]
+    tokens, layers, width = (
+        batch * length,
+        settings["num_hidden_layers"],
+        settings["num_attention_heads"] * settings["head_dim"],
+    )
+    attention = 4 * tokens * length * width * layers  # both products, not halved for causality: MLX computes all
+    passes = 3 if again else 2
+    return 2 * tokens * inner * passes + 2 * tokens * head * 2 + attention * (passes + 1)
+
+
+def vocabulary(module: nn.Module) -> int:
+    """Tokens that the model knows: an index beyond them would write beyond the arrays."""
+    return max(x.shape[-2] for x in describe(module, "x").layers if x.block is None)
+
+
+def timed(step, seconds: float) -> tuple[float, float, float]:
+    """Median seconds of a step, seconds of the first, and its peak in GB."""
+    start = time.perf_counter()
+    step()
+    first = time.perf_counter() - start
+    step()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    taken, end = [], time.perf_counter() + seconds
+    while len(taken) < 3 or time.perf_counter() < end and len(taken) < 30:
+        start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+    return sorted(taken)[len(taken) // 2], first, mx.get_peak_memory() / 1e9
+
+
+def stock(module: nn.Module, batch: int, length: int, again: bool):
+    """mlx-lm's own train step: its layers, its loss, its checkpoints, compiled as its trainer compiles it."""
+    from functools import partial
+
+    from mlx_lm.tuner import trainer
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    module.freeze()
+    linear_to_lora_layers(module, len(module.layers), {"rank": RANK, "scale": 2.0, "dropout": 0.0, "keys": None})
+    module.train()
+    if again:
+        trainer.grad_checkpoint(module.layers[0])
+    optimizer = optim.AdamW(1e-5)
+    optimizer.init(module.trainable_parameters())
+    state = [module.state, optimizer.state, mx.random.state]
+    value_and_grad = nn.value_and_grad(module, trainer.default_loss)
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def run(tokens, lengths):
+        (loss, count), grad = value_and_grad(module, tokens, lengths)
+        optimizer.update(module, grad)
+        return loss, count
+
+    tokens = mx.random.randint(0, vocabulary(module), (batch, length + 1))
+    lengths = mx.array([[0, length]] * batch)
+
+    def step():
+        mx.eval(run(tokens, lengths), state)
+
+    return step
+
+
+def ours(module: nn.Module, batch: int, length: int, how: str, window: int | None):
+    """qlab's step and update."""
+    spec, lora = describe(module, "x"), LoRAConfig(rank=RANK)
+    again = how == "stepped"
+    train = TrainConfig(batch_size=batch, max_seq_length=length + 1, grad_checkpoint=again, loss_chunk=512)
+    compute, notes = choose_compute(module, spec, lora, batch * length)
+    step = make_step(attach(module, spec, lora, compute, again), train, how=how, window=window)
+    update = Update(train, step.parameters)
+    held = [step.parameters, update.state]
+    mx.eval(held)
+    tokens, mask = mx.random.randint(0, vocabulary(module), (batch, length + 1)), mx.ones((batch, length + 1), mx.int32)
+    whole = None if again else mx.compile(lambda p, s, t, m, r: tuple(update(p, s, step(p, t, m), r)))
+    rate = mx.array(1e-5)
+
+    def run():
+        if again:
+            new = update(held[0], held[1], step(held[0], tokens, mask), rate)
+            made = (new.parameters, new.state, new.loss)
+        else:
+            made = whole(held[0], held[1], tokens, mask, rate)[:3]
+        mx.eval(made)
+        held[0], held[1] = made[0], made[1]
+
+    return run, (*step.notes, *notes)
+
+
+def rate_of_card(n: int = 8192) -> float:
+    """Dense bf16 rate in TFLOP/s."""
+    a = mx.random.normal((n, n)).astype(mx.bfloat16)
+    mx.eval(a @ a)
+    start = time.perf_counter()
+    for _ in range(20):
+        b = a @ a
+        mx.eval(b)
+    return 20 * 2 * n**3 / (time.perf_counter() - start) / 1e12
+
+
+def ways(name: str) -> list[tuple[str, int | None, str, object]]:
+    """Title, bits, how, and window or checkpoints, of every row."""
+    rows: list[tuple[str, int | None, str, object]] = [("mlx-lm, checkpoints", 4, "stock", True)]
+    rows += [(f"stepped, window {w}", 4, "stepped", w) for w in (1, 2, 4, 8)]
+    if name == "1b":
+        rows += [("mlx-lm", 4, "stock", False), ("whole", 4, "whole", None)]
+    return rows[:3] if name == "4b" else [*rows, ("16-bit stepped, window 4", None, "stepped", 4)]
+
+
+def row(name: str, number: int, seconds: float) -> None:
+    """Run one way and print its line."""
+    title, bits, how, extra = ways(name)[number]
+    batch, length, settings = SHAPES[name]
+    peak = rate_of_card()
+    module, notes = random_model(settings, bits), ()
+    work = flops(module, settings, batch, length, how == "stepped" or extra is True)
+    if how == "stock":
+        run = stock(module, batch, length, bool(extra))
+    else:
+        run, notes = ours(module, batch, length, how, extra)  # type: ignore
+    del module
+    median, first, gb = timed(run, seconds)
+    print(
+        f"{name} {batch}×{length} {title:26} {batch * length / median:9.0f} tokens/s  peak {gb:6.2f} GB  "
+        f"MFU {100 * work / median / peak / 1e12:5.1f} % of {peak:.0f} TFLOP/s  first step {first:6.1f} s  {'; '.join(notes)}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Run what the command line names, each row in a process of its own: one that fails does not end the table."""
+    if sys.argv[1:2] == ["row"]:
+        row(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
+        return
+    names = [x for x in sys.argv[1:] if x in SHAPES] or ["1b", "8b", "4b"]
+    seconds = next((x for x in sys.argv[1:] if x.replace(".", "").isdigit()), "3")
+    for name in names:
+        for number, (title, *_) in enumerate(ways(name)):
+            command = [sys.executable, "-m", "tests.bench.cuda_step", "row", name, str(number), seconds]
+            done = subprocess.run(command, capture_output=True, text=True)
+            print(done.stdout.strip() or f"{name} {title}: {done.stderr.strip()[-300:]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
