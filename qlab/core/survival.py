@@ -40,6 +40,7 @@ class LayerSurvival:
         kept_base: ρ in the base's own storage.
         kept_base_from_original: ρ in the base's own storage if D is added to W0; NaN without the original.
         codes_changed: share of the base's codes that D changes, dequantized base; NaN if it is not quantized.
+        depth: ``exact``, or ``sampled`` where some rows spoke for all.
     """
 
     path: str
@@ -52,6 +53,7 @@ class LayerSurvival:
     kept_base: float
     kept_base_from_original: float
     codes_changed: float
+    depth: str = "exact"
 
     def kept(self, target: str) -> float:
         """Retention of a target."""

@@ -28,7 +28,7 @@ from qlab.errors import ConfigError, UnsupportedError, WeightsError
 BITS = (16, 8, "base")
 ONTO = ("base", "original")
 _EIGHT_GROUPS = (64, 32)
-_CHUNK = 2**22  # codes compared at once
+_SAMPLE = 2**20  # weights of a layer from which on a preview looks at a sample of its rows
 
 
 def change(layer: nn.Module, kind: str, lora: LoRAConfig, own: Mapping[str, mx.array]) -> mx.array:
@@ -130,8 +130,11 @@ def preview(
     parameters: Mapping[str, mx.array],
     lora: LoRAConfig,
     original: nn.Module | None = None,
+    exact: bool = False,
 ) -> Generator[Progress, None, Survival]:
     """Measure how much of an adapter survives a fuse, for every target; no model is made.
+
+    Rows are rounded apart, so some of a large layer's rows speak for all.
 
     Args:
         module: the base.
@@ -139,6 +142,7 @@ def preview(
         parameters: trainable arrays by path.
         lora: what they are.
         original: the model before quantization, if it is known.
+        exact: whether to look at every row of large layers too.
 
     Yields:
         Progress after each layer.
@@ -154,38 +158,43 @@ def preview(
     for n, layer in enumerate(targets):
         base = module_at(module, layer.path)
         delta = change(base, layer.kind, lora, _own(arrays, layer.path))
-        found.append(_survival(base, layer, delta, None if original is None else module_at(original, layer.path)))
+        first = None if original is None else module_at(original, layer.path)
+        found.append(_survival(base, layer, delta, first, exact))
         yield Progress("measuring what survives", n + 1, len(targets))
     return Survival(spec.name, f"{lora.kind} r{lora.rank}", tuple(found))
 
 
-def _survival(base: nn.Module, layer: LayerSpec, delta: mx.array, original: nn.Module | None) -> LayerSurvival:
+def _survival(base: nn.Module, layer: LayerSpec, delta: mx.array, original: nn.Module | None, exact: bool) -> LayerSurvival:
     dtype, config, eight = _dtype(base), _storage(base, layer, "base"), _storage(base, layer, 8)
-    weight = weight_of(base, mx.float32)
+    count, rows = layer.shape[-2], slice(None)
+    if not exact and layer.size > _SAMPLE:
+        rows = mx.array(np.linspace(0, count - 1, max(_SAMPLE // layer.shape[-1], 1)).round().astype(np.int32))
+    weight, delta = weight_of(base, mx.float32)[rows], delta[rows]
     mx.eval(weight, delta)
-    size, square = _norm(weight), mx.square(delta).sum().item()
-    if not square:
-        nothing = (math.nan,) * 6
-        return LayerSurvival(layer.path, layer.stored, 0.0, 0.0, *nothing)
+    size, norm = _norm(weight), _norm(delta)
+    depth = "exact" if weight.shape[0] == count else "sampled"
+    if not norm:
+        return LayerSurvival(layer.path, layer.stored, 0.0, 0.0, *(math.nan,) * 6, depth)
     kept_16, _ = _kept(weight, delta, None, dtype)
     kept_8, _ = _kept(weight, delta, eight, dtype)
     kept_base, changed = _kept(weight, delta, config, dtype) if config else (kept_16, math.nan)
     error, from_original = math.nan, math.nan
     if original is not None and config is not None:
-        first = weight_of(original, mx.float32)
-        error = _norm(first - weight) / math.sqrt(square)
+        first = weight_of(original, mx.float32)[rows]
+        error = _norm(first - weight) / norm
         from_original, _ = _kept(first, delta, config, dtype)
     return LayerSurvival(
         path=layer.path,
         stored=layer.stored,
-        delta_norm=math.sqrt(square),
-        relative_size=math.sqrt(square) / size if size else math.inf,
+        delta_norm=norm * math.sqrt(count / weight.shape[0]),
+        relative_size=norm / size if size else math.inf,
         error_ratio=error,
         kept_16=kept_16,
         kept_8=kept_8,
         kept_base=kept_base,
         kept_base_from_original=from_original,
         codes_changed=changed,
+        depth=depth,
     )
 
 
@@ -205,9 +214,11 @@ def _kept(weight: mx.array, delta: mx.array, config: QuantConfig | None, dtype: 
 def _differing(a: mx.array, b: mx.array, bits: int) -> float:
     """Share of codes that differ between two packed weights: streams of so many bits, lowest first."""
     flips = np.array(a).reshape(-1).view(np.uint8) ^ np.array(b).reshape(-1).view(np.uint8)
-    step = _CHUNK // 8 * bits  # whole codes
-    parts = (np.unpackbits(flips[i : i + step], bitorder="little").reshape(-1, bits) for i in range(0, flips.size, step))
-    return sum(int(part.any(1).sum()) for part in parts) / (flips.size * 8 / bits)
+    codes = np.unpackbits(flips, bitorder="little").reshape(-1, bits)
+    found = codes[:, 0]
+    for bit in range(1, bits):  # many times quicker than any(1)
+        found = found | codes[:, bit]
+    return int(np.count_nonzero(found)) / len(codes)
 
 
 def _norm(array: mx.array) -> float:

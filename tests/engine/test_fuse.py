@@ -158,6 +158,23 @@ def test_preview_finds_the_dead_zone_of_four_bits(size):
 
 
 @on_mlx
+def test_rows_that_speak_for_all_of_a_large_layer_say_nearly_the_same(monkeypatch):
+    module, spec = tiny(hidden_size=256, intermediate_size=1024)
+    base = quantized(module, spec, QuantConfig("affine", 4))
+    spec = describe(base, "tiny")
+    lora = LoRAConfig(rank=4)
+    parameters = stirred(base, spec, lora, 0.05)
+    monkeypatch.setattr("qlab.engine.fuse._SAMPLE", 2**16)
+    some, whole = (done(preview(base, spec, parameters, lora, module, exact=exact)) for exact in (False, True))
+    assert {layer.depth for layer in some.layers} == {"exact", "sampled"} and {x.depth for x in whole.layers} == {"exact"}
+    for target in ("8", "base", "base_from_original"):
+        assert some.kept(target) == pytest.approx(whole.kept(target), abs=0.03)
+    for a, b in zip(some.layers, whole.layers, strict=True):
+        assert a.relative_size == pytest.approx(b.relative_size, rel=0.2)
+        assert a.delta_norm == pytest.approx(b.delta_norm, rel=0.2)
+
+
+@on_mlx
 def test_codes_changed_counts_codes_of_any_width():
     from qlab.engine.fuse import _differing
 
