@@ -97,7 +97,7 @@ def svg(lines: tuple[Line, ...], x_label: str, y_label: str, width: int = 720, h
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
     for value in ticks(x0, x1):
         parts.append(f'<text x="{at(value, y0)[0]:.1f}" y="{height - 18}" text-anchor="middle">{value:g}</text>')
-    ends: list[tuple[float, str, str]] = []
+    ends: list[tuple[float, float, str, str]] = []
     for line in lines:
         x, y = line.known()
         if not len(x):
@@ -105,7 +105,7 @@ def svg(lines: tuple[Line, ...], x_label: str, y_label: str, width: int = 720, h
         px, py = at(x, y)
         parts.append(_drawn(line, px, py))
         if line.label:
-            ends.append((float(py[-1]), line.label, line.color))
+            ends.append((float(py[-1]), float(px[-1]), line.label, line.color))
     parts += _labels(ends, width - _RIGHT + 6, height - _BOTTOM)
     parts.append(f'<text x="{_LEFT}" y="{height - 4}" fill="#555">{_html.escape(f"{y_label}, against {x_label}")}</text>')
     return (
@@ -127,20 +127,23 @@ def _drawn(line: Line, px: np.ndarray, py: np.ndarray) -> str:
     return drawn
 
 
-def _labels(ends: list[tuple[float, str, str]], x: float, bottom: float) -> list[str]:
-    """Write labels beside the ends of their lines, pushed apart so that none lies on another."""
+def _labels(ends: list[tuple[float, float, str, str]], x: float, bottom: float) -> list[str]:
+    """Write labels beside the ends of their lines, pushed apart so that none lies on another; led to where lines end early."""
     ends = sorted(ends)
-    ys = [y for y, _, _ in ends]
+    ys = [y for y, _, _, _ in ends]
     for n in range(1, len(ys)):
         ys[n] = max(ys[n], ys[n - 1] + _LABEL_GAP)
     if ys and ys[-1] > bottom:
         ys[-1] = bottom
         for n in range(len(ys) - 2, -1, -1):
             ys[n] = min(ys[n], ys[n + 1] - _LABEL_GAP)
-    return [
-        f'<text x="{x:.0f}" y="{y + 4:.1f}" fill="{color}">{_html.escape(_short(label))}</text>'
-        for y, (_, label, color) in zip(ys, ends, strict=True)
-    ]
+    parts = []
+    for y, (end_y, end_x, label, color) in zip(ys, ends, strict=True):
+        parts.append(f'<text x="{x:.0f}" y="{y + 4:.1f}" fill="{color}">{_html.escape(_short(label))}</text>')
+        if x - end_x > 20 or abs(y - end_y) > _LABEL_GAP:
+            lead = f"M{end_x + 6:.1f} {end_y:.1f}L{x - 4:.1f} {y:.1f}"
+            parts.append(f'<path d="{lead}" stroke="{color}" stroke-opacity=".5" stroke-dasharray="1 3"/>')
+    return parts
 
 
 def _short(label: str, most: int = 24) -> str:

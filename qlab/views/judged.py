@@ -82,7 +82,7 @@ def _line(report: JudgeReport, line: tuple[str, ...]) -> str:
     for n, text in enumerate(line[1:]):
         bar = _bar(values[n] / top, errors[n] / top) if drawn and math.isfinite(values[n]) else ""
         cells.append(f"<td {_LEFT}>{_html.escape(text)}{bar}</td>")
-    better = f"<br><small>{_BETTER.get(title, 'less is better')}</small>"
+    better = f"<br><small style='font-weight:400'>{_BETTER.get(title, 'less is better')}</small>"
     return f"<tr><th {_LEFT}>{_html.escape(title)}{better}</th>{''.join(cells)}</tr>"
 
 

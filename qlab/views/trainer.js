@@ -240,8 +240,9 @@ async function render({ model, el, host }) {
   // kernel → browser
   function onState() {
     st = model.get("state"); came = performance.now();
-    if (asked && (st.error || (asked.op === "generate" ? JSON.stringify(st.voices) !== asked.was : st.status !== asked.was))) asked = null;
-    if (answered(st.ack) && wanted !== null) { wanted = null; pending.textContent = st.error ? "" : "✓ applied"; }
+    const all = answered(st.ack);
+    if (asked && ((all && st.error) || (asked.op === "generate" ? JSON.stringify(st.voices) !== asked.was : st.status !== asked.was))) asked = null;
+    if (all && wanted !== null) { wanted = null; pending.textContent = st.error ? "" : "✓ applied"; }
     later();
   }
   const onCurve = () => { rows = read(model); rows.tag = ++onCurve.count; came = performance.now(); later(); };

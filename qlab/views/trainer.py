@@ -103,7 +103,8 @@ class TrainerPanel:
     """
 
     def __init__(self, state: RunState, on_intent: Callable[[dict[str, Any]], None]) -> None:
-        self._state, self._on_intent, self._ack = state, on_intent, 0
+        self._state, self._on_intent = state, on_intent
+        self._ack, self._refused = 0, ""  # newest intent heard; why it was refused, shown until the next one
         self._lock = threading.RLock()
         self._curve = Curve()
         self._curve.extend(state.history)
@@ -129,7 +130,7 @@ class TrainerPanel:
                 self.widget.curve = self._curve.encoded()
                 if len(self.widget.marks) != len(self._curve.marks) or self.widget.marks != self._curve.marks:
                     self.widget.marks = list(self._curve.marks)
-                self.widget.state = facts(state, self._ack)
+                self.widget.state = self._facts()
             if ended:
                 self.widget.send_state(["curve", "marks", "state"])
 
@@ -140,11 +141,18 @@ class TrainerPanel:
         self._controls.close()
 
     def _receive(self, change: Any) -> None:
-        intent = change["new"]
+        intent, error = change["new"], ""
         try:
+            self._refused = ""
             self._on_intent(checked(intent, _OPS))
-        except Exception as error:  # an exception in an observer would vanish
-            seq = intent.get("seq") if isinstance(intent, dict) else None
-            with self._lock:
-                self._ack = max(self._ack, seq if isinstance(seq, int) else 0)
-                self.widget.state = {**facts(self._state, self._ack), "error": str(error) or type(error).__name__}
+            return
+        except Exception as raised:  # an exception in an observer would vanish
+            error = str(raised) or type(raised).__name__
+        seq = intent.get("seq") if isinstance(intent, dict) else None
+        with self._lock:
+            self._refused, self._ack = error, max(self._ack, seq if isinstance(seq, int) else 0)
+            self.widget.state = self._facts()
+
+    def _facts(self) -> dict[str, Any]:
+        made = facts(self._state, self._ack)
+        return {**made, "error": self._refused or made["error"]}

@@ -198,11 +198,14 @@ def test_what_is_no_intent_is_told_and_goes_nowhere(panel, intent):
     assert panel.seen == [] and intent["op"] in panel.widget.state["error"] and panel.widget.state["ack"] == 4
 
 
-def test_an_error_of_the_trainer_is_shown_and_acknowledged(panel):
+def test_an_error_of_the_trainer_is_shown_until_the_next_intent(panel):
     panel._controls.intent = {"op": "stop", "seq": 5}
-    assert panel.widget.state["error"] == "there is nothing to stop" and panel.widget.state["ack"] == 5
-    panel.show(run_state(RUN))
-    assert panel.widget.state["ack"] == 5 and panel.widget.state["error"] == ""
+    for _ in range(2):
+        assert panel.widget.state["error"] == "there is nothing to stop" and panel.widget.state["ack"] == 5
+        panel.show(run_state(RUN))
+    panel._controls.intent = {"op": "hello", "seq": 6}
+    panel.show(run_state(RUN), 6)
+    assert panel.widget.state["ack"] == 6 and panel.widget.state["error"] == ""
 
 
 def test_the_last_state_reaches_the_browser_whole_though_two_threads_show(panel, monkeypatch):
