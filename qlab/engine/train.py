@@ -49,7 +49,8 @@ class Task:
         on_good: called with the state after every validation and checkpoint, and at the end.
         wanted_rate: a new base rate that a user has set, taken up by the next step.
         marks: what has happened since the last event.
-        other_nbytes: what MLX held beside the run when it began, such as the model before it was quantized.
+        other_nbytes: what MLX holds beside the run, such as the model before it was quantized.
+        peak_nbytes: most that a step has taken so far, by itself.
     """
 
     step: Any
@@ -63,6 +64,7 @@ class Task:
     wanted_rate: float | None = None
     marks: list[Mark] = field(default_factory=list)
     other_nbytes: int = 0
+    peak_nbytes: int = 0
 
     @property
     def iters(self) -> int:
@@ -93,12 +95,10 @@ def train_steps(task: Task, state: TrainState) -> Events:
         Why it ended, in words; empty if all steps are done.
     """
     saved = state.step
-    own = [*tree_flatten(task.step.module.parameters()), *state.optimizer.items()]
-    task.other_nbytes = max(mx.get_active_memory() - sum(array.nbytes for _, array in own), 0)
     with task.guard.limits():
-        mx.reset_peak_memory()
         try:
             if state.step == 0 and task.held_out and not state.history:
+                _meter(task, state, None)
                 value = yield from _validation(task, state)
                 state.history.append(_first(task, value))
                 yield state.history[-1]
@@ -120,13 +120,19 @@ def train_steps(task: Task, state: TrainState) -> Events:
 
 
 def _first(task: Task, val_loss: float) -> StepEvent:
-    nan = math.nan
-    return StepEvent(0, 0.0, nan, nan, nan, 0, 0, 0, 0.0, nan, *_memory(task), val_loss)
+    nan, active = math.nan, mx.get_active_memory() - task.other_nbytes
+    return StepEvent(0, 0.0, nan, nan, nan, 0, 0, 0, 0.0, nan, active, active, val_loss)
 
 
-def _memory(task: Task) -> tuple[int, int]:
-    """What the run holds now, and the most that it held."""
-    return mx.get_active_memory() - task.other_nbytes, mx.get_peak_memory() - task.other_nbytes
+def _meter(task: Task, state: TrainState, sums: Sums | None) -> None:
+    """Begin to measure: what others hold or take between two steps is not the run's."""
+    own = [*tree_flatten(task.step.module.parameters()), *state.optimizer.items(), *(sums.grads.items() if sums else ())]
+    task.other_nbytes = max(mx.get_active_memory() - sum(array.nbytes for _, array in own), 0)
+    mx.reset_peak_memory()
+
+
+def _measured(task: Task) -> None:
+    task.peak_nbytes = max(task.peak_nbytes, mx.get_peak_memory() - task.other_nbytes)
 
 
 def _whole_step(task: Task, state: TrainState) -> Generator[Progress, None, tuple[StepEvent, str]]:
@@ -147,7 +153,6 @@ def _whole_step(task: Task, state: TrainState) -> Generator[Progress, None, tupl
     if not reason and (danger := task.guard.reason()):
         reason = f"The memory guard ended the run: {danger}. The adapter as it is was kept."
         task.marks.append(Mark("guard", reason))
-    active, peak = _memory(task)
     event = StepEvent(
         step=state.step,
         epoch=state.step * task.config.grad_accumulation_steps / task.feed.per_epoch,
@@ -159,8 +164,8 @@ def _whole_step(task: Task, state: TrainState) -> Generator[Progress, None, tupl
         padded=sum(batch.tokens.size for batch in batches),
         seconds=state.seconds,
         tokens_per_second=tokens / max(seconds, 1e-9),
-        active_nbytes=active,
-        peak_nbytes=peak,
+        active_nbytes=mx.get_active_memory() - task.other_nbytes,
+        peak_nbytes=task.peak_nbytes,
         val_loss=val_loss,
     )
     return event, reason
@@ -172,6 +177,7 @@ def _one_update(task: Task, state: TrainState, rate: float) -> Generator[Progres
     sums: Sums | None = None
     for i in range(count):
         began = time.perf_counter()
+        _meter(task, state, sums)
         number = state.step * count + i
         batch = task.feed.batch(number)
         batches.append(batch)
@@ -182,10 +188,12 @@ def _one_update(task: Task, state: TrainState, rate: float) -> Generator[Progres
         sums = found if sums is None else sums.plus(found)
         if i + 1 < count:
             mx.eval(sums)
+            _measured(task)
             seconds += time.perf_counter() - began
             yield Progress("training", i + 1, count)
     new = task.update(state.parameters, state.optimizer, sums, mx.array(rate, mx.float32))
     mx.eval(new)
+    _measured(task)
     return new, batches, seconds + time.perf_counter() - began
 
 
