@@ -6,16 +6,20 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import traitlets as T
-
 from qlab import registry
-from qlab.core.adapter_panel import AdapterReport, AdapterState, report_of
+from qlab.core.adapter_panel import NO_ORIGINAL, NOT_QUANTIZED, AdapterReport, AdapterState, report_of
+from qlab.core.choice import TRAITS, AdapterChoice
 from qlab.core.config import QuantPlan
+from qlab.core.survival import Survival
 from qlab.core.training import LoRAConfig
 from qlab.engine import adapt
+from qlab.engine.adapter_files import load_adapter, save_adapter
+from qlab.engine.fuse import fuse, preview
 from qlab.engine.job import Latest, mlx_call
+from qlab.engine.load import Loaded
 from qlab.engine.memory import generate as _generate
 from qlab.engine.survey import Survey
 from qlab.errors import ConfigError
@@ -25,10 +29,11 @@ from qlab.views.adapter import AdapterPanel
 from qlab.views.adapter_text import html, page, text_line
 
 AUTO_SIZE = 1e9  # parameters up to which a panel measures starts without being asked
+_STORED_BY = ["mode", "bits", "group_size", "solver", "overrides"]  # a quantizer's traits
 _SHAPED_BY = ("kind", "rank", "keys", "num_layers", "init", "dtype")  # what parameters belong to
 
 
-class Adapter(T.HasTraits):
+class Adapter(AdapterChoice):
     """Small trainable changes of a frozen model. As the last line of a cell it is a panel.
 
     The traits and the sliders are one state in both directions. The model itself never changes.
@@ -36,16 +41,8 @@ class Adapter(T.HasTraits):
     Args:
         source: a model, or a ``Quantizer``: then its quantized model is adapted, and follows its sliders until the adapter
             is trained.
-        kind: a kind on the shelf: ``lora`` or ``dora``.
-        rank: inner width of the two factors.
+        kind, rank, scale, dropout, keys, num_layers, init, rslora, dtype: as in ``LoRAConfig``.
         alpha: scale × rank (with ``rslora`` scale × √rank); give alpha or scale. The default is 2 × rank.
-        scale: factor before the product of the factors.
-        dropout: share of the adapter's inputs set to zero while training.
-        keys: layers to adapt: names, ends of paths, patterns, ``all-linear``; None is every linear layer in the blocks.
-        num_layers: blocks that get adapters, counted from the last; −1 means all.
-        init: ``default`` changes nothing at first; ``residual``, ``diagonal`` and ``qera`` make up for the quantization error.
-        rslora: whether alpha is divided by √rank instead of the rank.
-        dtype: of the factors: ``float32`` or ``bfloat16``.
         text: for ``diagonal`` and ``qera``; a path, a string, rows, or a ``datasets`` set. None is the embedded text.
         seed: of what is drawn.
 
@@ -53,16 +50,6 @@ class Adapter(T.HasTraits):
         ConfigError: a setting is not legal or does not fit the model.
         LayerNotFoundError: a key matches no layer; names the nearest.
     """
-
-    _TRAITS = ("kind", "rank", "scale", "dropout", "keys", "num_layers", "init", "rslora")
-    kind = T.Unicode("lora")
-    rank = T.Int(8)
-    scale = T.Float(2.0)
-    dropout = T.Float(0.0)
-    keys = T.Any(None)
-    num_layers = T.Int(-1)
-    init = T.Unicode("default")
-    rslora = T.Bool(False)
 
     def __init__(
         self, source: Model | Quantizer, kind: str = "lora", rank: int = 8, alpha: float | None = None,
@@ -77,7 +64,7 @@ class Adapter(T.HasTraits):
         first = first if alpha is None else first.with_alpha(alpha)
         self._quantizer = source if isinstance(source, Quantizer) else None
         self._model = source.model if isinstance(source, Quantizer) else source
-        self._spec, self._dtype, self.seed = self._model.spec, dtype, seed
+        self._spec, self.seed = self._model.spec, seed
         self._lock = threading.RLock()
         self._jobs = Latest(self._show)
         self._panel: AdapterPanel | None = None
@@ -87,30 +74,13 @@ class Adapter(T.HasTraits):
         self._held: tuple[Any, dict[str, Any]] | None = None
         self._twin: tuple[Any, Any] | None = None
         self._off = self._count = 0
-        self.origin = ""
+        self.origin, self.notes = "", ()
         self._survey = Survey(self._model.study, self._model.tokenizer, text)
-        self._allow(first)
         super().__init__()
         self._take(first)
-        self.observe(self._on_trait, list(self._TRAITS))
+        self.observe(self._on_trait, list(TRAITS))
         if self._quantizer is not None:
-            self._quantizer.observe(self._on_source, ["mode", "bits", "group_size", "solver"])
-
-    # --- the choice -------------------------------------------------------------------------------------------------
-
-    @property
-    def config(self) -> LoRAConfig:
-        """The adapter as a value; its repr pastes back."""
-        return LoRAConfig(dtype=self._dtype, **{name: getattr(self, name) for name in self._TRAITS})
-
-    @property
-    def alpha(self) -> float:
-        """Scale × rank; with ``rslora`` scale × √rank. A change of the rank leaves the scale."""
-        return self.config.alpha
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        self.scale = self.config.with_alpha(value).scale
+            self._quantizer.observe(self._on_source, _STORED_BY)
 
     @property
     def code(self) -> str:
@@ -159,7 +129,6 @@ class Adapter(T.HasTraits):
             if lora.init == "default":
                 made = mlx_call(adapt.fresh, base.module, base.spec, lora, self.seed)
             else:
-                self._check_start(lora)
                 made = self._jobs.run(lambda: self._survey.compensate(base.module, lora))
             held = self._held = (key, made)
         return dict(held[1])
@@ -234,6 +203,59 @@ class Adapter(T.HasTraits):
         """Return the adapted model's most likely continuation (its answer, if it has a chat template)."""
         return mlx_call(_generate, self.module, self._model.tokenizer, prompt, max_tokens)
 
+    # --- files and fused models ---------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, format: str = "mlx") -> str:
+        """Write an adapter folder, whole or not at all; return who can open it.
+
+        Args:
+            path: of the folder; an existing one is replaced if it is empty or holds nothing but an adapter.
+            format: ``mlx`` (``mlx_lm.load(base, adapter_path=path)``) or ``peft``.
+
+        Raises:
+            ConfigError: no such format, or the format cannot say what this adapter is.
+            SaveError: the place cannot be written; what stood there is untouched.
+        """
+        base, kind = self.base, self._model.config.get("model_type")
+        given = (Path(path), self.parameters, self.config, base.spec, base.name)
+        return mlx_call(save_adapter, *given, format=format, model_type=kind)
+
+    @classmethod
+    def load(cls, path: str | Path, source: Model | Quantizer) -> Adapter:
+        """Open an adapter folder of qlab, mlx-lm or PEFT on a model.
+
+        Raises:
+            LoadError: the folder is no adapter of this model; names file and key.
+        """
+        spec = getattr(source, "model", source).spec
+        lora, parameters, notes = mlx_call(load_adapter, Path(path), spec)
+        made = cls(source, dtype=lora.dtype)
+        made._take(replace(lora, init="default"))
+        made.set_parameters(parameters, str(path))
+        made.notes = notes
+        return made
+
+    def preview(self) -> Survival:
+        """Measure how much of the adapter survives each way to fuse it; blocks."""
+        base, parameters, lora, first = self.base, self.parameters, self.config, self.original and self.original.module
+        return self._jobs.run(lambda: preview(base.module, base.spec, parameters, lora, first))
+
+    def fuse(self, bits: int | str = 16, onto: str = "base", rest: int | str = "base") -> Model:
+        """Return a new model with the adapter in its weights; the base stays. Blocks.
+
+        Args:
+            bits: of the adapted layers: 16, 8, or ``base`` for the base's own storage, which may lose most of an adapter:
+                ``preview`` says how much.
+            onto: ``base``, what was trained on, or ``original``, the weights before they were quantized.
+            rest: of the other layers: ``base``, as they are, or 16.
+
+        Raises:
+            ConfigError: another word, or no original is known.
+        """
+        base, parameters, lora, first = self.base, self.parameters, self.config, self.original and self.original.module
+        module = self._jobs.run(lambda: fuse(base.module, base.spec, parameters, lora, bits, onto, first, rest))
+        return Model(Loaded(module, self._model.tokenizer, self._model.config, f"{self._model.name} fused"), base.plan)
+
     # --- what a rank recovers ---------------------------------------------------------------------------------------
 
     @property
@@ -252,7 +274,7 @@ class Adapter(T.HasTraits):
         """
         if obstacle := self._obstacle():
             raise ConfigError(obstacle)
-        self._jobs.run(lambda: self._work(text))
+        self._jobs.run(lambda: self._survey.measure(self._key(), self.config, text))
         return self.report
 
     # --- the panel --------------------------------------------------------------------------------------------------
@@ -269,8 +291,7 @@ class Adapter(T.HasTraits):
     def state(self) -> AdapterState:
         """What the panel shows now, as a value."""
         found, stale = self._survey.found(self._key())
-        plan, optimizer = self.plan, registry.get("optimizers", "adamw")
-        lora = self.config
+        plan, lora, optimizer = self.plan, self.config, registry.get("optimizers", "adamw")
         return AdapterState(
             spec=self._spec,
             config=lora,
@@ -296,7 +317,7 @@ class Adapter(T.HasTraits):
         """End the running job and the panel, and stop to follow the quantizer."""
         self._jobs.stop()
         if self._quantizer is not None:
-            self._quantizer.unobserve(self._on_source, ["mode", "bits", "group_size", "solver"])
+            self._quantizer.unobserve(self._on_source, _STORED_BY)
         if self._panel is not None:
             self._panel.close()
             self._panel = None
@@ -318,34 +339,18 @@ class Adapter(T.HasTraits):
 
     # --- within -----------------------------------------------------------------------------------------------------
 
-    @T.validate(*_TRAITS)
-    def _valid(self, proposal: Any) -> Any:
-        changed = replace(self.config, **{proposal["trait"].name: proposal["value"]})
-        self._allow(changed)
-        return getattr(changed, proposal["trait"].name)
-
     def _allow(self, config: LoRAConfig) -> None:
         """Refuse a config that does not fit the model, or that the trained parameters do not fit."""
         config.targets(self._spec)
-        self._check_start(config)
-        if self.origin and (lost := [name for name in _SHAPED_BY if getattr(config, name) != self._held[0][name]]):
-            raise ConfigError(f"Another {lost[0]} would lose the parameters ({self.origin}); call reset() first.")
-
-    def _check_start(self, config: LoRAConfig) -> None:
         if config.init != "default" and (obstacle := self._obstacle()):
             raise ConfigError(f"init={config.init!r} is not possible: {obstacle}")
+        if self.origin and (lost := [name for name in _SHAPED_BY if getattr(config, name) != self._held[0][name]]):
+            raise ConfigError(f"Another {lost[0]} would lose the parameters ({self.origin}); call reset() first.")
 
     def _obstacle(self) -> str:
         if self._quantizer is not None:
             return ""
-        if self.original is None:
-            return "The model came quantized and its original weights are not known; give Adapter the Quantizer."
-        return "The model is not quantized, so there is no error to make up for; give Adapter a Quantizer."
-
-    def _take(self, config: LoRAConfig) -> None:
-        with self.hold_trait_notifications():
-            for name in self._TRAITS:
-                setattr(self, name, getattr(config, name))
+        return NO_ORIGINAL if self.original is None else NOT_QUANTIZED
 
     def _key(self) -> tuple[QuantPlan | None, str]:
         """Storage of the base: what it was trained on, or what is chosen now."""
@@ -359,13 +364,10 @@ class Adapter(T.HasTraits):
         shaped = {name: getattr(config, name) for name in _SHAPED_BY}
         return shaped if self.origin or config.init == "default" else {**shaped, "of": self._key(), "scale": config.scale}
 
-    def _work(self, outputs: bool) -> Any:
-        return self._survey.measure(self._key(), self.config, outputs)
-
     def _refresh(self) -> None:
         """Measure anew in the background if somebody looks."""
         if self._panel is not None and not self._obstacle():
-            self._jobs.start(lambda: self._work(self._spec.size <= AUTO_SIZE))
+            self._jobs.start(lambda: self._survey.measure(self._key(), self.config, self._spec.size <= AUTO_SIZE))
         self._show()
 
     def _on_trait(self, change: Any) -> None:
@@ -386,11 +388,9 @@ class Adapter(T.HasTraits):
         """Do what the browser asks; called on a widget thread, so work is only queued."""
         self._ack = intent["seq"]
         if intent["op"] == "set":
-            wanted = replace(self.config, **intent["config"])
-            self._allow(wanted)
-            self._take(wanted)
+            self._take(replace(self.config, **intent["config"]))
         elif intent["op"] == "measure":
-            self._jobs.start(lambda: self._work(True))
+            self._jobs.start(lambda: self._survey.measure(self._key(), self.config, True))
         elif intent["op"] == "cancel":
             self._jobs.stop()
         elif intent["op"] == "reset":

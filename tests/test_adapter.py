@@ -246,3 +246,37 @@ def test_sliders_traits_and_errors_are_one_state(q):
         controls.intent = {"op": "set", "seq": seq, "config": config}
         assert view.state["error"] and view.state["ack"] == seq and a.config == before
     a.close()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("format", ["mlx", "peft"])
+def test_a_saved_adapter_comes_back_whole(q, tmp_path, kind, format):
+    a = qlab.Adapter(q, kind=kind, rank=4, scale=1.5, keys=["q_proj", "up_proj"], num_layers=2)
+    a.set_parameters(changed(a.parameters), "x")
+    a.save(tmp_path / "a", format=format)
+    b = qlab.Adapter.load(tmp_path / "a", q)
+    assert b.trained and (b.kind, b.rank, b.alpha) == (kind, 4, 6.0)
+    assert np.allclose(logits(b.module), logits(a.module), atol=1e-5)
+    with pytest.raises(ConfigError, match=r"reset\(\)"):
+        b.rank = 8
+
+
+def test_fusing_at_16_bits_gives_the_adapted_model_and_leaves_the_base(model, q):
+    a = qlab.Adapter(q, rank=4)
+    a.set_parameters(changed(a.parameters), "x")
+    before = numbers(a.base.module)
+    fused = a.fuse()
+    assert np.allclose(logits(fused.module), logits(a.module), atol=1e-3) and numbers(a.base.module) == before
+    assert not np.allclose(logits(a.fuse(onto="original").module), logits(fused.module), atol=1e-3)
+    assert a.preview().kept("16") > a.preview().kept("base")
+    with pytest.raises(ConfigError, match="onto="):
+        a.fuse(onto="nothing")
+    with pytest.raises(ConfigError, match="bits="):
+        a.fuse(bits=5)
+
+
+def test_an_override_of_the_quantizer_counts_too(q):
+    a = qlab.Adapter(q, rank=4)
+    first = a.base
+    q.set("model.layers.0.mlp.up_proj", bits=8)
+    assert a.base is not first

@@ -15,6 +15,8 @@ from qlab.core.spec import ModelSpec
 from qlab.core.training import LoRAConfig
 
 NAN = float("nan")
+NO_ORIGINAL = "The model came quantized and its original weights are not known; give Adapter the Quantizer."
+NOT_QUANTIZED = "The model is not quantized, so there is no error to make up for; give Adapter a Quantizer."
 
 
 @dataclass(frozen=True)

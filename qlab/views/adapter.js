@@ -75,7 +75,16 @@ async function render({ model, el, host }) {
 
   // skeleton of the panel
   const title = h("div", { className: "qlab-title" }), note = h("div", { className: "qlab-note" }), stale = h("div", { className: "qlab-stale-note", role: "alert" }, "Kernel not connected: run this cell again.");
-  const number = (name, step, min, pick) => { const e = h("input", { type: "number", step, min, className: `qlab-number qlab-${name}` }); e.setAttribute("aria-label", name); e.onchange = () => { if (e.value !== "" && Number.isFinite(+e.value)) pick(+e.value); else later(); }; return e; };
+  /** A number that is taken on Enter (which JupyterLab would swallow) and on leaving, once. */
+  function number(name, step, min, pick) {
+    const e = h("input", { type: "number", step, min, className: `qlab-number qlab-${name}` });
+    e.setAttribute("aria-label", name);
+    e.oninput = () => { e.taken = null; };
+    e.onchange = () => { if (e.taken === e.value) return; e.taken = e.value; if (e.value !== "" && Number.isFinite(+e.value)) pick(+e.value); };
+    e.onkeydown = (key) => { if (key.key === "Enter") { key.stopPropagation(); e.onchange(); } };
+    e.onblur = () => later();
+    return e;
+  }
   const choose = (list, pick) => { const e = h("select", {}, ...list.map(([name, text]) => h("option", { value: name, title: text }, name))); e.onchange = () => pick(e.value); return e; };
   const kind = choose(data.kinds, (v) => set({ kind: v })), init = choose(data.inits, (v) => set({ init: v }));
   const rank = stepper("rank", (v) => set({ rank: v })), free = number("rank-entry", 1, 1, (v) => set({ rank: Math.max(1, Math.round(v)) }));
