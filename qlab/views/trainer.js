@@ -95,7 +95,7 @@ async function render({ model, el, host }) {
   rate.addEventListener("keydown", (ev) => { if (ev.key === "Enter") setRate(); if (ev.key === "Escape") { rate.value = rateText(st.rate); rate.removeAttribute("aria-invalid"); pending.textContent = ""; } });
   const prompt = h("input", { type: "text", className: "qlab-prompt", placeholder: "a prompt" }), say = button("generate", () => speak());
   prompt.setAttribute("aria-label", "prompt");
-  const speak = () => { if (prompt.value.trim() && !say.disabled) { asked = { op: "generate", was: JSON.stringify(st.voices) }; send({ op: "generate", prompt: prompt.value }); later(); } };
+  const speak = () => { if (prompt.value.trim() && !say.disabled) { asked = { op: "generate", was: st.said }; send({ op: "generate", prompt: prompt.value }); later(); } };
   prompt.addEventListener("keydown", (ev) => { if (ev.key === "Enter") speak(); });
   const keys = h("div", { className: "qlab-run-keys" }, go, halt), field = h("label", { className: "qlab-inline" }, "learning rate ", rate), speech = h("span", { className: "qlab-inline qlab-speech" }, prompt, say);
   const row = h("div", { className: "qlab-run-row" }, keys, field, pending, speech), report = h("div", { className: "qlab-summary" });
@@ -241,7 +241,7 @@ async function render({ model, el, host }) {
   function onState() {
     st = model.get("state"); came = performance.now();
     const all = answered(st.ack);
-    if (asked && ((all && st.error) || (asked.op === "generate" ? JSON.stringify(st.voices) !== asked.was : st.status !== asked.was))) asked = null;
+    if (asked && ((all && st.error) || (asked.op === "generate" ? st.said !== asked.was : st.status !== asked.was))) asked = null;
     if (all && wanted !== null) { wanted = null; pending.textContent = st.error ? "" : "✓ applied"; }
     later();
   }

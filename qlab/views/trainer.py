@@ -70,6 +70,7 @@ def facts(state: RunState, ack: int | None) -> dict[str, Any]:
         "limit": state.limit_nbytes,
         "active": state.active_nbytes,
         "voices": voices_of(state),
+        "said": len(state.voices),
         "data": state.data,
         "error": state.error,
         "code": state.code,

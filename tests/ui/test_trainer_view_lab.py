@@ -89,6 +89,7 @@ def test_start_steer_pause_reload_and_stop(notebook):
     page.locator(".qlab-prompt").fill("why?")
     page.keyboard.press("Enter")
     expect(page.locator(".qlab-voices")).to_contain_text("an answer to why?")
+    expect(page.get_by_role("button", name="generate")).to_be_enabled()
     assert page.evaluate("window.jupyterapp.shell.currentWidget.content.widgets.length") == cells
 
     page.wait_for_function(f"{POINTS} > 110", timeout=60_000)
