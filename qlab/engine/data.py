@@ -60,7 +60,7 @@ def read(data: Any, tokenizer: Any, config: TrainConfig) -> Rows:
             rows.append(row)
             kinds.add(kind)
         else:
-            cut = f"its first {config.max_seq_length} of {len(tokens)} tokens hold no target; max_seq_length cuts them off"
+            cut = f"its first {config.max_seq_length} tokens hold no target: max_seq_length cuts them off"
             dropped.append((number, cut if row.cut else "it is empty"))
     if faults:
         raise DataError(listed(f"{len(faults)} of {count} rows cannot be used", faults))

@@ -16,7 +16,8 @@ from qlab.core.rows import Batch, Rows, order
 from qlab.core.training import TrainConfig
 from qlab.errors import DataError
 
-_LENGTHS = 8  # distinct lengths at most: every shape is a trace
+# distinct lengths at most: every shape is a trace, which a long epoch pays for and a short one does not (docs/log.md)
+_FEW, _MANY, _LONG = 8, 16, 256  # the last: batches in an epoch from which on there are many
 _CANDIDATES = 512  # lengths that the search looks at
 
 Bins = list[tuple[int, ...]]
@@ -25,9 +26,9 @@ Bins = list[tuple[int, ...]]
 class Feed:
     """The batches of a run.
 
-    Rows of like length share a batch. Without packing, the rows in order of length are parted into at most eight groups, each
-    padded to its longest, such that the least is wasted; within a group rows meet in a new order every epoch. With packing,
-    whole rows are put together into long ones first.
+    Rows of like length share a batch. Without packing, the rows in order of length are parted into at most 8 groups (16 in an
+    epoch of many batches), each padded to its longest, such that the least is wasted; within a group rows meet in a new order
+    every epoch. With packing, whole rows are put together into long ones first.
 
     Args:
         rows: to train on.
@@ -53,7 +54,8 @@ class Feed:
         sizes = np.array([sum(int(lengths[i]) for i in members) for members in bins])
         by_size = np.argsort(sizes, kind="stable")
         self._bins = [bins[i] for i in by_size]
-        self._groups = _groups(sizes[by_size], config.batch_size, 1 if config.pack else _LENGTHS)
+        most = 1 if config.pack else _MANY if len(bins) >= _LONG * config.batch_size else _FEW
+        self._groups = _groups(sizes[by_size], config.batch_size, most)
         made = [(min(config.batch_size, end - i), length) for i, end, length in self._places()]
         self.per_epoch = len(made)
         self.shapes = tuple(sorted(set(made), key=lambda shape: (-shape[0] * shape[1], shape)))
