@@ -23,7 +23,7 @@ from qlab.engine.linear import Frozen
 from qlab.engine.loss import Arrays, Given, Sums, given, nats_and_slope
 from qlab.engine.stack import Stack
 
-WINDOW = {"cpu": 1, "cuda": 4, "metal": 4}  # blocks in flight; see docs/adr/0006-layer-stepped.md
+WINDOW = {"cpu": 1, "cuda": 2, "metal": 2}  # blocks in flight; see docs/adr/0006-layer-stepped.md
 _PARTS = 8  # sizes of the last chunk of the loss: each is compiled once
 _NUMBERS = ("layer_idx", "layer_id", "layer_number")  # attributes that only say where a block stands, as a rule
 
