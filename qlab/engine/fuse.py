@@ -107,20 +107,24 @@ def fuse(
     made = twin(module)
     for n, layer in enumerate(work):
         base = module_at(module, layer.path)
-        source = module_at(original, layer.path) if onto == "original" else base
-        weight = weight_of(source, mx.float32)
+        weight = weight_of(module_at(original, layer.path) if onto == "original" else base, mx.float32)
         if layer.path in targets:
             weight = weight + change(base, layer.kind, lora, _own(arrays, layer.path))
-        fused = dense_layer(base, weight.astype(_dtype(base)))
         config = _storage(base, layer, bits) if layer.path in targets else None
-        if config is not None:
-            fused = quantized_layer(fused, layer.path, config, "rtn", None)
-        elif not mx.isfinite(fused.weight).all().item():
-            raise WeightsError(f"The merged weight of {layer.path!r} holds NaN or infinity; no model was made.")
-        fused.freeze()
-        mx.eval(fused.parameters())
-        put_module(made, layer.path, fused)
+        put_module(made, layer.path, _stored(base, layer.path, weight, config))
         yield Progress("merging the adapter", n + 1, len(work))
+    return made
+
+
+def _stored(base: nn.Module, path: str, weight: mx.array, config: QuantConfig | None) -> nn.Module:
+    """Return a layer with this weight, evaluated: dense in the base's dtype, or under a config."""
+    made = dense_layer(base, weight.astype(_dtype(base)))
+    if config is not None:
+        return quantized_layer(made, path, config, "rtn", None)
+    if not mx.isfinite(made.weight).all().item():
+        raise WeightsError(f"The merged weight of {path!r} holds NaN or infinity; no model was made.")
+    made.freeze()
+    mx.eval(made.parameters())
     return made
 
 

@@ -60,15 +60,7 @@ def to_yaml(
     Raises:
         ConfigError: mlx-lm cannot do that: the kind of adapter on that base, the optimizer, or epochs without ``iters``.
     """
-    obstacle = mlx_obstacle(lora, spec)
-    if obstacle:
-        raise ConfigError(f"Stock mlx-lm cannot run this: {obstacle}.")
-    if train.optimizer not in _OPTIMIZERS:
-        raise ConfigError(f"mlx-lm has no optimizer {train.optimizer!r}; one of {', '.join(_OPTIMIZERS)} can be said.")
-    if rows not in ROWS:
-        raise ConfigError(f"rows={rows!r} is not legal; choose one of {', '.join(ROWS)}.")
-    if train.epochs is not None and iters is None:
-        raise ConfigError(f"mlx-lm counts steps, not epochs={train.epochs!r}; give iters=.")
+    _refuse(spec, lora, train, rows, iters)
     import yaml  # mlx-lm reads its recipes with it
 
     updates = train.iters if iters is None else iters
@@ -90,6 +82,21 @@ def to_yaml(
     notes = [*_always(train), *_here(lora, train, resume_adapter_file, steps_per_eval)]
     head = "\n".join(textwrap.fill(n, 116, initial_indent="# - ", subsequent_indent="#   ") for n in notes)
     return f"{_HEAD}{head}\n{yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}"
+
+
+def _refuse(spec: ModelSpec, lora: LoRAConfig, train: TrainConfig, rows: str, iters: int | None) -> None:
+    """Refuse what mlx-lm cannot do at all."""
+    obstacle = mlx_obstacle(lora, spec)
+    if obstacle:
+        raise ConfigError(f"Stock mlx-lm cannot run this: {obstacle}.")
+    if train.optimizer not in _OPTIMIZERS:
+        raise ConfigError(f"mlx-lm has no optimizer {train.optimizer!r}; one of {', '.join(_OPTIMIZERS)} can be said.")
+    if rows == "mixed":
+        raise ConfigError("mlx-lm takes every row for what the first one is; give rows of one kind.")
+    if rows not in ROWS:
+        raise ConfigError(f"rows={rows!r} is not legal; choose one of {', '.join(ROWS)}.")
+    if train.epochs is not None and iters is None:
+        raise ConfigError(f"mlx-lm counts steps, not epochs={train.epochs!r}; give iters=.")
 
 
 _HEAD = """\

@@ -120,8 +120,9 @@ def test_what_mlx_lm_cannot_do_is_refused_with_the_reason():
     ]:  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             to_yaml("base", spec_of(storage), LoRAConfig(rank=4, **lora), TrainConfig(**train), "data")
-    with pytest.raises(ConfigError, match="rows='poems'"):
-        to_yaml("base", spec_of(), LoRAConfig(rank=4), TrainConfig(), "data", rows="poems")
+    for rows, words in (("poems", "rows='poems'"), ("mixed", "what the first one is")):
+        with pytest.raises(ConfigError, match=words):
+            to_yaml("base", spec_of(), LoRAConfig(rank=4), TrainConfig(), "data", rows=rows)
 
 
 @on_mlx
