@@ -2,6 +2,7 @@
 const LENGTHS = [64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384, 32768, 65536, 131072];
 const ROWS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64], CHUNK = [0, 128, 256, 512, 1024, 2048];
 const MOST = { max_seq_length: 131072, batch_size: 4096 };
+/** A word for the eye and a mark that does not need colour. */
 const WORDS = { fits: ["yes", "✓ fits"], tight: ["tight", "▲ tight"], "does not fit": ["no", "✕ does not fit"] };
 
 // ---- pure functions; each says what core/formula.py, core/memory.py, core/budget.py and core/code.py say in Python
@@ -144,7 +145,7 @@ async function render({ model, el, host }) {
     fill(chunk, [...new Set([...CHUNK, c.loss_chunk])].sort((a, b) => a - b).map((n) => [n, n ? `${n} tokens` : "all at once"])); chunk.value = c.loss_chunk;
     fill(optimizer, data.optimizers.map((name) => [name, name])); optimizer.value = c.optimizer;
     fill(place, [...st.budgets.map(([name]) => [name, name]), ...(controls ? [["", "other…"]] : [])]);
-    if (other.hidden || !controls) place.value = budget[0];
+    place.value = controls && !other.hidden ? "" : budget[0];
     root.classList.toggle("qlab-wait", !now);
     code.textContent = codeOf(data, c);
     if (e) { shown = e; paintEstimate(e, now); }
@@ -156,7 +157,7 @@ async function render({ model, el, host }) {
     const [cls, word] = WORDS[v.word], sure = e.level === "measured", solid = (i) => sure || data.parts[i][2];
     const size = data.params >= 1e9 ? `${(data.params / 1e9).toFixed(2)} B` : `${(data.params / 1e6).toFixed(1)} M`, tracing = st.progress?.[0] === "tracing" && same(c, st.choice);
     swap(title, "", h("strong", {}, data.name), h("span", {}, `${size} weights`), h("span", { className: "qlab-size" }, h("b", {}, sizeText(total)), " ", h("span", { className: `qlab-level ${e.level}` }, tracing ? `${e.level}, tracing…` : e.level)),
-      h("span", {}, sure ? `peak of a real step` : `${sizeText(low)} … ${sizeText(high)}, peak in ${e.moment}`), h("span", { className: `qlab-fits ${cls}` }, known ? word : "…", ` (${name})`));
+      h("span", {}, sure ? `peak of a real step` : `${sizeText(low)} … ${sizeText(high)}, peak in ${e.moment}`), h("span", { className: `qlab-fits ${cls}` }, known ? word : "…", ` · ${name}`));
     bar.setAttribute("aria-label", `${sizeText(total)} of ${sizeText(free)}: ${data.parts.map(([n], i) => `${n} ${sizeText(e.parts[i])}`).join(", ")}`);
     bar.replaceChildren(...data.parts.map(([n, text], i) => h("i", { className: `qlab-part p${i}${solid(i) ? "" : " about"}`, title: `${n}: ${sizeText(e.parts[i])}, ${text}`, style: `left:${at(sum(e.parts.slice(0, i)))};width:${at(e.parts[i])}` }, e.parts[i] > 0.11 * top ? h("span", {}, n.replace("_", " ")) : "")),
       ...(high > low ? [h("i", { className: "qlab-whisker", title: `between ${sizeText(low)} and ${sizeText(high)}`, style: `left:${at(low)};width:${at(high - low)}` })] : []),
@@ -182,7 +183,7 @@ async function render({ model, el, host }) {
     status.textContent = st.error || waiting || (p ? `${p[0]}…` : ""); status.classList.toggle("error", !!st.error);
     notes.textContent = data.notes.join(" "); notes.hidden = !data.notes.length;
   }
-  const onState = () => { st = model.get("state"); data = read(model); if (heard(st.ack)) { c = { ...st.choice }; budget = st.budget; if (st.budgets.some(([n]) => n === budget[0]) && root.getRootNode().activeElement !== other) other.hidden = true; } later(); };
+  const onState = () => { st = model.get("state"); data = read(model); if (heard(st.ack)) { c = { ...st.choice }; budget = st.budget; if (other.value.trim() === budget[0]) { other.hidden = true; other.value = ""; } } later(); };
   const onData = () => { data = read(model); later(); };
   const later = () => { raf ||= requestAnimationFrame(() => { raf = 0; paint(); }); };
   const told = [["state", onState], ["formulas", onData], ["tables", onData], ["states", onData], ["adapters", onData]];
