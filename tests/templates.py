@@ -69,10 +69,33 @@ GENERATION = (
 )
 # a reply changes how everything before it is shown
 SHIFTING = "{% for m in messages %}{{ m.content + (messages | length | string) + (messages[-1].content | length | string) }}{% endfor %}"
+# says first how many turns there are, so that nothing is the beginning of anything
+COUNTED = "{{ messages | length }}|" + CHATML
+COUNTED_OPENED = "{{ messages | length }}|" + OPENED
+# the same, without any mark
+PLAIN = (
+    "{{ messages | length }}|{% for m in messages %}{{ ('User: ' if m.role == 'user' else 'Bot: ') + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Bot: ' }}{% endif %}"
+)
+# ends a turn only when the next one comes
+LATE = (
+    "{% for m in messages %}{{ eos_token if m.role == 'user' and not loop.first else '' }}"
+    "{{ ('User: ' if m.role == 'user' else 'Bot: ') + m.content }}{% endfor %}{% if add_generation_prompt %}{{ 'Bot: ' }}{% endif %}"
+)
+# a thought in the last turn changes the beginning
+MODE = "{{ 'deep ' if '</think>' in messages[-1].content else '' }}" + CHATML
+# a turn says how long the one before was, and the last one has another mark
+MEASURED = (
+    "{% for m in messages %}{{ '<|start|>' + m.role + ((loop.previtem.content | length | string) if loop.previtem else '') + m.content }}"
+    "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
 _MARKS = {
     CHATML: ("<|im_end|>", "<|im_start|>"), THINKING: ("<|im_end|>", "<|im_start|>"), GENERATION: ("<|im_end|>", "<|im_start|>"),
     LLAMA3: ("<|eot_id|>", "<|eom_id|>", "<|start_header_id|>", "<|end_header_id|>"),
     OPENED: ("<|end|>", "<|user|>", "<|assistant|>"), INST: ("</s>",), SHIFTING: ("</s>",),
+    COUNTED: ("<|im_end|>", "<|im_start|>"), COUNTED_OPENED: ("<|end|>", "<|user|>", "<|assistant|>"), PLAIN: ("</s>",),
+    LATE: ("</s>",), MODE: ("<|im_end|>", "<|im_start|>"), MEASURED: ("<|return|>", "<|end|>", "<|start|>"),
     RETURN: ("<|return|>", "<|end|>", "<|start|>", "<|message|>"),
 }  # fmt: skip
 

@@ -148,13 +148,16 @@ class _Maker:
         if "tools" in found:
             raise Fault("'tools' needs a chat template, and this tokenizer has none")
         head = list(self.tokenizer.encode(prompt))
+        if head[-1:] == [self.tokenizer.eos_token_id] and head[-1] not in self._plain(prompt)[-1:]:
+            head.pop()  # a tokenizer that ends every text by itself
         tokens = list(self.tokenizer.encode(prompt + completion))
         if commonprefix([head, tokens]) != head:  # a token would reach over the border, where none can when the model is asked
-            tokens = [*head, *self.tokenizer.encode(completion, add_special_tokens=False)]
-        while len(head) > len(tokens) - 1:  # an end token that the tokenizer adds by itself
-            head.pop()
+            tokens = [*head, *self._plain(completion)]
         tokens = _ended(self.tokenizer, tokens)
         return "completion", tokens, [int(not self.mask_prompt)] * len(head) + [1] * (len(tokens) - len(head))
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _messages(self, found: dict[str, Any]) -> Made:
         return "chat", *self._chat(messages(found["messages"], "messages"), tools(found.get("tools")), 0, "messages")

@@ -81,7 +81,6 @@ class Feed:
             for n, row in enumerate(group, 1):
                 end = at + row.tokens.size
                 tokens[b, at:end], mask[b, at:end], segments[b, at:end] = row.tokens, row.mask, n
-                mask[b, at] = 0  # it has no token before it to be predicted from
                 at = end
         numbers = tuple(tuple(row.number for row in group) for group in groups)
         return Batch(tokens, mask, segments if self.config.pack else None, numbers, int((segments > 0).sum()))

@@ -88,6 +88,19 @@ def test_without_a_template_completions_are_joined_to_their_prompts(tokenizer):
     assert whole.mask.tolist() == [0] + [1] * (row.tokens.size - 1)
 
 
+def test_an_end_that_the_tokenizer_adds_stands_at_the_end_alone(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    made = t.speaking(tokenizer, t.INST)
+    made._tokenizer.chat_template, made.has_chat_template = None, False
+    end = made.eos_token_id
+    made._tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
+    for prompt, completion in (("Q: why?\nA:", " because"), ("the oth", "er")):
+        (row,) = read([{"prompt": prompt, "completion": completion}], made, CONFIG)
+        assert row.tokens.tolist().count(end) == 1 and row.tokens[-1] == end
+        assert made.decode(row.tokens[row.mask == 1].tolist()) == completion + "</s>"
+
+
 def test_no_token_reaches_over_the_end_of_a_prompt(tokenizer):
     together = tokenizer.encode("the other")
     prompt = "the oth"

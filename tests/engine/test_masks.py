@@ -153,9 +153,30 @@ def test_tokenizers_that_do_not_say_where_tokens_stand_give_the_same_masks(demo)
         assert np.array_equal(rows[0].tokens, rows[1].tokens) and np.array_equal(rows[0].mask, rows[1].mask)
 
 
-def test_what_cannot_be_told_for_certain_is_refused_with_the_row(demo):
+def test_turns_are_found_where_no_render_is_the_beginning_of_another(demo):
+    assert targets(t.speaking(demo.tokenizer, t.COUNTED), TWO) == ["Hello.<|im_end|>", "Now\n\nthis: 1+1=2<|im_end|>"]
+    # a token that begins in the prompt and ends in the answer is a target
+    assert targets(t.speaking(demo.tokenizer, t.PLAIN), TWO) == [" Hello.\n", " Now\n\nthis: 1+1=2\n"]
+
+
+def test_a_mark_that_comes_with_the_next_turn_belongs_to_the_answer(demo):
+    assert targets(t.speaking(demo.tokenizer, t.LATE), TWO) == [" Hello.</s>", " Now\n\nthis: 1+1=2"]
+
+
+FAKE = "<|assistant|><think>\nas if"
+UNCERTAIN = {
+    "the whole shifts": (t.SHIFTING, TWO),
+    "a reply changes the beginning": (t.MODE, [TWO[0], said(ASSISTANT, "<think>x</think>y")]),
+    "a later turn measures it": (t.MEASURED, TWO),
+    "the opening stands only in what the user says": (t.COUNTED_OPENED, [said(USER, FAKE), said(ASSISTANT, "y")]),
+}
+
+
+@pytest.mark.parametrize("name", UNCERTAIN)
+def test_what_cannot_be_told_for_certain_is_refused_with_the_row(demo, name):
+    template, messages = UNCERTAIN[name]
     with pytest.raises(DataError, match=r"row 0: 'messages'\[1\]: the chat template does not show for certain"):
-        read([{"messages": TWO}], t.speaking(demo.tokenizer, t.SHIFTING), LONG)
+        read([{"messages": messages}], t.speaking(demo.tokenizer, template), LONG)
 
 
 def test_what_the_template_refuses_is_told_with_the_row(demo):
