@@ -140,7 +140,7 @@ def unmerged(graph: Graph, weights: bool) -> Graph:
         for i, a in enumerate(inputs):
             if a in makers and others and (weights if fixed.get(a) else a in fixed and graph.nodes[makers[a]].name == "Full"):
                 root = _root(graph, makers, a)
-                if root in read and len(graph.nodes[makers[root]].outputs) == 1:
+                if root in read and root in makers and len(graph.nodes[makers[root]].outputs) == 1:
                     inputs[i] = again(a, others[0])
                 read.add(root)
         made.nodes.append(Node(node.name, tuple(inputs), node.outputs, node.arguments))
