@@ -6,14 +6,16 @@ Runs on the MLX thread. Knows no memory.
 from __future__ import annotations
 
 import json
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from qlab.core.config import QuantConfig, stock_config
 from qlab.engine.load import ASSETS
-from qlab.engine.skeleton import describe, skeleton
+from qlab.engine.skeleton import describe, model_classes, skeleton
 from qlab.engine.trace import stored
 from qlab.errors import ConfigError, LoadError
 
@@ -36,8 +38,17 @@ def structure(source: str | Path | dict[str, Any]) -> tuple[nn.Module, str, dict
     """
     config, name = (source, "") if isinstance(source, dict) else _read(source)
     check(config)
-    module = skeleton(config)
+    try:
+        module = skeleton(config)
+    except LoadError:
+        if missing := _missing(config):
+            needs = f"which a {config['model_type']!r} model needs"
+            raise ConfigError(f"The config has no {' and no '.join(missing)}, {needs}.") from None
+        raise
     notes = []
+    dtype = config.get("torch_dtype") or config.get("dtype")
+    if dtype is not None and not isinstance(getattr(mx, str(dtype), None), mx.Dtype):
+        notes.append(f"config.json says that the weights are {dtype}, which MLX does not have; they are counted as bfloat16.")
     configs = _configs(module, config)
     if configs:
         module = stored(module, configs)
@@ -59,6 +70,9 @@ def check(config: dict[str, Any]) -> None:
     Raises:
         ConfigError: names the field and what it should be.
     """
+    for key in ("text_config", "quantization", "quantization_config"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ConfigError(f"The config's {key}={config[key]!r} is not legal; it is a block of settings.")
     for part in (config, config.get("text_config") or {}):
         for key in _COUNTS:
             value = part.get(key)
@@ -74,6 +88,12 @@ def check(config: dict[str, Any]) -> None:
                 f"The config contradicts itself: hidden_size={width} is not a multiple of num_attention_heads={heads}, "
                 "and there is no head_dim."
             )
+
+
+def _missing(config: dict[str, Any]) -> list[str]:
+    """Names of the fields that a model cannot do without and that a config does not have."""
+    needed = [f for f in fields(model_classes(config)[1]) if f.default is MISSING and f.default_factory is MISSING]
+    return [f.name for f in needed if config.get(f.name) is None]
 
 
 def _read(source: str | Path) -> tuple[dict[str, Any], str]:
@@ -126,6 +146,8 @@ def _configs(module: nn.Module, config: dict[str, Any]) -> dict[str, QuantConfig
         entry = own.get(layer.path) or block.get(layer.path, block)
         if isinstance(entry, dict) and "bits" in entry:
             make = QuantConfig if layer.path in own else stock_config
+            if "group_size" not in entry:
+                raise ConfigError("The config's quantization block has no group_size.")
             wanted = make(entry.get("mode", "affine"), entry["bits"], entry["group_size"])
             if layer.refusal(wanted) is None:
                 found[layer.path] = wanted
