@@ -50,10 +50,10 @@ def estimate(
     """Foresee the peak memory of training.
 
     Args:
-        model: what ``qlab.load`` returned, a ``Quantizer`` (its plan counts), contents of a config.json, the path of one or
-            of its folder, or a hub id. No weights are read.
-        quant: storage of the weights; None leaves them as the config has them.
-        adapter: None is ``LoRAConfig()``.
+        model: what ``qlab.load`` returned, a ``Quantizer`` or an ``Adapter`` (their plan and config count), contents of a
+            config.json, the path of one or of its folder, or a hub id. No weights are read.
+        quant: storage of the weights; None leaves them as the config, or the quantizer, has them.
+        adapter: None is the adapter's own config, or ``LoRAConfig()``.
         train: None is ``TrainConfig()``.
         level: ``formula`` (at once), ``traced`` (seconds) or ``measured`` (runs one real step of a loaded model).
         machine: budget to judge by: a name such as ``"16 GB Mac"``, bytes, or None for this machine's free memory.
@@ -70,6 +70,9 @@ def estimate(
         raise ConfigError(f"level={level!r} is not legal; choose one of {', '.join(LEVELS)}.{nearest(level, LEVELS)}")
     given = (model, quant, adapter, train)
     sources, storages, loras, runs = (list(x) if isinstance(x, (list, tuple)) else [x] for x in given)
+    for name, values in (("model", sources), ("quant", storages), ("adapter", loras), ("train", runs)):
+        if not values:
+            raise ConfigError(f"{name}=[] is empty; give at least one.")
     rows = []
     for source in sources:
         forecast = _forecast(source)
