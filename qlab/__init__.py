@@ -21,6 +21,7 @@ _HOME = {
     "Quantizer": "qlab.quantizer",
     "Adapter": "qlab.adapter",
     "Trainer": "qlab.trainer",
+    "runs": "qlab.trainer",
     "QuantConfig": "qlab.core.config",
     "QuantPlan": "qlab.core.config",
     "QuantReport": "qlab.core.report",

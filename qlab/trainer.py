@@ -16,14 +16,19 @@ from qlab.core.rows import Rows
 from qlab.core.run import RunReport, RunState, StepEvent, Voice, seconds_left, summary
 from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine import checkpoint, prepare, run_folder
+from qlab.engine.adapter_files import save_adapter
 from qlab.engine.data import read
 from qlab.engine.feed import Feed
 from qlab.engine.job import mlx_call
+from qlab.engine.recipe import to_yaml
 from qlab.engine.session import Made, Session
 from qlab.errors import BusyError, ConfigError
 from qlab.estimation import estimate
+from qlab.judging import judged
 from qlab.model import Model
 from qlab.rebuild import rebuilt
+from qlab.views.judged import Judged
+from qlab.views.runs import Runs
 from qlab.views.trainer import TrainerPanel
 from qlab.views.trainer_text import html, page, text_line
 
@@ -119,8 +124,7 @@ class Trainer:
 
     def wait(self) -> RunReport:
         """Wait for the end of a run that was started."""
-        self._session.wait()
-        return self.report
+        return self._session.wait() or self.report
 
     def pause(self) -> None:
         """Hold after the present step; ``resume`` goes on."""
@@ -139,7 +143,7 @@ class Trainer:
 
     @property
     def config(self) -> TrainConfig:
-        """The run as a value; its repr pastes back."""
+        """The run; its repr pastes back."""
         return self._session.config
 
     @property
@@ -230,6 +234,36 @@ class Trainer:
         self._show()
         return text
 
+    def evaluate(self, rows: Any = None, golden: Iterable[Any] = (), match: Any = "exact", max_tokens: int = 64) -> Judged:
+        """Judge the adapter as it is now beside its base and the unquantized model; blocks.
+
+        Args:
+            rows: not trained on; None takes those held out.
+            golden, match, max_tokens: see ``qlab.judging.judged``.
+
+        Raises:
+            ConfigError, DataError: there is nothing to judge by, or it has faults.
+        """
+        mlx_call(self._hand_over)
+        held = self.held if rows is None else self._read(rows, self.config)
+        return judged(self.adapter, held, golden, match, self.prompts, max_tokens)
+
+    def to_yaml(self, data: str, model: str | None = None) -> str:
+        """Return the same run for stock ``mlx_lm.lora --config``; its comments say what mlx-lm does differently.
+
+        Args:
+            data: folder with ``train.jsonl`` and ``valid.jsonl``.
+            model: folder of the base; None is where it was loaded from, if it was not quantized here.
+
+        Raises:
+            ConfigError: mlx-lm cannot do that, or the base has no folder.
+        """
+        base = self.adapter.base
+        if model is None and base.plan is not None:
+            raise ConfigError("The base was quantized here; save it with a.base.save(path) and give model=path.")
+        lora, feed = self.adapter.config, self._feed
+        return to_yaml(model or base.source, base.spec, lora, self.config, data, rows=self.rows.kind, iters=feed.iters)
+
     def load_best(self) -> Adapter:
         """Give the adapter the parameters with the best validation loss; return it.
 
@@ -304,7 +338,7 @@ class Trainer:
     def _make(self, base: Model, lora: LoRAConfig, parameters: Any) -> Made:
         """Make the run ready, at its first start; on the MLX thread."""
         spec, config = base.spec, self.config
-        kept = checkpoint.Checkpoints(self.path, lambda path, arrays: checkpoint.write_adapter(path, arrays, lora, spec))
+        kept = checkpoint.Checkpoints(self.path, lambda path, arrays: save_adapter(path, arrays, lora, spec, base.source))
         held = prepare.validation_batches(self.held, config)
         made = (base.module, spec, lora, config, self._feed, held, parameters, kept, lambda _: self._good())
         task, state, notes = prepare.make_task(*made)
@@ -357,3 +391,9 @@ class Trainer:
         except Exception as error:  # it would vanish in a thread
             self._error = str(error) or type(error).__name__
             self._show()
+
+
+def runs() -> Runs:
+    """Return this kernel's runs side by side: a table, and their curves."""
+    started = [trainer for trainer in RUNS if trainer.status != "idle"]
+    return Runs(tuple(trainer.report for trainer in started), tuple(trainer.events for trainer in started))

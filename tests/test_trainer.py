@@ -194,3 +194,33 @@ def test_the_code_of_a_run_makes_it_again(adapter, tmp_path):
     made = {}
     exec(trainer.state().code.replace("t.start()", "made['t'] = t"), {"qlab": qlab, "a": adapter, "data": ROWS, "made": made})
     assert made["t"].config == CONFIG
+
+
+def test_a_run_is_judged_beside_its_base_and_the_original(demo, tmp_path):
+    q = qlab.Quantizer(demo, bits=2)
+    adapter = qlab.Adapter(q, **SMALL)
+    trainer = qlab.Trainer(adapter, ROWS, CONFIG, val=0.2, path=tmp_path)
+    trainer.run()
+    report = trainer.evaluate(golden=[{"prompt": "The house", "expected": "x"}], max_tokens=2)
+    assert [column.name for column in report.columns] == ["full precision", "quantized", "quantized + adapter"]
+    full, bare, adapted = report.columns
+    assert full.kl_nats == 0 and bare.kl_nats > 0.05 and bare.nll != adapted.nll
+    assert "<table" in report._repr_html_() and len(report.samples) == 1
+    assert len(qlab.runs()) >= 1 and trainer.path.name in repr(qlab.runs())
+    q.close()
+
+
+def test_the_run_for_stock_mlx_lm_names_a_saved_base(adapter, base, demo, tmp_path):
+    trainer = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path)
+    with pytest.raises(ConfigError, match="save it with a.base.save"):
+        trainer.to_yaml("data")
+    assert "iters: 6" in trainer.to_yaml("data", model="base-4bit")
+
+
+def test_rows_held_out_by_the_user_and_none_at_all(adapter, tmp_path):
+    none = qlab.Trainer(adapter, ROWS, CONFIG, val=0, path=tmp_path)
+    assert none.held is None and len(none.rows) == 30
+    with pytest.raises(ConfigError, match="nothing to judge by"):
+        none.evaluate()
+    own = qlab.Trainer(adapter, ROWS, CONFIG, val=ROWS[:3], path=tmp_path)
+    assert len(own.held) == 3 and len(own.rows) == 30

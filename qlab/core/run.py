@@ -180,7 +180,8 @@ def summary(history: tuple[StepEvent, ...]) -> dict[str, Any]:
 
 def seconds_left(history: tuple[StepEvent, ...], iters: int) -> float:
     """Expect the time that the rest takes from the median of the last steps; NaN before there is one."""
-    recent = [b.seconds - a.seconds for a, b in zip(history[-21:-1], history[-20:], strict=False) if b.step > 1]
+    last = history[-21:]
+    recent = [b.seconds - a.seconds for a, b in zip(last, last[1:], strict=False)]
     if not recent:
         return nan
     return sorted(recent)[len(recent) // 2] * (iters - history[-1].step)

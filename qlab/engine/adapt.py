@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from qlab.core.spec import ModelSpec
 from qlab.core.training import LoRAConfig
-from qlab.engine.device import wants_float32
+from qlab.engine.device import backend, wants_float32
 from qlab.engine.step import Compute, attach
 from qlab.errors import ConfigError, WeightsError, nearest
 
@@ -59,6 +59,23 @@ def twin_with(module: nn.Module, spec: ModelSpec, lora: LoRAConfig, parameters: 
     made.freeze()
     made.eval()
     mx.eval(made.parameters())
+    return made
+
+
+def twin_for_rows(module: nn.Module, spec: ModelSpec, lora: LoRAConfig | None, parameters: Mapping[str, mx.array]) -> nn.Module:
+    """Return a twin of a model for many tokens at once: its products are made from dequantized weights where that is faster.
+
+    Args:
+        module: the model; it is not changed.
+        spec: its layers.
+        lora: the adapters; None for the bare model.
+        parameters: their arrays by path.
+    """
+    compute = Compute(mx.float32 if wants_float32() else None, backend() != "metal")
+    made = attach(module, spec, lora, compute, False)
+    made.update(tree_unflatten(list(parameters.items())))
+    made.freeze()
+    made.eval()
     return made
 
 

@@ -19,8 +19,6 @@ from typing import Any
 import mlx.core as mx
 
 from qlab.core.run import Mark, StepEvent
-from qlab.core.spec import ModelSpec
-from qlab.core.training import LoRAConfig
 from qlab.engine.load import check_safetensors
 from qlab.engine.step import Arrays
 from qlab.errors import LoadError, SaveError
@@ -57,27 +55,6 @@ class TrainState:
     stale: int = 0
     skipped: int = 0
     history: list[StepEvent] = field(default_factory=list)
-
-
-def write_adapter(path: Path, parameters: Arrays, lora: LoRAConfig, spec: ModelSpec) -> None:
-    """Write an adapter folder as mlx-lm lays it out (``mlx_lm.tuner.utils.load_adapters``); qlab's own facts stand beside.
-
-    Raises:
-        OSError, RuntimeError: the place cannot be written.
-    """
-    targets = lora.targets(spec)
-    blocks = {layer.block for layer in spec.layers} - {None}
-    facts = {
-        "fine_tune_type": lora.kind,
-        "num_layers": len(blocks) if lora.num_layers < 0 else lora.num_layers,
-        "lora_parameters": {
-            "rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout, "keys": sorted({x.role for x in targets}),
-        },
-        "qlab": asdict(lora),
-    }  # fmt: skip
-    path.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(path / "adapters.safetensors"), parameters)
-    (path / "adapter_config.json").write_text(json.dumps(facts, indent=1))
 
 
 def read_parameters(path: Path) -> Arrays:
