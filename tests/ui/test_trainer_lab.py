@@ -36,7 +36,7 @@ def test_a_run_is_started_watched_steered_and_stopped_while_the_kernel_stays_fre
     panel.locator("button", has_text="pause").first.click()
     expect(page.locator(".qlab-word").first).to_contain_text("paused")
     panel.locator("button", has_text="resume").first.click()
-    expect(page.locator(".qlab-word").first).to_contain_text("running")
+    expect(page.locator(".qlab-word").first).to_contain_text("training")
     panel.locator("button", has_text="stop").first.click()
     expect(page.locator(".qlab-word").first).to_contain_text("stopped")
     run_cell(page, 2)
