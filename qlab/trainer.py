@@ -17,7 +17,7 @@ from qlab.core.run import RunReport, RunState, StepEvent, Voice, seconds_left, s
 from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine import checkpoint, prepare, run_folder
 from qlab.engine.adapter_files import save_adapter
-from qlab.engine.data import read
+from qlab.engine.data import read, report
 from qlab.engine.feed import Feed
 from qlab.engine.job import mlx_call
 from qlab.engine.recipe import to_yaml
@@ -27,6 +27,7 @@ from qlab.estimation import estimate
 from qlab.judging import judged
 from qlab.model import Model
 from qlab.rebuild import rebuilt
+from qlab.views.data import DataView
 from qlab.views.judged import Judged
 from qlab.views.runs import Runs
 from qlab.views.trainer import TrainerPanel
@@ -50,7 +51,7 @@ class Trainer:
         adapter: what to train; its base is frozen.
         data: rows: ``text``, ``prompt`` and ``completion``, or ``messages``; a list, a ``datasets`` set, or a path.
         config: None is ``TrainConfig()``.
-        val: rows to judge by, or the share of the rows to hold out; None is 5 % (none of fewer than 20 rows), 0 is none.
+        val: rows to judge by, or how many to hold out (a share below 1); None is 5 % (none of fewer than 20 rows), 0 none.
         path: folder for checkpoints; None is ``runs/<model>-<time>``.
         prompts: asked at every validation, so that the model's voice can be heard to change.
         callbacks: called with every ``StepEvent``, on the MLX thread; one that fails is told and called no more.
@@ -141,15 +142,11 @@ class Trainer:
         self._session.stop()
         self._show()
 
-    @property
-    def config(self) -> TrainConfig:
-        """The run; its repr pastes back."""
-        return self._session.config
+    config = property(lambda self: self._session.config, doc="The run, a ``TrainConfig``; its repr pastes back.")
 
-    @property
-    def status(self) -> str:
-        """``idle``, ``running``, ``paused``, ``stopped``, ``done`` or ``failed``."""
-        return self._session.status
+    status = property(
+        lambda self: self._session.status, doc="``idle``, ``running``, ``paused``, ``stopped``, ``done``, ``failed``."
+    )
 
     @property
     def learning_rate(self) -> float:
@@ -182,6 +179,11 @@ class Trainer:
     # --- what comes of it -------------------------------------------------------------------------------------------
 
     @property
+    def data(self) -> DataView:
+        """What is trained on, token by token: targets, masked, cut; lengths, padding, duplicates, dropped rows."""
+        return DataView(report(self._feed, self.adapter.model.tokenizer, self.held))
+
+    @property
     def events(self) -> tuple[StepEvent, ...]:
         """Every event so far."""
         return self._session.events
@@ -211,8 +213,7 @@ class Trainer:
         """Memory that a step with the largest batch will take, foreseen by formula or measured by ``probe``."""
         if self._predicted is None:
             adapter = self.adapter
-            source = adapter if adapter.model.plan is None and adapter.plan else adapter.model
-            self._predicted = estimate(source, adapter=adapter.config, train=prepare.largest(self.config, self._feed))
+            self._predicted = self._foreseen(adapter if adapter.model.plan is None and adapter.plan else adapter.model)
         return self._predicted
 
     def probe(self) -> MemoryEstimate:
@@ -222,8 +223,7 @@ class Trainer:
             BusyError: the run is under way.
         """
         self._check_still()
-        train = prepare.largest(self.config, self._feed)
-        self._predicted = estimate(self.adapter.base, adapter=self.adapter.config, train=train, level="measured")
+        self._predicted = self._foreseen(self.adapter.base, "measured")
         return self._predicted
 
     def generate(self, prompt: str, max_tokens: int = 64) -> str:
@@ -234,19 +234,20 @@ class Trainer:
         self._show()
         return text
 
-    def evaluate(self, rows: Any = None, golden: Iterable[Any] = (), match: Any = "exact", max_tokens: int = 64) -> Judged:
+    def evaluate(self, rows: Any = None, golden: Iterable[Any] = (), **settings: Any) -> Judged:
         """Judge the adapter as it is now beside its base and the unquantized model; blocks.
 
         Args:
             rows: not trained on; None takes those held out.
-            golden, match, max_tokens: see ``qlab.judging.judged``.
+            golden: dicts with ``prompt`` and ``expected``.
+            settings: ``match`` and ``max_tokens``, see ``qlab.judging.judged``.
 
         Raises:
             ConfigError, DataError: there is nothing to judge by, or it has faults.
         """
         mlx_call(self._hand_over)
         held = self.held if rows is None else self._read(rows, self.config)
-        return judged(self.adapter, held, golden, match, self.prompts, max_tokens)
+        return judged(self.adapter, held, golden, prompts=self.prompts, **settings)
 
     def to_yaml(self, data: str, model: str | None = None) -> str:
         """Return the same run for stock ``mlx_lm.lora --config``; its comments say what mlx-lm does differently.
@@ -299,8 +300,7 @@ class Trainer:
 
     def to_html(self, path: str) -> str:
         """Write the run so far as one self-contained file; return its path."""
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page(self.state()))
+        Path(path).write_text(page(self.state()), encoding="utf-8")
         return path
 
     def close(self) -> None:
@@ -330,6 +330,9 @@ class Trainer:
     @property
     def _steps(self) -> int:
         return self._session.state.step if self._session.state is not None else 0
+
+    def _foreseen(self, source: Any, level: str = "formula") -> MemoryEstimate:
+        return estimate(source, adapter=self.adapter.config, train=prepare.largest(self.config, self._feed), level=level)
 
     def _check_still(self) -> None:
         if self._session.active:
@@ -395,5 +398,5 @@ class Trainer:
 
 def runs() -> Runs:
     """Return this kernel's runs side by side: a table, and their curves."""
-    started = [trainer for trainer in RUNS if trainer.status != "idle"]
-    return Runs(tuple(trainer.report for trainer in started), tuple(trainer.events for trainer in started))
+    started = [t for t in RUNS if t.status != "idle"]
+    return Runs(tuple(t.report for t in started), tuple(t.events for t in started))

@@ -224,3 +224,6 @@ def test_rows_held_out_by_the_user_and_none_at_all(adapter, tmp_path):
         none.evaluate()
     own = qlab.Trainer(adapter, ROWS, CONFIG, val=ROWS[:3], path=tmp_path)
     assert len(own.held) == 3 and len(own.rows) == 30
+    counted = qlab.Trainer(adapter, ROWS, CONFIG, val=4, path=tmp_path)
+    assert len(counted.held) == 4 and len(counted.rows) == 26
+    assert "<ins" in counted.data._repr_html_() and "26" in repr(counted.data)

@@ -26,18 +26,20 @@ _MOST_HELD = 100
 _FEW = 20  # rows below which none are held out
 
 
-def held_out(rows: Rows, share: float | None, seed: int) -> tuple[Rows, Rows | None]:
+def held_out(rows: Rows, wanted: float | None, seed: int) -> tuple[Rows, Rows | None]:
     """Split rows into those to train on and those to judge by.
 
     Args:
         rows: all.
-        share: to hold out; None is 5 %, at most 100 rows, and none of fewer than 20; 0 is none.
+        wanted: to hold out: a number, or a share below 1; None is 5 %, at most 100 rows, and none of fewer than 20; 0 is none.
         seed: of the choice.
+
+    Raises:
+        DataError: so many cannot be held out.
     """
-    count = min(round(_SHARE * len(rows)), _MOST_HELD) if share is None else round(share * len(rows))
-    if share is None and len(rows) < _FEW or not count:
-        return rows, None
-    return rows.split(count, seed)
+    if wanted is None:
+        wanted = min(round(_SHARE * len(rows)), _MOST_HELD) if len(rows) >= _FEW else 0
+    return rows.split(wanted, seed) if wanted else (rows, None)
 
 
 def describe(feed: Feed, held: Rows | None) -> str:
