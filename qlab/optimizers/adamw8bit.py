@@ -48,6 +48,7 @@ class _Optimizer(optim.Optimizer):
         super().__init__()
         self._maybe_schedule("learning_rate", learning_rate)
         self.betas, self.eps, self.weight_decay = (0.9, 0.999), 1e-8, weight_decay
+        self._codes = {"m": _Codes(signed=True), "v": _Codes(signed=False)}
 
     def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
         whole = parameter.size < _LEAST
@@ -58,7 +59,7 @@ class _Optimizer(optim.Optimizer):
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
         slope, rate = gradient.astype(mx.float32), self.learning_rate.astype(mx.float32)
-        m, v = (_grow(state, name) for name in ("m", "v"))
+        m, v = (self._read(state, name) for name in ("m", "v"))
         m = self.betas[0] * m + (1 - self.betas[0]) * slope
         v = self.betas[1] * v + (1 - self.betas[1]) * mx.square(slope)
         # 1 − β^t without the digits that the difference would lose
@@ -66,33 +67,46 @@ class _Optimizer(optim.Optimizer):
         corrected, root = (-mx.expm1(t * math.log(beta)) for beta in self.betas)
         move = m / (mx.sqrt(v) / mx.sqrt(root) + self.eps)
         new = parameter.astype(mx.float32) * (1 - rate * self.weight_decay) - rate / corrected * move
-        _shrink(state, "m", m)
-        _shrink(state, "v", v)
+        self._write(state, "m", m)
+        self._write(state, "v", v)
         return new.astype(parameter.dtype)
 
+    def _read(self, state: dict[str, mx.array], name: str) -> mx.array:
+        whole = state[name].dtype == mx.float32
+        return state[name] if whole else self._codes[name].values(state[name], state[f"{name}_scale"])
 
-def _grow(state: dict[str, mx.array], name: str) -> mx.array:
-    """Return a moment as float32, in the shape of the parameter."""
-    if state[name].dtype == mx.float32:
-        return state[name]
-    codes = state[name]
-    values = mx.take(mx.array(dynamic_map(name == "m")), _blocks(codes)) * state[f"{name}_scale"][:, None]
-    return values.reshape(-1)[: codes.size].reshape(codes.shape)
+    def _write(self, state: dict[str, mx.array], name: str, values: mx.array) -> None:
+        if state[name].dtype == mx.float32:
+            state[name] = values
+        else:
+            state[name], state[f"{name}_scale"] = self._codes[name].codes(values)
 
 
-def _shrink(state: dict[str, mx.array], name: str, values: mx.array) -> None:
-    """Store a moment."""
-    if state[name].dtype == mx.float32:
-        state[name] = values
-        return
-    blocks, (base, edge) = _blocks(values), (mx.array(part) for part in search_table(name == "m"))
-    scale = mx.abs(blocks).max(1)
-    scaled = blocks * (1 / mx.maximum(scale, _SMALLEST))[:, None]
-    bucket = scaled.view(mx.uint32) >> 16
-    codes = mx.take(base, bucket) + (scaled > mx.take(edge, bucket)).astype(mx.uint8)
-    if name == "v":
-        codes = mx.maximum(codes, (blocks > 0).astype(mx.uint8))
-    state[name], state[f"{name}_scale"] = codes.reshape(-1)[: values.size].reshape(values.shape), scale
+class _Codes:
+    """Numbers as codes of a dynamic map, in blocks that share a scale; an unsigned number above zero stays above zero.
+
+    Holds the tables once: a compiled step keeps each array that it is given as a constant.
+    """
+
+    def __init__(self, signed: bool) -> None:
+        self._signed = signed
+        self._map, self._base, self._edge = (mx.array(t) for t in (dynamic_map(signed), *search_table(signed)))
+
+    def values(self, codes: mx.array, scale: mx.array) -> mx.array:
+        """Return float32 numbers in the shape of their codes."""
+        blocks = mx.take(self._map, _blocks(codes)) * scale[:, None]
+        return blocks.reshape(-1)[: codes.size].reshape(codes.shape)
+
+    def codes(self, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Return uint8 codes in the shape of the numbers, and float32 scales ``(blocks,)``."""
+        blocks = _blocks(values)
+        scale = mx.abs(blocks).max(1)
+        scaled = blocks * (1 / mx.maximum(scale, _SMALLEST))[:, None]
+        bucket = scaled.view(mx.uint32) >> 16
+        codes = mx.take(self._base, bucket) + (scaled > mx.take(self._edge, bucket)).astype(mx.uint8)
+        if not self._signed:
+            codes = mx.maximum(codes, (blocks > 0).astype(mx.uint8))
+        return codes.reshape(-1)[: values.size].reshape(values.shape), scale
 
 
 def _blocks(values: mx.array) -> mx.array:
