@@ -15,15 +15,17 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from qlab.core.advice import Change
-from qlab.core.budget import budget
+from qlab.core.budget import budget, foreign
 from qlab.core.config import QuantConfig, QuantPlan
 from qlab.core.estimate_panel import BUDGETS, EstimateState
 from qlab.core.memory import LEVELS, EstimateTable, MemoryEstimate, Setup
 from qlab.core.panel import Machine, Progress
 from qlab.core.training import LoRAConfig, TrainConfig
+from qlab.engine.device import backend
 from qlab.engine.device import machine as _machine
 from qlab.engine.forecast import Forecast
 from qlab.engine.job import Latest, mlx_call
+from qlab.engine.link import Link, config_of
 from qlab.engine.structure import context, structure
 from qlab.engine.sweep import Sweep
 from qlab.errors import ConfigError, LoadError, QlabError, nearest
@@ -35,7 +37,6 @@ Source = Any  # a Model, a Quantizer, an Adapter, a config dict, a path or a hub
 _REST_S = 0.4  # sliders must rest so long before a whole step is traced
 _AROUND_S = 20.0  # time spent at most on reading ahead
 _KEPT = 64  # estimates remembered by a panel
-_STORAGE, _SIZE = ("mode", "bits", "group_size", "overrides"), ("rank", "scale", "num_layers")
 
 
 def estimate(
@@ -78,18 +79,19 @@ def estimate(
         forecast = _forecast(source)
         place = _place(forecast) if machine is None else budget(machine)
         for storage, lora, run in product(storages, loras, runs):
-            lora_ = lora if lora is not None else _config_of(source)
+            lora_ = lora if lora is not None else config_of(source)
             setup = Setup(_plan(storage, source), _of(LoRAConfig, lora_, "adapter"), _of(TrainConfig, run, "train"))
-            link = _Link(source, storage is None, lora is None)
+            link = Link(source, storage is None, lora is None)
             rows.append(_estimate(forecast, setup, place, level, link))
     return EstimateTable(tuple(rows)) if any(isinstance(x, (list, tuple)) for x in given) else rows[0]
 
 
-def _estimate(forecast: Forecast, setup: Setup, place: Machine, level: str, link: _Link) -> MemoryEstimate:
-    return _asking(mlx_call(forecast.estimate, setup, place, level), forecast, link)
+def _estimate(forecast: Forecast, setup: Setup, place: Machine, level: str, link: Link) -> MemoryEstimate:
+    est = mlx_call(forecast.estimate, setup, place, level)
+    return _asking(replace(est, notes=(*est.notes, *foreign(place, mlx_call(backend)))), forecast, link)
 
 
-def _asking(est: MemoryEstimate, forecast: Forecast, link: _Link) -> MemoryEstimate:
+def _asking(est: MemoryEstimate, forecast: Forecast, link: Link) -> MemoryEstimate:
     """Return an estimate that can be asked for others, and has a panel."""
 
     def again(other: Setup) -> MemoryEstimate:
@@ -140,67 +142,12 @@ def _plan(storage: Any, source: Any) -> QuantPlan | None:
     raise ConfigError(f"quant={storage!r} is not legal; give a QuantConfig, a QuantPlan or None.")
 
 
-def _config_of(source: Any) -> LoRAConfig | None:
-    """The adapter that a source brings along."""
-    found = getattr(source, "config", None)
-    return found if isinstance(found, LoRAConfig) else None
-
-
 def _of(kind: Any, value: Any, name: str) -> Any:
     if value is None:
         return kind()
     if isinstance(value, kind):
         return value
     raise ConfigError(f"{name}={value!r} is not legal; give a {kind.__name__} or None.")
-
-
-class _Link:
-    """Traits of a quantizer or an adapter that move together with the sliders of an estimate.
-
-    Args:
-        source: what was estimated.
-        storage: whether its storage counts, not one given beside it.
-        size: whether its adapter counts.
-    """
-
-    def __init__(self, source: Any, storage: bool, size: bool) -> None:
-        holder = source if hasattr(source, "bits") else getattr(source, "quantizer", None)
-        self.storage = holder if storage and hasattr(holder, "observe") else None
-        self.adapter = source if size and hasattr(source, "observe") and _config_of(source) else None
-
-    @property
-    def label(self) -> str:
-        """What moves along, in a word."""
-        return "quantizer" if self.storage is not None else "adapter" if self.adapter is not None else ""
-
-    def follow(self, heard: Any) -> None:
-        """Call ``heard`` with every change of a trait."""
-        for holder, names in ((self.storage, _STORAGE), (self.adapter, _SIZE)):
-            if holder is not None:
-                holder.observe(heard, list(names))
-
-    def leave(self, heard: Any) -> None:
-        """Stop to call."""
-        for holder, names in ((self.storage, _STORAGE), (self.adapter, _SIZE)):
-            if holder is not None:
-                holder.unobserve(heard, list(names))
-
-    def pull(self, setup: Setup) -> Setup:
-        """Return a setup as the traits have it now."""
-        plan = self.storage.plan if self.storage is not None else setup.plan
-        return replace(setup, plan=plan, adapter=self.adapter.config if self.adapter is not None else setup.adapter)
-
-    def push(self, setup: Setup) -> None:
-        """Set the traits as a setup has them."""
-        plan, lora = setup.plan, setup.adapter
-        if self.storage is not None and plan is not None and plan != self.storage.plan:
-            with self.storage.hold_trait_notifications():
-                default = plan.default
-                self.storage.mode, self.storage.bits, self.storage.group_size = default.mode, default.bits, default.group_size
-                self.storage.overrides = dict(plan.overrides)
-        if self.adapter is not None and lora != self.adapter.config:
-            with self.adapter.hold_trait_notifications():
-                self.adapter.rank, self.adapter.scale, self.adapter.num_layers = lora.rank, lora.scale, lora.num_layers
 
 
 class LiveEstimate:
@@ -212,10 +159,10 @@ class LiveEstimate:
         link: what moves along.
     """
 
-    def __init__(self, first: MemoryEstimate, forecast: Forecast, link: _Link) -> None:
+    def __init__(self, first: MemoryEstimate, forecast: Forecast, link: Link) -> None:
         self._forecast, self._link, self._setup, self._place = forecast, link, first.setup, first.machine
         self._band = first.band if first.measured_peak is None else first.again(first.setup).band
-        self._here = _place(forecast)
+        self._here, self._backend = _place(forecast), mlx_call(backend)
         named = [budget(name) for name in BUDGETS]
         self._budgets = list({m.label: m for m in (self._here, *named, first.machine)}.values())
         self._known = {first.setup: first}
@@ -239,7 +186,11 @@ class LiveEstimate:
         setup = self._setup
         if setup not in self._known:
             self._learn(mlx_call(self._forecast.estimate, setup, self._place))
-        return _asking(replace(self._known[setup], machine=self._place), self._forecast, self._link)
+        return _asking(replace(self._known[setup], machine=self._place, notes=self._notes), self._forecast, self._link)
+
+    @property
+    def _notes(self) -> tuple[str, ...]:
+        return (*self._forecast.notes, *foreign(self._place, self._backend))
 
     @property
     def widget(self) -> Any:
@@ -255,7 +206,7 @@ class LiveEstimate:
         return EstimateState(
             spec=self._forecast.spec,
             setup=setup,
-            estimate=replace(known, machine=place) if known else None,
+            estimate=replace(known, machine=place, notes=self._notes) if known else None,
             reach=self._sweep.reach,
             machine=place,
             budgets=tuple(self._budgets),
@@ -266,7 +217,7 @@ class LiveEstimate:
             error=self._jobs.error,
             loaded=self._forecast.held_nbytes > 0,
             linked=self._link.label,
-            notes=self._forecast.notes,
+            notes=self._notes,
         )
 
     def to_html(self, path: str) -> str:
@@ -305,7 +256,6 @@ class LiveEstimate:
     # --- within -----------------------------------------------------------------------------------------------------
 
     def _learn(self, est: MemoryEstimate) -> None:
-        """Remember an estimate, unless a better one of that setup is known."""
         known = self._known.get(est.setup)
         if known is None or LEVELS.index(est.level) >= LEVELS.index(known.level):
             self._known = {**dict(list(self._known.items())[-_KEPT:]), est.setup: est}
@@ -375,7 +325,6 @@ class LiveEstimate:
             self._jobs.start(self._work)
 
     def _do_bye(self, intent: dict[str, Any]) -> None:
-        """A view has gone; with the last one, nothing is followed any more."""
         self._views = max(self._views - 1, 0)
         if not self._views:
             self._link.leave(self._on_source)

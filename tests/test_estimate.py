@@ -184,7 +184,15 @@ def test_changes_fit_and_the_least_cost_comes_first(est):
 
 
 def test_advice_goes_from_16_bits_to_fewer_to_a_smaller_model():
-    wide = {**SMALL, "num_hidden_layers": 40, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "head_dim": 128, "torch_dtype": "bfloat16"}
+    wide = {
+        **SMALL,
+        "num_hidden_layers": 40,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "head_dim": 128,
+        "torch_dtype": "bfloat16",
+    }
     large = qlab.estimate(wide, train=T(max_seq_length=16))
     roomy, narrow, none = large.advise(1e12), large.advise(large.parts["weights"]), large.advise(1e6)
     assert roomy.choice == "LoRA on 16-bit weights" and roomy.estimate.fits(1e12)
@@ -208,7 +216,9 @@ def test_the_levels_agree_and_say_what_they_are(demo, no_record):
 
 def test_the_code_makes_the_same_setup_again():
     plan = P(Q("nf4"), {"model.layers.0.mlp.up_proj": None, "model.layers.1.mlp.up_proj": Q(bits=8)})
-    first = qlab.estimate(SMALL, plan, L(rank=4, keys=("q_proj", "v_proj"), dropout=0.1), T(max_seq_length=32, optimizer="lion", iters=9))
+    first = qlab.estimate(
+        SMALL, plan, L(rank=4, keys=("q_proj", "v_proj"), dropout=0.1), T(max_seq_length=32, optimizer="lion", iters=9)
+    )
     space = {"qlab": qlab, "model": SMALL}
     exec(first.code, space)
     assert space["est"].setup == first.setup
@@ -354,5 +364,7 @@ def test_what_is_counted_otherwise_is_noted():
 
 def test_estimating_reads_no_weights():
     before = mx.get_active_memory()
-    qlab.estimate({**SMALL, "hidden_size": 4096, "num_attention_heads": 32, "head_dim": 128, "intermediate_size": 14336}, Q(), train=SHORT)
+    qlab.estimate(
+        {**SMALL, "hidden_size": 4096, "num_attention_heads": 32, "head_dim": 128, "intermediate_size": 14336}, Q(), train=SHORT
+    )
     assert mx.get_active_memory() - before < 5e6

@@ -47,6 +47,20 @@ def budget(wanted: float | int | str | Machine) -> Machine:
     return Machine(label, int(nbytes), int(nbytes))
 
 
+def foreign(machine: Machine, backend: str) -> tuple[str, ...]:
+    """Say so where a budget is that of another kind of machine than the one whose step is foreseen.
+
+    Args:
+        machine: the budget.
+        backend: ``metal``, ``cuda`` or ``cpu``: whose step it is.
+    """
+    found = _FORM.fullmatch(machine.label)
+    own = {"mac": "metal", "card": "cuda"}.get((found[3] or "").lower() if found else "", backend)
+    if own == backend:
+        return ()
+    return (f"{machine.label} is only the limit: the step is foreseen as this machine's back end ({backend}) takes it.",)
+
+
 def size_text(nbytes: float) -> str:
     """Write a size with its unit; GB = 1e9 bytes."""
     return f"{nbytes / 1e9:.2f} GB" if abs(nbytes) >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -181,7 +181,7 @@ async function render({ model, el, host }) {
     if (p) { meter.max = p[2]; if (p[1]) meter.value = p[1]; else meter.removeAttribute("value"); }
     probe.disabled = !!p && p[0] === "running one step";
     status.textContent = st.error || waiting || (p ? `${p[0]}…` : ""); status.classList.toggle("error", !!st.error);
-    notes.textContent = data.notes.join(" "); notes.hidden = !data.notes.length;
+    notes.textContent = st.notes.join(" "); notes.hidden = !st.notes.length;
   }
   const onState = () => { st = model.get("state"); data = read(model); if (heard(st.ack)) { c = { ...st.choice }; budget = st.budget; if (other.value.trim() === budget[0]) { other.hidden = true; other.value = ""; } } later(); };
   const onData = () => { data = read(model); later(); };

@@ -68,6 +68,7 @@ def choice(state: EstimateState, ack: int | None) -> dict[str, Any]:
         ],
         "own": _own(own),
         "scale": state.setup.adapter.scale,
+        "notes": list(state.notes),
         "progress": [state.progress.what, state.progress.done, state.progress.total] if state.progress else None,
         "error": state.error,
         "ack": ack or 0,
@@ -100,7 +101,7 @@ def _meta(state: EstimateState) -> dict[str, Any]:
         "modes": [[s.name, s.title, s.bits, s.group_sizes, s.default_bits, s.default_group_size]
                   for s in registry.shelf("schemes").values()],
         "adapter": _fields(lora), "train": _fields(train), "rslora": lora.rslora,
-        "loaded": state.loaded, "linked": state.linked, "notes": list(state.notes),
+        "loaded": state.loaded, "linked": state.linked,
     }  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""The estimate panel without a kernel: a table that survives any viewer, and a self-contained page. Sees values, never a model."""
+"""The estimate panel without a kernel: a table that survives any viewer, and a self-contained page.
+
+Sees values, never a model.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +56,9 @@ def _bar(est: MemoryEstimate) -> str:
     free = est.machine.free_nbytes
     near = est.high_nbytes > free / 5
     top = max(est.high_nbytes, free if near else 0, 1) * 1.02
+    width = {name: f"width:{_WIDTH * n / top:.1f}px" for name, n in est.parts.items()}
     parts = "".join(
-        f'<div title="{name} {size_text(n)}" style="float:left;height:16px;width:{_WIDTH * n / top:.1f}px;{_look(est, name)}"></div>'
+        f'<div title="{name} {size_text(n)}" style="float:left;height:16px;{width[name]};{_look(est, name)}"></div>'
         for name, n in est.parts.items()
     )
     limit = f'<div style="width:{_WIDTH * free / top:.1f}px;border-right:2px solid #c00;text-align:right;font-size:11px">'

@@ -48,7 +48,9 @@ def test_trace_follows_sliders_need_no_kernel_and_budgets_judge(notebook):
     expect(page.locator(".qlab-code pre")).to_contain_text("bits=5")
     page.wait_for_timeout(400)
     run_cell(page, 1)
-    page.wait_for_function("[...document.querySelectorAll('.jp-OutputArea-output pre')].some(e => e.innerText.trim() === '(4, 5)')")
+    page.wait_for_function(
+        "[...document.querySelectorAll('.jp-OutputArea-output pre')].some(e => e.innerText.trim() === '(4, 5)')"
+    )
     run_cell(page, 2)
     expect(page.locator(".qlab-code pre")).to_contain_text("bits=3")
     settled(page)
