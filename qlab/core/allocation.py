@@ -40,15 +40,39 @@ class Runahead:
         per_task: dispatches that are handed over together.
         tasks: that may be unfinished.
         shift: dispatches of the first task that are not this graph's.
+        task_nbytes: what the operations of a task may read before it is handed over, however few they are; 0 is no limit.
+        kernels: whether only what computes is a dispatch; off a GPU a view is one, too.
     """
 
     per_task: int = 10
     tasks: int = 11
     shift: int = 0
+    task_nbytes: int = 0
+    kernels: bool = False
 
-    def done(self, issued: int) -> int:
-        """Dispatches that the worker has finished at the latest when this many are issued."""
-        return self.per_task * (-(-(issued + self.shift) // self.per_task) - self.tasks) - self.shift
+
+class _Tasks:
+    """Counts the tasks that a host hands over."""
+
+    def __init__(self, ahead: Runahead) -> None:
+        self._ahead, self._issued, self._nbytes, self.number = ahead, ahead.shift, 0, 1
+
+    def add(self, dispatches: int, nbytes: int) -> int:
+        """Issue an operation; return the number of the task that it ends in."""
+        ahead = self._ahead
+        if ahead.kernels:  # a task that is full is handed over whole
+            if self._issued >= ahead.per_task or ahead.task_nbytes and self._nbytes > ahead.task_nbytes:
+                self._issued, self._nbytes, self.number = 0, 0, self.number + 1
+            self._issued, self._nbytes = self._issued + dispatches, self._nbytes + nbytes
+        else:
+            self._issued += dispatches
+            self.number = -(-self._issued // ahead.per_task)
+        return self.number
+
+    @property
+    def done(self) -> int:
+        """Number of the last task that is finished for certain."""
+        return self.number - self._ahead.tasks
 
 
 class Usage:
@@ -172,7 +196,7 @@ class _Simulation:
             self.readers[a] = self.readers.get(a, 0) + 1
 
     def run(self) -> Usage:
-        issued, first, end = 0, 0, 0
+        tasks, first, end = _Tasks(self.ahead or Runahead()), 0, 0
         for at, n in enumerate(self.steps):
             self.at = at
             node = self.graph.nodes[n]
@@ -191,9 +215,9 @@ class _Simulation:
             for buffer in temporary:
                 buffer.arrays -= 1
                 self._note(buffer, IDLE)
-            issued += self._dispatches(node, len(temporary))
-            self.flying.append((issued, holds))
-            done = self.ahead.done(issued) if self.ahead else issued
+            number = tasks.add(self._dispatches(node, len(temporary)), self._reads_nbytes(node))
+            self.flying.append((number, holds))
+            done = tasks.done if self.ahead else number
             while first < len(self.flying) and self.flying[first][0] <= done:
                 self._land(first)
                 first += 1
@@ -209,10 +233,17 @@ class _Simulation:
 
         A graph that was read has equal scalars and broadcasts merged; evaluated as it was written, every reader has its own.
         """
+        if self.ahead and self.ahead.kernels:
+            return self._own(node) - 1 + copies
         if self._small(node):
             return 0
         own = self._own(node) + copies
         return own + sum(self._scalar(a) for a in node.inputs)
+
+    def _reads_nbytes(self, node: Node) -> int:
+        if not self.ahead or not self.ahead.task_nbytes or self._own(node) == 1:
+            return 0
+        return sum(self.stored[a] * self.graph.arrays[a].itemsize for a in node.inputs)
 
     def _own(self, node: Node) -> int:
         if node.name in _VIEWS or (node.name in _SHAPES and self.buffers[node.outputs[0]].array != node.outputs[0]):

@@ -53,7 +53,13 @@ class _Fusion:
             node = self.nodes[n] if n >= 0 else None
             if n in taken:
                 return
-            if node is None or depth >= _DEPTH or node.name not in FUSABLE or a in self.outputs and self.arrays[a].shape != shape:
+            if (
+                node is None
+                or depth >= _DEPTH
+                or node.name not in FUSABLE
+                or a in self.outputs
+                and self.arrays[a].shape != shape
+            ):
                 edge.add(a)
                 return
             if depth and not all(reader in taken for reader in self.readers.get(a, ())):

@@ -36,8 +36,14 @@ from qlab.engine.trace import stored, whole
 from qlab.engine.update import Update
 from qlab.errors import ConfigError, UnsupportedError
 
-# dispatches handed over together, and how many such tasks may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h)
-RUNAHEAD = {"cpu": Runahead(10, 11), "cuda": Runahead(20, 11), "metal": Runahead(40, 11)}
+# dispatches handed over together and how many such tasks may be unfinished (mlx/backend/*/eval.cpp, device.cpp, mlx/scheduler.h);
+# checked on the CPU (docs/guide/memory_accuracy.md) and on an H100; what Metal holds was read in its source only
+_MIB = 2**20
+RUNAHEAD = {
+    "cpu": Runahead(10, 11),
+    "cuda": Runahead(30, 11, task_nbytes=400 * _MIB, kernels=True),
+    "metal": Runahead(40, 11, task_nbytes=40 * _MIB, kernels=True),
+}
 _SAMPLE = 3  # blocks of each kind in the step that the formula is read from
 _REMEMBERED = 48  # formulas kept
 
@@ -197,7 +203,7 @@ class Forecast:
 
     def by_trace(self, setup: Setup) -> tuple[str, dict[str, int]]:
         """Return the moment of the peak and the bytes of every part, from the whole step."""
-        graph = self._read(self.module, self.configs(setup), setup)
+        graph = self.graph(setup)
         usage = simulate(graph, RUNAHEAD[backend()])
         label = labels(graph, self.vocabulary, _trained(setup.adapter, self.spec))
         at = int(usage.timeline.argmax())
@@ -205,6 +211,10 @@ class Forecast:
         moment = "forward" if at < logits[0] else "loss" if at <= logits[-1] else "backward"
         parts = dict(zip(PARTS, over_time(usage, label, {})[at, :, 0].tolist(), strict=True))
         return moment, {name: round(n) for name, n in (parts | self.inputs(setup)).items()}
+
+    def graph(self, setup: Setup) -> Graph:
+        """Return the whole step of a setup as a graph; nothing is computed."""
+        return self._read(self.module, self.configs(setup), setup)
 
     def _read(self, module: nn.Module, configs: dict[str, QuantConfig], setup: Setup) -> Graph:
         made, train = stored(module, configs), setup.train

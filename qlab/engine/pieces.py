@@ -24,7 +24,6 @@ from qlab.engine.stack import Stack
 from qlab.engine.trace import updated
 from qlab.engine.update import Update
 
-LAST_SIZES = 8  # as engine/stepped.py: the last chunk of the loss has one of so many sizes
 Function = Callable[..., list[mx.array]]
 
 
@@ -164,8 +163,7 @@ class Pieces:
         sums = [self._piece(("zeros", n), lambda n=n: [mx.zeros_like(self.trained[n])], [], False)[0] for n in outer]
         lent = list(zip(weights, examples, strict=True))
         for start in range(0, count, size):
-            part = min(size, count - start)
-            part = max(-(-part * LAST_SIZES // size) * size // LAST_SIZES, part)
+            part = min(size, count - start)  # a short last chunk is padded a little, and never the peak
             where = self._given(mx.zeros(part, mx.int32), "batch")
             made = self._chunk(part, (hidden, where, total, cotangent, *sums), outer, heads, lent)
             total, cotangent, *sums = made

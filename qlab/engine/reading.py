@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +26,16 @@ def read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], rol
     Raises:
         UnsupportedError: it holds an operation that cannot be read.
     """
+    try:
+        return _read(fun, arrays, roles)
+    except UnsupportedError as error:
+        if "ScaledDotProductAttention" not in str(error):
+            raise
+    with _linear_attention():
+        return _read(fun, arrays, roles)
+
+
+def _read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], roles: Sequence[str] | None) -> Graph:
     reader = _Reader(list(roles or [""] * len(arrays)))
     try:
         mx.export_function(reader, fun, *arrays)
@@ -33,6 +44,27 @@ def read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], rol
             raise
         raise UnsupportedError(f"The training step holds an operation that cannot be read: {error}") from error
     return reader.graph
+
+
+@contextmanager
+def _linear_attention() -> Iterator[None]:
+    """Let attention be linear within: the way back of the fused one (CUDA) cannot be read.
+
+    Both keep queries, keys and values, and make an array for the output and one for each gradient; neither makes an array
+    of the length squared.
+    """
+
+    def attend(q: mx.array, k: mx.array, v: mx.array, **_: object) -> mx.array:
+        shape, groups = q.shape, k.shape[1]
+        q = q.reshape(shape[0], groups, -1, *shape[2:])
+        return (q @ (k.swapaxes(-1, -2) @ v)[:, :, None]).reshape(*shape[:-1], v.shape[-1])
+
+    fused = mx.fast.scaled_dot_product_attention
+    mx.fast.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        mx.fast.scaled_dot_product_attention = fused
 
 
 class _Reader:
