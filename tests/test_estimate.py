@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
+import nbformat
 import pytest
 from mlx.utils import tree_flatten
 
@@ -16,7 +19,9 @@ from qlab.core.budget import budget
 from qlab.core.memory import Setup
 from qlab.engine.export import quantize
 from qlab.engine.forecast import Forecast, usual_compute
+from qlab.engine.job import mlx_call
 from qlab.engine.step import Step, attach
+from qlab.engine.structure import structure
 from qlab.engine.update import Update
 from qlab.errors import ConfigError, LayerNotFoundError, LoadError
 from tests.tiny import CONFIG, on_mlx, quantized, tiny
@@ -130,6 +135,22 @@ def test_what_takes_no_memory_changes_no_estimate(est):
         steps_per_eval=5, val_batches=1, early_stop=2, steps_per_save=9, on_nonfinite="stop", seed=5,
     )  # fmt: skip
     assert est.again(Setup(est.setup.plan, L(scale=9.0, rslora=True, init="residual"), other)).parts == est.parts
+
+
+def test_the_published_table_of_weights_is_what_the_forecast_says():
+    root = Path(__file__).parents[1]
+    cells = nbformat.read(root / "notebooks" / "02_estimate.ipynb", as_version=4).cells
+    space: dict = {}
+    for cell in cells:
+        if cell.cell_type == "code" and re.match("shapes = |def llama|import qlab", cell.source):
+            exec(cell.source.split("\nest = ")[0], space)
+    text = (root / "docs" / "guide" / "figures.md").read_text()
+    for config in space["shapes"]:
+        outside = {"model.embed_tokens": None} | ({} if config["tie_word_embeddings"] else {"lm_head": None})
+        plans = [None, P(Q("nf4"), outside), P(Q("nf4_dq"), outside), P(Q()), P(Q(group_size=128))]
+        forecast = mlx_call(lambda c=config: Forecast(structure(c)[0], "x"))
+        row = [forecast.spec.size, *(forecast.inputs(Setup(plan))["weights"] for plan in plans)]
+        assert f"| {config['_name_or_path']} | " + " | ".join(f"{n / 1e9:.2f}" for n in row) + " |" in text
 
 
 # --- verdict and inverse ---------------------------------------------------------------------------------------------
