@@ -229,10 +229,9 @@ class Trainer:
     def generate(self, prompt: str, max_tokens: int = 64) -> str:
         """Return the model's answer as it is now; between two steps if the run is under way."""
         mlx_call(self._hand_over)
-        text = self.adapter.generate(prompt, max_tokens)
-        self._voices += (Voice(self._steps, prompt, text),)
+        self._voices += (Voice(self._steps, prompt, self.adapter.generate(prompt, max_tokens)),)
         self._show()
-        return text
+        return self._voices[-1].text
 
     def evaluate(self, rows: Any = None, golden: Iterable[Any] = (), **settings: Any) -> Judged:
         """Judge the adapter as it is now beside its base and the unquantized model; blocks.
@@ -306,9 +305,9 @@ class Trainer:
     def close(self) -> None:
         """Stop the run and take the panel off the page."""
         self.stop()
-        if self._panel is not None:
-            self._panel.close()
-            self._panel = None
+        panel, self._panel = self._panel, None
+        if panel is not None:
+            panel.close()
 
     def __repr__(self) -> str:
         return text_line(self.state())
@@ -367,8 +366,7 @@ class Trainer:
     def _ended(self) -> None:
         if self._base is not None:
             _ACTIVE.pop(self._base, None)
-        est = self.estimate
-        self._session.note_peak(est.total_nbytes, est.exact_nbytes, self.report.peak_nbytes)
+        self._session.finish(self.report, self.estimate.exact_nbytes)
 
     def _show(self) -> None:
         with self._lock:  # called by cells, widgets and the job: an older state must not overtake a newer one

@@ -126,6 +126,21 @@ def test_a_callback_that_fails_is_told_and_does_not_end_the_run(adapter, tmp_pat
     assert report.status == "done" and any("disk of the reporter is full" in note for note in report.notes)
 
 
+def test_a_callback_that_wants_to_know_hears_the_end(adapter, tmp_path):
+    class Reporter:
+        ended = None
+
+        def __call__(self, event):
+            pass
+
+        def finish(self, report):
+            self.ended = report
+
+    reporter = Reporter()
+    qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path, callbacks=[reporter]).run()
+    assert reporter.ended.steps == 6 and reporter.ended.status == "done"
+
+
 def test_an_interrupt_stops_cleanly_and_keeps_what_was_learned(adapter, tmp_path):
     trainer = qlab.Trainer(adapter, ROWS, qlab.TrainConfig(iters=5000, batch_size=2, max_seq_length=24), path=tmp_path)
 

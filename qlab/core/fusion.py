@@ -6,6 +6,7 @@ Follows ``compile_fuse`` of MLX 0.32 (``mlx/compile.cpp``). Knows no framework.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from qlab.core.graph import Graph, Node
 
@@ -29,7 +30,7 @@ class _Fusion:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.makers = graph, graph.makers()
         self.arrays, self.outputs = dict(graph.arrays), set(graph.outputs)
-        self.nodes: list[Node | None] = list(graph.nodes)
+        self.nodes: list[Any] = list(graph.nodes)  # None where a node has gone into another
         self.readers: dict[int, list[int]] = {}
         for n, node in enumerate(graph.nodes):
             for a in node.inputs:

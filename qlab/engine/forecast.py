@@ -26,9 +26,9 @@ from qlab.core.training import LoRAConfig
 from qlab.engine import record
 from qlab.engine.device import backend, wants_float32
 from qlab.engine.export import chosen, quantize
+from qlab.engine.pieces import Pieces
 from qlab.engine.skeleton import describe
 from qlab.engine.stack import Stack
-from qlab.engine.pieces import Pieces
 from qlab.engine.step import Compute, Sums, attach, make_step
 from qlab.engine.stepped import WINDOW
 from qlab.engine.surgery import put_module, twin
@@ -36,7 +36,7 @@ from qlab.engine.trace import stored, whole
 from qlab.engine.update import Update
 from qlab.errors import ConfigError, UnsupportedError
 
-# dispatches handed over together and how many such tasks may be unfinished (mlx/backend/*/eval.cpp, device.cpp, mlx/scheduler.h);
+# dispatches handed over together, and how many such tasks may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h);
 # checked on the CPU (docs/guide/memory_accuracy.md) and on an H100; what Metal holds was read in its source only
 _MIB = 2**20
 RUNAHEAD = {

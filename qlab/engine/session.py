@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from qlab.core.panel import Progress
-from qlab.core.run import StepEvent
+from qlab.core.run import RunReport, StepEvent
 from qlab.core.training import TrainConfig
 from qlab.engine import record
 from qlab.engine.checkpoint import TrainState
@@ -140,10 +140,23 @@ class Session:
         if self._job is not None:
             self._job.wait()
 
-    def note_peak(self, foreseen: int, exact: int, peak: int) -> None:
-        """Record a foreseen and a measured peak, if the run was long enough to have seen its largest batch."""
+    def finish(self, report: RunReport, exact_nbytes: int) -> None:
+        """Tell the callbacks that want to know; record the peak, if the run was long enough to have seen its largest batch.
+
+        Args:
+            report: of the run, as it ended.
+            exact_nbytes: what of the foreseen peak was known to the byte.
+        """
+        for callback in self._callbacks:
+            try:
+                if finish := getattr(callback, "finish", None):
+                    finish(report)
+                if error := getattr(callback, "error", None):
+                    self.notes += (str(error),)
+            except Exception as error:  # somebody else's
+                self.notes += (f"a callback failed at the end: {error!r}",)
         if self.state is not None and self.state.step >= self.feed.per_epoch:
-            record.add(backend(), foreseen, exact, peak)
+            record.add(backend(), report.predicted_nbytes, exact_nbytes, report.peak_nbytes)
 
     def _run(self, make: Callable[[], Made]) -> Generator[StepEvent | Progress, None, None]:
         if self.task is None:
