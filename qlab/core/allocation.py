@@ -40,39 +40,17 @@ class Runahead:
         per_task: dispatches that are handed over together.
         tasks: that may be unfinished.
         shift: dispatches of the first task that are not this graph's.
-        task_nbytes: what the operations of a task may read before it is handed over, however few they are; 0 is no limit.
         kernels: whether only what computes is a dispatch; off a GPU a view is one, too.
     """
 
     per_task: int = 10
     tasks: int = 11
     shift: int = 0
-    task_nbytes: int = 0
     kernels: bool = False
 
-
-class _Tasks:
-    """Counts the tasks that a host hands over."""
-
-    def __init__(self, ahead: Runahead) -> None:
-        self._ahead, self._issued, self._nbytes, self.number = ahead, ahead.shift, 0, 1
-
-    def add(self, dispatches: int, nbytes: int) -> int:
-        """Issue an operation; return the number of the task that it ends in."""
-        ahead = self._ahead
-        if ahead.kernels:  # a task that is full is handed over whole
-            if self._issued >= ahead.per_task or ahead.task_nbytes and self._nbytes > ahead.task_nbytes:
-                self._issued, self._nbytes, self.number = 0, 0, self.number + 1
-            self._issued, self._nbytes = self._issued + dispatches, self._nbytes + nbytes
-        else:
-            self._issued += dispatches
-            self.number = -(-self._issued // ahead.per_task)
-        return self.number
-
-    @property
-    def done(self) -> int:
-        """Number of the last task that is finished for certain."""
-        return self.number - self._ahead.tasks
+    def task(self, issued: int) -> int:
+        """Number of the task that a dispatch belongs to, counted from the first in the graph."""
+        return -(-(issued + self.shift) // self.per_task)
 
 
 class Usage:
@@ -146,7 +124,7 @@ class _Simulation:
             self.readers[a] = self.readers.get(a, 0) + 1
 
     def run(self) -> Usage:
-        tasks, first, end = _Tasks(self.ahead or Runahead()), 0, 0
+        ahead, issued, first, end = self.ahead or Runahead(1, 0), 0, 0, 0
         for at, n in enumerate(self.steps):
             self.at = at
             node = self.graph.nodes[n]
@@ -165,9 +143,9 @@ class _Simulation:
             for buffer in temporary:
                 buffer.arrays -= 1
                 self._note(buffer, IDLE)
-            number = tasks.add(self._dispatches(node, len(temporary)), self._reads_nbytes(node))
-            self.flying.append((number, holds))
-            done = tasks.done if self.ahead else number
+            issued += self._dispatches(node, len(temporary))
+            self.flying.append((ahead.task(issued), holds))
+            done = ahead.task(issued) - ahead.tasks
             while first < len(self.flying) and self.flying[first][0] <= done:
                 self._land(first)
                 first += 1
@@ -189,11 +167,6 @@ class _Simulation:
             return 0
         own = self._own(node) + copies
         return own + sum(self._scalar(a) for a in node.inputs)
-
-    def _reads_nbytes(self, node: Node) -> int:
-        if not self.ahead or not self.ahead.task_nbytes or self._own(node) == 1:
-            return 0
-        return sum(self.stored[a] * self.graph.arrays[a].itemsize for a in node.inputs)
 
     def _own(self, node: Node) -> int:
         if node.name in _VIEWS or (node.name in _SHAPES and self.buffers[node.outputs[0]].array != node.outputs[0]):

@@ -36,14 +36,9 @@ from qlab.engine.trace import stored, whole
 from qlab.engine.update import Update
 from qlab.errors import ConfigError, UnsupportedError
 
-# dispatches handed over together, and how many such tasks may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h);
-# checked on the CPU (docs/guide/memory_accuracy.md) and on an H100; what Metal holds was read in its source only
-_MIB = 2**20
-RUNAHEAD = {
-    "cpu": Runahead(10, 11),
-    "cuda": Runahead(30, 11, task_nbytes=400 * _MIB, kernels=True),
-    "metal": Runahead(40, 11, task_nbytes=40 * _MIB, kernels=True),
-}
+# dispatches handed over together, and how many such tasks may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h). The CPU's
+# are its source's; CUDA's first was set by nine steps on one H100 (docs/guide/memory_accuracy.md); Metal was not measured
+RUNAHEAD = {"cpu": Runahead(10, 11), "cuda": Runahead(27, 11, kernels=True), "metal": Runahead(40, 11, kernels=True)}
 _SAMPLE = 3  # blocks of each kind in the step that the formula is read from
 _REMEMBERED = 48  # formulas kept
 

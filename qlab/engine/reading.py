@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from qlab.core.graph import Array, Graph, Node
 from qlab.errors import UnsupportedError
@@ -29,9 +30,9 @@ def read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], rol
     try:
         return _read(fun, arrays, roles)
     except UnsupportedError as error:
-        if "ScaledDotProductAttention" not in str(error):
+        if not any(name in str(error) for name in ("ScaledDotProductAttention", "CrossEntropy")):
             raise
-    with _linear_attention():
+    with _stand_ins():
         return _read(fun, arrays, roles)
 
 
@@ -47,11 +48,11 @@ def _read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], ro
 
 
 @contextmanager
-def _linear_attention() -> Iterator[None]:
-    """Let attention be linear within: the way back of the fused one (CUDA) cannot be read.
+def _stand_ins() -> Iterator[None]:
+    """Let other functions that need the same arrays take the place of fused ones (CUDA), which cannot be read.
 
-    Both keep queries, keys and values, and make an array for the output and one for each gradient; neither makes an array
-    of the length squared.
+    Linear attention keeps queries, keys and values, and makes an array for the output and one for each gradient; like the
+    fused one it makes none of the length squared. The logarithm of a sum keeps the logits and makes one array of their size.
     """
 
     def attend(q: mx.array, k: mx.array, v: mx.array, **_: object) -> mx.array:
@@ -59,12 +60,15 @@ def _linear_attention() -> Iterator[None]:
         q = q.reshape(shape[0], groups, -1, *shape[2:])
         return (q @ (k.swapaxes(-1, -2) @ v)[:, :, None]).reshape(*shape[:-1], v.shape[-1])
 
-    fused = mx.fast.scaled_dot_product_attention
-    mx.fast.scaled_dot_product_attention = attend
+    def entropy(logits: mx.array, *_: object) -> mx.array:
+        return mx.logsumexp(logits, -1)
+
+    fused = mx.fast.scaled_dot_product_attention, nn.losses.cross_entropy
+    mx.fast.scaled_dot_product_attention, nn.losses.cross_entropy = attend, entropy
     try:
         yield
     finally:
-        mx.fast.scaled_dot_product_attention = fused
+        mx.fast.scaled_dot_product_attention, nn.losses.cross_entropy = fused
 
 
 class _Reader:
