@@ -153,14 +153,14 @@ async function render({ model, el, host }) {
     paintStatus(now);
   }
   function paintEstimate(e, known) {
-    const { total, low, high } = ends(data, e), [name, free] = budget, v = verdict(data, e, budget), { top, step } = axis(high, free), at = (n) => `${(100 * n) / top}%`;
+    const { total, low, high } = ends(data, e), [name, free] = budget, v = verdict(data, e, budget), { top, step } = axis(Math.min(high, 2 * total), free), at = (n) => `${(100 * n) / top}%`;
     const [cls, word] = WORDS[v.word], sure = e.level === "measured", solid = (i) => sure || data.parts[i][2];
     const size = data.params >= 1e9 ? `${(data.params / 1e9).toFixed(2)} B` : `${(data.params / 1e6).toFixed(1)} M`, tracing = st.progress?.[0] === "tracing" && same(c, st.choice);
     swap(title, "", h("strong", {}, data.name), h("span", {}, `${size} weights`), h("span", { className: "qlab-size" }, h("b", {}, sizeText(total)), " ", h("span", { className: `qlab-level ${e.level}` }, tracing ? `${e.level}, tracing…` : e.level)),
       h("span", {}, sure ? `peak of a real step` : `${sizeText(low)} … ${sizeText(high)}, peak in ${e.moment}`), h("span", { className: `qlab-fits ${cls}` }, known ? word : "…", ` · ${name}`));
     bar.setAttribute("aria-label", `${sizeText(total)} of ${sizeText(free)}: ${data.parts.map(([n], i) => `${n} ${sizeText(e.parts[i])}`).join(", ")}`);
     bar.replaceChildren(...data.parts.map(([n, text], i) => h("i", { className: `qlab-part p${i}${solid(i) ? "" : " about"}`, title: `${n}: ${sizeText(e.parts[i])}, ${text}`, style: `left:${at(sum(e.parts.slice(0, i)))};width:${at(e.parts[i])}` }, e.parts[i] > 0.11 * top ? h("span", {}, n.replace("_", " ")) : "")),
-      ...(high > low ? [h("i", { className: "qlab-whisker", title: `between ${sizeText(low)} and ${sizeText(high)}`, style: `left:${at(low)};width:${at(high - low)}` })] : []),
+      ...(high > low ? [h("i", { className: "qlab-whisker", title: `between ${sizeText(low)} and ${sizeText(high)}`, style: `left:${at(low)};width:${at(Math.min(high, top) - low)}` })] : []),
       ...(free <= top ? [h("i", { className: "qlab-limit", style: `left:${at(free)}` })] : []));
     const marks = Array.from({ length: Math.floor(top / step) + 1 }, (_, k) => k * step), text = (n) => (step >= 1e9 || top >= 1e10 ? `${+(n / 1e9).toFixed(1)} GB` : `${Math.round(n / 1e6)} MB`);
     swap(ticks, "", ...marks.map((n) => h("span", { style: `left:${at(n)}` }, text(n))), free <= top ? h("b", { className: free > 0.6 * top ? "left" : "", style: free > 0.6 * top ? `right:calc(100% - ${at(free)})` : `left:${at(free)}` }, `limit ${sizeText(free)}`) : h("b", { style: "right:0" }, `limit ${sizeText(free)} →`));
