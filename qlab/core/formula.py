@@ -46,10 +46,16 @@ class Reference:
         return sizes(self.batch, self.tokens + 1, self.rank, self.chunk)
 
 
-def references(chunks: int) -> tuple[Reference, Reference]:
-    """Return the sizes of the two traces of a step whose loss is made in so many chunks (0: at once)."""
+def references(chunks: int, widest: int = 7) -> tuple[Reference, Reference]:
+    """Return the sizes of the two traces of a step.
+
+    Args:
+        chunks: in how many the loss is made; 0 is at once.
+        widest: the largest rank that is legal.
+    """
     made = []
-    for (batch, tokens, rank), share in zip(_SIZES, (0.4, 0.9), strict=True):
+    for (batch, tokens, rank), share, most in zip(_SIZES, (0.4, 0.9), (max(widest - 1, 1), widest), strict=True):
+        rank = min(rank, most)
         chunk = ceil(batch * tokens / (chunks - 1 + share)) if chunks > 1 else chunks * batch * tokens
         made.append(Reference(batch, tokens, rank, chunk))
     return made[0], made[1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import replace
+from functools import cached_property
 from math import prod
 
 import mlx.core as mx
@@ -36,8 +37,8 @@ from qlab.engine.trace import stored, whole
 from qlab.engine.update import Update
 from qlab.errors import ConfigError, UnsupportedError
 
-# dispatches handed over together, and how many such tasks may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h). The CPU's
-# are its source's; CUDA's first was set by nine steps on one H100 (docs/guide/memory_accuracy.md); Metal was not measured
+# dispatches handed over together, and how many such tasks may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h): the CPU's
+# as in its source, CUDA's set by nine steps on one H100 (docs/guide/memory_accuracy.md), Metal's read but not measured
 RUNAHEAD = {"cpu": Runahead(10, 11), "cuda": Runahead(27, 11, kernels=True), "metal": Runahead(40, 11, kernels=True)}
 _SAMPLE = 3  # blocks of each kind in the step that the formula is read from
 _REMEMBERED = 48  # formulas kept
@@ -85,20 +86,42 @@ class Forecast:
                 f"max_seq_length={setup.train.max_seq_length} is more than {self.spec.name!r} was made for; "
                 f"the largest is {self.context}."
             )
+        found, moment, parts, notes = self._foreseen(setup, "formula" if level == "formula" else "traced")
         measured = None
-        if level == "formula":
-            moment, parts = self.by_formula(setup)
-        else:
-            moment, parts = self.by_trace(setup)
         if level == "measured":
             measured = self.by_step(setup, machine)
             exact = sum(parts[name] for name in INPUTS)
             record.add(backend(), sum(parts.values()), exact, measured)
-            parts = _scaled(parts, measured)
+            found, parts = level, _scaled(parts, measured)
         band = (1.0, 1.0) if measured else record.band(backend())
         return MemoryEstimate(
-            self.spec, setup, parts, level, moment, band, machine, self.context, measured, self.notes,
+            self.spec, setup, parts, found, moment, band, machine, self.context, measured, (*self.notes, *notes),
         )  # fmt: skip
+
+    def _foreseen(self, setup: Setup, level: str) -> tuple[str, str, dict[str, int], tuple[str, ...]]:
+        """Return level, moment, parts and notes; where one level cannot be had, the other."""
+        ways = {"formula": self.by_formula, "traced": self.by_trace}
+        other = next(name for name in ways if name != level)
+        notes = (f"Computed as one graph, without checkpoints and chunks of the loss: {self.whole}",) if self._plain(setup) else ()
+        try:
+            return level, *ways[level](setup), notes
+        except UnsupportedError as error:
+            try:
+                return other, *ways[other](setup), (*notes, f"This is {other}, because {level} could not be had: {error}")
+            except UnsupportedError:
+                raise error from None
+
+    @cached_property
+    def whole(self) -> str:
+        """Why the model can only be computed as one graph; empty if it can be taken apart."""
+        try:
+            Stack(twin(self.module)).before(mx.zeros((1, 2), mx.int32))
+        except UnsupportedError as error:
+            return str(error)
+        return ""
+
+    def _plain(self, setup: Setup) -> bool:
+        return bool((setup.train.grad_checkpoint or setup.train.loss_chunk) and self.whole)
 
     def configs(self, setup: Setup) -> dict[str, QuantConfig]:
         """Storage of the layers that a setup quantizes, by path."""
@@ -134,7 +157,7 @@ class Forecast:
         outside = self._look([x for x in self.spec.layers if x.block is None], setup)
         few = tuple((look, min(len(group), _SAMPLE), len(group) > _SAMPLE) for look, group in groups.items())
         key = (few, outside, adapter.kind, adapter.dtype, adapter.dropout > 0, train.optimizer, train.grad_checkpoint,
-               train.grad_accumulation_steps > 1, several)  # fmt: skip
+               train.grad_accumulation_steps > 1, train.pack, several)  # fmt: skip
         if key not in self._formulas:
             self._formulas[key] = self._made(setup, list(groups.values()), several)
             while len(self._formulas) > _REMEMBERED:
@@ -164,7 +187,7 @@ class Forecast:
         return groups
 
     def _made(self, setup: Setup, groups: list[list[int]], several: int) -> Formula:
-        refs = references(several)
+        refs = references(several, min(min(x.shape[-2:]) for x in setup.adapter.targets(self.spec)))
         few = [group[-_SAMPLE:] for group in groups]
         try:
             one, two = (self._graph(setup, sum(few, []), ref) for ref in refs)
@@ -213,8 +236,10 @@ class Forecast:
 
     def _read(self, module: nn.Module, configs: dict[str, QuantConfig], setup: Setup) -> Graph:
         made, train = stored(module, configs), setup.train
-        twin_ = attach(made, describe(made, self.spec.name), setup.adapter, usual_compute(traced=True), train.grad_checkpoint)
-        return Pieces(twin_, train, WINDOW[backend()]).read() if train.grad_checkpoint else whole(twin_, train)
+        if self._plain(setup):  # as make_step does
+            train = replace(train, grad_checkpoint=False, loss_chunk=0)
+        work = attach(made, describe(made, self.spec.name), setup.adapter, usual_compute(traced=True), train.grad_checkpoint)
+        return Pieces(work, train, WINDOW[backend()]).read() if train.grad_checkpoint else whole(work, train)
 
     def by_step(self, setup: Setup, machine: Machine) -> int:
         """Run one real step on random tokens of the largest shape; return its peak, other models in memory not counted.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qlab.engine.blas import cache_folder
 
-# lower and upper end as multiples of what is not exact: `make bench-memory` on the CPU, tests/bench/cuda_memory.py on CUDA;
+# lower and upper end as multiples of what is not exact: `make bench-memory` on the CPU, tests/bench/cuda_memory.py on one H100;
 # Metal was not measured, so its band is wide until a step was
-_BANDS = {"cpu": (0.94, 1.06), "cuda": (0.75, 1.25), "metal": (0.7, 1.3)}
+_BANDS = {"cpu": (0.94, 1.06), "cuda": (0.9, 1.1), "metal": (0.7, 1.3)}
 _ENOUGH = 8  # measurements from which a machine's own band is taken
 _KEPT = 400
 _LEAST = 0.02  # a band is never narrower than this on either side
@@ -23,26 +26,60 @@ def path() -> Path:
 
 
 def add(backend: str, foreseen: int, exact: int, measured: int) -> None:
-    """Keep one measurement; a folder that cannot be written is no reason to stop a run."""
-    line = {"backend": backend, "foreseen": foreseen, "exact": exact, "measured": measured}
+    """Keep one measurement; a folder that cannot be written is no reason to stop a run.
+
+    The file is replaced whole, so nobody ever reads half of it, and keeps the latest measurements only.
+
+    Args:
+        backend: ``cpu``, ``cuda`` or ``metal``.
+        foreseen: expected peak in bytes.
+        exact: bytes of it that are weights, adapter and optimizer.
+        measured: peak in bytes.
+    """
+    line = {"backend": backend, "foreseen": int(foreseen), "exact": int(exact), "measured": int(measured)}
+    if _ratio(line) is None:
+        return
     try:
-        kept = path().read_text().splitlines()[-_KEPT:] if path().exists() else []
-        path().write_text("\n".join([*kept, json.dumps(line)]) + "\n")
+        folder = path().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [json.dumps(x) for x in [*_lines(), line][-_KEPT:]]
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=path().name, delete=False) as file:
+            file.write("\n".join(kept) + "\n")
+        os.replace(file.name, path())
     except OSError:
         return
 
 
 def band(backend: str) -> tuple[float, float]:
     """Return the lower and upper end, as multiples of the foreseen bytes that are not exact."""
-    ratios = []
-    try:
-        for text in path().read_text().splitlines():
-            line = json.loads(text)
-            if line["backend"] == backend and line["foreseen"] > line["exact"]:
-                ratios.append((line["measured"] - line["exact"]) / (line["foreseen"] - line["exact"]))
-    except (OSError, ValueError, KeyError, TypeError):  # no file yet, or one that something else wrote
-        ratios = []
+    ratios = [ratio for line in _lines() if line["backend"] == backend and (ratio := _ratio(line)) is not None]
     if len(ratios) < _ENOUGH:
         return _BANDS[backend]
     low, high = np.quantile(ratios, [0.02, 0.98])
     return min(float(low), 1 - _LEAST), max(float(high), 1 + _LEAST)
+
+
+def _lines() -> list[dict[str, Any]]:
+    """Measurements in the file; what something else wrote there is passed over."""
+    try:
+        texts = path().read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line for text in texts if (line := _parsed(text)) is not None and _ratio(line) is not None]
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("backend"), str) else None
+
+
+def _ratio(line: dict[str, Any]) -> float | None:
+    """Measured bytes that are not exact as a multiple of those foreseen; None if the line says nothing."""
+    sizes = [line.get(name) for name in ("foreseen", "exact", "measured")]
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in sizes):
+        return None
+    foreseen, exact, measured = sizes
+    return (measured - exact) / (foreseen - exact) if 0 <= exact < min(foreseen, measured) else None
