@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from qlab.core.advice import Change
 from qlab.core.budget import budget, foreign
 from qlab.core.config import QuantConfig, QuantPlan
-from qlab.core.estimate_panel import BUDGETS, EstimateState
+from qlab.core.estimate_panel import BUDGETS, Choice, EstimateState
 from qlab.core.memory import LEVELS, EstimateTable, MemoryEstimate, Setup
 from qlab.core.panel import Machine, Progress
 from qlab.core.training import LoRAConfig, TrainConfig
@@ -173,7 +173,7 @@ class LiveEstimate:
         self._lock = threading.RLock()
         self._panel: EstimatePanel | None = None
         self._ack: int | None = None
-        self._views = 0
+        self._views, self._refused = 0, ""
 
     @property
     def setup(self) -> Setup:
@@ -214,7 +214,7 @@ class LiveEstimate:
             context=self._forecast.context,
             changes=self._found.get((setup, place)),
             progress=self._jobs.progress,
-            error=self._jobs.error,
+            error=self._refused or self._jobs.error,
             loaded=self._forecast.held_nbytes > 0,
             linked=self._link.label,
             notes=self._notes,
@@ -312,8 +312,11 @@ class LiveEstimate:
 
     def _on_intent(self, intent: dict[str, Any]) -> None:
         """Do what the browser asks; called on a widget thread, so work is only queued."""
-        self._ack = intent["seq"]
-        getattr(self, f"_do_{intent['op']}")(intent)
+        self._ack, self._refused = intent["seq"], ""
+        try:
+            getattr(self, f"_do_{intent['op']}")(intent)
+        except QlabError as error:  # kept until the next intent: a running job shows states all the time
+            self._refused = str(error)
         self._show()
 
     def _do_hello(self, intent: dict[str, Any]) -> None:
@@ -331,10 +334,11 @@ class LiveEstimate:
             self._jobs.stop()
 
     def _do_set(self, intent: dict[str, Any]) -> None:
-        self._move(intent["choice"].setup(self._setup, self.state().blocks))
-
-    def _do_change(self, intent: dict[str, Any]) -> None:
-        self._move(self._found[self._setup, self._place][intent["index"]].setup)
+        wanted, blocks = intent["choice"], self.state().blocks
+        offered = (change.setup for change in self._found.get((self._setup, self._place), ()))
+        # a change that was offered may drop overrides, which have no control
+        match = next((setup for setup in offered if Choice.of(setup, blocks) == wanted), None)
+        self._move(match or wanted.setup(self._setup, blocks))
 
     def _do_budget(self, intent: dict[str, Any]) -> None:
         place = next((m for m in self._budgets if m.label == intent["name"]), None) or budget(intent["name"])

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 import qlab
 from qlab import registry
 from qlab.core.budget import budget
+from qlab.core.estimate_panel import Choice
 from qlab.core.memory import Setup
 from qlab.engine.export import quantize
 from qlab.engine.forecast import Forecast, usual_compute
@@ -296,10 +297,14 @@ def test_the_trace_follows_a_change_and_a_budget_brings_what_would_make_it_fit()
     panel._on_intent({"op": "budget", "seq": 3, "name": f"{panel.estimate.total_nbytes * 0.8 / 1e6:.3f} MB"})
     waited(panel, lambda: panel.state().changes)
     assert panel.estimate.verdict().word == "does not fit"
-    panel._on_intent({"op": "change", "seq": 4, "index": 0})
-    assert panel.estimate.verdict().word != "does not fit"
-    with pytest.raises(ConfigError, match="not legal"):
-        panel._on_intent({"op": "budget", "seq": 5, "name": "much"})
+    offered = panel.state().changes[0].setup
+    panel._on_intent({"op": "set", "seq": 4, "choice": Choice.of(offered, panel.state().blocks)})
+    assert panel.setup == offered and panel.estimate.verdict().word != "does not fit"
+    place = panel.estimate.machine
+    panel._on_intent({"op": "budget", "seq": 5, "name": "much"})
+    assert "'much' is not legal" in panel.state().error and panel.estimate.machine == place
+    panel._on_intent({"op": "budget", "seq": 6, "name": "16 GB Mac"})
+    assert not panel.state().error and panel.estimate.machine.label == "16 GB Mac"
     panel.close()
 
 

@@ -170,7 +170,7 @@ async function render({ model, el, host }) {
   function paintWays(v, free, known) {
     const list = same(c, st.choice) && budget[1] === st.budget[1] && v.word === "does not fit" ? st.changes : null, out = [h("p", {}, h("b", {}, `${WORDS[v.word][1]}: `), v.reason)];
     if (list) out.push(h("h4", {}, list.length ? "what would make it fit, cheapest first" : "no single change makes it fit: combine some, or take a smaller model"),
-      h("ol", {}, ...list.map((x, i) => h("li", {}, h("button", { type: "button", className: "qlab-change", onclick: () => { if (controls) send({ op: "change", index: i }); else { c = x.choice; later(); } } }, `${x.name} ${x.now} → ${x.then}`), ` ${sizeText(x.total)} · cost to quality: ${x.quality} · ${x.remark}`))));
+      h("ol", {}, ...list.map((x) => h("li", {}, h("button", { type: "button", className: "qlab-change", onclick: () => set(x.choice) }, `${x.name} ${x.now} → ${x.then}`), ` ${sizeText(x.total)} · cost to quality: ${x.quality} · ${x.remark}`))));
     const found = known ? [["max_seq_length", "max_seq_length"], ["batch_size", "batch_size"], ["rank", "rank"], ["num_layers", "adapted blocks"]].map(([k, text]) => [k, text, most(data, c, k, free)]).filter(([, , n]) => n) : [];
     if (found.length) out.push(h("div", { className: "qlab-most" }, h("span", {}, "largest that fits, all else as it is: "), ...found.map(([k, text, n]) => h("button", { type: "button", disabled: n === c[k], onclick: () => set({ [k]: n }) }, `${text} ${n.toLocaleString("en").replace(/,/g, " ")}`))));
     swap(ways, "", ...out);

@@ -26,7 +26,6 @@ _OPS = {
     "hello": {},
     "bye": {},
     "set": {"choice": dict},
-    "change": {"index": int},
     "budget": {"name": str},
     "measure": {},
     "cancel": {},

@@ -137,7 +137,7 @@ def test_page_needs_nothing_from_outside(live):
         {"op": "fly"},
         {"op": "budget", "name": 3},
         "nonsense",
-        {"op": "change", "index": "0"},
+        {"op": "set", "choice": []},
     ],
     ids=str,
 )
