@@ -26,3 +26,14 @@ def smollm2_path():
         if os.environ.get("CI") == "true":
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_record(tmp_path_factory):
+    """Peaks measured by tests are not this machine's."""
+    from qlab.engine import record
+
+    file, kept = tmp_path_factory.mktemp("record") / "memory.jsonl", record.path
+    record.path = lambda: file
+    yield
+    record.path = kept

@@ -41,12 +41,14 @@ def test_pause_holds_and_resume_goes_on():
     while len(seen) < 3:
         time.sleep(0.01)
     job.pause()
-    time.sleep(0.05)
+    time.sleep(0.2)
     held = len(seen)
     time.sleep(0.05)
     assert len(seen) == held and job.state == "paused"
     job.resume()
-    time.sleep(0.05)
+    end = time.monotonic() + 10
+    while len(seen) == held and time.monotonic() < end:
+        time.sleep(0.01)
     assert len(seen) > held
     job.stop()
     job.wait()
