@@ -71,6 +71,8 @@ def _try() -> BlasStatus:
 
 def _load(path: str) -> bool:
     try:
+        # OpenBLAS spins where it waits: with a thread on every core, other programs made steps 30 times as long (docs/log.md)
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max((os.cpu_count() or 2) - 1, 1)))
         library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     except OSError:
         return False
