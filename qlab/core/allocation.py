@@ -175,6 +175,8 @@ class _Simulation:
 
     def _small(self, node: Node) -> bool:
         """Whether every reader has a copy of this operation of its own."""
+        if node.shared:
+            return False
         if node.name == "Broadcast":
             return True
         return bool(node.inputs) and all(self.graph.arrays[a].size == 1 for a in (*node.inputs, *node.outputs))

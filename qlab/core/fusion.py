@@ -41,7 +41,8 @@ class _Fusion:
             node = self.nodes[n]
             if node is not None and node.name in FUSABLE and node.name != "Broadcast":
                 self._fuse(n)
-        return replace(self.graph, arrays=self.arrays, nodes=[node for node in self.nodes if node is not None])
+        nodes = [replace(node, shared=True) for node in self.nodes if node is not None]
+        return replace(self.graph, arrays=self.arrays, nodes=nodes)
 
     def _fuse(self, root: int) -> None:
         """Let a node take in what it is made from, as far as nobody else needs that."""

@@ -41,12 +41,14 @@ class Node:
         inputs: ids of arrays.
         outputs: ids of arrays.
         arguments: the primitive's own, such as the axes of a transpose.
+        shared: whether its readers really share it, as in a compiled graph; otherwise reading may have merged copies.
     """
 
     name: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     arguments: tuple = ()
+    shared: bool = False
 
 
 @dataclass

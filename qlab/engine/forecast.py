@@ -102,7 +102,9 @@ class Forecast:
         """Return level, moment, parts and notes; where one level cannot be had, the other."""
         ways = {"formula": self.by_formula, "traced": self.by_trace}
         other = next(name for name in ways if name != level)
-        notes = (f"Computed as one graph, without checkpoints and chunks of the loss: {self.whole}",) if self._plain(setup) else ()
+        notes = (
+            (f"Computed as one graph, without checkpoints and chunks of the loss: {self.whole}",) if self._plain(setup) else ()
+        )
         try:
             return level, *ways[level](setup), notes
         except UnsupportedError as error:
@@ -265,14 +267,14 @@ class Forecast:
         return measured_peak(module, setup)
 
 
-def measured_peak(module: nn.Module, setup: Setup, steps: int = 1) -> int:
-    """Run steps as the training loop does; return the peak of what they need, whatever else MLX holds."""
+def measured_peak(module: nn.Module, setup: Setup) -> int:
+    """Run one step as the training loop does; return the peak of what it needs, whatever else MLX holds."""
     train = setup.train
     made = attach(module, describe(module, ""), setup.adapter, usual_compute(), train.grad_checkpoint)
     step = make_step(made, train)
     parameters = step.parameters
     update = Update(train, parameters)
-    tokens = mx.random.randint(0, 100, (train.batch_size, train.max_seq_length))
+    tokens = mx.random.randint(0, 2, (train.batch_size, train.max_seq_length))  # which ones, memory does not mind
     mask, key, rate = mx.ones(tokens.shape, mx.int32), mx.random.key(0), mx.array(train.learning_rate)
     segments = mx.ones(tokens.shape, mx.int32) if train.pack else None
     several = train.grad_accumulation_steps > 1
@@ -282,12 +284,9 @@ def measured_peak(module: nn.Module, setup: Setup, steps: int = 1) -> int:
     mx.clear_cache()
     own, before = sum(a.nbytes for a in given if a is not None), mx.get_active_memory()
     mx.reset_peak_memory()
-    for _ in range(steps):
-        found = step(parameters, tokens, mask, key, segments)
-        sums = Sums(mx.array(0.0), zeros, mx.array(0.0)).plus(found) if several else found
-        new = update(parameters, update.state, sums, rate)
-        mx.eval(new)
-        del found, sums, new
+    found = step(parameters, tokens, mask, key, segments)
+    sums = Sums(mx.array(0.0), zeros, mx.array(0.0)).plus(found) if several else found
+    mx.eval(update(parameters, update.state, sums, rate))
     return mx.get_peak_memory() - before + own
 
 

@@ -14,7 +14,7 @@ from qlab.engine.blas import cache_folder
 
 # lower and upper end as multiples of what is not exact: `make bench-memory` on the CPU, tests/bench/cuda_memory.py on one H100;
 # Metal was not measured, so its band is wide until a step was
-_BANDS = {"cpu": (0.94, 1.06), "cuda": (0.9, 1.1), "metal": (0.7, 1.3)}
+SHIPPED = {"cpu": (0.94, 1.06), "cuda": (0.9, 1.1), "metal": (0.7, 1.3)}
 _ENOUGH = 8  # measurements from which a machine's own band is taken
 _KEPT = 400
 _LEAST = 0.02  # a band is never narrower than this on either side
@@ -54,7 +54,7 @@ def band(backend: str) -> tuple[float, float]:
     """Return the lower and upper end, as multiples of the foreseen bytes that are not exact."""
     ratios = [ratio for line in _lines() if line["backend"] == backend and (ratio := _ratio(line)) is not None]
     if len(ratios) < _ENOUGH:
-        return _BANDS[backend]
+        return SHIPPED[backend]
     low, high = np.quantile(ratios, [0.02, 0.98])
     return min(float(low), 1 - _LEAST), max(float(high), 1 + _LEAST)
 

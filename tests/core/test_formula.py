@@ -1,0 +1,45 @@
+"""Formulas give what the simulation of the whole step gives, at sizes and depths that they were not read at."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from qlab.core.formula import CHUNKS, QUANTITIES, chunks, references, sizes
+from qlab.core.memory import Setup
+from qlab.core.training import LoRAConfig, TrainConfig
+from qlab.engine.forecast import Forecast
+from tests.tiny import on_mlx, tiny
+
+
+def test_quantities_follow_from_settings():
+    assert dict(zip(QUANTITIES, sizes(2, 257, 8, 100), strict=True)) == {
+        "batch": 2, "tokens": 256, "length": 257, "rank": 8, "chunk": 100, "rest": 12,
+    }  # fmt: skip
+    assert sizes(1, 65, 8, 512)[4:] == sizes(1, 65, 8, 0)[4:] == (1, 1)  # one chunk is no chunk
+
+
+def test_more_chunks_than_a_few_are_a_few():
+    assert [chunks(1, n * 10 + 1, 10) for n in (1, 2, 4, 5, 900)] == [1, 2, 4, CHUNKS, CHUNKS]
+
+
+@pytest.mark.parametrize("several", [0, 1, 2, CHUNKS])
+@pytest.mark.parametrize("widest", [1, 2, 4, 7, 4096])
+def test_references_have_the_chunks_and_ranks_that_are_legal(several, widest):
+    for ref in references(several, widest):
+        assert 1 <= ref.rank <= widest
+        assert chunks(ref.batch, ref.tokens + 1, ref.chunk) == max(several, 1)
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+@on_mlx
+def test_a_formula_of_few_blocks_tells_of_many_blocks_and_other_sizes(checkpoint):
+    module, _ = tiny(num_hidden_layers=9)
+    forecast = Forecast(module, "tiny", None, True)
+    for (batch, length), (rank, count), chunk in itertools.product([(1, 400), (6, 100)], [(2, -1), (16, 5)], [0, 64]):
+        train = TrainConfig(batch_size=batch, max_seq_length=length, grad_checkpoint=checkpoint, loss_chunk=chunk)
+        setup = Setup(None, LoRAConfig(rank=rank, num_layers=count), train)
+        found, whole = (sum(how(setup)[1].values()) for how in (forecast.by_formula, forecast.by_trace))
+        assert 0.95 * whole < found < 1.12 * whole, (batch, length, rank, count, chunk)
+    assert len(forecast._formulas) <= 6  # most of these are one kind of step

@@ -1,0 +1,139 @@
+"""An estimate names its level, falls back with a note where a level cannot be had, and needs no weights and little memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from qlab.core.budget import budget
+from qlab.core.config import QuantConfig, QuantPlan
+from qlab.core.memory import Setup
+from qlab.core.training import LoRAConfig, TrainConfig
+from qlab.engine import forecast as forecasts
+from qlab.engine import record
+from qlab.engine.forecast import Forecast, measured_peak
+from qlab.engine.skeleton import skeleton
+from qlab.errors import ConfigError, UnsupportedError
+from tests.tiny import ARCHITECTURES, on_mlx, settings, tiny
+
+MACHINE = budget("16 GB Mac")
+TRAIN = dict(batch_size=2, max_seq_length=96, loss_chunk=64)
+BIG = """
+import resource, time
+import qlab
+config = dict(
+    model_type="llama", hidden_size=8192, num_hidden_layers=80, intermediate_size=28672, num_attention_heads=64,
+    num_key_value_heads=8, rms_norm_eps=1e-5, vocab_size=128256, max_position_embeddings=8192, tie_word_embeddings=False,
+    torch_dtype="bfloat16",
+)
+train = qlab.TrainConfig(batch_size=1, max_seq_length=2048, grad_checkpoint=True)
+for level in ("formula", "traced"):
+    start = time.perf_counter()
+    found = qlab.estimate(config, qlab.QuantConfig(), qlab.LoRAConfig(rank=16), train, level=level)
+    print(found.total_nbytes, found.level, time.perf_counter() - start)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "cache_folder", lambda: tmp_path)
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@on_mlx
+def test_every_architecture_has_an_estimate(name, checkpoint):
+    forecast = Forecast(skeleton(settings(name)), name)
+    length = 20 if name == "mamba" else 96  # its steps grow with the length
+    setup = Setup(None, LoRAConfig(rank=4), TrainConfig(**{**TRAIN, "max_seq_length": length}, grad_checkpoint=checkpoint))
+    one, two = (forecast.estimate(setup, MACHINE, level) for level in ("formula", "traced"))
+    assert two.level == "traced" and one.level in ("formula", "traced")
+    assert (one.level == "formula") == (not one.notes)
+    assert one.total_nbytes == pytest.approx(two.total_nbytes, rel=0.12)
+    assert one.exact_nbytes == two.exact_nbytes == sum(forecast.inputs(setup).values())
+
+
+@pytest.mark.parametrize("broken, level", [("by_trace", "traced"), ("by_formula", "formula")])
+@on_mlx
+def test_where_a_level_cannot_be_had_the_other_is_given_and_said(broken, level, monkeypatch):
+    forecast = Forecast(skeleton(settings("llama")), "tiny")
+
+    def refuse(*_):
+        raise UnsupportedError("an operation that cannot be read")
+
+    monkeypatch.setattr(forecast, broken, refuse)
+    found = forecast.estimate(Setup(None, LoRAConfig(rank=4), TrainConfig(**TRAIN)), MACHINE, level)
+    assert found.level != level and level in found.notes[0] and "cannot be read" in found.notes[0]
+    monkeypatch.setattr(forecast, "by_trace", refuse)
+    monkeypatch.setattr(forecast, "by_formula", refuse)
+    with pytest.raises(UnsupportedError):
+        forecast.estimate(Setup(None, LoRAConfig(rank=4), TrainConfig(**TRAIN)), MACHINE, level)
+
+
+@on_mlx
+def test_a_model_that_cannot_be_taken_apart_is_foreseen_as_it_will_be_computed(monkeypatch):
+    forecast = Forecast(skeleton(settings("llama")), "tiny")
+    monkeypatch.setitem(vars(forecast), "whole", "it does more with its blocks")
+    found, whole = (
+        forecast.estimate(Setup(None, LoRAConfig(rank=4), TrainConfig(**{**TRAIN, **more})), MACHINE, "traced")
+        for more in (dict(grad_checkpoint=True), dict(loss_chunk=0))
+    )
+    assert found.total_nbytes == whole.total_nbytes
+    assert "it does more with its blocks" in found.notes[0] and not whole.notes
+
+
+@on_mlx
+def test_a_real_step_is_measured_recorded_and_made_of_the_same_parts():
+    module, _ = tiny()
+    forecast = Forecast(module, "tiny", None, True)
+    setup = Setup(None, LoRAConfig(rank=4), TrainConfig(**TRAIN))
+    found = forecast.estimate(setup, MACHINE, "measured")
+    assert found.level == "measured" and found.measured_peak == found.total_nbytes == found.high_nbytes
+    assert len(record.path().read_text().splitlines()) == 1
+    assert found.exact_nbytes == sum(forecast.inputs(setup).values())
+
+
+@on_mlx
+def test_what_else_is_in_memory_is_not_measured():
+    import mlx.core as mx
+
+    module, _ = tiny()
+    setup = Setup(None, LoRAConfig(rank=4), TrainConfig(**TRAIN, grad_checkpoint=True))
+    alone = max(measured_peak(module, setup) for _ in range(2))
+    other = mx.ones(2_000_000)
+    mx.eval(other)
+    assert measured_peak(module, setup) == pytest.approx(alone, rel=0.1)
+
+
+@on_mlx
+def test_a_step_that_would_not_fit_is_not_run():
+    module, _ = tiny()
+    forecast = Forecast(module, "tiny", None, True)
+    small = forecasts.replace(MACHINE, free_nbytes=1_000_000)
+    with pytest.raises(ConfigError, match="would need"):
+        forecast.estimate(Setup(None, LoRAConfig(rank=4), TrainConfig(**TRAIN)), small, "measured")
+    with pytest.raises(ConfigError, match="weights"):
+        Forecast(module, "tiny").estimate(Setup(), MACHINE, "measured")
+
+
+@on_mlx
+def test_formulas_are_made_once_for_a_kind_of_step():
+    forecast = Forecast(skeleton(settings("llama", num_hidden_layers=6)), "tiny")
+    for length, rank in ((96, 4), (80, 8), (128, 2)):
+        plan = QuantPlan(QuantConfig())
+        train = TrainConfig(batch_size=2, max_seq_length=length, loss_chunk=512)
+        forecast.by_formula(Setup(plan, LoRAConfig(rank=rank), train))
+    assert len(forecast._formulas) == 1
+
+
+def test_a_70b_model_is_foreseen_within_seconds_and_in_little_memory():
+    done = subprocess.run([sys.executable, "-c", BIG], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-1000:]
+    *levels, memory = done.stdout.splitlines()
+    (one, first, formula_s), (two, second, traced_s) = (line.split() for line in levels)
+    assert (first, second) == ("formula", "traced") and int(one) == pytest.approx(int(two), rel=0.05)
+    assert float(formula_s) < 5 and float(traced_s) < 75  # five times the goals: the machine may be busy
+    assert int(memory) < 500e6
