@@ -37,8 +37,8 @@ from qlab.engine.trace import stored, whole
 from qlab.engine.update import Update
 from qlab.errors import ConfigError, UnsupportedError
 
-# dispatches handed over together, and how many such tasks may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h): the CPU's
-# as in its source, CUDA's set by nine steps on one H100 (docs/guide/memory_accuracy.md), Metal's read but not measured
+# dispatches handed over together, and how many such tasks may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h): the
+# CPU's as in its source, CUDA's set by eight steps on one H100 (docs/guide/memory_accuracy.md), Metal's read, not measured
 RUNAHEAD = {"cpu": Runahead(10, 11), "cuda": Runahead(27, 11, kernels=True), "metal": Runahead(40, 11, kernels=True)}
 _SAMPLE = 3  # blocks of each kind in the step that the formula is read from
 _REMEMBERED = 48  # formulas kept
