@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo lab test lint bench docs clean
+.PHONY: demo lab test lint bench bench-memory docs clean
 
 demo: .venv/lab
 	@mkdir -p build
@@ -29,6 +29,9 @@ bench: .venv/dev
 	tests/ensure_chromium.sh
 	$(BIN)/python -m tests.bench.bench_panel
 	$(BIN)/python -m tests.bench.bench_quality
+
+bench-memory: .venv/dev
+	$(BIN)/python -m tests.bench.bench_memory
 
 docs: .venv/docs
 	$(BIN)/mkdocs build --strict

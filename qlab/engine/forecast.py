@@ -5,6 +5,7 @@ Reads no weights (a real step aside). Runs on the MLX thread. Knows no budget.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import replace
@@ -47,6 +48,12 @@ _REMEMBERED = 48  # formulas kept
 def usual_compute(traced: bool = False) -> Compute:
     """Return how frozen layers are computed here: Metal has a fast quantized product, others dequantize."""
     return Compute(mx.float32 if wants_float32() else None, dequantize=backend() != "metal", traced=traced)
+
+
+def runahead() -> Runahead:
+    """Return how far the host runs ahead here; MLX's own setting for GPUs counts."""
+    name, ops = backend(), os.environ.get("MLX_MAX_OPS_PER_BUFFER", "")
+    return replace(RUNAHEAD[name], per_task=int(ops)) if name != "cpu" and ops.isdigit() and int(ops) else RUNAHEAD[name]
 
 
 class Forecast:
@@ -202,7 +209,7 @@ class Forecast:
         ]
         trained = tuple(_trained(replace(setup.adapter, rank=refs[0].rank), self.spec))
         sample = Sample((one, two), tuple(fewer), refs, tuple(map(len, few)), self.vocabulary, trained)
-        return formula(sample, RUNAHEAD[backend()])
+        return formula(sample, runahead())
 
     def _graph(self, setup: Setup, blocks: list[int] | None, ref: Reference) -> Graph:
         """Read the step of a model with some of the blocks only, at reference sizes."""
@@ -224,7 +231,7 @@ class Forecast:
     def by_trace(self, setup: Setup) -> tuple[str, dict[str, int]]:
         """Return the moment of the peak and the bytes of every part, from the whole step."""
         graph = self.graph(setup)
-        usage = simulate(graph, RUNAHEAD[backend()])
+        usage = simulate(graph, runahead())
         label = labels(graph, self.vocabulary, _trained(setup.adapter, self.spec))
         at = int(usage.timeline.argmax())
         logits = [i for i, n in enumerate(usage.steps) if any(label[a] == "logits" for a in graph.nodes[n].outputs)]

@@ -5,6 +5,7 @@ Each kind of piece is read once; what a model of eighty blocks adds is arithmeti
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -17,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from qlab.core.fusion import fused
 from qlab.core.graph import Array, Graph
 from qlab.core.training import TrainConfig
+from qlab.engine.device import backend
 from qlab.engine.linear import Frozen
 from qlab.engine.loss import Arrays, Sums, nats_and_slope
 from qlab.engine.reading import read
@@ -265,7 +267,7 @@ class Pieces:
         """Go on with a piece, read at its first use."""
         if key not in self._graphs:
             graph = read(run, [array for _, array in given])
-            self._graphs[key] = (fused(graph) if compiled else graph, {})
+            self._graphs[key] = (fused(graph) if compiled and _compiles() else graph, {})
         graph, constants = self._graphs[key]
         return self.graph.then(graph, [a for a, _ in given], constants)
 
@@ -289,3 +291,8 @@ class Pieces:
 def _leaves(tree: Any) -> list[mx.array]:
     """Arrays in a tree of arguments."""
     return [a for _, a in tree_flatten(tree) if isinstance(a, mx.array)]
+
+
+def _compiles() -> bool:
+    """Whether MLX fuses operations here: on the CPU it calls a compiler, and does without where there is none."""
+    return backend() != "cpu" or shutil.which("g++") is not None

@@ -12,7 +12,7 @@ from qlab.core.config import QuantConfig, QuantPlan
 from qlab.core.memory import Setup
 from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine import forecast as forecasts
-from qlab.engine import record
+from qlab.engine import pieces, record
 from qlab.engine.forecast import Forecast, measured_peak
 from qlab.engine.skeleton import skeleton
 from qlab.errors import ConfigError, UnsupportedError
@@ -137,3 +137,23 @@ def test_a_70b_model_is_foreseen_within_seconds_and_in_little_memory():
     assert (first, second) == ("formula", "traced") and int(one) == pytest.approx(int(two), rel=0.05)
     assert float(formula_s) < 5 and float(traced_s) < 75  # five times the goals: the machine may be busy
     assert int(memory) < 500e6
+
+
+@pytest.mark.parametrize("setting, expected", [("8", 8), ("", 27), ("many", 27), ("0", 27)])
+def test_mlx_own_setting_of_work_in_flight_counts_on_a_gpu(setting, expected, monkeypatch):
+    monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", setting)
+    monkeypatch.setattr(forecasts, "backend", lambda: "cuda")
+    assert forecasts.runahead().per_task == expected
+    monkeypatch.setattr(forecasts, "backend", lambda: "cpu")
+    assert forecasts.runahead().per_task == 10
+
+
+@on_mlx
+def test_without_a_compiler_nothing_is_fused(monkeypatch):
+    forecast = Forecast(skeleton(settings("llama")), "tiny")
+    setup = Setup(None, LoRAConfig(rank=4), TrainConfig(**TRAIN, grad_checkpoint=True))
+    fused = forecast.graph(setup)
+    monkeypatch.setattr(pieces.shutil, "which", lambda _: None)
+    plain = forecast.graph(setup)
+    assert any(node.name == "Compiled" for node in fused.nodes)
+    assert not any(node.name == "Compiled" for node in plain.nodes)
