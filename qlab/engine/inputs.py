@@ -44,7 +44,7 @@ class Inputs:
     @cached_property
     def damping(self) -> float:
         """What is added to the power of every direction."""
-        return _DAMPING * self.power.mean().item()
+        return max(_DAMPING * self.power.mean().item(), 1e-12)
 
     @cached_property
     def root(self) -> mx.array:

@@ -50,7 +50,8 @@ def leading(product: mx.array, rank: int) -> tuple[mx.array, np.ndarray]:
     if min(out, width) > _WHOLE and 4 * rank < min(out, width):
         basis = mx.random.normal((out, rank + max(16, rank // 4)), key=mx.random.key(0))
         for _ in range(_ROUNDS):
-            basis = mx.array(np.linalg.qr(np.array(product @ (product.T @ basis)))[0])
+            basis = mx.linalg.qr(product @ (product.T @ basis), stream=mx.cpu)[0]  # type: ignore
+            mx.eval(basis)
         inner = basis.T @ product
         squares, turn = _descending(inner @ inner.T)
         return (basis @ turn)[:, :rank], squares[:rank]
@@ -62,8 +63,8 @@ def leading(product: mx.array, rank: int) -> tuple[mx.array, np.ndarray]:
 
 
 def _descending(gram: mx.array) -> tuple[np.ndarray, mx.array]:
-    values, vectors = np.linalg.eigh(np.array(gram))
-    return np.maximum(values[::-1].astype(np.float64), 1e-300), mx.array(np.ascontiguousarray(vectors[:, ::-1]))
+    values, vectors = mx.linalg.eigh(gram, stream=mx.cpu)  # type: ignore
+    return np.maximum(np.array(values, np.float64)[::-1], 1e-300), vectors[:, ::-1]
 
 
 def directions(init: str, error: mx.array, inputs: Inputs | None, rank: int) -> tuple[mx.array, np.ndarray]:

@@ -165,7 +165,7 @@ async function render({ model, el, host }) {
     kind.value = plan.kind; init.value = plan.init; rslora.checked = plan.rslora; shown.value = what;
     [...init.options].forEach((o) => (o.disabled = o.value !== "default" && !!st.obstacle));
     put(last, plan.num_layers < 0 ? data.blocks : plan.num_layers); lastText.textContent = `${plan.num_layers < 0 ? data.blocks : plan.num_layers} of ${data.blocks}`;
-    svg.classList.toggle("qlab-old", st.stale); plot.classList.toggle("qlab-old", st.stale);
+    svg.classList.toggle("qlab-old", st.stale); plot.classList.toggle("qlab-old", st.stale); plot.parentNode.hidden = shown.closest("label").hidden = !!st.obstacle;
     rows.forEach(({ 0: role, 1: list, name }) => {
       const n = list.filter((i) => isOn(data, plan, i)).length, named = list.every((i) => plan.on[i]), mark = named ? "☑" : list.some((i) => plan.on[i]) ? "◪" : "☐";
       name.textContent = `${mark} ${role.replace(/^(self_attn|mlp|attention|model)\./, "")}`;
@@ -231,7 +231,7 @@ async function render({ model, el, host }) {
   const later = () => { raf ||= requestAnimationFrame(() => { raf = 0; paint(); }); };
   const hears = [["state", onState], ["curves", onData], ["errors", onData]];
   for (const [name, f] of hears) model.on(`change:${name}`, f);
-  const sized = new ResizeObserver(() => { layout(); later(); }); sized.observe(svg.parentNode);
+  const sized = new ResizeObserver(() => { layout(); later(); }); sized.observe(svg.parentNode); sized.observe(plot.parentNode);
   layout(); onState(); send({ op: "hello" });
   return () => { for (const [name, f] of hears) model.off(`change:${name}`, f); sized.disconnect(); stop(); cancelAnimationFrame(raf); };
 }

@@ -134,6 +134,8 @@ class AdapterPanel:
             ended = self._state.progress is not None and state.progress is None
             due = state.progress is None or time.monotonic() - self._told > _EVERY_S
             arrays = _arrays(state) if due else {}
+            if (state.config, state.storage) != (self._state.config, self._state.storage):
+                self._complaint = ""  # what was refused is history
             self._state = state
             with self.widget.hold_sync():
                 for name, value in arrays.items():
