@@ -9,12 +9,12 @@ from mlx.utils import tree_flatten
 
 from qlab import registry
 from qlab.core.config import QuantConfig
-from qlab.core.training import LoRAConfig
+from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine.export import quantized_layer
 from qlab.engine.linear import Frozen
-from qlab.engine.step import Compute, attach
+from qlab.engine.step import Compute, attach, make_step
 from qlab.engine.surgery import module_at
-from tests.tiny import on_mlx, tiny
+from tests.tiny import on_mlx, quantized, tiny
 
 KINDS = list(registry.shelf("adapters"))
 OUT, WIDTH = 48, 64
@@ -273,3 +273,40 @@ def test_dora_keeps_no_dense_weight_for_the_way_back():
     mx.eval(mx.grad(run)(x))
     dense = width * width * 4
     assert mx.get_peak_memory() - before < layers * dense / 1.4
+
+
+@pytest.mark.parametrize("name", ["llama", "llama tied", "gemma2"])
+@pytest.mark.parametrize("kind", KINDS)
+@on_mlx
+def test_on_embedding_and_head_every_way_to_the_gradients_gives_the_slope_of_the_loss(kind, name):
+    module, spec = tiny(name)
+    small = quantized(module, spec, QuantConfig("affine", 4, 32))
+    heads = [layer.path for layer in spec.layers if layer.block is None]
+    lora = LoRAConfig(rank=4, kind=kind, keys=("all-linear", *heads))
+    tokens = mx.random.randint(0, 97, (2, 17), key=mx.random.key(0))
+    ways = [("whole", TrainConfig(loss_chunk=0)), ("whole", TrainConfig(loss_chunk=8)),
+            ("whole", TrainConfig(loss_chunk=8, grad_checkpoint=True)), ("stepped", TrainConfig(loss_chunk=8))]  # fmt: skip
+    found, parameters = [], {}
+    for how, config in ways:
+        step = make_step(attach(small, spec, lora, Compute(mx.float32, True), config.grad_checkpoint), config, how=how)
+        for number, (path, array) in enumerate(step.parameters.items()):
+            parameters.setdefault(path, array + 0.05 * mx.random.normal(array.shape, key=mx.random.key(number)))
+        found.append(step(parameters, tokens, mx.ones_like(tokens)))
+    for sums in found[1:]:
+        assert sums.loss.item() == pytest.approx(found[0].loss.item(), rel=1e-5)
+        for path, grad in sums.grads.items():
+            assert mx.allclose(grad, found[0].grads[path], rtol=1e-3, atol=1e-4 * mx.abs(grad).max().item()), path
+    for path in (f"{heads[0]}.lora_a", f"{heads[0]}.lora_b"):
+        grad, length = found[0].grads[path], 1e-2
+        if kind == "dora":
+            continue  # its norm counts as a constant, so the slope is another
+        moved = [
+            step(
+                {**parameters, path: parameters[path] + sign * length * grad / mx.linalg.norm(grad)},
+                tokens,
+                mx.ones_like(tokens),
+            )
+            for sign in (1, -1)
+        ]
+        slope = (moved[0].loss - moved[1].loss).item() / (2 * length)
+        assert slope == pytest.approx(mx.linalg.norm(grad).item(), rel=0.02)
