@@ -117,7 +117,7 @@ def main() -> None:
     other = []
     for name in UNSEEN:
         other += mlx_call(lambda name=name: run(name, unseen(name), small))
-    summary("used for calibration", seen)
+    summary("demo and SmolLM2", seen)
     summary("never looked at before", other)
 
 
