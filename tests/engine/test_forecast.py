@@ -38,8 +38,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "cache_folder", lambda: tmp_path)
+def own_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "path", lambda: tmp_path / "memory.jsonl")
 
 
 @pytest.mark.parametrize("checkpoint", [True, False])

@@ -10,9 +10,8 @@ from qlab.engine import record
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "cache_folder", lambda: tmp_path / "cache")
-    return tmp_path / "cache"
+def own_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "path", lambda: tmp_path / "cache" / "memory.jsonl")
 
 
 def test_without_own_runs_the_band_is_the_shipped_one():
@@ -59,7 +58,7 @@ def test_what_says_nothing_is_not_kept(sizes):
     assert not record.path().exists()
 
 
-def test_the_file_is_replaced_whole(monkeypatch, folder):
+def test_the_file_is_replaced_whole(monkeypatch):
     record.add("cpu", 200, 100, 210)
     before = record.path().read_text()
     monkeypatch.setattr(record.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
@@ -69,6 +68,6 @@ def test_the_file_is_replaced_whole(monkeypatch, folder):
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(record, "cache_folder", lambda: tmp_path / "file")
+    monkeypatch.setattr(record, "path", lambda: tmp_path / "file" / "memory.jsonl")
     record.add("cpu", 200, 100, 210)
     assert record.band("cpu") == (0.94, 1.06)
