@@ -33,7 +33,7 @@ def own_record(tmp_path_factory):
     """Peaks measured by tests are not this machine's."""
     from qlab.engine import record
 
-    file, kept = tmp_path_factory.mktemp("record") / "memory.jsonl", record.path
-    record.path = lambda: file
+    folder, kept = tmp_path_factory.mktemp("record"), record.cache_folder
+    record.cache_folder = lambda: folder
     yield
-    record.path = kept
+    record.cache_folder = kept

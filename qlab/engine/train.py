@@ -103,11 +103,10 @@ def train_steps(task: Task, state: TrainState) -> Events:
                 state.history.append(_first(task, value))
                 yield state.history[-1]
             while state.step < task.iters:
-                event, reason = yield from _whole_step(task, state)
-                state.history.append(event)
+                reason = yield from _whole_step(task, state)
                 if state.step % task.config.steps_per_save == 0 and state.step < task.iters:
                     saved = _save(task, state)
-                state.history[-1] = replace(event, marks=tuple(task.marks))
+                state.history[-1] = replace(state.history[-1], marks=tuple(task.marks))
                 task.marks.clear()
                 yield state.history[-1]
                 if reason:
@@ -135,24 +134,17 @@ def _measured(task: Task) -> None:
     task.peak_nbytes = max(task.peak_nbytes, mx.get_peak_memory() - task.other_nbytes)
 
 
-def _whole_step(task: Task, state: TrainState) -> Generator[Progress, None, tuple[StepEvent, str]]:
-    """Make one optimizer step and what is due after it; return its event and why the run must end, if it must."""
+def _whole_step(task: Task, state: TrainState) -> Generator[Progress, None, str]:
+    """Make one optimizer step and what is due after it; return why the run must end, if it must."""
     if task.wanted_rate is not None:
         state.learning_rate, task.wanted_rate = task.wanted_rate, None
         task.marks.append(Mark("learning_rate", f"learning rate {state.learning_rate:g}"))
     rate = learning_rate(task.config, state.learning_rate, state.step, task.iters)
     new, batches, seconds = yield from _one_update(task, state, rate)
     reason = _taken(task, state, new, batches)
-    state.step, state.seconds = state.step + 1, state.seconds + seconds
+    # from here to the event nothing waits: whoever stops the run finds both the step and its event, or neither
     tokens = sum(batch.real for batch in batches)
-    state.tokens += tokens
-    val_loss = None
-    if task.held_out and (state.step % task.steps_per_eval == 0 or state.step == task.iters):
-        val_loss = yield from _validation(task, state)
-        reason = reason or _judged(task, state, val_loss)
-    if not reason and (danger := task.guard.reason()):
-        reason = f"The memory guard ended the run: {danger}. The adapter as it is was kept."
-        task.marks.append(Mark("guard", reason))
+    state.step, state.seconds, state.tokens = state.step + 1, state.seconds + seconds, state.tokens + tokens
     event = StepEvent(
         step=state.step,
         epoch=state.step * task.config.grad_accumulation_steps / task.feed.per_epoch,
@@ -166,9 +158,16 @@ def _whole_step(task: Task, state: TrainState) -> Generator[Progress, None, tupl
         tokens_per_second=tokens / max(seconds, 1e-9),
         active_nbytes=mx.get_active_memory() - task.other_nbytes,
         peak_nbytes=task.peak_nbytes,
-        val_loss=val_loss,
     )
-    return event, reason
+    state.history.append(event)
+    if task.held_out and (state.step % task.steps_per_eval == 0 or state.step == task.iters):
+        val_loss = yield from _validation(task, state)
+        state.history[-1] = replace(event, val_loss=val_loss)
+        reason = reason or _judged(task, state, val_loss)
+    if not reason and (danger := task.guard.reason()):
+        reason = f"The memory guard ended the run: {danger}. The adapter as it is was kept."
+        task.marks.append(Mark("guard", reason))
+    return reason
 
 
 def _one_update(task: Task, state: TrainState, rate: float) -> Generator[Progress, None, tuple[Updated, list[Batch], float]]:

@@ -69,13 +69,14 @@ export function read(model) {
 const LEFT = 92, RIGHT = 126, LANES = { loss: [4, 136], marks: [142, 16], rate: [164, 24], norm: [193, 24], speed: [222, 24], memory: [252, 48] }, TALL = 318;
 
 async function render({ model, el, host }) {
-  let rows = read(model), st = model.get("state"), cursor = null, raf = 0, asked = null, wanted = null, told = 0, telling = 0, came = 0, W = 0, hold = false;
+  let rows = read(model), st = model.get("state"), cursor = null, raf = 0, asked = null, wanted = null, told = 0, telling = 0, came = 0, sent = 0, W = 0, hold = false;
   const controls = host && model.get("controls") ? await host.getModel(model.get("controls")) : null;
   const stale = h("div", { className: "qlab-stale-note", role: "alert" });
-  const { send, heard: answered, stop } = line(controls, (on) => {
-    stale.textContent = performance.now() - came < 5000 ? "The kernel is busy with a cell: it answers when the cell lets it." : "Kernel not connected: run this cell again.";
+  const { send: pass, heard: answered, stop } = line(controls, (on) => {
+    stale.textContent = came > sent ? "The kernel is busy with a cell: it answers when the cell lets it." : "Kernel not connected: run this cell again.";
     root.classList.toggle("qlab-stale", on);
   });
+  const send = (intent) => { sent = performance.now(); pass(intent); };
 
   // skeleton
   const title = h("div", { className: "qlab-title" }), bar = h("i"), button = (text, f) => h("button", { type: "button", onclick: f }, text);
