@@ -217,7 +217,7 @@ class Adapter(AdapterChoice):
             SaveError: the place cannot be written; what stood there is untouched.
         """
         base, kind = self.base, self._model.config.get("model_type")
-        given = (Path(path), self.parameters, self.config, base.spec, base.name)
+        given = (Path(path), self.parameters, self.config, base.spec, base.source or base.name)
         return mlx_call(save_adapter, *given, format=format, model_type=kind)
 
     @classmethod
@@ -254,7 +254,7 @@ class Adapter(AdapterChoice):
         """
         base, parameters, lora, first = self.base, self.parameters, self.config, self.original and self.original.module
         module = self._jobs.run(lambda: fuse(base.module, base.spec, parameters, lora, bits, onto, first, rest))
-        return Model(Loaded(module, self._model.tokenizer, self._model.config, f"{self._model.name} fused"), base.plan)
+        return Model(Loaded(module, self._model.tokenizer, self._model.config, f"{self._model.name} fused"))
 
     # --- what a rank recovers ---------------------------------------------------------------------------------------
 

@@ -280,3 +280,10 @@ def test_an_override_of_the_quantizer_counts_too(q):
     first = a.base
     q.set("model.layers.0.mlp.up_proj", bits=8)
     assert a.base is not first
+
+
+def test_a_fused_model_is_no_quantized_one(demo):
+    q = qlab.Quantizer(demo, bits=4)
+    fused = qlab.Adapter(q, rank=4, num_layers=1, keys=["q_proj"]).fuse(rest=16)
+    assert fused.plan is None and fused.original is fused and "4-bit" not in repr(fused)
+    q.close()
