@@ -7,9 +7,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: .venv/lab
 	@mkdir -p build
-	$(BIN)/jupyter nbconvert --execute --to html --output-dir build --ExecutePreprocessor.store_widget_state=False notebooks/01_look.ipynb notebooks/02_estimate.ipynb
+	$(BIN)/jupyter nbconvert --execute --to html --output-dir build --ExecutePreprocessor.store_widget_state=False notebooks/*.ipynb
 	@echo
-	@echo "Done. Open build/01_look.html and build/02_estimate.html in a browser to see the result without a kernel,"
+	@echo "Done. Open build/01_look.html, 02_estimate.html and 03_train.html in a browser to see the result without a kernel,"
 	@echo "and type 'make lab' to move the sliders yourself."
 
 lab: .venv/lab

@@ -27,6 +27,7 @@ from qlab.model import Model
 from qlab.quantizer import Quantizer
 from qlab.views.adapter import AdapterPanel
 from qlab.views.adapter_text import html, page, text_line
+from qlab.views.wire import bundle
 
 AUTO_SIZE = 1e9  # parameters up to which a panel measures starts without being asked
 _STORED_BY = ["mode", "bits", "group_size", "solver", "overrides"]  # a quantizer's traits
@@ -329,10 +330,8 @@ class Adapter(AdapterChoice):
         return html(self.state())
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **_: Any) -> Any:
-        bundle = self.widget._repr_mimebundle_()
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
         state = self.state()
-        return {**data, "text/plain": text_line(state), "text/html": html(state)}, metadata
+        return bundle(self.widget, text_line(state), html(state))
 
     def _display_(self) -> Any:  # marimo
         return self.widget

@@ -32,6 +32,7 @@ from qlab.errors import ConfigError, LoadError, QlabError, nearest
 from qlab.model import Model
 from qlab.views.estimate import EstimatePanel
 from qlab.views.estimate_text import html, page
+from qlab.views.wire import bundle
 
 Source = Any  # a Model, a Quantizer, an Adapter, a config dict, a path or a hub id
 _REST_S = 0.4  # sliders must rest so long before a whole step is traced
@@ -245,10 +246,8 @@ class LiveEstimate:
         return html(self.estimate)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **_: Any) -> Any:
-        bundle = self.widget._repr_mimebundle_()
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
         now = self.estimate
-        return {**data, "text/plain": repr(now), "text/html": html(now)}, metadata
+        return bundle(self.widget, repr(now), html(now))
 
     def _display_(self) -> Any:  # marimo
         return self.widget

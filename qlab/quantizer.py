@@ -24,6 +24,7 @@ from qlab.model import Model
 from qlab.views.compare import Comparison
 from qlab.views.quantizer import QuantizerPanel
 from qlab.views.quantizer_text import html, page, text_line
+from qlab.views.wire import bundle
 
 AUTO_PREDICT_SIZE = 1e9  # parameters up to which ΔKL is predicted without being asked
 RELIABLE_ERROR = 0.5  # weight error up to which allocate trusts the predicted ΔKL
@@ -277,10 +278,8 @@ class Quantizer(T.HasTraits):
         return html(self.state())
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **_: Any) -> Any:
-        bundle = self.widget._repr_mimebundle_()
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
         state = self.state()
-        return {**data, "text/plain": text_line(state), "text/html": html(state)}, metadata
+        return bundle(self.widget, text_line(state), html(state))
 
     def _display_(self) -> Any:  # marimo
         return self.widget

@@ -32,6 +32,7 @@ from qlab.views.judged import Judged
 from qlab.views.runs import Runs
 from qlab.views.trainer import TrainerPanel
 from qlab.views.trainer_text import html, page, text_line
+from qlab.views.wire import bundle
 
 _ACTIVE: WeakKeyDictionary[Model, str] = WeakKeyDictionary()  # bases that a run holds, and the run's name
 RUNS: list[Any] = []  # this kernel's trainers
@@ -316,10 +317,8 @@ class Trainer:
         return html(self.state())
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **_: Any) -> Any:
-        bundle = self.widget._repr_mimebundle_()
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
         state = self.state()
-        return {**data, "text/plain": text_line(state), "text/html": html(state)}, metadata
+        return bundle(self.widget, text_line(state), html(state))
 
     def _display_(self) -> Any:  # marimo
         return self.widget

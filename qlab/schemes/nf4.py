@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from qlab.core.config import QuantConfig
+from qlab.core.dynamic import dynamic_map
 from qlab.core.scheme import Layout, Scheme
 
 _TABLE = np.array(
@@ -66,7 +67,7 @@ class Nf4(Scheme):
         codes = packed["absmax"]
         index = rows[..., None] * codes.shape[-1] + mx.arange(codes.shape[-1])  # of each scale in the flattened scales
         second = packed["absmax_scales"][index // _SCALE_BLOCK]
-        values = mx.take(mx.array(_dynamic_map()), codes[rows]) * second + packed["absmax_offset"]
+        values = mx.take(mx.array(dynamic_map(True)), codes[rows]) * second + packed["absmax_offset"]
         return {"weight": packed["weight"][rows], "absmax": values}
 
     def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
@@ -116,21 +117,6 @@ def _pack(codes: mx.array) -> mx.array:
     return (runs << mx.arange(0, 32, 4, dtype=mx.uint32)).sum(-1).astype(mx.uint32)
 
 
-@cache
-def _dynamic_map() -> np.ndarray:
-    """The signed dynamic map of 256 values (arXiv:2110.02861 §2.1): seven decades, 2^i fractions in decade i, 0 and 1."""
-    found = [np.float32(0), np.float32(1)]
-    for i in range(7):
-        # as torch.linspace has it, on which the reference's map rests: a float32 step, from both ends
-        n, k = 2**i + 1, np.arange(2**i + 1)
-        step = np.float64(np.float32(0.9) / np.float32(n - 1))
-        rising, falling = np.float64(np.float32(0.1)) + step * k, 1 - step * (n - 1 - k)
-        ends = np.where(k < n // 2, rising, falling).astype(np.float32)
-        middle = (ends[1:] + ends[:-1]) / np.float32(2) * np.float32(10.0 ** (i - 6))
-        found += [*middle, *-middle]
-    return np.sort(np.array(found, np.float32))
-
-
 def _shrink(absmax: mx.array) -> dict[str, mx.array]:
     """Quantize the scales of a tensor to 8 bits: nearest value of the dynamic map, in blocks over the flattened scales."""
     offset = absmax.mean()
@@ -141,7 +127,7 @@ def _shrink(absmax: mx.array) -> dict[str, mx.array]:
     safe = mx.maximum(second, 1e-38)[:, None]
     # bitsandbytes multiplies whole blocks by a reciprocal and divides the last, shorter one
     scaled = mx.concatenate([(padded * (1.0 / safe)).reshape(-1)[:whole], (padded / safe).reshape(-1)[whole : flat.size]])
-    table = _dynamic_map()
+    table = dynamic_map(True)
     middle = (table[1:] + table[:-1]) / np.float32(2)
     codes = np.searchsorted(middle, np.clip(np.array(scaled), -1, 1)).astype(np.uint8)
     return {"absmax": mx.array(codes).reshape(absmax.shape), "absmax_scales": second, "absmax_offset": offset}
@@ -150,7 +136,7 @@ def _shrink(absmax: mx.array) -> dict[str, mx.array]:
 def _grow(packed: dict[str, mx.array]) -> mx.array:
     """Return the float32 scales that double quantization stands for."""
     codes = packed["absmax"]
-    values = mx.take(mx.array(_dynamic_map()), codes.reshape(-1))
+    values = mx.take(mx.array(dynamic_map(True)), codes.reshape(-1))
     scales = mx.repeat(packed["absmax_scales"], _SCALE_BLOCK)[: values.size]
     return (values * scales + packed["absmax_offset"]).reshape(codes.shape)
 

@@ -16,7 +16,7 @@ from qlab import registry
 from qlab.core.adapter_panel import AdapterState
 from qlab.core.recovery import GRID, noise_squares, on_grid
 from qlab.core.training import INITS
-from qlab.views.wire import CSS, Controls, checked, source
+from qlab.views.wire import CSS, Controls, source
 
 ESM = source("panel.js", "adapter.js")  # text, not a Path: a Path keeps every instance alive
 STYLES = CSS + "\n" + source("adapter.css")
@@ -125,7 +125,7 @@ class AdapterPanel:
         self._told, self._complaint = 0.0, ""
         self._controls = Controls()
         self.widget = AdapterView(controls=self._controls, **payload(state))
-        self._controls.observe(self._receive, "intent")
+        self._controls.listen(_OPS, self._heard, self._refused)
 
     def show(self, state: AdapterState, ack: int | None = None) -> None:
         """Send what has changed, in one message; after a job everything, so that a view can never stay behind."""
@@ -148,7 +148,6 @@ class AdapterPanel:
 
     def close(self) -> None:
         """Take the panel off the page."""
-        self._controls.unobserve_all()
         self.widget.close()
         self._controls.close()
 
@@ -156,16 +155,14 @@ class AdapterPanel:
         sent = choice(self._state, ack)
         return {**sent, "error": sent["error"] or self._complaint}  # a running job must not wipe it away
 
-    def _receive(self, change: Any) -> None:
-        intent = change["new"]
-        try:
-            self._complaint = ""
-            self._on_intent(_settled(checked(intent, _OPS)))
-        except Exception as error:  # an exception in an observer would vanish
-            seq = intent.get("seq") if isinstance(intent, dict) else None
-            with self._lock:
-                self._complaint = str(error) or type(error).__name__
-                self.widget.state = self._choice(seq)
+    def _heard(self, intent: dict[str, Any]) -> None:
+        self._complaint = ""
+        self._on_intent(_settled(intent))
+
+    def _refused(self, seq: int | None, error: str) -> None:
+        with self._lock:
+            self._complaint = error
+            self.widget.state = self._choice(seq)
 
 
 def _settled(intent: dict[str, Any]) -> dict[str, Any]:

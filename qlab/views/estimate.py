@@ -17,7 +17,7 @@ from qlab.core.memory import MemoryEstimate
 from qlab.core.panel import Machine
 from qlab.core.parts import INPUTS, PARTS
 from qlab.core.training import LoRAConfig, TrainConfig
-from qlab.views.wire import CSS, Controls, checked, source
+from qlab.views.wire import CSS, Controls, source
 
 ESM = source("panel.js", "estimate.js")  # text, not a Path: a Path keeps every instance alive
 STYLES = CSS + "\n" + source("estimate.css")
@@ -143,11 +143,11 @@ class EstimatePanel:
     """
 
     def __init__(self, state: EstimateState, on_intent: Callable[[dict[str, Any]], None]) -> None:
-        self._state, self._on_intent = state, on_intent
+        self._state = state
         self._lock = threading.Lock()
         self._controls = Controls()
         self.widget = EstimateView(controls=self._controls, **payload(state))
-        self._controls.observe(self._receive, "intent")
+        self._controls.listen(_OPS, lambda intent: on_intent(_settled(intent)), self._refused)
 
     def show(self, state: EstimateState, ack: int | None = None) -> None:
         """Send what has changed, in one message; after a job everything, so that a view can never stay behind."""
@@ -166,18 +166,12 @@ class EstimatePanel:
 
     def close(self) -> None:
         """Take the panel off the page."""
-        self._controls.unobserve_all()
         self.widget.close()
         self._controls.close()
 
-    def _receive(self, change: Any) -> None:
-        intent = change["new"]
-        try:
-            self._on_intent(_settled(checked(intent, _OPS)))
-        except Exception as error:  # an exception in an observer would vanish
-            seq = intent.get("seq") if isinstance(intent, dict) else None
-            with self._lock:
-                self.widget.state = {**choice(self._state, seq), "error": str(error) or type(error).__name__}
+    def _refused(self, seq: int | None, error: str) -> None:
+        with self._lock:
+            self.widget.state = {**choice(self._state, seq), "error": error}
 
 
 def _settled(intent: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import traitlets as T
 
 from qlab.core.panel import PanelState
-from qlab.views.wire import CSS, Controls, checked, source
+from qlab.views.wire import CSS, Controls, source
 
 ESM = source("panel.js", "quantizer.js")  # text, not a Path: a Path keeps every instance alive
 
@@ -105,11 +105,11 @@ class QuantizerPanel:
     """
 
     def __init__(self, state: PanelState, on_intent: Callable[[dict[str, Any]], None]) -> None:
-        self._state, self._on_intent = state, on_intent
+        self._state = state
         self._lock = threading.Lock()
         self._controls = Controls()
         self.widget = QuantizerView(controls=self._controls, **payload(state))
-        self._controls.observe(self._receive, "intent")
+        self._controls.listen(_OPS, on_intent, self._refused)
 
     def show(self, state: PanelState, ack: int | None = None) -> None:
         """Send what has changed, in one message; after a job everything, so that a view can never stay behind."""
@@ -128,15 +128,9 @@ class QuantizerPanel:
 
     def close(self) -> None:
         """Take the panel off the page."""
-        self._controls.unobserve_all()
         self.widget.close()
         self._controls.close()
 
-    def _receive(self, change: Any) -> None:
-        intent = change["new"]
-        try:
-            self._on_intent(checked(intent, _OPS))
-        except Exception as error:  # an exception in an observer would vanish
-            seq = intent.get("seq") if isinstance(intent, dict) else None
-            with self._lock:
-                self.widget.state = {**choice(self._state, seq), "error": str(error) or type(error).__name__}
+    def _refused(self, seq: int | None, error: str) -> None:
+        with self._lock:
+            self.widget.state = {**choice(self._state, seq), "error": error}

@@ -13,7 +13,7 @@ import traitlets as T
 from qlab.core.run import RunState
 from qlab.views import run_words as words
 from qlab.views.curve import Curve
-from qlab.views.wire import Controls, checked, source
+from qlab.views.wire import Controls, source
 
 ESM = source("panel.js", "trainer.js")  # text, not a Path: a Path keeps every instance alive
 CSS = source("panel.css", "trainer.css")
@@ -105,7 +105,7 @@ class TrainerPanel:
 
     def __init__(self, state: RunState, on_intent: Callable[[dict[str, Any]], None]) -> None:
         self._state, self._on_intent = state, on_intent
-        self._ack, self._refused = 0, ""  # newest intent heard; why it was refused, shown until the next one
+        self._ack, self._complaint = 0, ""  # newest intent heard; why it was refused, shown until the next one
         self._lock = threading.RLock()
         self._curve = Curve()
         self._curve.extend(state.history)
@@ -113,7 +113,7 @@ class TrainerPanel:
         self.widget = TrainerView(
             controls=self._controls, curve=self._curve.encoded(), marks=list(self._curve.marks), state=facts(state, None)
         )
-        self._controls.observe(self._receive, "intent")
+        self._controls.listen(_OPS, self._heard, self._refused)
 
     def show(self, state: RunState, ack: int | None = None) -> None:
         """Send what has changed, in one message; after the run everything, so that a view can never stay behind.
@@ -137,23 +137,18 @@ class TrainerPanel:
 
     def close(self) -> None:
         """Take the panel off the page."""
-        self._controls.unobserve_all()
         self.widget.close()
         self._controls.close()
 
-    def _receive(self, change: Any) -> None:
-        intent, error = change["new"], ""
-        try:
-            self._refused = ""
-            self._on_intent(checked(intent, _OPS))
-            return
-        except Exception as raised:  # an exception in an observer would vanish
-            error = str(raised) or type(raised).__name__
-        seq = intent.get("seq") if isinstance(intent, dict) else None
+    def _heard(self, intent: dict[str, Any]) -> None:
+        self._complaint = ""
+        self._on_intent(intent)
+
+    def _refused(self, seq: int | None, error: str) -> None:
         with self._lock:
-            self._refused, self._ack = error, max(self._ack, seq if isinstance(seq, int) else 0)
+            self._complaint, self._ack = error, max(self._ack, seq or 0)
             self.widget.state = self._facts()
 
     def _facts(self) -> dict[str, Any]:
         made = facts(self._state, self._ack)
-        return {**made, "error": self._refused or made["error"]}
+        return {**made, "error": self._complaint or made["error"]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,32 @@ class Controls(anywidget.AnyWidget):
     _esm = "export default { render() {} };"
     intent = T.Dict().tag(sync=True)
 
+    def listen(
+        self, ops: dict[str, dict[str, Any]], on_intent: Callable[[dict[str, Any]], None],
+        on_refused: Callable[[int | None, str], None],
+    ) -> None:  # fmt: skip
+        """Pass every intent on that has the form of one.
+
+        Args:
+            ops: see ``checked``.
+            on_intent: called on a widget thread.
+            on_refused: called with the intent's number and what was raised, in words: in an observer it would vanish.
+        """
+
+        def receive(change: Any) -> None:
+            try:
+                on_intent(checked(change["new"], ops))
+            except Exception as error:
+                seq = change["new"].get("seq") if isinstance(change["new"], dict) else None
+                on_refused(seq if isinstance(seq, int) else None, str(error) or type(error).__name__)
+
+        self.observe(receive, "intent")
+
+    def close(self) -> None:
+        """Hear nothing any more."""
+        self.unobserve_all()
+        super().close()
+
 
 def checked(intent: Any, ops: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return an intent if it has the form of one.
@@ -50,6 +77,19 @@ def checked(intent: Any, ops: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if key not in intent or not isinstance(intent[key], kind):
             raise ValueError(f"The panel's intent {intent['op']!r} has no usable {key!r}: {intent.get(key)!r}.")
     return intent
+
+
+def bundle(widget: Any, text: str, static: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a cell shows: the live panel where it can be, else a table, else a line.
+
+    Args:
+        widget: the panel's view.
+        text: in a line.
+        static: as html that survives without scripts.
+    """
+    found = widget._repr_mimebundle_()
+    data, metadata = found if isinstance(found, tuple) else (found, {})
+    return {**data, "text/plain": text, "text/html": static}, metadata
 
 
 def document(title: str, traits: dict[str, Any], esm: str, static: str, css: str = CSS) -> str:
