@@ -167,7 +167,7 @@ class Step:
         if outside:
             _, more = mx.vjp(lambda *a: self._before(outside, a, batch), list(outside.values()), [cotangent])
             grads |= {path: grads[path] + grad for path, grad in zip(outside, more, strict=True)}
-        return loss, grads
+        return loss, {path: grads[path] for path in parameters}  # evaluated in this order, each block's input is let go in time
 
     def _loss(
         self, hidden: mx.array, outside: Arrays, targets: mx.array, weights: mx.array

@@ -317,8 +317,9 @@ class _End:
 
     def weights(self, dtype: mx.Dtype) -> list[mx.array]:
         """Return the dense weights of the heads that need one, lazily; they serve all chunks."""
-        self._lent = [(head, weight) for head in self._heads if (weight := head.worth(dtype)) is not None]
-        return [weight for _, weight in self._lent]
+        found = [(head, head.worth(dtype)) for head in self._heads]
+        self._lent = [head for head, weight in found if weight is not None]
+        return [weight for _, weight in found if weight is not None]
 
     def drops(self, chunks: int) -> list[list[mx.array]]:
         """Return the dropout keys of every chunk: each drops inputs of its own."""
@@ -343,7 +344,7 @@ class _End:
                 all_[n] = array
             with ExitStack() as stack:
                 stack.enter_context(self._piece.having(all_))
-                for (head, _), weight in zip(self._lent, weights, strict=True):
+                for head, weight in zip(self._lent, weights, strict=True):
                     stack.enter_context(head.lent(weight))
                 return self._stack.after(h)
 
