@@ -22,7 +22,7 @@ from qlab.engine.job import Latest, mlx_call
 from qlab.engine.load import Loaded
 from qlab.engine.memory import generate as _generate
 from qlab.engine.survey import Survey
-from qlab.errors import ConfigError
+from qlab.errors import BusyError, ConfigError
 from qlab.model import Model
 from qlab.quantizer import Quantizer
 from qlab.views.adapter import AdapterPanel
@@ -76,6 +76,7 @@ class Adapter(AdapterChoice):
         self._twin: tuple[Any, Any] | None = None
         self._off = self._count = 0
         self.origin, self.notes = "", ()
+        self.run = ""  # name of the run that trains it now
         self._survey = Survey(self._model.study, self._model.tokenizer, text)
         super().__init__()
         self._take(first)
@@ -150,6 +151,7 @@ class Adapter(AdapterChoice):
         with self._lock:
             self._pinned, self.origin, self._count = (self._key(), base), origin, self._count + 1
             self._held = (self._layout(), made)
+        self._show()
 
     @property
     def version(self) -> int:
@@ -162,7 +164,13 @@ class Adapter(AdapterChoice):
         return bool(self.origin)
 
     def reset(self) -> None:
-        """Go back to the start: trained parameters are dropped, and a quantizer's sliders count again."""
+        """Go back to the start: trained parameters are dropped, and a quantizer's sliders count again.
+
+        Raises:
+            BusyError: a run trains it.
+        """
+        if self.run:
+            raise BusyError(f"The run {self.run!r} trains this adapter; stop it first.")
         with self._lock:
             self._pinned = self._held = self._twin = None
             self.origin, self._count = "", self._count + 1
@@ -228,8 +236,7 @@ class Adapter(AdapterChoice):
         Raises:
             LoadError: the folder is no adapter of this model; names file and key.
         """
-        spec = getattr(source, "model", source).spec
-        lora, parameters, notes = mlx_call(load_adapter, Path(path), spec)
+        lora, parameters, notes = mlx_call(load_adapter, Path(path), getattr(source, "model", source).spec)
         made = cls(source, dtype=lora.dtype)
         made._take(replace(lora, init="default"))
         made.set_parameters(parameters, str(path))
@@ -294,24 +301,17 @@ class Adapter(AdapterChoice):
         found, stale = self._survey.found(self._key())
         plan, lora, optimizer = self.plan, self.config, registry.get("optimizers", "adamw")
         return AdapterState(
-            spec=self._spec,
-            config=lora,
+            spec=self._spec, config=lora,
             storage=plan.default.label if plan else next((x.stored for x in self._spec.layers if x.stored), "16-bit"),
             kinds=tuple((k.name, k.title, k.adapts) for k in registry.shelf("adapters").values()),
-            recoveries=found,
-            stale=stale,
-            obstacle=self._obstacle(),
-            origin=self.origin,
+            recoveries=found, stale=stale, obstacle=self._obstacle(), origin=self.origin,
             optimizer=("AdamW", optimizer.state_nbytes((1000,), lora.itemsize) / 1000),
-            progress=self._jobs.progress,
-            error=self._jobs.error,
-            source="q" if self._quantizer is not None else "model",
-        )
+            progress=self._jobs.progress, error=self._jobs.error, source="q" if self._quantizer is not None else "model",
+        )  # fmt: skip
 
     def to_html(self, path: str) -> str:
         """Write one self-contained file in which the sliders still work, offline and without a kernel; return its path."""
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page(self.state()))
+        Path(path).write_text(page(self.state()), encoding="utf-8")
         return path
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ from qlab.engine.job import mlx_call
 from qlab.errors import ConfigError
 from qlab.model import load
 from qlab.quantizer import Quantizer
+
+
+class Resume:
+    """``t.resume()`` goes on after a pause; ``Trainer.resume(path)`` goes on from a checkpoint."""
+
+    def __get__(self, trainer: Any, kind: Any) -> Callable[..., Any]:
+        return kind._from_folder if trainer is None else trainer._go_on
 
 
 def rebuilt(path: str | Path, adapter: Adapter | None) -> tuple[Path, Adapter, run_folder.RunFacts, Rows, Rows | None]:

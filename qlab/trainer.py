@@ -26,7 +26,7 @@ from qlab.errors import BusyError, ConfigError
 from qlab.estimation import estimate
 from qlab.judging import judged
 from qlab.model import Model
-from qlab.rebuild import rebuilt
+from qlab.rebuild import Resume, rebuilt
 from qlab.views.data import DataView
 from qlab.views.judged import Judged
 from qlab.views.runs import Runs
@@ -36,13 +36,6 @@ from qlab.views.wire import bundle
 
 _ACTIVE: WeakKeyDictionary[Model, str] = WeakKeyDictionary()  # bases that a run holds, and the run's name
 RUNS: list[Any] = []  # this kernel's trainers
-
-
-class _Resume:
-    """``t.resume()`` goes on after a pause; ``Trainer.resume(path)`` goes on from a checkpoint."""
-
-    def __get__(self, trainer: Trainer | None, kind: type[Trainer]) -> Callable[..., Any]:
-        return kind._from_folder if trainer is None else trainer._go_on
 
 
 class Trainer:
@@ -62,7 +55,7 @@ class Trainer:
         ConfigError: a setting is not legal, or does not fit the model.
     """
 
-    resume = _Resume()
+    resume = Resume()
 
     def __init__(
         self, adapter: Adapter, data: Any, config: TrainConfig | None = None, *, val: Any = None,
@@ -83,13 +76,14 @@ class Trainer:
         self.path = Path(path).expanduser() if path else run_folder.free(Path("runs") / name)
         self._feed = Feed(self.rows, config)
         self._session = Session(self.path.name, config, self._feed, callbacks, self._show)
-        self._lock = threading.RLock()
+        # two locks: whoever starts waits for the MLX thread, which must never wait for it to show
+        self._lock, self._starting = threading.RLock(), threading.Lock()
         self._checkpoint: Path | None = None
         self._base: Model | None = None
         self._panel: TrainerPanel | None = None
-        self._predicted: MemoryEstimate | None = None
+        self._predicted: tuple[Any, MemoryEstimate] | None = None  # of which storage and adapter
         self._voices: tuple[Voice, ...] = ()
-        self._error, self._ack = "", None
+        self._error, self._ack, self._unlearned = "", None, f"{self.path.name}, step 0"
         RUNS.append(self)
 
     def _read(self, data: Any, config: TrainConfig) -> Rows:
@@ -103,13 +97,16 @@ class Trainer:
         Raises:
             BusyError: it runs already, all steps are done, or another run trains on the same base.
         """
-        with self._lock:
+        with self._starting:
             self._session.check_idle()
-            base, lora, parameters = self.adapter.base, self.adapter.config, self.adapter.parameters
+            adapter, name = self.adapter, self.path.name
+            base, lora, parameters = adapter.base, adapter.config, adapter.parameters
             if base in _ACTIVE:
                 raise BusyError(f"The run {_ACTIVE[base]!r} trains on this model; stop it first, or load the model again.")
-            _ACTIVE[base], self._base, self._error = self.path.name, base, ""
             _ = self.estimate
+            if not adapter.trained:  # from here on no slider moves the base that is trained on
+                adapter.set_parameters(parameters, self._unlearned)
+            _ACTIVE[base], adapter.run, self._base, self._error = name, name, base, ""
             self._session.start(lambda: self._make(base, lora, parameters), self._ended)
         self._show()
         return self
@@ -204,7 +201,7 @@ class Trainer:
         stored = plan.default.label if plan else next((x.stored for x in model.spec.layers if x.stored), "16-bit")
         return RunReport(
             name=self.path.name, model=model.name, storage=stored, adapter=f"{lora.kind} r{lora.rank}", status=self.status,
-            iters=self._feed.iters, predicted_nbytes=self._predicted.total_nbytes if self._predicted else 0,
+            iters=self._feed.iters, predicted_nbytes=self._predicted[1].total_nbytes if self._predicted else 0,
             path=str(self.path), notes=tuple(note for note in (session.reason, *session.notes) if note),
             **summary(self.events),
         )  # fmt: skip
@@ -212,10 +209,10 @@ class Trainer:
     @property
     def estimate(self) -> MemoryEstimate:
         """Memory that a step with the largest batch will take, foreseen by formula or measured by ``probe``."""
-        if self._predicted is None:
-            adapter = self.adapter
-            self._predicted = self._foreseen(adapter if adapter.model.plan is None and adapter.plan else adapter.model)
-        return self._predicted
+        adapter, of = self.adapter, (self.adapter.plan, self.adapter.config)
+        if self._predicted is None or self._predicted[0] != of:
+            self._predicted = of, self._foreseen(adapter if adapter.model.plan is None and adapter.plan else adapter.model)
+        return self._predicted[1]
 
     def probe(self) -> MemoryEstimate:
         """Run one step with the largest batch, take nothing over, and return the memory that it took; blocks.
@@ -224,8 +221,8 @@ class Trainer:
             BusyError: the run is under way.
         """
         self._check_still()
-        self._predicted = self._foreseen(self.adapter.base, "measured")
-        return self._predicted
+        self._predicted = (self.adapter.plan, self.adapter.config), self._foreseen(self.adapter.base, "measured")
+        return self._predicted[1]
 
     def generate(self, prompt: str, max_tokens: int = 64) -> str:
         """Return the model's answer as it is now; between two steps if the run is under way."""
@@ -363,8 +360,10 @@ class Trainer:
             self.adapter.set_parameters(self._session.state.parameters, f"{self.path.name}, step {self._steps}")
 
     def _ended(self) -> None:
-        if self._base is not None:
-            _ACTIVE.pop(self._base, None)
+        _ACTIVE.pop(self._base, None)
+        self.adapter.run = ""
+        if self.adapter.origin == self._unlearned:
+            self.adapter.reset()
         self._session.finish(self.report, self.estimate.exact_nbytes)
 
     def _show(self) -> None:

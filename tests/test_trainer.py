@@ -118,6 +118,46 @@ def test_another_run_on_the_same_model_is_refused_while_one_is_under_way(adapter
     other.wait()
 
 
+def test_sliders_that_move_during_a_run_change_neither_its_base_nor_its_adapter(demo, tmp_path):
+    q = qlab.Quantizer(demo, bits=4)
+    adapter = qlab.Adapter(q, **SMALL)
+    moved = []
+
+    def move(event):
+        if event.step == 2:
+            q.bits = 3
+            for change in (lambda: setattr(adapter, "rank", 8), adapter.reset):
+                with pytest.raises(QlabError) as caught:
+                    change()
+                moved.append(str(caught.value))
+
+    trainer = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path, callbacks=[move])
+    assert trainer.run().status == "done" and not any("callback" in note for note in trainer.report.notes)
+    assert "Another rank" in moved[0] and "stop it first" in moved[1] and adapter.rank == 4
+    assert adapter.base.plan.default.bits == 4 and adapter.origin.endswith("step 6") and q.bits == 3
+    adapter.reset()
+    assert adapter.plan.default.bits == 3
+    q.close()
+
+
+def test_a_run_that_learned_nothing_leaves_the_adapter_as_it_was(demo, tmp_path, monkeypatch):
+    q = qlab.Quantizer(demo, bits=4)
+    adapter = qlab.Adapter(q, **SMALL)
+    trainer = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path)
+    monkeypatch.setattr("qlab.engine.prepare.make_task", lambda *made: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.run()
+    assert trainer.status == "failed" and not adapter.trained and not adapter.run
+    foreseen = trainer.estimate.total_nbytes
+    adapter.rank = 8
+    assert trainer.estimate.total_nbytes > foreseen
+    q.bits = 3
+    assert adapter.plan.default.bits == 3
+    monkeypatch.undo()
+    assert trainer.run().adapter == "lora r8" and adapter.base.plan.default.bits == 3
+    q.close()
+
+
 def test_a_callback_that_fails_is_told_and_does_not_end_the_run(adapter, tmp_path):
     def bad(event):
         raise RuntimeError("disk of the reporter is full")
