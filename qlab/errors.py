@@ -48,6 +48,10 @@ class BusyError(QlabError, RuntimeError):
     """The object is in use by a running job."""
 
 
+class RankError(QlabError, RuntimeError):
+    """Another process of a run on several devices is gone, has failed, or would not train the same."""
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the candidate closest to ``name``, or an empty string."""
     found = difflib.get_close_matches(str(name), list(candidates), n=1, cutoff=0.4)

@@ -100,6 +100,13 @@ class Feed:
         return [batches[i] for i in order(len(batches), seed, 3, epoch)]
 
 
+def part(batch: Batch, rank: int, size: int) -> Batch:
+    """Return every ``size``-th row of a batch from ``rank`` on, as long as in the whole; ``real`` stays that of the whole."""
+    own = slice(rank, None, size)
+    segments = None if batch.segments is None else batch.segments[own]
+    return Batch(batch.tokens[own], batch.mask[own], segments, batch.numbers[own], batch.real)
+
+
 def _groups(sizes: np.ndarray, batch_size: int, most: int) -> list[tuple[int, int, int]]:
     """Part rows in order of length into groups that share a length, so that the least is padded.
 

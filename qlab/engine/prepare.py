@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import ceil, prod
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine.checkpoint import Checkpoints, TrainState, load
 from qlab.engine.feed import Feed
 from qlab.engine.guard import Guard
+from qlab.engine.parallel import ALONE, Ranks
 from qlab.engine.step import Arrays, attach, make_step
 from qlab.engine.train import Task
 from qlab.engine.trial import choose_compute
@@ -57,10 +59,26 @@ def describe(feed: Feed, held: Rows | None) -> str:
     return ", ".join(parts)
 
 
-def largest(config: TrainConfig, feed: Feed) -> TrainConfig:
-    """Return the run with the largest batch that its rows make, for an estimate."""
-    rows, length = max(feed.shapes, key=lambda shape: shape[0] * shape[1])
+def largest(config: TrainConfig, feed: Feed, size: int = 1) -> TrainConfig:
+    """Return the run with the largest batch that its rows make for one of ``size`` processes, for an estimate."""
+    rows, length = max(((ceil(rows / size), length) for rows, length in feed.shapes), key=prod)
     return replace(config, batch_size=rows, max_seq_length=max(length, 2))
+
+
+def check_shared(config: TrainConfig, size: int) -> None:
+    """Refuse a batch that several processes cannot share evenly.
+
+    Raises:
+        ConfigError: names the nearest batch sizes that they can.
+    """
+    more = -config.batch_size % size
+    if more:
+        less = config.batch_size + more - size
+        near = f"{less} or {less + size}" if less else f"{size}"
+        raise ConfigError(
+            f"batch_size={config.batch_size} is not legal for {size} processes, which share every batch evenly; "
+            f"the nearest is {near}."
+        )
 
 
 def validation_batches(held: Rows | None, config: TrainConfig) -> tuple[Batch, ...]:
@@ -83,6 +101,7 @@ def make_task(
     checkpoints: Checkpoints | None,
     on_good: Callable[[TrainState], None],
     limit_nbytes: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Task, TrainState, tuple[str, ...]]:
     """Return a run, where it stands at first, and what to know about how it is computed. Runs on the MLX thread.
 
@@ -94,22 +113,23 @@ def make_task(
         feed: batches to train on.
         held: batches of a validation.
         parameters: the adapter's arrays by path, evaluated.
-        checkpoints: where to write, or None.
+        checkpoints: where to write, or None; only the first of several processes writes.
         on_good: see ``Task``.
         limit_nbytes: of memory; None takes it from what is free.
+        ranks: the processes that train together; all begin with the parameters of the first.
 
     Raises:
         ConfigError, LayerNotFoundError: the adapter does not fit the model.
         UnsupportedError: the model's step cannot be built as the config wants it.
     """
-    largest = max(rows * length for rows, length in feed.shapes)
-    compute, notes = choose_compute(module, spec, lora, largest)
+    compute, notes = choose_compute(module, spec, lora, largest(config, feed, ranks.size).tokens)
     step = make_step(attach(module, spec, lora, compute, config.grad_checkpoint), config)
     # sums over arrays follow their order, and a file has one of its own
-    parameters = {path: parameters[path] for path in step.parameters}
+    parameters = ranks.from_first({path: parameters[path] for path in step.parameters})
     update = Update(config, parameters)
     mx.eval(update.state)
-    task = Task(step, update, feed, held, config, Guard(limit_nbytes), checkpoints, on_good)
+    kept = checkpoints if ranks.first else None
+    task = Task(step, update, feed, held, config, Guard(limit_nbytes), kept, on_good, ranks=ranks)
     return task, TrainState(parameters, update.state, config.learning_rate), (*step.notes, *notes)
 
 

@@ -1,7 +1,8 @@
 """The training loop: a generator of events, one for each optimizer step. Shows nothing.
 
 A step is a function of the config, the parameters and its own number: rows, dropout and learning rate follow from these. So
-a run that is stopped, killed and resumed makes the same steps, bit for bit, as one that never was.
+a run that is stopped, killed and resumed makes the same steps, bit for bit, as one that never was. Where several processes
+train together, each computes its rows of every batch; whatever decides how the run goes on is the same in all of them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qlab.core.training import TrainConfig
 from qlab.engine.checkpoint import Checkpoints, TrainState
 from qlab.engine.feed import Feed
 from qlab.engine.guard import Guard
+from qlab.engine.parallel import ALONE, Ranks
 from qlab.engine.step import Sums
 from qlab.engine.update import Update, Updated
 from qlab.engine.validate import Nats, nats
@@ -32,6 +34,7 @@ Events = Generator[StepEvent | Progress, None, Any]
 _MOST_SKIPPED = 5  # steps in a row without a finite loss and gradient, after which going on is pointless
 _LEAST_STEPS = 10  # between validations that were not asked for
 _VALIDATIONS = 4  # at least, in a whole run
+_GUARDED = "The memory guard ended the run"
 
 
 @dataclass
@@ -48,6 +51,8 @@ class Task:
         checkpoints: where to write, or None.
         on_good: called with the state after every validation and checkpoint, and at the end.
         wanted_rate: a new base rate that a user has set, taken up by the next step.
+        wanted_end: why the run shall end after the present step, or an empty string; one process's word counts for all.
+        ranks: the processes that train together.
         marks: what has happened since the last event.
         other_nbytes: what MLX holds beside the run, such as the model before it was quantized.
         peak_nbytes: most that a step has taken so far, by itself.
@@ -62,6 +67,8 @@ class Task:
     checkpoints: Checkpoints | None = None
     on_good: Callable[[TrainState], None] = lambda state: None
     wanted_rate: float | None = None
+    wanted_end: str = ""
+    ranks: Ranks = ALONE
     marks: list[Mark] = field(default_factory=list)
     other_nbytes: int = 0
     peak_nbytes: int = 0
@@ -164,8 +171,14 @@ def _whole_step(task: Task, state: TrainState) -> Generator[Progress, None, str]
         val_loss = yield from _validation(task, state)
         state.history[-1] = replace(event, val_loss=val_loss)
         reason = reason or _judged(task, state, val_loss)
-    if not reason and (danger := task.guard.reason()):
-        reason = f"The memory guard ended the run: {danger}. The adapter as it is was kept."
+    return reason or _told_to_end(task)
+
+
+def _told_to_end(task: Task) -> str:
+    """Return why memory, or somebody, wants the run to end now, in any of the processes."""
+    danger = task.guard.reason()
+    reason = task.ranks.agreed(f"{_GUARDED}: {danger}. The adapter as it is was kept." if danger else task.wanted_end)
+    if reason.startswith(_GUARDED):
         task.marks.append(Mark("guard", reason))
     return reason
 
@@ -178,22 +191,28 @@ def _one_update(task: Task, state: TrainState, rate: float) -> Generator[Progres
         began = time.perf_counter()
         _meter(task, state, sums)
         number = state.step * count + i
-        batch = task.feed.batch(number)
-        batches.append(batch)
-        found = task.step(
-            state.parameters, mx.array(batch.tokens), mx.array(batch.mask), _key(task.config, number),
-            None if batch.segments is None else mx.array(batch.segments),
-        )  # fmt: skip
+        batches.append(task.feed.batch(number))
+        found = _sums(task, state, task.ranks.share(batches[-1]), number)
         sums = found if sums is None else sums.plus(found)
         if i + 1 < count:
             mx.eval(sums)
             _measured(task)
             seconds += time.perf_counter() - began
             yield Progress("training", i + 1, count)
-    new = task.update(state.parameters, state.optimizer, sums, mx.array(rate, mx.float32))
+    new = task.update(state.parameters, state.optimizer, task.ranks.total(sums), mx.array(rate, mx.float32))
     mx.eval(new)
     _measured(task)
     return new, batches, seconds + time.perf_counter() - began
+
+
+def _sums(task: Task, state: TrainState, batch: Batch, number: int) -> Sums:
+    """Compute what a batch adds up to; one without rows is nothing."""
+    if not batch.numbers:
+        return Sums(mx.array(0.0), {path: mx.zeros_like(array) for path, array in state.parameters.items()}, mx.array(0.0))
+    return task.step(
+        state.parameters, mx.array(batch.tokens), mx.array(batch.mask), task.ranks.key(_key(task.config, number)),
+        None if batch.segments is None else mx.array(batch.segments),
+    )  # fmt: skip
 
 
 def _key(config: TrainConfig, number: int) -> mx.array:
@@ -223,8 +242,11 @@ def _validation(task: Task, state: TrainState) -> Generator[Progress, None, floa
     """Return the loss on the rows held out, in nats per target."""
     total = Nats()
     for i, batch in enumerate(task.held_out):
-        total += nats(task.step.module, state.parameters, batch)
+        own = task.ranks.share(batch)
+        if own.numbers:
+            total += nats(task.step.module, state.parameters, own)
         yield Progress("validating", i + 1, len(task.held_out))
+    total = task.ranks.all_nats(total)
     task.on_good(state)
     return total.mean
 
