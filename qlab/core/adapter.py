@@ -29,13 +29,13 @@ class AdapterKind(ABC):
         """Shapes of the trainable arrays, by parameter name.
 
         Args:
-            shape: ``(out, in)`` of the weight; of an embedding ``(tokens, width)``.
+            shape: ``(out, in)`` of the weight; of an embedding ``(tokens, width)``, of experts ``(experts, out, in)``.
             rank: inner width.
             kind: of the layer. The number of trainable numbers does not depend on it.
         """
 
     def size(self, shape: tuple[int, ...], rank: int) -> int:
-        """Number of trainable numbers on a weight of shape ``(out, in)``."""
+        """Number of trainable numbers on a weight of shape ``(…, out, in)``."""
         from math import prod
 
         return sum(prod(s) for s in self.shapes(shape, rank).values())
@@ -45,19 +45,20 @@ class AdapterKind(ABC):
         """Return a module that runs the frozen ``base`` and adds the change, at first without effect.
 
         Args:
-            base: a frozen layer: callable, ``dense(dtype)`` returns its weight ``(out, in)``, and ``layer`` is what it wraps;
-                that of an embedding has ``as_linear``, and so must the module then.
-            shape: ``(out, in)`` of its weight.
+            base: a frozen layer: callable, ``dense(dtype)`` returns its weight ``(…, out, in)``, and ``layer`` is what it
+                wraps; that of an embedding has ``as_linear``, and so must the module then. Experts are called with
+                ``(x, indices, sorted_indices=False)``, as mlx-lm's ``SwitchLinear``.
+            shape: ``(…, out, in)`` of its weight.
             config: rank, scale, dropout, dtype.
         """
 
     def compensated(self, outer: Any, inner: Any, norms: Any) -> dict[str, Any]:
-        """Return trainable arrays by name that add ``scale · outer·inner`` (of an embedding; of a linear layer its transpose).
+        """Return trainable arrays by name that add ``scale`` times the product of two factors.
 
         Args:
-            outer: ``(in, rank)``; of an embedding ``(tokens, rank)``.
-            inner: ``(rank, out)``; of an embedding ``(rank, width)``.
-            norms: ``(out,)``, lengths of the rows of the weight before it was quantized.
+            outer: ``(in, rank)``; of an embedding ``(tokens, rank)``, of experts ``(experts, rank, in)``.
+            inner: ``(rank, out)``; of an embedding ``(rank, width)``, of experts ``(experts, out, rank)``.
+            norms: ``(…, out)``, lengths of the rows of the weight before it was quantized.
 
         Raises:
             ConfigError: the kind cannot start so.

@@ -39,7 +39,8 @@ class LoRAConfig:
         dropout: share of the adapter's inputs set to zero while training, in [0, 1).
         num_layers: blocks that get adapters, counted from the last; −1 means all.
         keys: layers to adapt, each a name such as ``q_proj``, the end of a path, a pattern, or ``all-linear``; None means
-            the same as ``all-linear``: every linear layer within the blocks. Embeddings and the head only by name.
+            the same as ``all-linear``, and what mlx-lm means by it: every linear layer within the blocks, the experts of a
+            mixture too (each expert gets factors of its own). Embeddings and the head only by name.
         kind: a file on the shelf ``adapters``.
         dtype: of the factors: ``float32`` or ``bfloat16``; products are made in the activations' dtype.
         rslora: whether alpha is divided by the root of the rank instead of the rank (Kalajdzievski 2023, arXiv:2312.03732).
@@ -147,7 +148,7 @@ class LoRAConfig:
 
 def _matches(layer: LayerSpec, key: str) -> bool:
     if key == ALL_LINEAR:
-        return layer.kind == "linear" and layer.block is not None
+        return layer.kind != "embedding" and layer.block is not None
     if layer.kind == "embedding" and key.split(".")[-1] == "*":  # whatever the place, an embedding wants to be named
         return False
     return layer.path == key or layer.path.endswith(f".{key}") or fnmatchcase(layer.path, key)

@@ -21,7 +21,8 @@ from qlab import registry
 from qlab.core.config import QuantConfig, QuantPlan
 from qlab.core.panel import Progress
 from qlab.core.spec import ModelSpec
-from qlab.engine.linear import PackedEmbedding, PackedLinear, dense_layer, weight_of
+from qlab.engine.experts import PackedExperts
+from qlab.engine.linear import Packed, PackedEmbedding, PackedLinear, dense_layer, weight_of
 from qlab.engine.skeleton import skeleton
 from qlab.engine.surgery import module_at, put_module, twin
 from qlab.errors import SaveError, WeightsError
@@ -91,7 +92,7 @@ def solve(weight: mx.array, config: QuantConfig, solver: str, input_power: np.nd
 def _class_of(layer: nn.Module) -> str:
     if hasattr(layer, "as_linear"):
         return "embedding"
-    return "switch" if "Switch" in type(layer).__name__ else "linear"
+    return "switch" if isinstance(layer, PackedExperts) or "Switch" in type(layer).__name__ else "linear"
 
 
 def stored_layer(
@@ -108,7 +109,8 @@ def stored_layer(
     """
     mode = config.scheme.stock_mode
     if mode is None:
-        return (PackedEmbedding if kind == "embedding" else PackedLinear)(packed, config, shape, dtype)
+        own = {"linear": PackedLinear, "embedding": PackedEmbedding, "switch": PackedExperts}
+        return own[kind](packed, config, shape, dtype)
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
     kinds = {"linear": nn.QuantizedLinear, "embedding": nn.QuantizedEmbedding, "switch": QuantizedSwitchLinear}
@@ -201,12 +203,12 @@ def _facts(module: nn.Module, config: dict[str, Any], plan: QuantPlan | None) ->
     facts = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config", "qlab")}
     stock, own, foreign = {}, {}, set()
     for path, leaf in module.named_modules():
-        if isinstance(leaf, (PackedLinear, PackedEmbedding)):
+        if isinstance(leaf, Packed):
             foreign.add(leaf.config.mode)
             own[path] = {
                 "mode": leaf.config.mode, "bits": leaf.config.bits, "group_size": leaf.config.group_size,
                 "shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("mlx.core."),
-                "kind": "embedding" if isinstance(leaf, PackedEmbedding) else "linear", "arrays": sorted(leaf.packed),
+                "kind": _class_of(leaf), "arrays": sorted(leaf.packed),
             }  # fmt: skip
         elif "scales" in leaf:
             stock[path] = {"group_size": leaf.group_size, "bits": leaf.bits, "mode": leaf.mode}

@@ -21,7 +21,7 @@ from qlab.core.survival import LayerSurvival, Survival
 from qlab.core.training import LoRAConfig
 from qlab.engine.adapt import checked, expected
 from qlab.engine.export import quantized_layer
-from qlab.engine.linear import PackedEmbedding, PackedLinear, dense_layer, is_quantized, weight_of
+from qlab.engine.linear import Packed, dense_layer, is_quantized, weight_of
 from qlab.engine.surgery import module_at, put_module, twin
 from qlab.errors import ConfigError, UnsupportedError, WeightsError
 
@@ -235,7 +235,7 @@ def _own(arrays: Mapping[str, mx.array], path: str) -> dict[str, mx.array]:
 
 def _dtype(base: nn.Module) -> mx.Dtype:
     """The dtype that the weight has, or had before it was packed."""
-    return base.dtype if isinstance(base, (PackedLinear, PackedEmbedding)) else weight_of(base).dtype
+    return base.dtype if isinstance(base, Packed) else weight_of(base).dtype
 
 
 def _storage(base: nn.Module, layer: LayerSpec, bits: int | str) -> QuantConfig | None:
@@ -245,7 +245,7 @@ def _storage(base: nn.Module, layer: LayerSpec, bits: int | str) -> QuantConfig 
         return QuantConfig("affine", 8, fitting[0]) if fitting else None
     if bits == 16 or not is_quantized(base):
         return None
-    if isinstance(base, (PackedLinear, PackedEmbedding)):
+    if isinstance(base, Packed):
         return base.config
     return stock_config(base.mode, base.bits, base.group_size)
 

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from qlab.core.config import QuantConfig
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """Packed arrays of a scheme, under the names that the scheme gives them, and how to read them."""
 
     def __init__(self, packed: dict[str, mx.array], config: QuantConfig, shape: tuple[int, ...], dtype: mx.Dtype) -> None:
@@ -53,7 +53,7 @@ class _Packed(nn.Module):
         return f"{self._shape}, {self.config.label}"
 
 
-class PackedLinear(_Packed):
+class PackedLinear(Packed):
     """A linear layer over any scheme on the shelf."""
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -61,7 +61,7 @@ class PackedLinear(_Packed):
         return y + self["bias"] if "bias" in self else y
 
 
-class PackedEmbedding(_Packed):
+class PackedEmbedding(Packed):
     """An embedding over any scheme on the shelf, also usable as tied output head."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
@@ -109,7 +109,7 @@ class Frozen(nn.Module):
     @contextmanager
     def once(self, after: mx.array) -> Iterator[None]:
         """Dequantize once, when ``after`` is there, for all products made within."""
-        with self.lent(weight_of(_tied(self.layer, after), after.dtype) if self._dequantize else None):
+        with self.lent(weight_of(tied(self.layer, after), after.dtype) if self._dequantize else None):
             yield
 
     @contextmanager
@@ -164,12 +164,12 @@ def product(layer: nn.Module, x: mx.array) -> mx.array:
     @apply.vjp
     def backward(primals, cotangent, _):
         # tied to the cotangent, or compile would merge this dequantization with the forward one and keep it alive
-        return cotangent @ weight_of(_tied(layer, cotangent), cotangent.dtype)
+        return cotangent @ weight_of(tied(layer, cotangent), cotangent.dtype)
 
     return apply(x)
 
 
-def _tied(layer: nn.Module, to: mx.array) -> nn.Module:
+def tied(layer: nn.Module, to: mx.array) -> nn.Module:
     """Return a layer whose arrays are read only once ``to`` is there."""
     made = copy.copy(layer)
     names = [name for name, value in layer.items() if isinstance(value, mx.array)]
@@ -188,7 +188,7 @@ def weight_of(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
     Returns:
         ``(…, out, in)``.
     """
-    if isinstance(layer, _Packed):
+    if isinstance(layer, Packed):
         return layer.dense(dtype)
     if "scales" not in layer:
         return layer.weight if dtype is None else layer.weight.astype(dtype)
@@ -200,7 +200,7 @@ def weight_of(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether a layer's weight is stored in codes."""
-    return isinstance(layer, _Packed) or "scales" in layer
+    return isinstance(layer, Packed) or "scales" in layer
 
 
 def dense_layer(layer: nn.Module, weight: mx.array) -> nn.Module:

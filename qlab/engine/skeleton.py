@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 from qlab import registry
 from qlab.core.config import stock_config
 from qlab.core.spec import LayerSpec, ModelSpec
-from qlab.engine.linear import PackedEmbedding, PackedLinear, is_quantized
+from qlab.engine.experts import PackedExperts
+from qlab.engine.linear import Packed, PackedEmbedding, PackedLinear, is_quantized
 from qlab.engine.surgery import cast
 from qlab.errors import LoadError, nearest
 
@@ -81,7 +82,7 @@ def _kind(leaf: nn.Module) -> str | None:
         return "linear"
     if isinstance(leaf, (nn.Embedding, nn.QuantizedEmbedding, PackedEmbedding)):
         return "embedding"
-    if type(leaf).__name__ in ("SwitchLinear", "QuantizedSwitchLinear"):
+    if isinstance(leaf, PackedExperts) or type(leaf).__name__ in ("SwitchLinear", "QuantizedSwitchLinear"):
         return "switch"
     return None
 
@@ -114,7 +115,7 @@ def _layer(path: str, leaf: nn.Module, tied: bool) -> LayerSpec:
 
 def _logical(leaf: nn.Module) -> tuple[tuple[int, ...], mx.Dtype]:
     """Shape of the weight as numbers, and the dtype that dequantizing gives."""
-    if isinstance(leaf, (PackedLinear, PackedEmbedding)):
+    if isinstance(leaf, Packed):
         return leaf.shape, leaf.dtype
     if not is_quantized(leaf):
         return leaf.weight.shape, leaf.weight.dtype
@@ -124,6 +125,6 @@ def _logical(leaf: nn.Module) -> tuple[tuple[int, ...], mx.Dtype]:
 
 
 def _stored(leaf: nn.Module) -> str | None:
-    if isinstance(leaf, (PackedLinear, PackedEmbedding)):
+    if isinstance(leaf, Packed):
         return leaf.config.label
     return stock_config(leaf.mode, leaf.bits, leaf.group_size).label if is_quantized(leaf) else None

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from qlab.core.spec import ModelSpec
 from qlab.core.training import LoRAConfig, TrainConfig
+from qlab.engine.experts import FrozenExperts
 from qlab.engine.linear import Frozen
 from qlab.engine.loss import Arrays, Given, Sums, given, nats, nats_and_slope
 from qlab.engine.segments import takes_batches
@@ -25,8 +26,6 @@ from qlab.engine.stack import Stack, run
 from qlab.engine.stepped import Stepped
 from qlab.engine.surgery import map_layers, module_at
 from qlab.errors import ConfigError, UnsupportedError
-
-_PLAIN_CLASSES = ("linear", "embedding")
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,14 @@ def attach(module: nn.Module, spec: ModelSpec, lora: LoRAConfig | None, compute:
         ConfigError, LayerNotFoundError: the adapter does not fit the model.
     """
     targets = {layer.path for layer in lora.targets(spec)} if lora else set()
-    plain = [layer.path for layer in spec.layers if layer.kind in _PLAIN_CLASSES]
 
     def make(path: str, layer: nn.Module) -> nn.Module:
         if compute.dequantize or compute.dtype is not None or path in targets:
-            layer = Frozen(layer, compute.dtype, compute.dequantize, keep=checkpoint or compute.traced)
+            frozen = FrozenExperts if spec[path].kind == "switch" else Frozen
+            layer = frozen(layer, compute.dtype, compute.dequantize, keep=checkpoint or compute.traced)
         return lora.adapter.make(layer, spec[path].shape, lora) if path in targets else layer  # type: ignore
 
-    made = map_layers(module, plain, make)
+    made = map_layers(module, [layer.path for layer in spec.layers], make)
     made.freeze()
     for path in targets:
         module_at(made, path).unfreeze(keys=list(lora.adapter.shapes(spec[path].shape, lora.rank)), recurse=False)  # type: ignore

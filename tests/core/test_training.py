@@ -163,10 +163,32 @@ MIXED = ModelSpec(
 )
 
 
-def test_a_key_of_a_layer_that_the_kind_does_not_adapt_is_refused():
-    words = "'model.layers.0.mlp.experts.up_proj' is a stack of experts; kind='lora' adapts linear and embedding layers"
+def test_a_key_of_a_layer_that_the_kind_does_not_adapt_is_refused(monkeypatch):
+    from qlab.adapters.lora import LoRA
+
+    class Plain(LoRA):
+        name, adapts = "plain", ("linear", "embedding")
+
+    monkeypatch.setitem(registry.shelf("adapters"), "plain", Plain())
+    words = "'model.layers.0.mlp.experts.up_proj' is a stack of experts; kind='plain' adapts linear and embedding layers"
     with pytest.raises(ConfigError, match=words):
-        LoRAConfig(rank=2, keys=("router", "up_proj")).targets(MIXED)
+        LoRAConfig(rank=2, kind="plain", keys=("router", "up_proj")).targets(MIXED)
+    assert [x.path for x in LoRAConfig(rank=2, kind="plain").targets(MIXED)] == ["model.layers.0.mlp.router"]
+
+
+@pytest.mark.parametrize("kind", registry.shelf("adapters"))
+@pytest.mark.parametrize("keys", [None, "all-linear", "model.layers.*", "*.mlp.*", ("router", "experts.up_proj")], ids=str)
+def test_the_experts_of_a_mixture_are_meant_without_keys_by_name_and_by_pattern(keys, kind):
+    found = LoRAConfig(rank=2, kind=kind, keys=keys).targets(MIXED)
+    assert [x.path.split(".")[-1] for x in found] == ["router", "up_proj"]
+    assert [x.path.split(".")[-1] for x in LoRAConfig(rank=2, kind=kind, keys="*.experts.*").targets(MIXED)] == ["up_proj"]
+
+
+def test_experts_count_one_pair_of_factors_each_and_a_rank_above_their_width_names_them():
+    assert LoRAConfig(rank=4, keys="up_proj").size(MIXED) == 4 * 4 * (32 + WIDTH)
+    assert LoRAConfig(rank=4, keys="up_proj", kind="dora").size(MIXED) == 4 * (4 * (32 + WIDTH) + 32)
+    with pytest.raises(ConfigError, match=r"rank=33 .*'model\.layers\.0\.mlp\.experts\.up_proj' \(4 × 32 × 64\); the largest is 32"):
+        LoRAConfig(rank=33, keys="up_proj").targets(MIXED)
 
 
 @pytest.mark.parametrize("keys", ["embed_tokens", "*.embed_tokens", ("router", "model.embed_tokens")])
@@ -180,5 +202,5 @@ def test_all_linear_is_what_none_means_and_goes_with_other_keys():
     assert len(paths) == len(LoRAConfig(rank=4).targets(SPEC)) + 1 and "lm_head" in paths
 
 
-def test_a_pattern_that_matches_other_layers_too_takes_the_linear_ones():
-    assert [x.path for x in LoRAConfig(rank=2, keys="model.*").targets(MIXED)] == ["model.layers.0.mlp.router"]
+def test_a_pattern_that_matches_other_layers_too_leaves_the_embedding_out():
+    assert [x.kind for x in LoRAConfig(rank=2, keys="model.*").targets(MIXED)] == ["linear", "switch"]

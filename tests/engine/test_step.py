@@ -74,7 +74,8 @@ def by_hand(plain, lora: LoRAConfig, parameters, tokens, mask):
 
     def nats(p):
         for path in paths:
-            module_at(plain, path).weight = before[path] + lora.scale * (p[f"{path}.lora_a"] @ p[f"{path}.lora_b"]).T
+            a, b = p[f"{path}.lora_a"], p[f"{path}.lora_b"]
+            module_at(plain, path).weight = before[path] + lora.scale * ((a @ b).T if a.ndim == 2 else b @ a)
         losses = nn.losses.cross_entropy(plain(tokens[:, :-1]), tokens[:, 1:])
         return mx.where(mask[:, 1:] > 0, losses, 0).sum()
 
