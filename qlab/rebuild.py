@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from qlab.adapter import Adapter
 from qlab.core.rows import Rows
 from qlab.engine import checkpoint, run_folder
 from qlab.engine.job import mlx_call
 from qlab.errors import ConfigError
-from qlab.model import load
+from qlab.model import Model, load
 from qlab.quantizer import Quantizer
 
 
@@ -45,10 +44,21 @@ def rebuilt(path: str | Path, adapter: Adapter | None) -> tuple[Path, Adapter, r
 def _adapter(facts: run_folder.RunFacts) -> Adapter:
     if not facts.source:
         raise ConfigError("The run does not say where its model came from; give resume the adapter.")
-    source: Any = load(facts.source)
-    if facts.plan is not None:
-        default = facts.plan.default
-        source = Quantizer(source, default.bits, default.group_size, default.mode, facts.solver)
-        for layer, own in facts.plan.overrides.items():
-            source.set(layer, own and own.bits, **({"group_size": own.group_size, "mode": own.mode} if own else {}))
-    return Adapter(source, seed=facts.train.seed, **facts.lora.__dict__)
+    return Adapter(source_of(facts), seed=facts.train.seed, **facts.lora.__dict__)
+
+
+def source_of(facts: run_folder.RunFacts) -> Model | Quantizer:
+    """Return a run's model; with a plan, the quantizer that carries it out.
+
+    Raises:
+        LoadError: the model is gone.
+        ConfigError, LayerNotFoundError: the plan does not fit it.
+    """
+    model = load(facts.source)
+    if facts.plan is None:
+        return model
+    default = facts.plan.default
+    quantizer = Quantizer(model, default.bits, default.group_size, default.mode, facts.solver)
+    for layer, own in facts.plan.overrides.items():
+        quantizer.set(layer, own and own.bits, **({"group_size": own.group_size, "mode": own.mode} if own else {}))
+    return quantizer
