@@ -161,7 +161,6 @@ class Pieces:
             return [mx.zeros((count, shape[-1]), dtype), mx.zeros(()), *(a for a in found if a is not None)]
 
         cotangent, total, *weights = self._piece("dense", dense, self._outer(), False)
-        self.graph.held += weights
         sums = [self._piece(("zeros", n), lambda n=n: [mx.zeros_like(self.trained[n])], [], False)[0] for n in outer]
         lent = list(zip(weights, examples, strict=True))
         for start in range(0, count, size):
@@ -255,8 +254,8 @@ class Pieces:
         pairs += [(grads[path], a) for path, a in self.trained.items()]
         pairs += [(self._given(a, "gradients"), a) for a in parameters if several]
         pairs += [(self.total, zero), *((self._given(zero, "batch"), zero) for _ in range(2))]
-        made = self._piece("update", run, pairs, False)
-        asked = len(names) + len(states) + 2
+        made = self._piece("update", run, pairs, True)
+        asked = len(names) + len(states) + 3
         self.graph.outputs, held = made[:asked], made[asked:]
         self.graph.held += held
         self._ask(*self.graph.outputs)

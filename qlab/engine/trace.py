@@ -117,7 +117,7 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
         graph = unmerged(read(run, [*flat, *rest], roles), True)
     finally:
         module.update(tree_unflatten(list(frozen.items())))
-    return kept(graph, len(step.parameters) + len(update.state) + 2)
+    return kept(graph, len(step.parameters) + len(update.state) + 3)
 
 
 def updated(
@@ -127,7 +127,7 @@ def updated(
     sums = earlier.plus(found) if earlier else found
     new = update(parameters, state, sums, rate)
     held = [*found.grads.values(), *(sums.grads.values() if earlier else ())]
-    return [*new.parameters.values(), *new.state.values(), new.loss, new.grad_norm, *held]
+    return [*new.parameters.values(), *new.state.values(), new.loss, new.grad_norm, new.finite, *held]
 
 
 def kept(graph: Graph, asked: int) -> Graph:

@@ -222,8 +222,7 @@ def _key(config: TrainConfig, number: int) -> mx.array:
 
 def _taken(task: Task, state: TrainState, new: Updated, batches: list[Batch]) -> str:
     """Take an update over if it is finite; return why the run must end, if it must."""
-    finite = [mx.isfinite(a).all() for a in (new.loss, new.grad_norm, *new.parameters.values())]
-    if mx.stack(finite).all().item():
+    if new.finite.item():
         state.parameters, state.optimizer, state.skipped = new.parameters, new.state, 0
         return ""
     state.skipped += 1
