@@ -60,6 +60,8 @@ def mlx_obstacle(lora: LoRAConfig, spec: ModelSpec) -> str | None:
             return f"it cannot read the base ({layer.stored})"
     for layer in lora.targets(spec) if lora.kind == "dora" else ():
         bits = int(layer.stored.split()[1].split("-")[0]) if layer.stored else 8
+        if layer.kind == "switch":
+            return f"it has no DoRA of experts ({layer.path!r}); kind='lora' is the nearest"
         if layer.kind == "embedding" and layer.stored:
             return f"its DoRA reads no quantized embedding ({layer.path!r})"
         if 32 % bits:

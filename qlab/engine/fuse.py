@@ -38,26 +38,26 @@ def change(layer: nn.Module, kind: str, lora: LoRAConfig, own: Mapping[str, mx.a
 
     Args:
         layer: the base's layer.
-        kind: ``linear`` or ``embedding``.
+        kind: ``linear``, ``embedding`` or ``switch``.
         lora: what the adapter is.
         own: its arrays by name.
 
     Returns:
-        ``(out, in)`` float32, lazy.
+        ``(…, out, in)`` float32, lazy.
 
     Raises:
         UnsupportedError: the kind of adapter has no known change of the weight.
     """
     if lora.kind not in ("lora", "dora"):
         raise UnsupportedError(f"kind={lora.kind!r} cannot be fused: it does not say what it adds to the weight.")
-    product = own["lora_a"].astype(mx.float32) @ own["lora_b"].astype(mx.float32)
-    delta = lora.scale * (product if kind == "embedding" else product.T)
+    a, b = (own[name].astype(mx.float32) for name in ("lora_a", "lora_b"))
+    delta = lora.scale * (b @ a if kind == "switch" else a @ b if kind == "embedding" else (a @ b).T)
     if lora.kind == "lora":
         return delta
     weight = weight_of(layer, mx.float32)
     whole = weight + delta
     norm = mx.sqrt(mx.maximum(mx.square(whole).sum(-1, keepdims=True), 1e-20))
-    return own["m"].astype(mx.float32)[:, None] * whole / norm - weight
+    return own["m"].astype(mx.float32)[..., None] * whole / norm - weight
 
 
 def fuse(
@@ -170,10 +170,10 @@ def preview(
 
 def _survival(base: nn.Module, layer: LayerSpec, delta: mx.array, original: nn.Module | None, exact: bool) -> LayerSurvival:
     dtype, config, eight = _dtype(base), _storage(base, layer, "base"), _storage(base, layer, 8)
-    count, rows = layer.shape[-2], slice(None)
+    count, rows = math.prod(layer.shape[:-1]), slice(None)
     if not exact and layer.size > _SAMPLE:
         rows = mx.array(np.linspace(0, count - 1, max(_SAMPLE // layer.shape[-1], 1)).round().astype(np.int32))
-    weight, delta = weight_of(base, mx.float32)[rows], delta[rows]
+    weight, delta = (x.reshape(count, -1)[rows] for x in (weight_of(base, mx.float32), delta))
     mx.eval(weight, delta)
     size, norm = _norm(weight), _norm(delta)
     depth = "exact" if weight.shape[0] == count else "sampled"
@@ -184,7 +184,7 @@ def _survival(base: nn.Module, layer: LayerSpec, delta: mx.array, original: nn.M
     kept_base, changed = _kept(weight, delta, config, dtype) if config else (kept_16, math.nan)
     error, from_original = math.nan, math.nan
     if original is not None and config is not None:
-        first = weight_of(original, mx.float32)[rows]
+        first = weight_of(original, mx.float32).reshape(count, -1)[rows]
         error = _norm(first - weight) / norm
         from_original, _ = _kept(first, delta, config, dtype)
     return LayerSurvival(

@@ -53,20 +53,24 @@ class Inputs:
         return mx.array(np.linalg.cholesky(moments + self.damping * np.eye(len(moments))), mx.float32)
 
 
+Passed = Inputs | dict[int, Inputs]  # of a layer; of a mixture's experts by number, those that the text reached
+_Call = tuple[mx.array, ...]  # rows, and for experts the numbers of those that they went to
+
+
 class _Tap(nn.Module):
     """A layer that keeps what passes through it."""
 
-    def __init__(self, inner: nn.Module, seen: list[mx.array]) -> None:
+    def __init__(self, inner: nn.Module, seen: list[_Call]) -> None:
         super().__init__()
         self.inner, self._seen = inner, seen
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, *indices: mx.array, **options: Any) -> mx.array:
         if mx.issubdtype(x.dtype, mx.floating):  # an embedding is looked up with integers
-            self._seen.append(x)
-        return self.inner(x)
+            self._seen.append((x, *indices))
+        return self.inner(x, *indices, **options)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        self._seen.append(x)
+        self._seen.append((x,))
         return self.inner.as_linear(x)
 
     def __getattr__(self, name: str) -> Any:
@@ -96,7 +100,7 @@ def texts(tokenizer: Any, text: Any) -> tuple[list[mx.array], list[mx.array]]:
     return rows[:cut], rows[cut:]
 
 
-def passing(model: nn.Module, paths: list[str], seen: list[mx.array], heldout: list[mx.array]) -> Iterator[dict[str, Inputs]]:
+def passing(model: nn.Module, paths: list[str], seen: list[mx.array], heldout: list[mx.array]) -> Iterator[dict[str, Passed]]:
     """Run two texts through a model; yield the inputs of its layers, those of one block at a time.
 
     Args:
@@ -105,7 +109,7 @@ def passing(model: nn.Module, paths: list[str], seen: list[mx.array], heldout: l
         seen: token ids ``(1, T)`` of the one text.
         heldout: of the other.
     """
-    found: dict[str, list[mx.array]] = {path: [] for path in paths}
+    found: dict[str, list[_Call]] = {path: [] for path in paths}
     watched = map_layers(model, paths, lambda path, inner: _Tap(inner, found[path]))
     rows = seen + heldout
     try:
@@ -127,18 +131,41 @@ def passing(model: nn.Module, paths: list[str], seen: list[mx.array], heldout: l
         yield _taken(found, len(seen))
 
 
-def _taken(found: dict[str, list[mx.array]], count: int) -> dict[str, Inputs]:
-    """Put together what was seen and forget it; layers that read the same array share one ``Inputs``."""
-    made: dict[tuple[int, ...], Inputs] = {}
+def _taken(found: dict[str, list[_Call]], count: int) -> dict[str, Passed]:
+    """Put together what was seen and forget it; layers that read the same arrays share one ``Inputs``."""
+    made: dict[tuple[int, ...], Passed] = {}
     taken = {}
-    for path, arrays in found.items():
-        if arrays:
-            key = tuple(map(id, arrays))
+    for path, calls in found.items():
+        if calls:
+            key = tuple(id(array) for call in calls for array in call)
             if key not in made:
-                flat = [x.reshape(-1, x.shape[-1]).astype(mx.float32) for x in arrays]
-                made[key] = Inputs(mx.concatenate(flat[:count]), mx.concatenate(flat[count:]))
-                mx.eval(made[key].seen, made[key].heldout)
+                made[key] = _inputs(calls[:count], calls[count:])
             taken[path] = made[key]
-    for arrays in found.values():
-        arrays.clear()
+    for calls in found.values():
+        calls.clear()
     return taken
+
+
+def _inputs(seen: list[_Call], heldout: list[_Call]) -> Passed:
+    (x, to), (y, to_y) = _rows(seen), _rows(heldout)
+    if to is None:
+        mx.eval(x, y)
+        return Inputs(x, y)
+    made = {expert: Inputs(_of(x, to, expert), _of(y, to_y, expert)) for expert in np.unique(to).tolist()}
+    mx.eval([(own.seen, own.heldout) for own in made.values()])
+    return made
+
+
+def _rows(calls: list[_Call]) -> tuple[mx.array, np.ndarray | None]:
+    """Return float32 rows ``(tokens, in)`` and the expert of each; a row that went to several stands there as often."""
+    rows, experts = [], []
+    for x, *indices in calls:
+        for to in indices:
+            x = mx.broadcast_to(x, (*to.shape, *x.shape[-2:]))
+            experts.append(np.array(to).reshape(-1))
+        rows.append(x.reshape(-1, x.shape[-1]).astype(mx.float32))
+    return mx.concatenate(rows), np.concatenate(experts) if experts else None
+
+
+def _of(rows: mx.array, experts: np.ndarray, expert: int) -> mx.array:
+    return rows[mx.array(np.flatnonzero(experts == expert).astype(np.int32))]

@@ -86,6 +86,10 @@ def _refuse(lora: LoRAConfig, targets: Iterable[LayerSpec]) -> None:
     if lora.kind not in STOCK:
         raise ConfigError(f"PEFT has no kind {lora.kind!r}; save it with format='mlx'.")
     for layer in targets:
+        if layer.kind == "switch":
+            raise ConfigError(
+                f"PEFT has no adapter of the experts {layer.path!r}: they are parts of larger tensors there; use format='mlx'."
+            )
         if layer.kind == "embedding" and lora.kind == "dora":
             raise ConfigError(f"PEFT's DoRA of an embedding ({layer.path!r}) scales columns, not rows; use format='mlx'.")
         if layer.kind == "embedding" and layer.tied:

@@ -22,7 +22,7 @@ from qlab.core.panel import Progress
 from qlab.core.recovery import Recovery, noise_squares, on_grid
 from qlab.core.spec import LayerSpec
 from qlab.core.training import LoRAConfig
-from qlab.engine.inputs import Inputs
+from qlab.engine.inputs import Inputs, Passed
 from qlab.errors import WeightsError
 
 Weight = Callable[[str], mx.array]
@@ -30,6 +30,7 @@ STARTS = ("residual", "diagonal", "qera")
 _WHOLE = 1024  # width up to which all singular values are computed; above, the leading ones
 _LEADING = 256  # how many, for a spectrum
 _ROUNDS = 4
+_EXPERTS = 8  # of a mixture that speak for all of a layer's
 
 
 def leading(product: mx.array, rank: int) -> tuple[mx.array, np.ndarray]:
@@ -59,7 +60,7 @@ def leading(product: mx.array, rank: int) -> tuple[mx.array, np.ndarray]:
         squares, vectors = _descending(product @ product.T)
         return vectors, squares
     squares, vectors = _descending(product.T @ product)
-    return (product @ vectors) / mx.array(np.sqrt(np.maximum(squares, squares[0] * 1e-10)), mx.float32), squares
+    return (product @ vectors) / mx.array(np.sqrt(np.maximum(squares, max(squares[0] * 1e-10, 1e-30))), mx.float32), squares
 
 
 def _descending(gram: mx.array) -> tuple[np.ndarray, mx.array]:
@@ -100,33 +101,49 @@ def error_of(path: str, original: Weight, stored: Weight) -> tuple[mx.array, mx.
     return error, weight
 
 
-def recovery(path: str, original: Weight, stored: Weight, inputs: Inputs | None) -> Recovery | None:
-    """Return what each rank recovers of a layer's error, or None if it has none."""
+def recovery(path: str, original: Weight, stored: Weight, inputs: Passed | None) -> Recovery | None:
+    """Return what each rank recovers of a layer's error, or None if it has none.
+
+    Every expert of a mixture has factors of its own, so the squares of some experts, evenly chosen, are added up by rank: the
+    share is that of their common error, and a singular value that of a typical expert.
+    """
     error, weight = error_of(path, original, stored)
     energy = mx.square(error).sum().item()
     if not energy > 0:
         return None
-    few = min(error.shape)
-    rank = few if few <= _WHOLE else min(_LEADING, few)
-    left, squares = leading(error, rank)
-    noise = noise_squares(*error.shape)
-    output = {}
-    if inputs is not None:
-        wrong = error @ inputs.heldout.T
-        total = mx.square(wrong).sum().item()
-        for init in STARTS:
-            vectors = left if init == "residual" else directions(init, error, inputs, rank)[0]
-            gains = np.cumsum(np.array(mx.square(vectors[:, :few].T @ wrong).sum(-1), np.float64))
-            output[init] = on_grid(np.minimum(gains / total, 1))
+    relative = (energy / mx.square(weight).sum().item()) ** 0.5
+    experts = {0: error} if error.ndim == 2 else {e: error[e] for e in _some(len(error))}
+    squares, gains, totals = np.zeros(1), dict.fromkeys(STARTS, np.zeros(1)), 0.0
+    for number, own in experts.items():
+        left, found = leading(own, rank := _kept(own))
+        squares = squares + found
+        given = inputs.get(number) if isinstance(inputs, dict) else inputs
+        if given is not None and len(given.heldout):
+            wrong = own @ given.heldout.T
+            totals += mx.square(wrong).sum().item()
+            for init in STARTS:
+                vectors = left if init == "residual" else directions(init, own, given, rank)[0]
+                gains[init] = gains[init] + np.array(mx.square(vectors[:, : min(own.shape)].T @ wrong).sum(-1), np.float64)
+    energy, noise = sum(mx.square(own).sum().item() for own in experts.values()), noise_squares(*error.shape[-2:])
     return Recovery(
-        path, (energy / mx.square(weight).sum().item()) ** 0.5,
-        on_grid(np.sqrt(squares / energy)), on_grid(np.sqrt(noise)),
-        on_grid(np.minimum(np.cumsum(squares) / energy, 1)), on_grid(np.cumsum(noise)), output,
+        path, relative, on_grid(np.sqrt(squares / energy)), on_grid(np.sqrt(noise)),
+        on_grid(np.minimum(np.cumsum(squares) / energy, 1)), on_grid(np.cumsum(noise)),
+        {init: on_grid(np.minimum(np.cumsum(own) / totals, 1)) for init, own in gains.items() if totals},
     )  # fmt: skip
 
 
+def _some(count: int) -> list[int]:
+    return np.unique(np.linspace(0, count - 1, min(count, _EXPERTS)).round().astype(int)).tolist()
+
+
+def _kept(error: mx.array) -> int:
+    """How many singular values of an error are computed."""
+    few = min(error.shape)
+    return few if few <= _WHOLE else min(_LEADING, few)
+
+
 def recoveries(
-    layers: Iterable[LayerSpec], original: Weight, stored: Weight, groups: Iterable[dict[str, Inputs]], into: dict[str, Any]
+    layers: Iterable[LayerSpec], original: Weight, stored: Weight, groups: Iterable[dict[str, Passed]], into: dict[str, Any]
 ) -> Generator[Progress, None, None]:
     """Compute what each rank recovers, layer by layer: first without data, then with the inputs of a text.
 
@@ -160,7 +177,7 @@ def start(
     layers: Iterable[LayerSpec],
     original: Weight,
     stored: Weight,
-    groups: Iterable[dict[str, Inputs]],
+    groups: Iterable[dict[str, Passed]],
 ) -> Generator[Progress, None, dict[str, mx.array]]:
     """Compute the trainable arrays of adapters that make up for the quantization error.
 
@@ -169,8 +186,8 @@ def start(
         layers: that get adapters.
         original: returns W by path.
         stored: returns Ŵ by path.
-        groups: inputs by path, a block at a time; for ``residual`` none are needed. A layer that no text reached starts as
-            without data.
+        groups: inputs by path, a block at a time; for ``residual`` none are needed. A layer or an expert that no text reached
+            starts as without data.
 
     Yields:
         Progress after each layer.
@@ -182,7 +199,7 @@ def start(
     found: dict[str, mx.array] = {}
     count = len(todo)
 
-    def one(path: str, inputs: Inputs | None) -> Progress:
+    def one(path: str, inputs: Passed | None) -> Progress:
         layer = todo.pop(path)
         for name, array in _arrays(lora, layer, *error_of(path, original, stored), inputs).items():
             found[f"{path}.{name}"] = array
@@ -198,17 +215,29 @@ def start(
 
 
 def _arrays(
-    lora: LoRAConfig, layer: LayerSpec, error: mx.array, weight: mx.array, inputs: Inputs | None
+    lora: LoRAConfig, layer: LayerSpec, error: mx.array, weight: mx.array, inputs: Passed | None
 ) -> dict[str, mx.array]:
+    if layer.kind == "switch":
+        given = inputs if isinstance(inputs, dict) else {}
+        b, a = map(mx.stack, zip(*(_pair(lora, own, given.get(e)) for e, own in enumerate(error)), strict=True))
+    else:
+        b, a = _pair(lora, error, inputs)  # type: ignore
+        a, b = (b, a) if layer.kind == "embedding" else (a.T, b.T)
+    made = lora.adapter.compensated(a, b, mx.linalg.norm(weight, axis=-1))
+    made = {name: array.astype(getattr(mx, lora.dtype)) for name, array in made.items()}
+    mx.eval(made)
+    return made
+
+
+def _pair(lora: LoRAConfig, error: mx.array, inputs: Inputs | None) -> tuple[mx.array, mx.array]:
+    """Return ``(out, rank)`` and ``(rank, in)`` whose product, times the scale, is the best stand-in for an error."""
+    out, width = error.shape
+    if not mx.any(error).item():  # nothing to make up for: no effect at first, and a slope to learn along
+        drawn = mx.random.uniform(-1, 1, (lora.rank, width), key=mx.random.key(0))
+        return mx.zeros((out, lora.rank)), drawn * width**-0.5
     left = directions(lora.init, error, inputs, lora.rank)[0][:, : lora.rank]
     right = left.T @ error
     # both factors get rows of equal length, and the scale is divided out of them
     length = mx.sqrt(mx.maximum(mx.linalg.norm(right, axis=1), 1e-20))
     part = abs(lora.scale) ** -0.5
-    outer, inner = left * length * part, right / length[:, None] * (part if lora.scale > 0 else -part)
-    if layer.kind != "embedding":
-        outer, inner = inner.T, outer.T
-    made = lora.adapter.compensated(outer, inner, mx.linalg.norm(weight, axis=1))
-    made = {name: array.astype(getattr(mx, lora.dtype)) for name, array in made.items()}
-    mx.eval(made)
-    return made
+    return left * length * part, right / length[:, None] * (part if lora.scale > 0 else -part)
