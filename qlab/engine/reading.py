@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from qlab.core import low_rank
 from qlab.core.graph import Array, Graph, Node
 from qlab.errors import UnsupportedError
 
@@ -27,13 +28,16 @@ def read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], rol
     Raises:
         UnsupportedError: it holds an operation that cannot be read.
     """
-    try:
-        return _read(fun, arrays, roles)
-    except UnsupportedError as error:
-        if not any(name in str(error) for name in ("ScaledDotProductAttention", "CrossEntropy")):
-            raise
-    with _stand_ins():
-        return _read(fun, arrays, roles)
+    replaced: set[str] = set()
+    while True:
+        try:
+            with _stand_ins(replaced):
+                return _read(fun, arrays, roles)
+        except UnsupportedError as error:
+            found = {name for name in _STAND_INS if name in str(error)} - replaced
+            if not found:
+                raise
+            replaced |= found
 
 
 def _read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], roles: Sequence[str] | None) -> Graph:
@@ -47,28 +51,44 @@ def _read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], ro
     return reader.graph
 
 
-@contextmanager
-def _stand_ins() -> Iterator[None]:
-    """Let other functions that need the same arrays take the place of fused ones (CUDA), which cannot be read.
+def _attend(q: mx.array, k: mx.array, v: mx.array, **_: object) -> mx.array:
+    """Linear attention keeps queries, keys and values, and makes an array for the output and one for each gradient.
 
-    Linear attention keeps queries, keys and values, and makes an array for the output and one for each gradient; like the
-    fused one it makes none of the length squared. The logarithm of a sum keeps the logits and makes one array of their size.
+    Like the fused one it makes none of the length squared.
     """
+    shape, groups = q.shape, k.shape[1]
+    q = q.reshape(shape[0], groups, -1, *shape[2:])
+    return (q @ (k.swapaxes(-1, -2) @ v)[:, :, None]).reshape(*shape[:-1], v.shape[-1])
 
-    def attend(q: mx.array, k: mx.array, v: mx.array, **_: object) -> mx.array:
-        shape, groups = q.shape, k.shape[1]
-        q = q.reshape(shape[0], groups, -1, *shape[2:])
-        return (q @ (k.swapaxes(-1, -2) @ v)[:, :, None]).reshape(*shape[:-1], v.shape[-1])
 
-    def entropy(logits: mx.array, *_: object) -> mx.array:
-        return mx.logsumexp(logits, -1)
+def _entropy(logits: mx.array, *_: object) -> mx.array:
+    """The logarithm of a sum keeps the logits and makes one array of their size."""
+    return mx.logsumexp(logits, -1)
 
-    fused = mx.fast.scaled_dot_product_attention, nn.losses.cross_entropy
-    mx.fast.scaled_dot_product_attention, nn.losses.cross_entropy = attend, entropy
-    try:
+
+def _routed(x: mx.array, weights: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+    """One matrix made of all experts keeps the rows, and makes one gradient of the size of the weights."""
+    if sorted_indices:
+        return x @ mx.square(weights).sum(0).T
+    return mx.gather_mm(x, weights.swapaxes(-1, -2), rhs_indices=indices)
+
+
+# functions that need the same arrays as those whose operation cannot be read, by the operation
+_STAND_INS: dict[str, tuple[Any, str, Callable[..., mx.array]]] = {
+    "ScaledDotProductAttention": (mx.fast, "scaled_dot_product_attention", _attend),  # CUDA's
+    "CrossEntropy": (nn.losses, "cross_entropy", _entropy),  # CUDA's
+    "SegmentedMM": (low_rank, "routed", _routed),  # the gradient by the factors of experts
+}
+
+
+@contextmanager
+def _stand_ins(names: Iterable[str]) -> Iterator[None]:
+    """Let other functions take the place of some whose operations cannot be read."""
+    with ExitStack() as stack:
+        for module, name, function in (_STAND_INS[key] for key in names):
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, function)
         yield
-    finally:
-        mx.fast.scaled_dot_product_attention, nn.losses.cross_entropy = fused
 
 
 class _Reader:

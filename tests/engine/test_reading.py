@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
+from qlab.core import low_rank
 from qlab.engine.reading import read
 from qlab.errors import UnsupportedError
 from tests.tiny import on_mlx
@@ -59,3 +60,19 @@ def test_fused_attention_that_cannot_be_read_is_stood_in_for(monkeypatch):
     assert [made.arrays[a].shape for a in made.outputs] == [q.shape, k.shape, k.shape]
     assert max(array.size for array in made.arrays.values()) <= q.size  # none of the length squared
     assert mx.fast.scaled_dot_product_attention is refuse and fused is not refuse
+
+
+@pytest.mark.parametrize("sorted_indices", [True, False])
+@on_mlx
+def test_the_gradient_by_the_factors_of_experts_is_stood_in_for(sorted_indices):
+    x, weights, indices = mx.zeros((96, 1, 8)), mx.zeros((4, 5, 8)), mx.zeros(96, mx.int32)
+    real = low_rank.routed
+
+    def way_back(x, weights):
+        return mx.grad(lambda *a: low_rank.routed(*a, indices, sorted_indices).sum(), [0, 1])(x, weights)
+
+    made = read(lambda *a: list(way_back(*a)), [x, weights])
+    assert [made.arrays[a].shape for a in made.outputs] == [x.shape, weights.shape]
+    if sorted_indices:
+        assert max(array.size for array in made.arrays.values()) <= x.size  # no gradient for every row
+    assert low_rank.routed is real
