@@ -14,6 +14,7 @@ import numpy as np
 
 from qlab.core.config import QuantConfig
 from qlab.core.dynamic import dynamic_map
+from qlab.core.lookup import Lookup
 from qlab.core.scheme import Layout, Scheme
 
 _TABLE = np.array(
@@ -21,6 +22,7 @@ _TABLE = np.array(
      -0.09105003625154495, 0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1], np.float32,
 )  # fmt: skip
+_LOOKUP = Lookup(_TABLE)
 _SMALLEST = 2.0**-126  # smallest normal float32: below it a reciprocal may overflow
 _BUCKETS = 64
 _SCALE_BLOCK = 256  # scales that share a second-level scale
@@ -71,11 +73,8 @@ class Nf4(Scheme):
         return {"weight": packed["weight"][rows], "absmax": values}
 
     def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
-        codes = packed["weight"]
         absmax = _grow(packed) if "absmax_scales" in packed else packed["absmax"]
-        pairs = mx.take(mx.array(_pairs()), codes.view(mx.uint8)).view(mx.float32)
-        blocks = pairs.reshape(*codes.shape[:-1], -1, config.group_size) * absmax[..., None]
-        return blocks.reshape(*codes.shape[:-1], -1).astype(dtype)
+        return _LOOKUP.weights(packed["weight"], absmax, config.group_size, dtype)
 
     def roundtrip(self, rows: Any, config: QuantConfig, amax: Any = None) -> Any:
         whole = super().roundtrip
@@ -103,13 +102,6 @@ def _buckets() -> tuple[np.ndarray, np.ndarray]:
     edges = np.arange(_BUCKETS) / (_BUCKETS / 2) - 1
     base = np.searchsorted(middle, edges).astype(np.uint32)
     return base, np.append(middle, np.float32(np.inf))[base]
-
-
-@cache
-def _pairs() -> np.ndarray:
-    """Both table values of every byte of two codes, as one uint64, so that one look-up reads two."""
-    byte = np.arange(256)
-    return np.stack([_TABLE[byte & 15], _TABLE[byte >> 4]], 1).view(np.uint64)[:, 0]
 
 
 def _pack(codes: mx.array) -> mx.array:
