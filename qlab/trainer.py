@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from qlab.adapter import Adapter
+from qlab.carry import keep, to_yaml
 from qlab.core.code import train_code
 from qlab.core.memory import MemoryEstimate
 from qlab.core.rows import Rows
@@ -20,7 +21,6 @@ from qlab.engine.adapter_files import save_adapter
 from qlab.engine.data import read, report
 from qlab.engine.feed import Feed
 from qlab.engine.job import mlx_call
-from qlab.engine.recipe import to_yaml
 from qlab.engine.session import Made, Session
 from qlab.errors import BusyError, ConfigError
 from qlab.estimation import estimate
@@ -246,21 +246,19 @@ class Trainer:
         held = self.held if rows is None else self._read(rows, self.config)
         return judged(self.adapter, held, golden, prompts=self.prompts, **settings)
 
-    def to_yaml(self, data: str, model: str | None = None) -> str:
-        """Return the same run for stock ``mlx_lm.lora --config``; its comments say what mlx-lm does differently.
+    def to_yaml(self, data: str | None = None, model: str | None = None) -> str:
+        """Return the run as a file for ``python -m qlab.run``, or for stock ``mlx_lm.lora --config``.
 
         Args:
-            data: folder with ``train.jsonl`` and ``valid.jsonl``.
-            model: folder of the base; None is where it was loaded from, if it was not quantized here.
+            data: for mlx-lm: folder with ``train.jsonl`` and ``valid.jsonl``; comments say what mlx-lm does otherwise. None is
+                for ``qlab.run``: the rows are written to the run's folder.
+            model: folder of the base; None is where it was loaded from (for mlx-lm, if it was not quantized here).
 
         Raises:
             ConfigError: mlx-lm cannot do that, or the base has no folder.
+            SaveError: the run's folder cannot be written.
         """
-        base = self.adapter.base
-        if model is None and base.plan is not None:
-            raise ConfigError("The base was quantized here; save it with a.base.save(path) and give model=path.")
-        lora, feed = self.adapter.config, self._feed
-        return to_yaml(model or base.source, base.spec, lora, self.config, data, rows=self.rows.kind, iters=feed.iters)
+        return to_yaml(self, data, model)
 
     def load_best(self) -> Adapter:
         """Give the adapter the parameters with the best validation loss; return it.
@@ -342,9 +340,7 @@ class Trainer:
         task, state, notes = prepare.make_task(*made)
         if self._checkpoint is not None:
             return task, prepare.resumed(self._checkpoint, parameters, task), notes
-        whole = run_folder.fingerprint(base.module)
-        facts = run_folder.RunFacts(base.source, base.plan, base.solver, lora, config, whole, self.prompts)
-        run_folder.write(self.path, facts, self.rows, self.held)
+        keep(self.path, base, lora, config, self.rows, self.held, self.prompts)
         return task, state, notes
 
     def _good(self) -> None:

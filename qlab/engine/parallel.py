@@ -131,7 +131,7 @@ class Ranks:
             mx.eval(made)
             return made
         except RuntimeError as error:
-            raise RankError(f"Rank {self.rank} of {self.size} lost another process ({error}); see what that one said.") from None
+            raise RankError(f"Rank {self.rank} of {self.size} lost another process: {error}.") from None
 
 
 ALONE = Ranks()

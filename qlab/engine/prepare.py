@@ -116,7 +116,7 @@ def make_task(
         checkpoints: where to write, or None; only the first of several processes writes.
         on_good: see ``Task``.
         limit_nbytes: of memory; None takes it from what is free.
-        ranks: the processes that train together; all begin with the parameters of the first.
+        ranks: the processes that train together, with the same parameters.
 
     Raises:
         ConfigError, LayerNotFoundError: the adapter does not fit the model.
@@ -125,7 +125,7 @@ def make_task(
     compute, notes = choose_compute(module, spec, lora, largest(config, feed, ranks.size).tokens)
     step = make_step(attach(module, spec, lora, compute, config.grad_checkpoint), config)
     # sums over arrays follow their order, and a file has one of its own
-    parameters = ranks.from_first({path: parameters[path] for path in step.parameters})
+    parameters = {path: parameters[path] for path in step.parameters}
     update = Update(config, parameters)
     mx.eval(update.state)
     kept = checkpoints if ranks.first else None

@@ -1,0 +1,251 @@
+"""``python -m qlab.run FILE | FOLDER``: a run without a notebook, in one process or in several that ``mlx.launch`` starts.
+
+A file, as ``Trainer.to_yaml`` writes it, starts a run; the folder of a run goes on from its last checkpoint. The first process
+writes and speaks. What fails before the first step in one process ends all of them. Wiring only.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+from qlab import __version__
+from qlab.adapter import Adapter
+from qlab.core.run import StepEvent, summary
+from qlab.engine import checkpoint, prepare, run_file, run_folder
+from qlab.engine.adapter_files import save_adapter
+from qlab.engine.checkpoint import Checkpoints, TrainState
+from qlab.engine.feed import Feed
+from qlab.engine.job import mlx_call
+from qlab.engine.parallel import ALONE, Ranks, joined
+from qlab.engine.run_folder import RunFacts
+from qlab.engine.session import Made
+from qlab.engine.train import Task, train_steps
+from qlab.errors import ConfigError, QlabError, RankError
+from qlab.estimation import estimate
+from qlab.rebuild import source_of
+from qlab.trainer import Trainer
+from qlab.views import run_words as words
+
+_EVERY_S = 1.0  # between lines, unless there is something to tell
+_GRACE_S = 120  # that a step may take to end once it shall; then nothing is waited for
+T = TypeVar("T")
+
+
+def main(arguments: list[str], out: TextIO = sys.stdout, err: TextIO = sys.stderr) -> int:
+    """Train as a file or a folder says.
+
+    Args:
+        arguments: one path.
+        out: where the first process tells how it goes.
+        err: where a process tells what ended it.
+
+    Returns:
+        What the process exits with: 0 at the end of the run, 1 after an error, 2 for other arguments.
+    """
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        err.write("usage: [mlx.launch -n N] python -m qlab.run FILE.yaml | FOLDER\n")
+        return 2
+    ranks = ALONE
+    try:
+        ranks = mlx_call(joined)
+        _run(Path(arguments[0]).expanduser(), ranks, _speaker(out if ranks.first else None))
+        return 0
+    except QlabError as error:
+        err.write(f"qlab.run{f', rank {ranks.rank}' if ranks.size > 1 else ''}: {error}\n")
+        return 1
+
+
+def _speaker(out: TextIO | None) -> Callable[[str], None]:
+    def say(line: str) -> None:
+        if out is not None:
+            out.write(f"{line}\n")
+            out.flush()
+
+    return say
+
+
+def _run(path: Path, ranks: Ranks, say: Callable[[str], None]) -> None:
+    opened = _together(ranks, lambda: _opened(path, ranks.size))
+    trainer = opened.trainer
+    _together(ranks, lambda: mlx_call(ranks.check_same, opened.identity))
+    parameters = mlx_call(ranks.from_first, trainer.adapter.parameters)
+    made = _together(ranks, lambda: mlx_call(_made, opened, parameters, ranks, say))
+    train = prepare.largest(trainer.config, opened.feed, ranks.size)
+    foreseen = estimate(trainer.adapter.base, adapter=trainer.adapter.config, train=train).total_nbytes
+    report = replace(trainer.report, predicted_nbytes=foreseen)
+    for name, text in (*words.summary(report)[:3], ("data", prepare.describe(opened.feed, trainer.held))):
+        say(f"{name}: {text}")
+    say(f"processes: {ranks.size}, {words.memory_text(report)}{' each' if ranks.size > 1 else ''}")
+    for note in made[2]:
+        say(note)
+    try:
+        reason = _train(*made[:2], say)
+    except RankError as error:
+        raise RankError(f"{error} python -m qlab.run {trainer.path} goes on.") from None if ranks.first else error
+    found = summary(tuple(made[1].history))
+    report = replace(report, status="stopped" if reason else "done", **found)
+    for line in (*filter(None, [reason]), *(f"{name}: {text}" for name, text in words.summary(report)[3:])):
+        say(line)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a process trains, before anything is computed.
+
+    Attributes:
+        trainer: adapter, rows, config and folder.
+        facts: what the folder says of the run.
+        feed: its batches.
+        found: checkpoint to go on from, or None.
+    """
+
+    trainer: Trainer
+    facts: RunFacts
+    feed: Feed
+    found: Path | None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What must be the same in all processes, by name."""
+        held = self.trainer.held
+        return {
+            "qlab": __version__,
+            "mlx": metadata.version("mlx"),
+            "mlx-lm": metadata.version("mlx-lm"),
+            "the base": self.facts.base,
+            "the settings": repr((self.facts.lora, self.facts.train)),
+            "the rows": self.trainer.rows.fingerprint,
+            "the rows held out": held.fingerprint if held else "",
+            "the checkpoint": _digest(self.found) if self.found else "",
+        }
+
+
+def _digest(folder: Path) -> str:
+    return " ".join(f"{file.name} {sha256(file.read_bytes()).hexdigest()}" for file in sorted(folder.glob("*.safetensors")))
+
+
+def _opened(path: Path, size: int) -> _Opened:
+    trainer = Trainer.resume(path) if path.is_dir() else _begun(run_file.read(path), size)
+    prepare.check_shared(trainer.config, size)
+    base = trainer.adapter.base
+    whole = mlx_call(run_folder.fingerprint, base.module)
+    facts = RunFacts(base.source, base.plan, base.solver, trainer.adapter.config, trainer.config, whole, trainer.prompts)
+    feed = Feed(trainer.rows, trainer.config)
+    return _Opened(trainer, facts, feed, checkpoint.latest(path) if path.is_dir() else None)
+
+
+def _begun(file: run_file.RunFile, size: int) -> Trainer:
+    """Return a new run as a file says it."""
+    facts, data, val = file.facts, file.data, file.val
+    prepare.check_shared(facts.train, size)  # before a large model is read
+    if (Path(data).expanduser() / "rows.npz").is_file():
+        if val is not None:
+            raise ConfigError(f"val={val!r} is not legal with data={data!r}: that run's folder says which rows are held out.")
+        _, data, val = run_folder.read(Path(data).expanduser())
+        val = val or 0
+    source = source_of(facts)
+    if file.start:
+        adapter = Adapter.load(file.start, source)
+    else:
+        adapter = Adapter(source, seed=facts.train.seed if file.seed is None else file.seed, **facts.lora.__dict__)
+    return Trainer(adapter, data, facts.train, val=val, path=file.path, prompts=facts.prompts)
+
+
+def _made(opened: _Opened, parameters: Any, ranks: Ranks, say: Callable[[str], None]) -> Made:
+    """Make the run ready; on the MLX thread."""
+    trainer, facts, base = opened.trainer, opened.facts, opened.trainer.adapter.base
+    heard: set[int] = set()
+
+    def listen(state: TrainState) -> None:
+        if ranks.first and trainer.prompts and state.step not in heard:
+            heard.add(state.step)
+            trainer.adapter.set_parameters(state.parameters, f"step {state.step}")
+            for prompt in trainer.prompts:
+                say(f"{prompt!r} → {trainer.adapter.generate(prompt)!r}")
+
+    kept = Checkpoints(trainer.path, lambda path, arrays: save_adapter(path, arrays, facts.lora, base.spec, base.source))
+    held = prepare.validation_batches(trainer.held, trainer.config)
+    given = (base.module, base.spec, facts.lora, trainer.config, opened.feed, held, parameters, kept, listen)
+    task, state, notes = prepare.make_task(*given, ranks=ranks)
+    if opened.found:
+        state = prepare.resumed(opened.found, parameters, task)
+    elif ranks.first:
+        run_folder.write(trainer.path, facts, trainer.rows, trainer.held)
+    return task, state, notes
+
+
+def _together(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Do what may fail in one process; then it has failed in all, and the first one says why."""
+    error, made = None, None
+    try:
+        made = work()
+    except Exception as caught:
+        error = caught
+    told = mlx_call(ranks.agreed, f"rank {ranks.rank}: {error or type(error).__name__}" if error is not None else "")
+    if not told:
+        return made  # type: ignore
+    if error is not None and (ranks.size == 1 or not isinstance(error, QlabError)):
+        raise error
+    if not ranks.first:
+        raise SystemExit(1)
+    raise RankError(told)
+
+
+def _train(task: Task, state: TrainState, say: Callable[[str], None]) -> str:
+    """Train to the end; return why it came early, if it did."""
+    work, told = train_steps(task, state), 0.0
+
+    def following() -> tuple[Any, str]:
+        try:
+            return next(work), ""
+        except StopIteration as end:
+            return None, end.value
+
+    with _signals(task):
+        while True:
+            event, reason = mlx_call(following)
+            if event is None:
+                return reason
+            if isinstance(event, StepEvent) and (
+                time.monotonic() - told > _EVERY_S or event.val_loss is not None or event.marks
+            ):
+                told = time.monotonic()
+                say(_line(event, task.iters))
+
+
+def _line(event: StepEvent, iters: int) -> str:
+    parts = [f"step {event.step}/{iters}", f"loss {words.loss_text(event.loss)}"]
+    parts += [f"val {words.loss_text(event.val_loss)}"] if event.val_loss is not None else []
+    parts += [words.speed_text(event.tokens_per_second), f"{event.peak_nbytes / 1e9:.2f} GB"] if event.step else []
+    return " · ".join([*parts, *(mark.text for mark in event.marks)])
+
+
+@contextmanager
+def _signals(task: Task) -> Iterator[None]:
+    """Within, an interrupt ends the run after the present step, in all processes; a second one ends this process at once."""
+
+    def told(number: int, frame: Any) -> None:
+        task.wanted_end = f"Stopped by {signal.Signals(number).name}."
+        signal.signal(number, signal.SIG_DFL)
+        signal.alarm(_GRACE_S)
+
+    before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
