@@ -147,6 +147,8 @@ def _begun(file: run_file.RunFile, size: int) -> Trainer:
     """Return a new run as a file says it."""
     facts, data, val = file.facts, file.data, file.val
     prepare.check_shared(facts.train, size)  # before a large model is read
+    if file.path and (Path(file.path).expanduser() / "run.json").exists():
+        raise ConfigError(f"path={file.path!r} holds a run: python -m qlab.run {file.path} goes on; or give another path.")
     if (Path(data).expanduser() / "rows.npz").is_file():
         if val is not None:
             raise ConfigError(f"val={val!r} is not legal with data={data!r}: that run's folder says which rows are held out.")

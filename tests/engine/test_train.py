@@ -19,6 +19,7 @@ from qlab.engine import checkpoint, prepare
 from qlab.engine.adapt import fresh
 from qlab.engine.adapter_files import save_adapter
 from qlab.engine.feed import Feed
+from qlab.engine.parallel import ALONE
 from qlab.engine.train import Task, train_steps
 from qlab.errors import LoadError
 from tests.tiny import on_mlx, quantized, tiny
@@ -37,7 +38,7 @@ def rows(count: int = 24, seed: int = 0) -> Rows:
     return Rows(tuple(made))
 
 
-def run(config: TrainConfig, folder=None, lora: LoRAConfig | None = None, held: int = 4, resume=None, limit=None):
+def run(config: TrainConfig, folder=None, lora: LoRAConfig | None = None, held: int = 4, resume=None, limit=None, ranks=ALONE):
     """Return a task and its state, on a tiny 4-bit model."""
     module, spec = tiny()
     module = quantized(module, spec, QuantConfig("affine", 4))
@@ -48,7 +49,7 @@ def run(config: TrainConfig, folder=None, lora: LoRAConfig | None = None, held: 
     good: list[int] = []
     task, state, _ = prepare.make_task(
         module, spec, lora, config, Feed(train, config), prepare.validation_batches(judged, config), parameters, kept,
-        lambda state: good.append(state.step), limit,
+        lambda state: good.append(state.step), limit, ranks,
     )  # fmt: skip
     if resume:
         state = prepare.resumed(resume, checkpoint.read_parameters(resume), task)
