@@ -13,19 +13,19 @@ ROOT = Path(__file__).parents[1]
 QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def launch(size: int, arguments: list, folder: Path, timeout_s: float = 60) -> list[tuple[int, str, str]]:
-    """Run Python with the same arguments in every process; return exit code, output and errors of each."""
-    free = [socket.create_server(("127.0.0.1", 0)) for _ in range(size)]
+def launch(arguments: list[list], folder: Path, timeout_s: float = 60) -> list[tuple[int, str, str]]:
+    """Run Python in several processes, with arguments for each; return exit code, output and errors of each."""
+    free = [socket.create_server(("127.0.0.1", 0)) for _ in arguments]
     hosts = [[f"127.0.0.1:{server.getsockname()[1]}"] for server in free]
     (folder / "hosts.json").write_text(json.dumps(hosts))
     for server in free:
         server.close()
     started = [
         subprocess.Popen(
-            [sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, *map(str, own)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, **QUIET, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(folder / "hosts.json")},
         )
-        for rank in range(size)
+        for rank, own in enumerate(arguments)
     ]  # fmt: skip
     try:
         said = [process.communicate(timeout=timeout_s) for process in started]

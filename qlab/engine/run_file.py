@@ -137,7 +137,8 @@ def _adapter(found: Any) -> tuple[LoRAConfig, int | None, str | None]:
         return LoRAConfig(), None, found
     held = dict(_known("adapter", found, _ADAPTER))
     seed, alpha = held.pop("seed", None), held.pop("alpha", None)
-    _kind("adapter.seed", seed, (int,), "a whole number")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        raise ConfigError(f"adapter.seed={seed!r} is not legal; it is a whole number, 0 or more.")
     if alpha is not None and "scale" in held:
         raise ConfigError("adapter: alpha and scale say the same thing twice; give one of them.")
     lora = LoRAConfig(**held)

@@ -109,7 +109,7 @@ def lose_one(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     folder = tmp_path_factory.mktemp("three")
-    for code, _, errors in launch(SIZE, ["-m", "tests.engine.test_parallel", "one_process", folder], folder):
+    for code, _, errors in launch([["-m", "tests.engine.test_parallel", "one_process", folder]] * SIZE, folder):
         assert code == 0, errors
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(SIZE)]
 
@@ -157,7 +157,7 @@ def test_what_one_finds_all_act_upon(three):
 
 
 def test_where_one_is_killed_the_others_say_so_and_what_was_learned_is_kept(tmp_path):
-    ended = launch(2, ["-m", "tests.engine.test_parallel", "lose_one", tmp_path], tmp_path)
+    ended = launch([["-m", "tests.engine.test_parallel", "lose_one", tmp_path]] * 2, tmp_path)
     assert ended[1][0] == -signal.SIGKILL
     assert ended[0][0] == 1 and "RankError: Rank 0 of 2 lost another process" in ended[0][2]
     assert checkpoint.latest(tmp_path).name == "step-000002"
