@@ -46,7 +46,8 @@ def stirred(module, spec, lora: LoRAConfig, size: float = 0.3) -> dict[str, mx.a
         keys = [mx.random.key(7 * number + i) for i in range(3)]
         weight = weight_of(module_at(module, layer.path), mx.float32)
         own = {name: mx.random.normal(shapes[name], key=k) for name, k in zip(("lora_a", "lora_b"), keys, strict=False)}
-        product = lora.scale * (own["lora_a"] @ own["lora_b"])
+        factors = (own["lora_b"], own["lora_a"]) if layer.kind == "switch" else (own["lora_a"], own["lora_b"])
+        product = lora.scale * (factors[0] @ factors[1])
         own["lora_b"] = own["lora_b"] * (size * mx.linalg.norm(weight) / mx.linalg.norm(product))
         if "m" in shapes:
             lengths = mx.linalg.norm(weight, axis=-1)
