@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,14 +11,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
+import qlab
 from qlab import registry
-from qlab.core.config import QuantConfig
+from qlab.core.config import QuantConfig, QuantPlan
 from qlab.core.training import LoRAConfig
-from qlab.engine.export import quantized_layer
+from qlab.engine.export import open_packed, quantized_layer, save
 from qlab.engine.experts import FrozenExperts, PackedExperts
 from qlab.engine.linear import weight_of
 from qlab.engine.skeleton import describe
-from tests.tiny import dense, on_mlx, quantized, tiny
+from tests.tiny import dense, on_mlx, quantized, settings, tiny
 
 EXPERTS, OUT, WIDTH, RANK = 6, 48, 64, 4
 KINDS = list(registry.shelf("adapters"))
@@ -234,3 +237,22 @@ def test_the_first_factor_is_drawn_within_the_bound_of_the_experts_width():
     adapter = made("lora", experts(None))
     assert 0.9 / 8 < mx.abs(adapter.lora_a).max().item() <= 1 / 8  # 1 / √64
     assert not mx.array_equal(adapter.lora_a[0], adapter.lora_a[1])
+
+
+@pytest.mark.parametrize("storage", PACKED, ids=label)
+def test_a_folder_of_packed_experts_opens_bit_for_bit(storage, tmp_path):
+    demo = qlab.load("demo")
+    module, spec = tiny("gpt_oss")
+    small = quantized(module, spec, storage)
+
+    @on_mlx
+    def check():
+        said = save(tmp_path / "m", small, demo.tokenizer, settings("gpt_oss"), QuantPlan(storage))
+        assert "qlab.load" in said
+        facts = json.loads((tmp_path / "m" / "config.json").read_text())
+        assert facts["qlab"]["layers"]["model.layers.0.mlp.experts.up_proj"]["kind"] == "switch"
+        back = open_packed(tmp_path / "m", facts)
+        assert mx.array_equal(back(TOKENS), small(TOKENS))
+        assert describe(back, "x").layers == describe(small, "x").layers
+
+    check()
