@@ -14,7 +14,7 @@ from qlab.carry import keep, to_yaml
 from qlab.core.code import train_code
 from qlab.core.memory import MemoryEstimate
 from qlab.core.rows import Rows
-from qlab.core.run import RunReport, RunState, StepEvent, Voice, seconds_left, summary
+from qlab.core.run import RunReport, RunState, StepEvent, Voice, seconds_left
 from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine import checkpoint, prepare, run_folder
 from qlab.engine.adapter_files import save_adapter
@@ -203,7 +203,7 @@ class Trainer:
             name=self.path.name, model=model.name, storage=stored, adapter=f"{lora.kind} r{lora.rank}", status=self.status,
             iters=self._feed.iters, predicted_nbytes=self._predicted[1].total_nbytes if self._predicted else 0,
             path=str(self.path), notes=tuple(note for note in (session.reason, *session.notes) if note),
-            **summary(self.events),
+            **session.summary.fields(),
         )  # fmt: skip
 
     @property
@@ -227,9 +227,9 @@ class Trainer:
     def generate(self, prompt: str, max_tokens: int = 64) -> str:
         """Return the model's answer as it is now; between two steps if the run is under way."""
         mlx_call(self._hand_over)
-        self._voices += (Voice(self._steps, prompt, self.adapter.generate(prompt, max_tokens)),)
+        text = self._hear(prompt, max_tokens)
         self._show()
-        return self._voices[-1].text
+        return text
 
     def evaluate(self, rows: Any = None, golden: Iterable[Any] = (), **settings: Any) -> Judged:
         """Judge the adapter as it is now beside its base and the unquantized model; blocks.
@@ -349,7 +349,13 @@ class Trainer:
         if self._session.active:
             for prompt in self.prompts:
                 if (self._steps, prompt) not in {(voice.step, voice.prompt) for voice in self._voices}:
-                    self._voices += (Voice(self._steps, prompt, self.adapter.generate(prompt)),)
+                    self._hear(prompt)
+
+    def _hear(self, prompt: str, max_tokens: int = 64) -> str:
+        voice = Voice(self._steps, prompt, self.adapter.generate(prompt, max_tokens))
+        with self._lock:  # cells, the panel and the run may ask at once
+            self._voices += (voice,)
+        return voice.text
 
     def _hand_over(self) -> None:
         if self._steps:

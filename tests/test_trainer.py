@@ -68,6 +68,20 @@ def test_a_run_trains_the_adapter_and_leaves_the_base_as_it_was(adapter, base, t
         trainer.start()
 
 
+def test_an_event_that_was_shown_never_changes(adapter, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("qlab.engine.session._TICK_S", -1.0)
+    monkeypatch.setattr(
+        qlab.Trainer, "_show", lambda trainer: seen.append((trainer.status, trainer.events, trainer.report.steps))
+    )
+    trainer = qlab.Trainer(adapter, ROWS, CONFIG, val=8, path=tmp_path)
+    trainer.run()
+    assert len(seen) > 15 and seen[-1] == ("done", trainer.events, 6)
+    for _, events, steps in seen:
+        assert all(one is other for one, other in zip(events, trainer.events, strict=False))
+        assert steps == max(len(events) - 1, 0)
+
+
 def test_prompts_are_asked_at_every_validation(adapter, tmp_path):
     trainer = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path, prompts="The house")
     trainer.run()

@@ -5,6 +5,8 @@ Knows neither how a step is computed nor how it is drawn.
 
 from __future__ import annotations
 
+from bisect import insort
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import fsum, isfinite, nan
 from typing import Any
@@ -157,25 +159,53 @@ class RunState:
     code: str = ""
 
 
-def summary(history: tuple[StepEvent, ...]) -> dict[str, Any]:
+class Summary:
+    """The figures of a ``RunReport`` that follow from a run's events; takes them in one at a time.
+
+    Args:
+        history: events to begin with.
+    """
+
+    def __init__(self, history: Iterable[StepEvent] = ()) -> None:
+        self._losses: list[float] = []  # those that are numbers
+        self._rates: list[float] = []  # ascending
+        self._steps, self._tokens, self._seconds, self._peak = 0, 0, 0.0, 0
+        self._val_loss, self._best = nan, (nan, 0)
+        for event in history:
+            self.add(event)
+
+    def add(self, event: StepEvent) -> None:
+        """Take in the next event."""
+        self._peak = max(self._peak, event.peak_nbytes)
+        if event.val_loss is not None and isfinite(event.val_loss):
+            self._val_loss = event.val_loss
+            if not self._best[0] <= event.val_loss:
+                self._best = event.val_loss, event.step
+        if event.step > 0:
+            self._steps, self._tokens, self._seconds = event.step, self._tokens + event.tokens, event.seconds
+            insort(self._rates, event.tokens_per_second)
+            if isfinite(event.loss):
+                self._losses.append(event.loss)
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of a ``RunReport`` by name."""
+        tail = self._losses[-max(len(self._losses) // 10, 1) :]
+        return {
+            "steps": self._steps,
+            "loss": fsum(tail) / len(tail) if tail else nan,
+            "val_loss": self._val_loss,
+            "best_val_loss": self._best[0],
+            "best_step": self._best[1],
+            "tokens": self._tokens,
+            "tokens_per_second": self._rates[len(self._rates) // 2] if self._rates else nan,
+            "seconds": self._seconds,
+            "peak_nbytes": self._peak,
+        }
+
+
+def summary(history: Iterable[StepEvent]) -> dict[str, Any]:
     """Return the fields of a ``RunReport`` that follow from its events."""
-    steps = [event for event in history if event.step > 0]
-    finite = [event.loss for event in steps if isfinite(event.loss)]
-    judged = [(event.val_loss, event.step) for event in history if event.val_loss is not None and isfinite(event.val_loss)]
-    best, best_step = min(judged, default=(nan, 0))
-    tail = finite[-max(len(finite) // 10, 1) :]
-    rates = sorted(event.tokens_per_second for event in steps)
-    return {
-        "steps": steps[-1].step if steps else 0,
-        "loss": fsum(tail) / len(tail) if tail else nan,
-        "val_loss": judged[-1][0] if judged else nan,
-        "best_val_loss": best,
-        "best_step": best_step,
-        "tokens": sum(event.tokens for event in steps),
-        "tokens_per_second": rates[len(rates) // 2] if rates else nan,
-        "seconds": steps[-1].seconds if steps else 0.0,
-        "peak_nbytes": max((event.peak_nbytes for event in history), default=0),
-    }
+    return Summary(history).fields()
 
 
 def seconds_left(history: tuple[StepEvent, ...], iters: int) -> float:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from qlab.core.panel import Progress
-from qlab.core.run import RunReport, StepEvent
+from qlab.core.run import RunReport, StepEvent, Summary
 from qlab.core.training import TrainConfig
 from qlab.engine import record
 from qlab.engine.checkpoint import TrainState
@@ -44,6 +44,7 @@ class Session:
         error: what it failed with, in words, or an empty string.
         reason: why it ended before its last step, or an empty string.
         notes: what to know about it.
+        summary: figures of the events so far.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class Session:
         self.state: TrainState | None = None
         self.phase = self.error = self.reason = ""
         self.notes: tuple[str, ...] = ()
+        self.summary = Summary()
+        self._events: list[StepEvent] = []
         self._job: Job | None = None
         self._told = 0.0
 
@@ -73,8 +76,8 @@ class Session:
 
     @property
     def events(self) -> tuple[StepEvent, ...]:
-        """Every event so far."""
-        return tuple(self.state.history) if self.state is not None else ()
+        """Every event so far. One that a validation may still add to is not among them, so none ever changes."""
+        return tuple(self._events)
 
     @property
     def learning_rate(self) -> float:
@@ -113,6 +116,7 @@ class Session:
 
         def ended(job: Job) -> None:
             self.phase = ""
+            self._settle()
             if job.error is not None:
                 self.error = str(job.error) or type(job.error).__name__
             on_end()
@@ -163,12 +167,14 @@ class Session:
             self.phase = "preparing"
             yield Progress("preparing", 0, 1)
             self.task, self.state, self.notes = make()
+            self._settle()
         self.phase = "training"
         self.reason = yield from train_steps(self.task, self.state)
 
     def _event(self, event: StepEvent | Progress) -> None:
         self.phase = event.what if isinstance(event, Progress) else "training"
         if isinstance(event, StepEvent):
+            self._settle()
             for callback in list(self._callbacks):
                 try:
                     callback(event)
@@ -178,3 +184,9 @@ class Session:
         if time.monotonic() - self._told > _TICK_S:
             self._told = time.monotonic()
             self._on_change()
+
+    def _settle(self) -> None:
+        """Take in the events that are complete."""
+        for event in self.state.history[len(self._events) :] if self.state is not None else ():
+            self.summary.add(event)
+            self._events.append(event)
