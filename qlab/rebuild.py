@@ -62,4 +62,5 @@ def source_of(facts: run_folder.RunFacts) -> Model | Quantizer:
     quantizer = Quantizer(model, default.bits, default.group_size, default.mode, facts.solver)
     for layer, own in facts.plan.overrides.items():
         quantizer.set(layer, own and own.bits, **({"group_size": own.group_size, "mode": own.mode} if own else {}))
+    quantizer.close()  # nobody looks at a panel of it
     return quantizer

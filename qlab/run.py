@@ -25,12 +25,13 @@ from qlab.engine.adapter_files import save_adapter
 from qlab.engine.checkpoint import Checkpoints, TrainState
 from qlab.engine.feed import Feed
 from qlab.engine.job import mlx_call
-from qlab.engine.parallel import ALONE, Ranks, joined
+from qlab.engine.parallel import Ranks, joined
 from qlab.engine.run_folder import RunFacts
 from qlab.engine.session import Made
 from qlab.engine.train import Task, train_steps
 from qlab.errors import ConfigError, QlabError, RankError
 from qlab.estimation import estimate
+from qlab.quantizer import Quantizer
 from qlab.rebuild import source_of
 from qlab.trainer import Trainer
 from qlab.views import run_words as words
@@ -54,13 +55,12 @@ def main(arguments: list[str], out: TextIO = sys.stdout, err: TextIO = sys.stder
     if len(arguments) != 1 or arguments[0].startswith("-"):
         err.write("usage: [mlx.launch -n N] python -m qlab.run FILE.yaml | FOLDER\n")
         return 2
-    ranks = ALONE
     try:
         ranks = mlx_call(joined)
         _run(Path(arguments[0]).expanduser(), ranks, _speaker(out if ranks.first else None))
         return 0
     except QlabError as error:
-        err.write(f"qlab.run{f', rank {ranks.rank}' if ranks.size > 1 else ''}: {error}\n")
+        err.write(f"qlab.run: {error}\n")
         return 1
 
 
@@ -90,7 +90,9 @@ def _run(path: Path, ranks: Ranks, say: Callable[[str], None]) -> None:
     try:
         reason = _train(*made[:2], say)
     except RankError as error:
-        raise RankError(f"{error} python -m qlab.run {trainer.path} goes on.") from None if ranks.first else error
+        if not ranks.first:
+            raise
+        raise RankError(f"{error} What was learned is kept: python -m qlab.run {trainer.path} goes on.") from None
     found = summary(tuple(made[1].history))
     report = replace(report, status="stopped" if reason else "done", **found)
     for line in (*filter(None, [reason]), *(f"{name}: {text}" for name, text in words.summary(report)[3:])):
@@ -134,13 +136,19 @@ def _digest(folder: Path) -> str:
 
 
 def _opened(path: Path, size: int) -> _Opened:
-    trainer = Trainer.resume(path) if path.is_dir() else _begun(run_file.read(path), size)
+    trainer = _resumed(path) if path.is_dir() else _begun(run_file.read(path), size)
     prepare.check_shared(trainer.config, size)
     base = trainer.adapter.base
     whole = mlx_call(run_folder.fingerprint, base.module)
     facts = RunFacts(base.source, base.plan, base.solver, trainer.adapter.config, trainer.config, whole, trainer.prompts)
     feed = Feed(trainer.rows, trainer.config)
     return _Opened(trainer, facts, feed, checkpoint.latest(path) if path.is_dir() else None)
+
+
+def _resumed(path: Path) -> Trainer:
+    """Return a run as its folder says it, at its last checkpoint."""
+    facts, _, _ = run_folder.read(checkpoint.latest(path).parent)
+    return Trainer.resume(path, _adapter(facts))
 
 
 def _begun(file: run_file.RunFile, size: int) -> Trainer:
@@ -154,12 +162,17 @@ def _begun(file: run_file.RunFile, size: int) -> Trainer:
             raise ConfigError(f"val={val!r} is not legal with data={data!r}: that run's folder says which rows are held out.")
         _, data, val = run_folder.read(Path(data).expanduser())
         val = val or 0
+    return Trainer(_adapter(facts, file), data, facts.train, val=val, path=file.path, prompts=facts.prompts)
+
+
+def _adapter(facts: RunFacts, file: run_file.RunFile | None = None) -> Adapter:
     source = source_of(facts)
-    if file.start:
-        adapter = Adapter.load(file.start, source)
-    else:
-        adapter = Adapter(source, seed=facts.train.seed if file.seed is None else file.seed, **facts.lora.__dict__)
-    return Trainer(adapter, data, facts.train, val=val, path=file.path, prompts=facts.prompts)
+    if isinstance(source, Quantizer) and facts.lora.init == "default":
+        source = source.quantize()  # no start that needs the model as it came, so it is given back
+    if file and file.start:
+        return Adapter.load(file.start, source)
+    seed = file.seed if file and file.seed is not None else facts.train.seed
+    return Adapter(source, seed=seed, **facts.lora.__dict__)
 
 
 def _made(opened: _Opened, parameters: Any, ranks: Ranks, say: Callable[[str], None]) -> Made:

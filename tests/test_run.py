@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -9,15 +10,18 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
+import qlab
+
+import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
 
-import qlab
 from qlab.engine import checkpoint, run_file, run_folder
 from qlab.engine.job import mlx_call
-from qlab.run import main
+from qlab.run import _adapter, main
 from tests.ring import QUIET, ROOT, launch
 
 ROWS = [{"text": f"Row {n}: the {word} of the house was very {word}."} for n, word in enumerate(["tall", "kind", "odd"] * 10)]
@@ -147,6 +151,19 @@ def test_a_trained_adapter_is_carried_along(demo, tmp_path, notebook):
     t.run()
     assert run(tmp_path / "x.yaml")[0] == 0
     assert curve(tmp_path / "out", "loss") == [event.loss for event in t.events]
+
+
+def test_the_model_as_it_came_is_given_back_unless_a_start_needs_it(tmp_path):
+    plan = qlab.QuantPlan(qlab.QuantConfig(bits=4))
+    facts = run_folder.RunFacts("demo", plan, "rtn", qlab.LoRAConfig(rank=4), CONFIG, "")
+    gc.collect()
+    before = mlx_call(mx.get_active_memory)
+    adapter = _adapter(facts)
+    size = adapter.base.spec.nbytes
+    gc.collect()
+    assert mlx_call(mx.get_active_memory) - before < 1.1 * size
+    adapter = _adapter(replace(facts, lora=qlab.LoRAConfig(rank=4, init="residual")))
+    assert adapter.original is not None and adapter.parameters
 
 
 BASIC = {"model": "demo", "data": "rows.jsonl"}

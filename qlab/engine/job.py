@@ -159,6 +159,11 @@ class Job:
         """Whether the job is running or paused."""
         return self.state in ("running", "paused")
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it has been asked to end."""
+        return self._stop.is_set()
+
     def wait(self) -> Any:
         """Wait for the end; return the generator's result, or None if the job was stopped.
 
@@ -233,7 +238,7 @@ class Latest:
 
     def run(self, events: Callable[[], Generator[Any, None, Any]]) -> Any:
         """Run and wait for the result; what ran in the background is stopped first and started again afterwards."""
-        interrupted = self._job if self._job is not None and self._job.active else None
+        interrupted = self._job if self._job is not None and self._job.active and not self._job.stopping else None
         self.stop()
         try:
             return Job(events, self._event, lambda _: self._end(None)).start().wait()

@@ -99,3 +99,26 @@ def test_process_that_used_the_thread_ends_cleanly():
     code = "import qlab; from qlab.engine.job import mlx_call; import mlx.core as mx; mlx_call(lambda: mx.eval(mx.random.normal((8,))))"
     for _ in range(3):
         assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_job_that_was_stopped_is_not_begun_again_after_one_that_takes_its_place():
+    begun = []
+
+    def slow():
+        begun.append(1)
+        while True:
+            time.sleep(0.02)
+            yield 1
+
+    def short():
+        yield "c"
+        return "result"
+
+    latest = Latest(lambda: None)
+    latest.start(slow)
+    while not begun:
+        time.sleep(0.01)
+    latest.stop()
+    assert latest.run(short) == "result"
+    time.sleep(0.1)
+    assert begun == [1]
