@@ -77,3 +77,13 @@ def test_adamw_keeps_on_moving_by_the_learning_rate_under_an_unchanging_gradient
         weights.append(optimizer.apply_gradients({"w": mx.array([1e-2, -1.0, 3.0, -50.0])}, weights[-1]))
     for old, new in zip(weights, weights[1:], strict=False):
         assert mx.abs(mx.abs(new["w"] - old["w"]) / 1e-3 - 1).max().item() < 1e-2
+
+
+@on_mlx
+def test_muon_makes_every_matrix_of_a_stack_orthogonal_by_itself():
+    kind = registry.get("optimizers", "muon")
+    weight, gradient = (mx.random.normal((3, 8, 16), key=mx.random.key(n)) for n in (7, 8))
+    new, kept = stepped(kind, weight, gradient)
+    for n in range(3):
+        alone, own = stepped(kind, weight[n], gradient[n])
+        assert mx.allclose(new[n], alone, atol=1e-6) and mx.allclose(kept["w.v"][n], own["w.v"])
