@@ -1,4 +1,4 @@
-"""The training step on a CUDA card: qlab's ways against mlx-lm's own train step, on llama shapes with random weights.
+"""Training on a CUDA card: qlab's loop against mlx-lm's own train step, on llama shapes with random weights.
 
 ``python -m tests.bench.cuda_step [1b|8b|4b ...] [seconds]`` prints a line a way: tokens/s, peak memory, share of the card's
 dense bf16 rate (recomputation counted). Weights are made on the card, a layer at a time; nothing is read or fetched.
@@ -15,13 +15,19 @@ import qlab  # noqa: F401
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_unflatten
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
+from qlab.core.config import QuantConfig
+from qlab.core.rows import Row, Rows
 from qlab.core.training import LoRAConfig, TrainConfig
+from qlab.engine import stepped
+from qlab.engine.export import stored_layer
+from qlab.engine.feed import Feed
+from qlab.engine.prepare import make_task
 from qlab.engine.skeleton import describe, skeleton
-from qlab.engine.step import attach, make_step
-from qlab.engine.trial import choose_compute
-from qlab.engine.update import Update
+from qlab.engine.step import Compute, attach
+from qlab.engine.train import train_steps
 
 _LLAMA = dict(model_type="llama", rms_norm_eps=1e-5, rope_theta=5e5, max_position_embeddings=8192, torch_dtype="bfloat16")
 SHAPES = {
@@ -35,16 +41,18 @@ SHAPES = {
 RANK = 16
 
 
-def random_model(settings: dict, bits: int | None) -> nn.Module:
+def random_model(settings: dict, config: QuantConfig | None) -> nn.Module:
     """A model of random weights, quantized as it is made, so that it never exists whole in 16 bits."""
     module = skeleton({**_LLAMA, **settings})
     for path, layer in module.named_modules():
         if isinstance(layer, (nn.Linear, nn.Embedding)):
             layer.weight = (mx.random.normal(layer.weight.shape) * 0.02).astype(mx.bfloat16)
             mx.eval(layer.weight)
-            if bits:
-                made = layer.to_quantized(64, bits)
-                mx.eval(made.parameters())
+            if config:
+                kind = "embedding" if isinstance(layer, nn.Embedding) else "linear"
+                packed = config.scheme.quantize(layer.weight, config)
+                mx.eval(packed)
+                made = stored_layer(packed, config, layer.weight.shape, layer.weight.dtype, kind)
                 layer.weight = mx.zeros((1, 1))
                 module.update_modules(_nested(path, made))
     mx.eval(module.parameters())
@@ -84,7 +92,7 @@ def timed(step, seconds: float) -> tuple[float, float, float]:
     mx.clear_cache()
     mx.reset_peak_memory()
     taken, end = [], time.perf_counter() + seconds
-    while len(taken) < 3 or time.perf_counter() < end and len(taken) < 30:
+    while len(taken) < 5 or time.perf_counter() < end and len(taken) < 30:
         start = time.perf_counter()
         step()
         taken.append(time.perf_counter() - start)
@@ -124,29 +132,20 @@ def stock(module: nn.Module, batch: int, length: int, again: bool):
 
 
 def ours(module: nn.Module, batch: int, length: int, how: str, window: int | None):
-    """qlab's step and update."""
-    spec, lora = describe(module, "x"), LoRAConfig(rank=RANK)
-    again = how == "stepped"
-    train = TrainConfig(batch_size=batch, max_seq_length=length + 1, grad_checkpoint=again, loss_chunk=512)
-    compute, notes = choose_compute(module, spec, lora, batch * length)
-    step = make_step(attach(module, spec, lora, compute, again), train, how=how, window=window)
-    update = Update(train, step.parameters)
-    held = [step.parameters, update.state]
-    mx.eval(held)
-    tokens, mask = mx.random.randint(0, vocabulary(module), (batch, length + 1)), mx.ones((batch, length + 1), mx.int32)
-    whole = None if again else mx.compile(lambda p, s, t, m, r: tuple(update(p, s, step(p, t, m), r)))
-    rate = mx.array(1e-5)
-
-    def run():
-        if again:
-            new = update(held[0], held[1], step(held[0], tokens, mask), rate)
-            made = (new.parameters, new.state, new.loss)
-        else:
-            made = whole(held[0], held[1], tokens, mask, rate)[:3]
-        mx.eval(made)
-        held[0], held[1] = made[0], made[1]
-
-    return run, (*step.notes, *notes)
+    """qlab's training loop as a trainer runs it, but for the files: a call is an optimizer step."""
+    spec, lora, again = describe(module, "x"), LoRAConfig(rank=RANK), how == "stepped"
+    stepped.WINDOW["cuda"] = window or stepped.WINDOW["cuda"]
+    tokens = np.random.default_rng(0).integers(0, vocabulary(module), (64, length + 1)).astype(np.int32)
+    mask = np.ones(length + 1, np.uint8)
+    mask[0] = 0
+    rows = Rows(tuple(Row(i, row, mask) for i, row in enumerate(tokens)))
+    train = TrainConfig(batch_size=batch, max_seq_length=length + 1, grad_checkpoint=again, loss_chunk=512, iters=10**6)
+    twin = attach(module, spec, lora, Compute(None, True), again)
+    parameters = dict(tree_flatten(twin.trainable_parameters()))
+    mx.eval(parameters)
+    task, state, notes = make_task(module, spec, lora, train, Feed(rows, train), (), parameters, None, lambda state: None)
+    events = train_steps(task, state)
+    return lambda: next(events), notes
 
 
 def rate_of_card(n: int = 8192) -> float:
@@ -160,21 +159,21 @@ def rate_of_card(n: int = 8192) -> float:
     return 20 * 2 * n**3 / (time.perf_counter() - start) / 1e12
 
 
-def ways(name: str) -> list[tuple[str, int | None, str, object]]:
-    """Title, bits, how, and window or checkpoints, of every row."""
-    rows: list[tuple[str, int | None, str, object]] = [("mlx-lm, checkpoints", 4, "stock", True)]
-    rows += [(f"stepped, window {w}", 4, "stepped", w) for w in (1, 2, 4, 8)]
-    if name == "1b":
-        rows += [("mlx-lm", 4, "stock", False), ("whole", 4, "whole", None)]
-    return rows[:3] if name == "4b" else [*rows, ("16-bit stepped, window 4", None, "stepped", 4)]
+def ways(name: str) -> list[tuple[str, QuantConfig | None, str, object]]:
+    """Title, storage, how, and window or checkpoints, of every row."""
+    four, nf4 = QuantConfig("affine", 4), QuantConfig("nf4_dq")
+    rows: list[tuple[str, QuantConfig | None, str, object]] = [("mlx-lm, checkpoints", four, "stock", True)]
+    rows += [(f"stepped, window {w}", four, "stepped", w) for w in (1, 2, 4, 8)]
+    rows += [("nf4_dq stepped, window 4", nf4, "stepped", 4), ("16-bit stepped, window 4", None, "stepped", 4)]
+    return rows + [("mlx-lm", four, "stock", False), ("whole", four, "whole", None)] * (name == "1b")
 
 
 def row(name: str, number: int, seconds: float) -> None:
     """Run one way and print its line."""
-    title, bits, how, extra = ways(name)[number]
+    title, config, how, extra = ways(name)[number]
     batch, length, settings = SHAPES[name]
     peak = rate_of_card()
-    module, notes = random_model(settings, bits), ()
+    module, notes = random_model(settings, config), ()
     work = flops(module, settings, batch, length, how == "stepped" or extra is True)
     if how == "stock":
         run = stock(module, batch, length, bool(extra))
