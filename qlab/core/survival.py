@@ -122,7 +122,7 @@ class Survival:
     def _way_out(self, target: str) -> str:
         if target == "base" and self.kept("8") >= ENOUGH:
             way = f"Cheapest fix: bits=8 for the adapted layers ({self.kept('8'):.1%} survives)"
-            if self.kept("base_from_original") >= ENOUGH:
+            if ENOUGH <= self.kept("base_from_original") <= 2 - ENOUGH:  # a start moves what rounding would have moved anyway
                 kept = self.kept("base_from_original")
                 way += f", or bits='base' with onto='original' ({kept:.0%} at the same size, with new rounding noise)"
             return way + "; bits=16 is the default."

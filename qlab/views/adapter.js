@@ -32,9 +32,9 @@ export function totals(data, plan) {
 /** The largest rank that every adapted layer has room for. */
 export const widest = (data, plan) => Math.min(...data.layers.flatMap((l, i) => (isOn(data, plan, i) ? [Math.min(...l.shape.slice(-2))] : [])));
 export const alphaOf = (plan) => plan.scale * (plan.rslora ? Math.sqrt(plan.rank) : plan.rank);
-/** The keys that name a set of layers: null for all linear layers in the blocks, else ends of paths. */
+/** The keys that name a set of layers: null for all linear layers in the blocks and all experts, else ends of paths. */
 export function keysOf(data, on) {
-  const plain = data.layers.every((l, i) => on[i] === (l.kind === "linear" && l.block !== null));
+  const plain = data.layers.every((l, i) => on[i] === (l.kind !== "embedding" && l.block !== null));
   if (plain) return null;
   const roles = new Map();
   data.layers.forEach((l, i) => (roles.get(l.role) || roles.set(l.role, []).get(l.role)).push(i));
@@ -154,7 +154,7 @@ async function render({ model, el, host }) {
   const usable = () => (measure ? measure : st.init !== "default" && known(st.init) ? st.init : known("qera") ? "qera" : "weight");
   const known = (name) => data.layers.some((_, i) => Number.isFinite(curve(data, name, i)[0]));
   const short = (i) => data.layers[i].path.replace(/^model\./, "").replace(/layers\./, "").replace(/self_attn\./, "");
-  const noiseOf = (i) => data.noise[data.layers[i].shape.join(" ")] ?? [[], []];
+  const noiseOf = (i) => data.noise[data.layers[i].shape.slice(-2).join(" ")] ?? [[], []];
   function paint() {
     const now = totals(data, plan), what = usable(), most = widest(data, plan), bytes = now.size * st.itemsize, state = now.size * st.optimizer[1];
     title.replaceChildren(h("strong", {}, data.name), h("span", {}, st.storage), h("span", { className: "qlab-size" }, h("b", {}, count(now.size)), " trainable"), h("span", {}, `${(100 * now.share).toFixed(2)} % of the model`), h("span", {}, `${now.layers} layers`),
@@ -211,7 +211,7 @@ async function render({ model, el, host }) {
     const share = (name) => atRank(data.grid, curve(data, name, i), plan.rank), white = atRank(data.grid, noiseOf(i)[1], plan.rank);
     const outputs = ["residual", "diagonal", "qera"].filter((n) => Number.isFinite(share(n)));
     plot.setAttribute("aria-label", `singular values of the error of ${data.layers[i].path}; rank ${plan.rank} takes ${percent(share("weight"))} of its square, white noise ${percent(white)}`);
-    swap(words, "", h("div", {}, h("b", {}, short(i)), ": singular values of W−Ŵ, over ‖W−Ŵ‖"), h("div", {}, `rank ${plan.rank} takes `, h("b", {}, percent(share("weight"))), ` of the squared weight error; white noise would give ${percent(white)}`),
+    swap(words, "", h("div", {}, h("b", {}, short(i)), `: singular values of W−Ŵ, over ‖W−Ŵ‖${data.layers[i].kind === "switch" ? ", of a typical expert" : ""}`), h("div", {}, `rank ${plan.rank} takes `, h("b", {}, percent(share("weight"))), ` of the squared weight error; white noise would give ${percent(white)}`),
       ...(outputs.length ? [h("div", {}, "of the output error, held out: ", ...outputs.flatMap((n, k) => [k ? " · " : "", `${n} `, h("b", {}, percent(share(n)))]))] : []));
   }
   function paintDetail(i) {

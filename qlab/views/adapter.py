@@ -71,7 +71,7 @@ def choice(state: AdapterState, ack: int | None) -> dict[str, Any]:
 
 def _meta(state: AdapterState) -> dict[str, Any]:
     layers = state.spec.layers
-    shapes = {" ".join(map(str, layer.shape)): layer.shape for layer in layers if len(layer.shape) == 2}
+    shapes = {" ".join(map(str, layer.shape[-2:])): layer.shape[-2:] for layer in layers}
     noise = {key: noise_squares(*shape) for key, shape in shapes.items()}
     return {
         "name": state.spec.name,

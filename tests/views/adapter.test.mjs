@@ -21,5 +21,11 @@ test("keys name whole roles shortly, single layers by path, and all linear layer
   assert.deepEqual(keysOf(data, on.map((v, i) => v && i !== 2)), ["q_proj", "model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj"]);
   assert.deepEqual(keysOf(data, on.map(() => true)), ["embed_tokens", "q_proj", "up_proj"]);
 });
+test("the experts of a mixture are among all linear layers", () => {
+  const mixture = { ...data, layers: [...data.layers, { kind: "switch", block: 0, role: "mlp.experts.up_proj", path: "model.layers.0.mlp.experts.up_proj", shape: [4, 32, 64] }] };
+  const on = mixture.layers.map((l) => l.kind !== "embedding");
+  assert.equal(keysOf(mixture, on), null);
+  assert.deepEqual(keysOf(mixture, on.map((v, i) => v && i < data.layers.length)), ["q_proj", "mlp.up_proj"]);
+});
 test("alpha follows scale and rank", () => { assert.equal(alphaOf({ scale: 2, rank: 16 }), 32); assert.equal(alphaOf({ scale: 2, rank: 16, rslora: true }), 8); });
 test("numbers are short", () => { assert.equal(percent(0.0123), "1.2 %"); assert.equal(percent(NaN), "–"); assert.equal(count(262144), "262.1 k"); assert.equal(sizeOf(data, { kind: "lora", rank: 2 }, 1), 2 * 96); });

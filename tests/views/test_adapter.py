@@ -73,6 +73,16 @@ def test_sizes_are_those_of_the_kinds():
         assert sum(mine) == config.size(SPEC)
 
 
+def test_experts_are_sent_with_their_sizes_and_the_noise_of_one_of_them():
+    experts = LayerSpec("model.layers.0.mlp.experts.up_proj", "switch", (4, OUT, WIDTH))
+    kinds = tuple((name, title, (*adapts, "switch")) for name, title, adapts in KINDS)
+    mixture = replace(SPEC, layers=(*SPEC.layers, experts))
+    sent = view.payload(state(spec=mixture, kinds=kinds))
+    assert sent["state"]["on"] == [False, *[True] * 7]
+    assert sent["meta"]["sizes"]["lora"][-1] == [0, 4 * (OUT + WIDTH)] and sent["meta"]["sizes"]["dora"][-1][0] == 4 * OUT
+    assert f"{OUT} {WIDTH}" in sent["meta"]["noise"] and sent["meta"]["layers"][-1]["shape"] == (4, OUT, WIDTH)
+
+
 def test_text_has_the_numbers():
     line = text_line(state())
     assert "rank 8, alpha 16" in line and "6 layers" in line and f"{6 * 8 * 96:,} trainable" in line
