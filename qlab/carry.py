@@ -38,9 +38,9 @@ def to_yaml(trainer: Any, data: str | None, model: str | None) -> str:
         return recipe.to_yaml(model or base.source, base.spec, lora, config, data, rows=kind, iters=iters)
     if not (model or base.source):
         raise ConfigError("The base has no folder; save it with a.base.save(path) and give model=path.")
-    start = str(trainer.path / "start") if adapter.trained and not trainer.events else None
+    start = str(trainer.path.resolve() / "start") if adapter.trained and not trainer.events else None
     if start:  # the run would go on from there
         adapter.save(start)
     facts = mlx_call(keep, trainer.path, base, lora, config, trainer.rows, trainer.held, trainer.prompts)
     facts = replace(facts, source=model, plan=None) if model else facts
-    return run_file.write(run_file.RunFile(facts, str(trainer.path), seed=adapter.seed, start=start))
+    return run_file.write(run_file.RunFile(facts, str(trainer.path.resolve()), seed=adapter.seed, start=start))

@@ -19,7 +19,7 @@ from typing import Any, TextIO, TypeVar
 
 from qlab import __version__
 from qlab.adapter import Adapter
-from qlab.core.run import StepEvent, summary
+from qlab.core.run import RunReport, StepEvent, summary
 from qlab.engine import checkpoint, prepare, run_file, run_folder
 from qlab.engine.adapter_files import save_adapter
 from qlab.engine.checkpoint import Checkpoints, TrainState
@@ -75,27 +75,22 @@ def _speaker(out: TextIO | None) -> Callable[[str], None]:
 
 def _run(path: Path, ranks: Ranks, say: Callable[[str], None]) -> None:
     opened = _together(ranks, lambda: _opened(path, ranks.size))
-    trainer = opened.trainer
     _together(ranks, lambda: mlx_call(ranks.check_same, opened.identity))
-    parameters = mlx_call(ranks.from_first, trainer.adapter.parameters)
-    made = _together(ranks, lambda: mlx_call(_made, opened, parameters, ranks, say))
-    train = prepare.largest(trainer.config, opened.feed, ranks.size)
-    foreseen = estimate(trainer.adapter.base, adapter=trainer.adapter.config, train=train).total_nbytes
-    report = replace(trainer.report, predicted_nbytes=foreseen)
-    for name, text in (*words.summary(report)[:3], ("data", prepare.describe(opened.feed, trainer.held))):
-        say(f"{name}: {text}")
-    say(f"processes: {ranks.size}, {words.memory_text(report)}{' each' if ranks.size > 1 else ''}")
-    for note in made[2]:
-        say(note)
+    parameters = mlx_call(ranks.from_first, opened.trainer.adapter.parameters)
+    task, state, notes = _together(ranks, lambda: mlx_call(_made, opened, parameters, ranks, say))
+    report = _foreseen(opened, ranks.size)
+    head = (*words.summary(report)[:3], ("data", prepare.describe(opened.feed, opened.trainer.held)))
+    each = f"processes: {ranks.size}, {words.memory_text(report)}{' each' if ranks.size > 1 else ''}"
+    for line in (*map(": ".join, head), each, *notes):
+        say(line)
     try:
-        reason = _train(*made[:2], say)
+        reason = _train(task, state, say)
     except RankError as error:
         if not ranks.first:
             raise
-        raise RankError(f"{error} What was learned is kept: python -m qlab.run {trainer.path} goes on.") from None
-    found = summary(tuple(made[1].history))
-    report = replace(report, status="stopped" if reason else "done", **found)
-    for line in (*filter(None, [reason]), *(f"{name}: {text}" for name, text in words.summary(report)[3:])):
+        raise RankError(f"{error} What was learned is kept: python -m qlab.run {report.path} goes on.") from None
+    report = replace(report, status="stopped" if reason else "done", **summary(tuple(state.history)))
+    for line in (*filter(None, [reason]), *map(": ".join, words.summary(report)[3:])):
         say(line)
 
 
@@ -136,25 +131,32 @@ def _digest(folder: Path) -> str:
 
 
 def _opened(path: Path, size: int) -> _Opened:
-    trainer = _resumed(path) if path.is_dir() else _begun(run_file.read(path), size)
-    prepare.check_shared(trainer.config, size)
+    found = checkpoint.latest(path) if path.is_dir() else None
+    trainer = _resumed(found, size) if found else _begun(run_file.read(path), size)
     base = trainer.adapter.base
     whole = mlx_call(run_folder.fingerprint, base.module)
     facts = RunFacts(base.source, base.plan, base.solver, trainer.adapter.config, trainer.config, whole, trainer.prompts)
-    feed = Feed(trainer.rows, trainer.config)
-    return _Opened(trainer, facts, feed, checkpoint.latest(path) if path.is_dir() else None)
+    return _Opened(trainer, facts, Feed(trainer.rows, trainer.config), found)
 
 
-def _resumed(path: Path) -> Trainer:
-    """Return a run as its folder says it, at its last checkpoint."""
-    facts, _, _ = run_folder.read(checkpoint.latest(path).parent)
-    return Trainer.resume(path, _adapter(facts))
+def _foreseen(opened: _Opened, size: int) -> RunReport:
+    """Return the run before its first step, with the memory that each process will take."""
+    adapter, train = opened.trainer.adapter, prepare.largest(opened.trainer.config, opened.feed, size)
+    predicted = estimate(adapter.base, adapter=adapter.config, train=train)
+    return replace(opened.trainer.report, predicted_nbytes=predicted.total_nbytes)
+
+
+def _resumed(found: Path, size: int) -> Trainer:
+    """Return a run as its folder says it, at a checkpoint."""
+    facts, _, _ = run_folder.read(found.parent)
+    prepare.check_shared(facts.train, size)  # before a large model is read
+    return Trainer.resume(found, _adapter(facts))
 
 
 def _begun(file: run_file.RunFile, size: int) -> Trainer:
     """Return a new run as a file says it."""
     facts, data, val = file.facts, file.data, file.val
-    prepare.check_shared(facts.train, size)  # before a large model is read
+    prepare.check_shared(facts.train, size)
     if file.path and (Path(file.path).expanduser() / "run.json").exists():
         raise ConfigError(f"path={file.path!r} holds a run: python -m qlab.run {file.path} goes on; or give another path.")
     if (Path(data).expanduser() / "rows.npz").is_file():
@@ -205,7 +207,7 @@ def _together(ranks: Ranks, work: Callable[[], T]) -> T:
         made = work()
     except Exception as caught:
         error = caught
-    told = mlx_call(ranks.agreed, f"rank {ranks.rank}: {error or type(error).__name__}" if error is not None else "")
+    told = mlx_call(ranks.agreed, f"rank {ranks.rank}: {str(error) or type(error).__name__}" if error is not None else "")
     if not told:
         return made  # type: ignore
     if error is not None and (ranks.size == 1 or not isinstance(error, QlabError)):
