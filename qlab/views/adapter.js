@@ -32,14 +32,15 @@ export function totals(data, plan) {
 /** The largest rank that every adapted layer has room for. */
 export const widest = (data, plan) => Math.min(...data.layers.flatMap((l, i) => (isOn(data, plan, i) ? [Math.min(...l.shape.slice(-2))] : [])));
 export const alphaOf = (plan) => plan.scale * (plan.rslora ? Math.sqrt(plan.rank) : plan.rank);
+/** The shortest name of a role: the end of its path, or the whole if another one ends alike. */
+const nameOf = (roles, role) => { const end = role.split(".").pop(); return roles.filter((r) => r.split(".").pop() === end).length > 1 ? role : end; };
 /** The keys that name a set of layers: null for all linear layers in the blocks and all experts, else ends of paths. */
 export function keysOf(data, on) {
   const plain = data.layers.every((l, i) => on[i] === (l.kind !== "embedding" && l.block !== null));
   if (plain) return null;
   const roles = new Map();
   data.layers.forEach((l, i) => (roles.get(l.role) || roles.set(l.role, []).get(l.role)).push(i));
-  const short = (role) => { const end = role.split(".").pop(); return [...roles.keys()].filter((r) => r.split(".").pop() === end).length > 1 ? role : end; };
-  return [...roles].flatMap(([role, list]) => (list.every((i) => on[i]) ? [short(role)] : list.filter((i) => on[i]).map((i) => data.layers[i].path)));
+  return [...roles].flatMap(([role, list]) => (list.every((i) => on[i]) ? [nameOf([...roles.keys()], role)] : list.filter((i) => on[i]).map((i) => data.layers[i].path)));
 }
 const quoted = (v) => (typeof v === "boolean" ? (v ? "True" : "False") : typeof v === "number" ? String(v) : Array.isArray(v) ? `[${v.map(quoted).join(", ")}]` : `"${v}"`);
 export function codeLine(data, plan) {
@@ -114,11 +115,12 @@ async function render({ model, el, host }) {
 
   // the map: a row per role, a bar per block; its name switches the role on and off
   let cells = [], rows = [];
+  const labelOf = (role) => nameOf(rows.map(([r]) => r), role).replace(/^(self_attn|mlp|attention|model)\./, "");
   function layout() {
     const W = Math.max(280, svg.parentNode.clientWidth || 640), roles = new Map();
     data.layers.forEach((l, i) => { if (data.kinds.some((k) => k[2].includes(l.kind))) (roles.get(l.role) || roles.set(l.role, []).get(l.role)).push(i); });
     rows = [...roles];
-    const H = rows.length > 12 ? 20 : 25, left = 122, step = (W - left - 4) / Math.max(1, data.blocks);
+    const H = rows.length > 12 ? 20 : 25, left = Math.max(122, ...rows.map(([role]) => 30 + 6.4 * labelOf(role).length)), step = (W - left - 4) / Math.max(1, data.blocks);
     svg.setAttribute("width", W); svg.setAttribute("height", rows.length * H + 14); svg.replaceChildren(); cells = [];
     rows.forEach(([role, list], r) => {
       const name = s("text", { x: left - 8, y: r * H + H - 6, "text-anchor": "end", class: "qlab-role", tabindex: 0, role: "checkbox", "data-lm-suppress-shortcuts": "true" });
@@ -168,7 +170,7 @@ async function render({ model, el, host }) {
     svg.classList.toggle("qlab-old", st.stale); plot.classList.toggle("qlab-old", st.stale); plot.parentNode.hidden = shown.closest("label").hidden = !!st.obstacle;
     rows.forEach(({ 0: role, 1: list, name }) => {
       const n = list.filter((i) => isOn(data, plan, i)).length, named = list.every((i) => plan.on[i]), mark = named ? "☑" : list.some((i) => plan.on[i]) ? "◪" : "☐";
-      name.textContent = `${mark} ${role.replace(/^(self_attn|mlp|attention|model)\./, "")}`;
+      name.textContent = `${mark} ${labelOf(role)}`;
       name.setAttribute("aria-checked", named ? "true" : mark === "◪" ? "mixed" : "false"); name.classList.toggle("off", !n);
     });
     data.layers.forEach((_, i) => {
