@@ -20,6 +20,7 @@ COLUMNS = (
 LOSS, SMOOTH, VAL, NORM = (COLUMNS.index(name) for name in ("loss", "smooth", "val_loss", "grad_norm"))
 _SPAN = 12  # the smoothed loss looks back over about a twelfth of the steps so far
 _FIRST_ROWS = 256
+_BLOCK_NBYTES = 128 * 4 * len(COLUMNS)  # rows go from the newest to the settled by so many
 
 
 class Curve:
@@ -82,6 +83,12 @@ class Curve:
         if len(tail) and (not len(chosen) or chosen[-1] != self._count - 1):
             chosen = np.append(chosen, self._count - 1)  # the newest step is always shown
         return bytes(self._prefix) + self._all[chosen].tobytes()
+
+    def parts(self) -> tuple[bytes, bytes]:
+        """Return ``encoded`` in two: rows that stay as they are for many steps, and the newest, which are sent every time."""
+        whole = self.encoded()
+        settled = len(self._prefix) - len(self._prefix) % _BLOCK_NBYTES
+        return whole[:settled], whole[settled:]
 
     def rows(self) -> np.ndarray:
         """Return the kept rows, float32 ``(rows, len(COLUMNS))``."""

@@ -61,8 +61,10 @@ export function placed(marks, x, lo = -Infinity, hi = Infinity) {
   return out;
 }
 export function read(model) {
-  const v = model.get("curve");
-  return new Float32Array(v.buffer.slice(v.byteOffset, v.byteOffset + v.byteLength));
+  const parts = ["curve", "newest"].map((name) => { const v = model.get(name); return new Float32Array(v.buffer.slice(v.byteOffset, v.byteOffset + v.byteLength)); });
+  const rows = new Float32Array(parts[0].length + parts[1].length);
+  rows.set(parts[0]); rows.set(parts[1], parts[0].length);
+  return rows;
 }
 
 // ---- the panel
@@ -213,7 +215,7 @@ async function render({ model, el, host }) {
     if (st.ended) swap(report, "", h("div", { className: "qlab-facts-grid" }, ...st.summary.filter(([k]) => REST.includes(k)).map(([k, v]) => h("div", {}, h("span", {}, k), h("b", { title: v }, v)))), ...(st.notes.length ? [h("p", { className: "qlab-note qlab-notes" }, st.notes.join(" · "))] : []));
   }
   function paintTalk() {
-    const list = st.voices, known = [...which.options].map((o) => o.value).join("\n");
+    const list = model.get("voices"), known = [...which.options].map((o) => o.value).join("\n");
     voices.parentNode.hidden = !list.length;
     if (known !== list.map((v) => v[0]).join("\n")) { const kept = which.value; which.replaceChildren(...list.map(([p]) => h("option", { value: p }, p.length > 60 ? `${p.slice(0, 59)}…` : p))); which.value = hold && list.some((v) => v[0] === kept) ? kept : list.at(-1)?.[0]; }
     which.hidden = list.length < 2;
@@ -250,7 +252,7 @@ async function render({ model, el, host }) {
   onCurve.count = 0;
   const onMarks = () => { drawn = null; later(); };
   const later = () => { raf ||= requestAnimationFrame(() => { raf = 0; paint(); }); };
-  const hears = [["state", onState], ["curve", onCurve], ["marks", onMarks]];
+  const hears = [["state", onState], ["curve", onCurve], ["newest", onCurve], ["marks", onMarks], ["voices", later]];
   for (const [name, f] of hears) model.on(`change:${name}`, f);
   const sized = new ResizeObserver(() => { layout(); later(); }); sized.observe(svg.parentNode);
   layout(); onState(); came = 0; send({ op: "hello" });

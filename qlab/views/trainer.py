@@ -32,12 +32,14 @@ _TEXT = 4000  # characters of an answer that are sent
 
 
 class TrainerView(anywidget.AnyWidget):
-    """Kernel → browser: the whole run, thinned where it is long."""
+    """Kernel → browser: the whole run, thinned where it is long; what seldom changes apart from what always does."""
 
     _esm = ESM
     _css = CSS
     curve = T.Bytes(b"").tag(sync=True)
+    newest = T.Bytes(b"").tag(sync=True)
     marks = T.List().tag(sync=True)
+    voices = T.List().tag(sync=True)
     state = T.Dict().tag(sync=True)
     controls = anywidget.WidgetTrait().tag(sync=True)
 
@@ -46,11 +48,16 @@ def payload(state: RunState) -> dict[str, Any]:
     """Return a state as the traits of the view (without ``controls``)."""
     curve = Curve()
     curve.extend(state.history)
-    return {"curve": curve.encoded(), "marks": list(curve.marks), "state": facts(state, None)}
+    return _traits(curve, state, facts(state, None))
+
+
+def _traits(curve: Curve, state: RunState, known: dict[str, Any]) -> dict[str, Any]:
+    settled, newest = curve.parts()
+    return {"curve": settled, "newest": newest, "marks": list(curve.marks), "voices": voices_of(state), "state": known}
 
 
 def facts(state: RunState, ack: int | None) -> dict[str, Any]:
-    """Return everything but the curve: what the run is, where it stands, what the model says."""
+    """Return everything but curve and voices: what the run is and where it stands."""
     report = state.report
     icon, word = words.status_words(state)
     return {
@@ -69,7 +76,6 @@ def facts(state: RunState, ack: int | None) -> dict[str, Any]:
         "predicted": report.predicted_nbytes,
         "limit": state.limit_nbytes,
         "active": state.active_nbytes,
-        "voices": voices_of(state),
         "said": len(state.voices),
         "data": state.data,
         "error": state.error,
@@ -110,9 +116,7 @@ class TrainerPanel:
         self._curve = Curve()
         self._curve.extend(state.history)
         self._controls = Controls()
-        self.widget = TrainerView(
-            controls=self._controls, curve=self._curve.encoded(), marks=list(self._curve.marks), state=facts(state, None)
-        )
+        self.widget = TrainerView(controls=self._controls, **_traits(self._curve, state, facts(state, None)))
         self._controls.listen(_OPS, self._heard, self._refused)
 
     def show(self, state: RunState, ack: int | None = None) -> None:
@@ -127,13 +131,13 @@ class TrainerPanel:
             ended = self._state.report.status not in words.ENDED and state.report.status in words.ENDED
             self._state, self._ack = state, max(self._ack, ack or 0)
             self._curve.extend(state.history)
+            traits = _traits(self._curve, state, self._facts())
             with self.widget.hold_sync():
-                self.widget.curve = self._curve.encoded()
-                if len(self.widget.marks) != len(self._curve.marks) or self.widget.marks != self._curve.marks:
-                    self.widget.marks = list(self._curve.marks)
-                self.widget.state = self._facts()
+                for name, value in traits.items():
+                    if getattr(self.widget, name) != value:
+                        setattr(self.widget, name, value)
             if ended:
-                self.widget.send_state(["curve", "marks", "state"])
+                self.widget.send_state(list(traits))
 
     def close(self) -> None:
         """Take the panel off the page."""

@@ -135,7 +135,8 @@ def test_a_restarted_kernel_is_told(notebook):
     page.wait_for_function(f"{KERNEL}.status === 'idle'", timeout=60_000)
     page.get_by_role("button", name="▶ start").click()
     page.wait_for_selector(".qlab-stale .qlab-stale-note", timeout=15_000)
-    assert "Kernel not connected" in page.locator(".qlab-stale-note").inner_text() and page.errors == []
+    assert "Kernel not connected" in page.locator(".qlab-stale-note").inner_text()
+    assert [error for error in page.errors if "Canceled future" not in error] == []  # what JupyterLab itself had asked
 
 
 # --- the self-contained page: every state, narrow and wide ----------------------------------------------------------
@@ -212,11 +213,11 @@ def test_ten_thousand_steps_are_repainted_within_a_few_frames(chromium, tmp_path
     settle(page)
     # every message changes every loss, so that every path is drawn anew; until the frame that shows it is handed over
     times = page.evaluate("""async () => {
-      const times = [], text = JSON.parse(document.getElementById("traits").textContent).curve.base64;
-      const rows = new Float32Array(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
+      const times = [], sent = JSON.parse(document.getElementById("traits").textContent), text = atob(sent.curve.base64) + atob(sent.newest.base64);
+      const rows = new Float32Array(Uint8Array.from(text, (c) => c.charCodeAt(0)).buffer);
       for (let n = 0; n < 20; n++) {
         for (let i = 0; i < rows.length; i++) if (i % 10) rows[i] *= 1 + 0.002 * Math.sin(n + i);
-        window.sent = { curve: new DataView(rows.slice().buffer) };
+        window.sent = { curve: new DataView(rows.slice().buffer), newest: new DataView(new ArrayBuffer(0)) };
         const before = document.querySelector(".qlab-dots").getAttribute("d"), start = performance.now();
         told["change:curve"]();
         await new Promise((done) => requestAnimationFrame((frame) => { const c = new MessageChannel(); c.port1.onmessage = () => { times.push(performance.now() - frame); done(); }; c.port2.postMessage(0); }));

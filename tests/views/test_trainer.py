@@ -111,6 +111,27 @@ def test_a_tick_of_a_long_run_costs_less_than_two_milliseconds():
     assert np.median(times) < 0.002
 
 
+@pytest.mark.parametrize("steps", [1500, 9000])
+def test_a_tick_of_a_long_run_sends_what_is_new_and_no_more(steps, monkeypatch):
+    panel = view.TrainerPanel(run_state(LONG[:steps], iters=10_000, voices=VOICES), lambda intent: None)
+    sent: list[dict] = []
+
+    def send(key=None):
+        names = [key] if isinstance(key, str) else key
+        sent.append({name: getattr(panel.widget, name) for name in names})
+
+    monkeypatch.setattr(panel.widget, "send_state", send)
+    for n in range(steps + 1, steps + 101):
+        panel.show(run_state(LONG[:n], iters=10_000, voices=VOICES))
+        sent[-1] = {name: len(x) if isinstance(x, bytes) else len(json.dumps(x)) for name, x in sent[-1].items()}
+    panel.close()
+    whole = Curve()
+    whole.extend(LONG[: steps + 100])
+    assert panel.widget.curve + panel.widget.newest == whole.encoded()
+    assert len(sent) == 100 and sum("curve" in tick for tick in sent) <= 1 and not any("voices" in tick for tick in sent)
+    assert max(sum(size for name, size in tick.items() if name not in ("curve", "marks")) for tick in sent) < 8000
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
@@ -217,8 +238,8 @@ def test_the_last_state_reaches_the_browser_whole_though_two_threads_show(panel,
     for thread in threads:
         thread.join()
     panel.show(run_state(RUN, "done"))
-    assert sent[-1] == ["curve", "marks", "state"] and panel.widget.state["ended"]
-    assert len(rows_of(panel.widget.curve)) == 121
+    assert set(sent[-1]) == {"curve", "newest", "marks", "voices", "state"} and panel.widget.state["ended"]
+    assert len(rows_of(panel.widget.curve + panel.widget.newest)) == 121
 
 
 # --- without a kernel -------------------------------------------------------------------------------------------------
