@@ -1,0 +1,59 @@
+"""Several CUDA cards train as one: tokens/s of a global batch shared by the processes that ``mlx.launch`` starts.
+
+``mlx.launch -n 2 python -m tests.bench.cuda_parallel [1b|4b|8b] [rows of the global batch] [steps]``, and the same with ``-n 1`` for
+comparison. One line: tokens/s, peak memory of a card, the last loss, which must not depend on the number of processes. Weights are
+random and the same everywhere.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import qlab  # noqa: F401
+
+import mlx.core as mx
+import numpy as np
+
+from qlab.core.config import QuantConfig
+from qlab.core.rows import Row, Rows
+from qlab.core.run import StepEvent
+from qlab.core.training import LoRAConfig, TrainConfig
+from qlab.engine.adapt import fresh
+from qlab.engine.feed import Feed
+from qlab.engine.job import mlx_call
+from qlab.engine.parallel import joined
+from qlab.engine.prepare import check_shared, make_task
+from qlab.engine.skeleton import describe
+from qlab.engine.train import train_steps
+from tests.bench.cuda_step import RANK, SHAPES, random_model, vocabulary
+
+_WARM = 4  # steps that are not counted
+
+
+def measured(name: str, batch: int, steps: int) -> str:
+    """Train and return the line; empty in all processes but the first."""
+    ranks = joined()
+    _, length, settings = SHAPES[name]
+    config = TrainConfig(iters=_WARM + steps, batch_size=batch, max_seq_length=length + 1, grad_checkpoint=True)
+    check_shared(config, ranks.size)
+    mx.random.seed(0)
+    module = random_model(settings, QuantConfig(bits=4))
+    spec, lora = describe(module, name), LoRAConfig(rank=RANK)
+    drawn = np.random.default_rng(0).integers(0, vocabulary(module), (8 * batch, length + 1)).astype(np.int32)
+    mask = np.ones(length + 1, np.uint8)
+    mask[0] = 0
+    rows = Rows(tuple(Row(n, tokens, mask) for n, tokens in enumerate(drawn)))
+    parameters = ranks.from_first(fresh(module, spec, lora, 0))
+    given = (module, spec, lora, config, Feed(rows, config), (), parameters, None, lambda state: None)
+    task, state, _ = make_task(*given, ranks=ranks)
+    events = [event for event in train_steps(task, state) if isinstance(event, StepEvent)]
+    speeds = sorted(event.tokens_per_second for event in events[_WARM:])
+    return ranks.first * (
+        f"{name}, {batch} × {length} over {ranks.size}: {speeds[len(speeds) // 2]:,.0f} tokens/s"
+        f" ({speeds[0]:,.0f}–{speeds[-1]:,.0f}), {events[-1].peak_nbytes / 1e9:.2f} GB a card, loss {events[-1].loss:.6f}\n"
+    )
+
+
+if __name__ == "__main__":
+    name, batch, steps = [*sys.argv[1:], *("1b", "8", "20")[len(sys.argv) - 1 :]]
+    sys.stdout.write(mlx_call(measured, name, int(batch), int(steps)))
