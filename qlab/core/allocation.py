@@ -19,7 +19,10 @@ from qlab.core.graph import Graph, Node
 TAKEN, FREED, IDLE, LANDED = range(4)
 _DONATION_SLACK = 16384  # array::is_donatable lets a buffer be this much too large
 
-_VIEWS = {"Transpose", "Broadcast", "ExpandDims", "Squeeze", "Slice", "Split", "Depends", "Copy", "StopGradient", "AsStrided"}
+_VIEWS = {
+    "Transpose", "Broadcast", "ExpandDims", "Squeeze", "Slice", "Split", "Depends", "Copy", "StopGradient", "CustomTransforms",
+    "AsStrided",
+}  # fmt: skip
 _SHAPES = {"Reshape", "Flatten", "Unflatten", "View"}
 _ELEMENTWISE = {
     "Abs", "Add", "ArcCos", "ArcTan2", "AsType", "BitwiseBinary", "BitwiseInvert", "Ceil", "Cos",
@@ -28,6 +31,7 @@ _ELEMENTWISE = {
     "NotEqual", "Power", "Remainder", "Round", "Rsqrt", "Select", "Sigmoid", "Sign", "Sin", "Sqrt", "Square",
     "Subtract", "Tan", "Tanh", "Compiled",
 }  # fmt: skip
+_COPYING = {"Scatter", "ScatterAxis", "SliceUpdate"}
 _IN_PLACE = {"Softmax", "RMSNorm", "LayerNorm", "RoPE", "Scatter", "ScatterAxis", "SliceUpdate", "RMSNormVJP"}
 _PRODUCTS = {"Matmul", "AddMM", "QuantizedMatmul", "GatherQMM", "GatherMM"}
 
@@ -36,21 +40,16 @@ _PRODUCTS = {"Matmul", "AddMM", "QuantizedMatmul", "GatherQMM", "GatherMM"}
 class Runahead:
     """How far a back end's host runs ahead of the device, and so how long buffers are held.
 
+    Dispatches are handed over in tasks, and a run meets every position of a step within its tasks; so this counts from the
+    position that holds the most.
+
     Attributes:
-        per_task: dispatches that are handed over together.
-        tasks: that may be unfinished.
-        shift: dispatches of the first task that are not this graph's.
+        dispatches: that may be unfinished.
         kernels: whether only what computes is a dispatch; off a GPU a view is one, too.
     """
 
-    per_task: int = 10
-    tasks: int = 11
-    shift: int = 0
+    dispatches: int = 110
     kernels: bool = False
-
-    def task(self, issued: int) -> int:
-        """Number of the task that a dispatch belongs to, counted from the first in the graph."""
-        return -(-(issued + self.shift) // self.per_task)
 
 
 class Usage:
@@ -110,8 +109,6 @@ class _Simulation:
         self.steps = [n for each in rounds for n in each]
         self.ends = list(accumulate(map(len, rounds)))
         self.usage = Usage(self.steps)
-        self.makers = graph.makers()
-        self.reads: dict[int, int] = {}
         self.readers: dict[int, int] = {}
         for a in (a for n in self.steps for a in graph.nodes[n].inputs):
             self.readers[a] = self.readers.get(a, 0) + 1
@@ -124,7 +121,7 @@ class _Simulation:
             self.readers[a] = self.readers.get(a, 0) + 1
 
     def run(self) -> Usage:
-        ahead, issued, first, end = self.ahead or Runahead(1, 0), 0, 0, 0
+        ahead, issued, first, end = self.ahead.dispatches if self.ahead else 0, 0, 0, 0
         for at, n in enumerate(self.steps):
             self.at = at
             node = self.graph.nodes[n]
@@ -144,9 +141,8 @@ class _Simulation:
                 buffer.arrays -= 1
                 self._note(buffer, IDLE)
             issued += self._dispatches(node, len(temporary))
-            self.flying.append((ahead.task(issued), holds))
-            done = ahead.task(issued) - ahead.tasks
-            while first < len(self.flying) and self.flying[first][0] <= done:
+            self.flying.append((issued, holds))
+            while first < len(self.flying) and self.flying[first][0] <= issued - ahead:
                 self._land(first)
                 first += 1
             while at + 1 == self.ends[end] and end + 1 < len(self.ends):  # the round is handed over; the host waits
@@ -157,37 +153,16 @@ class _Simulation:
         return self.usage
 
     def _dispatches(self, node: Node, copies: int) -> int:
-        """One that releases what the operation read, those that compute, and those of the scalars that it reads.
-
-        A graph that was read has equal scalars and broadcasts merged; evaluated as it was written, every reader has its own.
-        """
-        if self.ahead and self.ahead.kernels:
-            return self._own(node) - 1 + copies
-        if self._small(node):
-            return 0
-        own = self._own(node) + copies
-        return own + sum(self._scalar(a) for a in node.inputs)
-
-    def _own(self, node: Node) -> int:
+        """Those that compute, and off a GPU one that releases what the operation read."""
         if node.name in _VIEWS or (node.name in _SHAPES and self.buffers[node.outputs[0]].array != node.outputs[0]):
-            return 1
-        return 1 + (len(node.inputs) if node.name == "Concatenate" else 1)
-
-    def _small(self, node: Node) -> bool:
-        """Whether every reader has a copy of this operation of its own."""
-        if node.shared:
-            return False
-        if node.name == "Broadcast":
-            return True
-        return bool(node.inputs) and all(self.graph.arrays[a].size == 1 for a in (*node.inputs, *node.outputs))
-
-    def _scalar(self, a: int) -> int:
-        if a not in self.makers:
-            return 0
-        if a not in self.reads:
-            node = self.graph.nodes[self.makers[a]]
-            self.reads[a] = self._own(node) + sum(map(self._scalar, node.inputs)) if self._small(node) else 0
-        return self.reads[a]
+            own = 0
+        elif node.name == "Concatenate":
+            own = len(node.inputs)
+        elif node.name in _COPYING and self.buffers[node.outputs[0]].array == node.outputs[0]:
+            own = 2  # what is not written over is copied first
+        else:
+            own = 1
+        return own + copies + (not (self.ahead and self.ahead.kernels))
 
     # --- buffers ----------------------------------------------------------------------------------------------------
 
@@ -260,10 +235,11 @@ class _Simulation:
         return buffer
 
     def _donor(self, node: Node, a: int, to: int) -> bool:
-        """Whether an input's buffer may become that of an output."""
+        """Whether an input's buffer may become that of an output; where there are several, each holds on to the inputs."""
         buffer, output = self.buffers[a], self.graph.arrays[to]
         return (
-            self.readers[a] == node.inputs.count(a) == 1
+            len(node.outputs) == 1
+            and self.readers[a] == node.inputs.count(a) == 1
             and buffer.arrays == 1
             and not buffer.flights
             and self.graph.arrays[a].itemsize == output.itemsize
@@ -285,6 +261,9 @@ class _Simulation:
             for a in node.outputs:
                 self._allocate(a, self.graph.arrays[a].itemsize, (0,) * len(shape), 1)
             return
+        if len(node.inputs) == 1 and node.name != "Compiled" and (kept := self._spread(node.inputs[0])):
+            self._allocate(first, kept * self.graph.arrays[first].itemsize, self.strides[node.inputs[0]], kept)
+            return
         for a in node.outputs:
             size = self.graph.arrays[a].size
             donors = [x for x in full if self._donor(node, x, a) and (strides or _is_dense(shape, self.strides[x]))]
@@ -293,6 +272,13 @@ class _Simulation:
                 self._share(a, donor, self.strides[donor])
             else:
                 self._allocate(a, size * self.graph.arrays[a].itemsize, strides)
+
+    def _spread(self, a: int) -> int:
+        """Elements of a whole array that was broadcast into this one; 0 if it was not."""
+        stored, shape = self.stored[a], self.graph.arrays[a].shape
+        return stored * (
+            1 < stored < prod(shape) and prod(s for s, t in zip(shape, self.strides[a], strict=True) if t) == stored
+        )
 
     def _in_place(self, node: Node) -> None:
         for n, a in enumerate(node.outputs):
@@ -309,6 +295,9 @@ class _Simulation:
             out = self.graph.arrays[a].shape
             if node.name == "Depends":
                 self._share(a, node.inputs[n], self.strides[node.inputs[n]])
+            elif node.name == "CustomTransforms":  # after what the function was given comes what it gives
+                same = node.inputs[n - len(node.outputs)]
+                self._share(a, same, self.strides[same])
             elif node.name == "Transpose":
                 self._share(a, source, tuple(strides[axis] for axis in node.arguments[0]))
             elif node.name == "Broadcast":

@@ -8,7 +8,7 @@ what each further block adds is the difference between a step of three blocks an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations_with_replacement, product
 from math import ceil, prod
@@ -27,7 +27,6 @@ CHUNKS = 4  # a loss in more chunks than this needs what one in this many needs
 _SIZES = ((3, 113, 5), (5, 239, 7))  # batch, tokens, rank of the two traces: their ratios must tell products apart
 _DRAIN = 110  # operations after which what the loss left behind has landed
 _DEGREE = 4
-_SHIFTS = 3
 _GRID = ((1, 4, 32), (17, 65, 257, 1025, 8193), (2, 16, 256), (64, 512))  # sizes at which a moment must win to be kept
 
 
@@ -149,9 +148,9 @@ def formula(sample: Sample, runahead: Runahead) -> Formula:
     values = _terms(sample.references[0].sizes, [products[p] for p in used])
     units = {shape: (used.index(p), values[used.index(p)]) for shape, p in shapes.items()}
 
-    def moments(graph: Graph, shift: int = 0) -> tuple[np.ndarray, int, int]:
+    def moments(graph: Graph) -> tuple[np.ndarray, int, int]:
         label = labels(graph, sample.vocabulary, sample.trained)
-        usage = simulate(graph, replace(runahead, shift=shift))
+        usage = simulate(graph, runahead)
         own = {a: units.get(array.shape, (0, 1.0)) for a, array in graph.arrays.items()}
         table = over_time(usage, label, own, len(used))
         table[:, [i for i, part in enumerate(PARTS) if part in INPUTS]] = 0
@@ -164,11 +163,9 @@ def formula(sample: Sample, runahead: Runahead) -> Formula:
     done = _settled(table)
     half = (drained + done) // 2
     cuts = ((0, first), (first, drained), (drained, half), (half, done), (done, len(table)))
-    # where a block meets the device's rhythm varies from block to block: a few shifts stand for them all
-    tables = [table, *(moments(sample.pair[0], runahead.per_task * k // _SHIFTS)[0] for k in range(1, _SHIFTS))]
     points = [sizes(*point) for point in product(*_GRID)]
     grid = np.array([_terms(point, [products[p] for p in used]) for point in points]).T
-    phases = tuple(_winners(np.concatenate([t[a:b] for t in tables]), grid) for a, b in cuts)
+    phases = tuple(_winners(table[a:b], grid) for a, b in cuts)
     slopes = []
     for graph in sample.fewer:
         if graph is None:

@@ -41,7 +41,7 @@ class _Fusion:
             node = self.nodes[n]
             if node is not None and node.name in FUSABLE and node.name != "Broadcast":
                 self._fuse(n)
-        nodes = [replace(node, shared=True) for node in self.nodes if node is not None]
+        nodes = [node for node in self.nodes if node is not None]
         return replace(self.graph, arrays=self.arrays, nodes=nodes)
 
     def _fuse(self, root: int) -> None:

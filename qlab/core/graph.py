@@ -41,14 +41,12 @@ class Node:
         inputs: ids of arrays.
         outputs: ids of arrays.
         arguments: the primitive's own, such as the axes of a transpose.
-        shared: whether its readers really share it, as in a compiled graph; otherwise reading may have merged copies.
     """
 
     name: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     arguments: tuple = ()
-    shared: bool = False
 
 
 @dataclass
@@ -99,73 +97,3 @@ class Graph:
             ids = [tuple(new[a] for a in side) for side in (node.inputs, node.outputs)]
             self.nodes.append(replace(node, inputs=ids[0], outputs=ids[1]))
         return [new[a] for a in piece.outputs]
-
-
-def unmerged(graph: Graph, weights: bool) -> Graph:
-    """Return a graph in which every reader has its own copy of what reading the graph has merged.
-
-    Args:
-        graph: as it was read.
-        weights: whether to undo it for what follows from frozen weights too: a product with a dequantized weight
-            dequantizes again on the way back, once the gradient is there, instead of keeping the dense weight.
-    """
-    fixed = {a: array.role == "weights" for a, array in graph.arrays.items() if array.role in ("weights", "constant")}
-    for node in graph.nodes:
-        if all(a in fixed for a in node.inputs):
-            fixed.update(dict.fromkeys(node.outputs, any(fixed[a] for a in node.inputs)))
-    makers = graph.makers()
-    made = replace(graph, arrays=dict(graph.arrays), nodes=[])
-    read: set[int] = set()
-
-    def again(a: int, after: int) -> int:
-        """Compute an array again, once ``after`` is there; return its new id."""
-        chain, leaves = _history(graph, makers, a, fixed)
-        new: dict[int, int] = {}
-
-        def copy(x: int) -> int:
-            new[x] = len(made.arrays)
-            made.arrays[new[x]] = Array(graph.arrays[x].shape, graph.arrays[x].itemsize)
-            return new[x]
-
-        if leaves:
-            made.nodes.append(Node("Depends", (*leaves, after), tuple(copy(x) for x in leaves)))
-        for n in chain:
-            node = graph.nodes[n]
-            made.nodes.append(
-                Node(node.name, tuple(new.get(x, x) for x in node.inputs), tuple(map(copy, node.outputs)), node.arguments)
-            )
-        return new[a]
-
-    for node in graph.nodes:
-        inputs = list(node.inputs)
-        others = [a for a in inputs if a not in fixed]
-        for i, a in enumerate(inputs):
-            if a in makers and others and (weights if fixed.get(a) else a in fixed and graph.nodes[makers[a]].name == "Full"):
-                root = _root(graph, makers, a)
-                if root in read and root in makers and len(graph.nodes[makers[root]].outputs) == 1:
-                    inputs[i] = again(a, others[0])
-                read.add(root)
-        made.nodes.append(Node(node.name, tuple(inputs), node.outputs, node.arguments))
-    return made
-
-
-def _root(graph: Graph, makers: dict[int, int], a: int) -> int:
-    """The array of which this one is only another view."""
-    while a in makers and graph.nodes[makers[a]].name == "Transpose":
-        a = graph.nodes[makers[a]].inputs[0]
-    return a
-
-
-def _history(graph: Graph, makers: dict[int, int], a: int, fixed: dict[int, bool]) -> tuple[list[int], list[int]]:
-    """Nodes that make an array, each after those that it needs, and the weights that they start from."""
-    chain: set[int] = set()
-    leaves: dict[int, None] = {}
-    waiting = [a]
-    while waiting:
-        x = waiting.pop()
-        if x in makers and makers[x] not in chain:
-            chain.add(makers[x])
-            waiting.extend(graph.nodes[makers[x]].inputs)
-        elif x not in makers and fixed.get(x):
-            leaves[x] = None
-    return sorted(chain), list(leaves)

@@ -38,9 +38,9 @@ from qlab.engine.trace import stored, whole
 from qlab.engine.update import Update
 from qlab.errors import ConfigError, UnsupportedError
 
-# dispatches handed over together, and how many such tasks may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h): the
-# CPU's as in its source, CUDA's set by eight steps on one H100 (docs/guide/memory_accuracy.md), Metal's read, not measured
-RUNAHEAD = {"cpu": Runahead(10, 11), "cuda": Runahead(27, 11, kernels=True), "metal": Runahead(40, 11, kernels=True)}
+# dispatches of a task, and tasks that may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h): the CPU's as in its source,
+# CUDA's set by eight steps on one H100 (docs/guide/memory_accuracy.md), Metal's read, not measured
+_TASK, _TASKS = {"cpu": 10, "cuda": 27, "metal": 40}, 11
 _SAMPLE = 3  # blocks of each kind in the step that the formula is read from
 _REMEMBERED = 48  # formulas kept
 
@@ -53,7 +53,8 @@ def usual_compute(traced: bool = False) -> Compute:
 def runahead() -> Runahead:
     """Return how far the host runs ahead here; MLX's own setting for GPUs counts."""
     name, ops = backend(), os.environ.get("MLX_MAX_OPS_PER_BUFFER", "")
-    return replace(RUNAHEAD[name], per_task=int(ops)) if name != "cpu" and ops.isdigit() and int(ops) else RUNAHEAD[name]
+    own = name != "cpu" and ops.isdigit() and int(ops)
+    return Runahead(_TASKS * (own or _TASK[name]), kernels=name != "cpu")
 
 
 class Forecast:

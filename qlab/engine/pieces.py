@@ -5,7 +5,6 @@ Each kind of piece is read once; what a model of eighty blocks adds is arithmeti
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -15,16 +14,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from qlab.core.fusion import fused
 from qlab.core.graph import Array, Graph
 from qlab.core.training import TrainConfig
-from qlab.engine.device import backend
+from qlab.core.unmerge import unmerged
 from qlab.engine.linear import Frozen
-from qlab.engine.loss import Arrays, Sums, nats_and_slope
+from qlab.engine.loss import Arrays, nats_and_slope
 from qlab.engine.reading import read
 from qlab.engine.stack import Stack
-from qlab.engine.trace import updated
-from qlab.engine.update import Update
+from qlab.engine.trace import compiled, updated
 
 Function = Callable[..., list[mx.array]]
 
@@ -47,7 +44,6 @@ class Pieces:
         for frozen in (x for x in module.modules() if isinstance(x, Frozen)):
             frozen.keep()
         self.trained: Arrays = dict(tree_flatten(module.trainable_parameters()))
-        self.update = Update(train, self.trained)
         prefix = f"{self.stack.path}."
         every = self._every = dict(tree_flatten(module.parameters()))
         self.outside: Arrays = {path: a for path, a in every.items() if not path.startswith(prefix)}
@@ -85,7 +81,10 @@ class Pieces:
             self._ask(cotangent, *own)
         if embeds:
             grads |= self._into(outer, cotangent, grads, batch)
-        self._update(grads)
+        count = self._given(mx.array(0.0), "batch")
+        sums = [*(grads[path] for path in self.trained), self.total, count]
+        updated(self.graph, train, self.trained, [self.ids[path] for path in self.trained], sums)
+        self._ask(*self.graph.outputs)
         return self.graph
 
     # --- pieces -----------------------------------------------------------------------------------------------------
@@ -235,38 +234,13 @@ class Pieces:
         pairs += [(grads[path], self.trained[path]) for path in outer]
         return dict(zip(outer, self._piece("into", run, pairs + self._outer(), False), strict=True))
 
-    def _update(self, grads: dict[str, int]) -> None:
-        names, several = list(self.trained), self.train.grad_accumulation_steps > 1
-        parameters, states = list(self.trained.values()), list(self.update.state.values())
-        zero, sizes = mx.array(0.0), (len(names), len(states), len(names), len(names) * several)
-
-        def run(*arrays: mx.array) -> list[mx.array]:
-            given = iter(arrays)
-            own, state, new, old = ([next(given) for _ in range(n)] for n in sizes)
-            loss, count, rate = given
-            found, earlier = (Sums(loss, dict(zip(names, x, strict=False)), count) for x in (new, old))
-            state = dict(zip(self.update.state, state, strict=True))
-            own = dict(zip(names, own, strict=True))
-            return updated(self.update, own, state, found, earlier if several else None, rate)
-
-        pairs = [(self.ids[path], a) for path, a in self.trained.items()]
-        pairs += [(self._given(a, "optimizer"), a) for a in states]
-        pairs += [(grads[path], a) for path, a in self.trained.items()]
-        pairs += [(self._given(a, "gradients"), a) for a in parameters if several]
-        pairs += [(self.total, zero), *((self._given(zero, "batch"), zero) for _ in range(2))]
-        made = self._piece("update", run, pairs, True)
-        asked = len(names) + len(states) + 3
-        self.graph.outputs, held = made[:asked], made[asked:]
-        self.graph.held += held
-        self._ask(*self.graph.outputs)
-
     # --- the graph --------------------------------------------------------------------------------------------------
 
-    def _piece(self, key: Hashable, run: Function, given: Sequence[tuple[int, mx.array]], compiled: bool) -> list[int]:
+    def _piece(self, key: Hashable, run: Function, given: Sequence[tuple[int, mx.array]], compile_: bool) -> list[int]:
         """Go on with a piece, read at its first use."""
         if key not in self._graphs:
             graph = read(run, [array for _, array in given])
-            self._graphs[key] = (fused(graph) if compiled and _compiles() else graph, {})
+            self._graphs[key] = (compiled(graph) if compile_ else unmerged(graph), {})
         graph, constants = self._graphs[key]
         return self.graph.then(graph, [a for a, _ in given], constants)
 
@@ -290,8 +264,3 @@ class Pieces:
 def _leaves(tree: Any) -> list[mx.array]:
     """Arrays in a tree of arguments."""
     return [a for _, a in tree_flatten(tree) if isinstance(a, mx.array)]
-
-
-def _compiles() -> bool:
-    """Whether MLX fuses operations here: on the CPU it calls a compiler, and does without where there is none."""
-    return backend() != "cpu" or shutil.which("g++") is not None

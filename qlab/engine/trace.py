@@ -5,15 +5,18 @@ Knows no budget. Runs on the MLX thread.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import shutil
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from qlab.core.config import QuantConfig
-from qlab.core.graph import Graph, unmerged
+from qlab.core.fusion import fused
+from qlab.core.graph import Array, Graph
 from qlab.core.training import TrainConfig
+from qlab.core.unmerge import unmerged
 from qlab.engine.device import backend
 from qlab.engine.export import stored_layer
 from qlab.engine.linear import PackedEmbedding, PackedLinear, weight_of
@@ -93,43 +96,64 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
         UnsupportedError: the step cannot be built for this model, or cannot be read.
     """
     step = Step(module, train)
-    several = train.grad_accumulation_steps > 1
-    update = Update(train, step.parameters)
     frozen = {path: array for path, array in tree_flatten(module.parameters()) if path not in step.parameters}
-    groups: list[tuple[str, dict[str, mx.array]]] = [
-        ("weights", frozen), ("adapter", step.parameters), ("optimizer", update.state),
-        ("gradients", step.parameters if several else {}),
-    ]  # fmt: skip
     batch = mx.zeros((train.batch_size, train.max_seq_length), mx.int32)
-    rest = [batch, batch, mx.array(0.0), mx.array(0.0), mx.random.key(0), mx.array(0.0)]
-    flat = [array for _, group in groups for array in group.values()]
+    roles = ["weights"] * len(frozen) + ["adapter"] * len(step.parameters) + ["batch"] * 3
 
     def run(*arrays: mx.array) -> list[mx.array]:
         given = iter(arrays)
-        weights, parameters, state, sums = ({path: next(given) for path in group} for _, group in groups)
-        tokens, mask, loss, count, key, rate = given
+        weights, parameters = ({path: next(given) for path in group} for group in (frozen, step.parameters))
+        tokens, mask, key = given
         module.update(tree_unflatten(list(weights.items())))
-        found = step(parameters, tokens, mask, key, tokens if train.pack else None)
-        return updated(update, parameters, state, found, Sums(loss, sums, count) if several else None, rate)
+        own = {path: mx.depends([a], [key])[0] for path, a in parameters.items()}  # differentiation copies what it starts from
+        found = step(own, tokens, mask, key, tokens if train.pack else None)
+        return [found.loss, found.count, *found.grads.values()]
 
-    roles = [role for role, group in groups for _ in group] + ["batch"] * len(rest)
     try:
-        graph = unmerged(read(run, [*flat, *rest], roles), True)
+        graph = read(run, [*frozen.values(), *step.parameters.values(), batch, batch, mx.random.key(0)], roles)
     finally:
         module.update(tree_unflatten(list(frozen.items())))
-    return kept(graph, len(step.parameters) + len(update.state) + 3)
+    graph = unmerged(graph, graph.outputs[0])
+    loss, count, *grads = graph.outputs
+    updated(graph, train, step.parameters, graph.inputs[len(frozen) : -3], [*grads, loss, count])
+    return graph
 
 
-def updated(
-    update: Update, parameters: Arrays, state: Arrays, found: Sums, earlier: Sums | None, rate: mx.array
-) -> list[mx.array]:
-    """Return what the training loop asks for, in its order, and then what it holds on to meanwhile."""
-    sums = earlier.plus(found) if earlier else found
-    new = update(parameters, state, sums, rate)
-    held = [*found.grads.values(), *(sums.grads.values() if earlier else ())]
-    return [*new.parameters.values(), *new.state.values(), new.loss, new.grad_norm, new.finite, *held]
+def updated(graph: Graph, train: TrainConfig, trained: Arrays, ids: Sequence[int], sums: list[int]) -> None:
+    """Go on with the update as the training loop does, ask for what it asks for, and hold what it holds on to meanwhile.
+
+    Args:
+        graph: of one batch.
+        train: the run.
+        trained: arrays by path.
+        ids: of these arrays, there.
+        sums: ids of what the batch adds up to: the gradients, the loss and the number of targets.
+    """
+    number, update = mx.array(0.0), Update(train, trained)
+    examples = [*trained.values(), number, number]
+    graph.held += sums
+    if train.grad_accumulation_steps > 1:
+        half, earlier = len(sums), [_given(graph, a, "gradients") for a in examples]
+        plus = unmerged(read(lambda *a: [x + y for x, y in zip(a[:half], a[half:], strict=True)], examples * 2))
+        sums = graph.then(plus, [*earlier, *sums], {})
+        graph.held += sums
+
+    def run(*arrays: mx.array) -> list[mx.array]:
+        given = iter(arrays)
+        own, state, grads = ({path: next(given) for path in group} for group in (trained, update.state, trained))
+        loss, count, rate = given
+        new = update(own, state, Sums(loss, grads, count), rate)
+        return [*new.parameters.values(), *new.state.values(), new.loss, new.grad_norm, new.finite]
+
+    states = [_given(graph, a, "optimizer") for a in update.state.values()]
+    given = [*ids, *states, *sums, _given(graph, number, "batch")]
+    graph.outputs = graph.then(compiled(read(run, [*trained.values(), *update.state.values(), *examples, number])), given, {})
 
 
-def kept(graph: Graph, asked: int) -> Graph:
-    """Take what is only held on to out of what is asked for."""
-    return replace(graph, outputs=graph.outputs[:asked], held=[*graph.held, *graph.outputs[asked:]])
+def compiled(graph: Graph) -> Graph:
+    """Return a graph as it is after compilation here: on the CPU MLX calls a compiler, and does without where there is none."""
+    return fused(graph) if backend() != "cpu" or shutil.which("g++") is not None else graph
+
+
+def _given(graph: Graph, array: mx.array, role: str) -> int:
+    return graph.add(Array(array.shape, array.dtype.size, role))

@@ -1,8 +1,8 @@
-"""Graphs are put together without mixing their arrays up, and what reading has merged is taken apart again."""
+"""Graphs are put together without mixing their arrays up."""
 
 from __future__ import annotations
 
-from qlab.core.graph import Array, Graph, Node, unmerged
+from qlab.core.graph import Array, Graph, Node
 
 
 def graph(sizes: list[int], nodes: list[Node], outputs: list[int], roles: dict[int, str] | None = None) -> Graph:
@@ -32,17 +32,3 @@ def test_constants_of_a_piece_are_shared_by_its_copies():
         whole.then(piece, [x], constants)
     assert whole.nodes[0].inputs == whole.nodes[1].inputs
     assert sum(array.role == "constant" for array in whole.arrays.values()) == 1
-
-
-def test_a_weight_that_is_read_twice_is_made_again_when_the_second_reader_is_ready():
-    # weight 0 → dense 1; x 2 · dense → y 3; slope 4 · dense → 5
-    nodes = [Node("AsType", (0,), (1,)), Node("Matmul", (2, 1), (3,)), Node("Matmul", (4, 1), (5,))]
-    found = unmerged(graph([8] * 6, nodes, [3, 5], {0: "weights"}), True)
-    assert [node.name for node in found.nodes] == ["AsType", "Matmul", "Depends", "AsType", "Matmul"]
-    assert found.nodes[2].inputs == (0, 4)
-    assert found.nodes[4].inputs[1] != 1
-
-
-def test_weights_may_stay_merged():
-    nodes = [Node("AsType", (0,), (1,)), Node("Matmul", (2, 1), (3,)), Node("Matmul", (4, 1), (5,))]
-    assert len(unmerged(graph([8] * 6, nodes, [3, 5], {0: "weights"}), False).nodes) == 3

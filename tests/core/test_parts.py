@@ -20,7 +20,7 @@ def test_arrays_belong_to_the_part_that_they_are_needed_for():
 
 
 def test_parts_sum_to_use_at_every_moment():
-    for ahead in (None, Runahead(4, 1), Runahead(10, 11)):
+    for ahead in (None, Runahead(4), Runahead(110)):
         usage = simulate(MADE, ahead)
         parts = over_time(usage, labels(MADE, 7, [(5,)]), {})
         assert parts.shape == (3, len(PARTS), 1)

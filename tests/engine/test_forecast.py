@@ -147,9 +147,9 @@ def test_a_70b_model_is_foreseen_within_seconds_and_in_little_memory():
 def test_mlx_own_setting_of_work_in_flight_counts_on_a_gpu(setting, expected, monkeypatch):
     monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", setting)
     monkeypatch.setattr(forecasts, "backend", lambda: "cuda")
-    assert forecasts.runahead().per_task == expected
+    assert forecasts.runahead().dispatches == 11 * expected
     monkeypatch.setattr(forecasts, "backend", lambda: "cpu")
-    assert forecasts.runahead().per_task == 10
+    assert forecasts.runahead().dispatches == 110
 
 
 @on_mlx
