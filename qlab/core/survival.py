@@ -41,6 +41,7 @@ class LayerSurvival:
         kept_base_from_original: ρ in the base's own storage if D is added to W0; NaN without the original.
         codes_changed: share of the base's codes that D changes, dequantized base; NaN if it is not quantized.
         depth: ``exact``, or ``sampled`` where some rows spoke for all.
+        kept_base_least: ρ in the base's own storage of the expert that keeps least of its change; NaN if it is no mixture.
     """
 
     path: str
@@ -54,6 +55,7 @@ class LayerSurvival:
     kept_base_from_original: float
     codes_changed: float
     depth: str = "exact"
+    kept_base_least: float = math.nan
 
     def kept(self, target: str) -> float:
         """Retention of a target."""
@@ -176,6 +178,7 @@ class Survival:
 
 def _cells(layer: LayerSurvival) -> list[str]:
     numbers = [f"{layer.relative_size:.2%}", f"{layer.error_ratio:.2g}", f"{layer.kept_16:.3f}", f"{layer.kept_8:.3f}"]
-    numbers += [f"{layer.kept_base:.3f}", f"{layer.codes_changed:.1%}"]
+    least = "" if math.isnan(layer.kept_base_least) else f" (an expert {layer.kept_base_least:.3f})"
+    numbers += [f"{layer.kept_base:.3f}{least}", f"{layer.codes_changed:.1%}"]
     label = html.escape(layer.stored or "not quantized")
     return [html.escape(layer.path), label, *("–" if number.startswith("nan") else number for number in numbers)]

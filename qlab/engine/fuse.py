@@ -170,23 +170,24 @@ def preview(
 
 def _survival(base: nn.Module, layer: LayerSpec, delta: mx.array, original: nn.Module | None, exact: bool) -> LayerSurvival:
     dtype, config, eight = _dtype(base), _storage(base, layer, "base"), _storage(base, layer, 8)
-    count, rows = math.prod(layer.shape[:-1]), slice(None)
-    if not exact and layer.size > _SAMPLE:
-        rows = mx.array(np.linspace(0, count - 1, max(_SAMPLE // layer.shape[-1], 1)).round().astype(np.int32))
+    count = math.prod(layer.shape[:-1])
+    few = not exact and layer.size > _SAMPLE
+    rows = np.linspace(0, count - 1, max(_SAMPLE // layer.shape[-1], 1)).round().astype(int) if few else np.arange(count)
+    expert, rows = rows // layer.shape[-2], mx.array(rows.astype(np.int32))
     weight, delta = (x.reshape(count, -1)[rows] for x in (weight_of(base, mx.float32), delta))
     mx.eval(weight, delta)
     size, norm = _norm(weight), _norm(delta)
-    depth = "exact" if weight.shape[0] == count else "sampled"
+    depth = "sampled" if few else "exact"
     if not norm:
         return LayerSurvival(layer.path, layer.stored, 0.0, 0.0, *(math.nan,) * 6, depth)
-    kept_16, _ = _kept(weight, delta, None, dtype)
-    kept_8, _ = _kept(weight, delta, eight, dtype)
-    kept_base, changed = _kept(weight, delta, config, dtype) if config else (kept_16, math.nan)
+    kept_16, _, of_experts = _kept(weight, delta, None, dtype, expert)
+    kept_8, *_ = _kept(weight, delta, eight, dtype, expert)
+    kept_base, changed, of_experts = _kept(weight, delta, config, dtype, expert) if config else (kept_16, math.nan, of_experts)
     error, from_original = math.nan, math.nan
     if original is not None and config is not None:
         first = weight_of(original, mx.float32).reshape(count, -1)[rows]
         error = _norm(first - weight) / norm
-        from_original, _ = _kept(first, delta, config, dtype)
+        from_original, *_ = _kept(first, delta, config, dtype, expert)
     return LayerSurvival(
         path=layer.path,
         stored=layer.stored,
@@ -199,11 +200,14 @@ def _survival(base: nn.Module, layer: LayerSpec, delta: mx.array, original: nn.M
         kept_base_from_original=from_original,
         codes_changed=changed,
         depth=depth,
+        kept_base_least=float(of_experts.min()) if layer.kind == "switch" else math.nan,
     )
 
 
-def _kept(weight: mx.array, delta: mx.array, config: QuantConfig | None, dtype: mx.Dtype) -> tuple[float, float]:
-    """Return ρ = ⟨Q(W+D) − Q(W), D⟩/‖D‖², and the share of codes that differ (NaN without codes)."""
+def _kept(
+    weight: mx.array, delta: mx.array, config: QuantConfig | None, dtype: mx.Dtype, expert: np.ndarray
+) -> tuple[float, float, np.ndarray]:
+    """Return ρ = ⟨Q(W+D) − Q(W), D⟩/‖D‖², the share of codes that differ (NaN without codes), and ρ of every changed expert."""
     before, after = weight.astype(dtype), (weight + delta).astype(dtype)
     changed = math.nan
     if config is not None:
@@ -212,7 +216,8 @@ def _kept(weight: mx.array, delta: mx.array, config: QuantConfig | None, dtype: 
         mx.eval(before, after, packed)
         changed = _differing(packed[0]["weight"], packed[1]["weight"], config.bits)
     moved = after.astype(mx.float32) - before.astype(mx.float32)
-    return ((moved * delta).sum() / mx.square(delta).sum()).item(), changed
+    left, whole = (np.bincount(expert, np.array((x * delta).sum(-1), np.float64)) for x in (moved, delta))
+    return float(left.sum() / whole.sum()), changed, left[whole > 0] / whole[whole > 0]
 
 
 def _differing(a: mx.array, b: mx.array, bits: int) -> float:

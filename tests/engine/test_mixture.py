@@ -191,7 +191,8 @@ def test_the_preview_finds_what_rounding_takes_from_every_expert(monkeypatch):
     module, spec = mixture(storage=QuantConfig("affine", 4, 32))
     lora = LoRAConfig(rank=4, keys="*.switch_mlp.*")
     parameters = stirred(module, spec, lora, 0.02)
-    parameters[f"{UP}.lora_b"][1:] = 0  # three experts were never reached
+    parameters[f"{UP}.lora_b"][1] = 0  # one expert was never reached, and one hardly
+    parameters[f"{UP}.lora_b"][2] *= 0.05
     mx.eval(parameters)
     monkeypatch.setattr("qlab.engine.fuse._SAMPLE", 2**12)
     some, whole = (done(preview(module, spec, parameters, lora, first, exact=exact)) for exact in (False, True))
@@ -206,6 +207,8 @@ def test_the_preview_finds_what_rounding_takes_from_every_expert(monkeypatch):
     assert layer.delta_norm == pytest.approx(mx.linalg.norm(delta).item(), rel=1e-4)
     assert layer.kept_base == pytest.approx(((after - before) * delta).sum().item() / mx.square(delta).sum().item(), abs=1e-3)
     assert layer.kept_base < 0.9 < layer.kept_16
+    moved = [((after - before)[e] * delta[e]).sum().item() / mx.square(delta[e]).sum().item() for e in (0, 2, 3)]
+    assert layer.kept_base_least == pytest.approx(min(moved), abs=1e-3) and f"an expert {min(moved):.3f}" in whole._repr_html_()
     assert some.kept("base") == pytest.approx(whole.kept("base"), abs=0.1)
 
 
