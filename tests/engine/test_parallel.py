@@ -69,6 +69,19 @@ def spoiled_step(task) -> None:
     task.step = Broken()
 
 
+def count_rows(task, found: list) -> None:
+    real = task.step
+
+    class Counted:
+        module = real.module
+
+        def __call__(self, parameters, tokens, *others):
+            found.append(tokens.shape[0])
+            return real(parameters, tokens, *others)
+
+    task.step = Counted()
+
+
 def one_process(folder: Path) -> None:
     """What each of the processes does; its findings are written to a file of its own."""
     ranks = parallel.joined()
@@ -87,8 +100,9 @@ def one_process(folder: Path) -> None:
     except RankError as error:
         found["differ"] = str(error)
     for name, config in RUNS.items():
-        kept = folder / f"run-{ranks.rank}" if name == "whole" else None
-        found[name], parameters = train(config, ranks, kept)
+        kept, counted = folder / f"run-{ranks.rank}" if name == "whole" else None, []
+        found[name], parameters = train(config, ranks, kept, lambda task, counted=counted: count_rows(task, counted))
+        found[name]["rows"] = counted
         arrays |= {f"{name}:{path}": array for path, array in parameters.items()}
     found["skipped"], _ = train(WHOLE, ranks, spoil=spoiled_step if mine else None)
     found["guarded"], _ = train(WHOLE, ranks, limit=1 if mine else None)
@@ -134,6 +148,10 @@ def test_several_processes_make_the_steps_of_one(three, name):
             wanted = [math.nan if x is None else x for x in alone[curve]]
             assert [math.nan if x is None else x for x in own[name][curve]] == pytest.approx(wanted, rel=2e-5, nan_ok=True)
         assert own[name]["counts"] == [list(counts) for counts in alone["counts"]] and own[name]["reason"] == ""
+    task, _ = mlx_call(run, RUNS[name], lora=LORA)
+    whole = [len(task.feed.batch(number).numbers) for number in range(WHOLE.iters * WHOLE.grad_accumulation_steps)]
+    assert sum(sum(own[name]["rows"]) for own in found) == sum(whole)
+    assert max(max(own[name]["rows"]) for own in found) == math.ceil(max(whole) / SIZE)
     for path, array in parameters.items():
         first = stored[0][f"{name}:{path}"]
         np.testing.assert_allclose(first, array, atol=2e-4)
