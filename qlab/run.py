@@ -171,7 +171,7 @@ def _adapter(facts: RunFacts, file: run_file.RunFile | None = None) -> Adapter:
     source = source_of(facts)
     if isinstance(source, Quantizer) and facts.lora.init == "default":
         source = source.quantize()  # no start that needs the model as it came, so it is given back
-    if file and file.start:
+    if file and file.start is not None:
         return Adapter.load(file.start, source)
     seed = file.seed if file and file.seed is not None else facts.train.seed
     return Adapter(source, seed=seed, **facts.lora.__dict__)

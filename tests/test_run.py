@@ -21,6 +21,7 @@ import yaml
 
 from qlab.engine import checkpoint, run_file, run_folder
 from qlab.engine.job import mlx_call
+from qlab.errors import ConfigError
 from qlab.run import _adapter, main
 from tests.ring import QUIET, ROOT, launch
 
@@ -153,6 +154,17 @@ def test_a_trained_adapter_is_carried_along(demo, tmp_path, notebook):
     assert curve(tmp_path / "out", "loss") == [event.loss for event in t.events]
 
 
+def test_a_base_without_a_folder_wants_one_and_a_saved_base_is_taken_as_it_is(notebook, tmp_path):
+    t = notebook[0]
+    fused = t.adapter.fuse(bits=8)
+    made = qlab.Trainer(qlab.Adapter(fused, rank=4), ROWS, CONFIG, path=tmp_path / "t")
+    with pytest.raises(ConfigError, match="The base has no folder; save it"):
+        made.to_yaml()
+    assert not (tmp_path / "t").exists()
+    found = yaml.safe_load(t.to_yaml(model="saved-4bit"))
+    assert found["model"] == "saved-4bit" and "quantize" not in found
+
+
 def test_the_model_as_it_came_is_given_back_unless_a_start_needs_it(tmp_path):
     plan = qlab.QuantPlan(qlab.QuantConfig(bits=4))
     facts = run_folder.RunFacts("demo", plan, "rtn", qlab.LoRAConfig(rank=4), CONFIG, "")
@@ -186,6 +198,7 @@ BAD = [
     ({**BASIC, "adapter": {"seed": "x"}}, "adapter.seed='x'"),
     ({**BASIC, "adapter": {"seed": -1}}, "adapter.seed=-1"),
     ({**BASIC, "adapter": "no-such-adapter"}, "no-such-adapter"),
+    ({**BASIC, "adapter": ""}, "adapter"),
     ({**BASIC, "quantize": {"bits": 7}}, "bits=7 is not legal"),
     ({**BASIC, "quantize": {"mode": "afine"}}, "affine"),
     ({**BASIC, "quantize": {"mode": ["affine"]}}, "affine"),
