@@ -5,7 +5,7 @@ Each kind of piece is read once; what a model of eighty blocks adds is arithmeti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -75,7 +75,7 @@ class Pieces:
             self._ask(x)
         cotangent, grads = self._loss(x, outer)
         for i in reversed(range(first, len(calls))):
-            names = [path for path in self.trained if path.startswith(self._own[i])]
+            names = _in_order(path for path in self.trained if path.startswith(self._own[i]))
             cotangent, *own = self._block(i, True, kinds[i], [kept.pop(), cotangent], calls[i])
             grads |= dict(zip(names, own, strict=True))
             self._ask(cotangent, *own)
@@ -109,7 +109,8 @@ class Pieces:
         """Add a block's forward pass, or its way back: gradients by its input and by its trained arrays."""
         block, own = self.stack.blocks[i], self._own[i]
         arrays = dict(tree_flatten(block.parameters()))
-        names = list(arrays)
+        names = _in_order(arrays)
+        arrays = {name: arrays[name] for name in names}
         chosen = [n for n, name in enumerate(names) if own + name in self.trained]
         others = _leaves(form)
         count = len(given)
@@ -259,6 +260,11 @@ class Pieces:
     def _embeds(self, path: str) -> bool:
         owner: Any = dict(self.module.named_modules())[path.rpartition(".")[0]]
         return owner.base.embeds
+
+
+def _in_order(paths: Iterable[str]) -> list[str]:
+    """Sort paths as the step does, whose results are evaluated in that order."""
+    return sorted(paths, key=lambda path: [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")])
 
 
 def _leaves(tree: Any) -> list[mx.array]:
