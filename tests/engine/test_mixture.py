@@ -8,10 +8,12 @@ import pytest
 
 import qlab
 from qlab.core.config import QuantConfig, QuantPlan
-from qlab.core.training import LoRAConfig
+from qlab.core.memory import Setup
+from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine.adapt import twin_with
 from qlab.engine.adapter_files import load_adapter, save_adapter
 from qlab.engine.adapter_targets import mlx_targets
+from qlab.engine.device import backend
 from qlab.engine.export import save
 from qlab.engine.fuse import fuse, preview
 from qlab.engine.inputs import passing
@@ -26,6 +28,7 @@ from tests.engine.test_adapter_files import stirred as written
 from tests.engine.test_fuse import done, far, stirred
 from tests.engine.test_step import assert_same
 from tests.engine.test_stepped import both
+from tests.engine.test_trace import assert_close
 from tests.tiny import on_mlx, quantized, settings, tiny
 
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
@@ -307,3 +310,34 @@ def test_a_rank_above_the_width_of_an_expert_names_the_layer_and_the_largest():
         ConfigError, match=r"rank=33 .*'model.layers.0.mlp.switch_mlp.gate_proj' \(4 × 32 × 64\); the largest is 32"
     ):
         LoRAConfig(rank=33, keys="*.switch_mlp.*").targets(spec)
+
+
+QWEN3_30B = {
+    "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "intermediate_size": 6144, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "rms_norm_eps": 1e-6, "vocab_size": 151936, "tie_word_embeddings": False,
+    "rope_theta": 1e6, "max_position_embeddings": 40960, "torch_dtype": "bfloat16", "num_experts": 128, "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keys, size, peak", [(None, 422_756_352, 29.1), ("*.self_attn.*", 6_684_672, 23.1)], ids=str)
+def test_figures_of_the_guide(keys, size, peak):
+    train = qlab.TrainConfig(batch_size=1, max_seq_length=2048, grad_checkpoint=True)
+    found = qlab.estimate(QWEN3_30B, QuantConfig(), LoRAConfig(rank=8, keys=keys), train)
+    assert found.parts["adapter"] == 4 * size and found.parts["optimizer"] == 8 * size
+    if backend() == "cpu":
+        assert found.total_nbytes / 1e9 == pytest.approx(peak, rel=0.02)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("checkpoint", [True, False], ids=["stepped", "whole"])
+@pytest.mark.parametrize("storage", STORAGES, ids=label)
+@on_mlx
+def test_a_traced_step_needs_what_the_real_step_needs(storage, kind, checkpoint):
+    module, spec = tiny("mixtral", num_local_experts=8)
+    train = TrainConfig(batch_size=3, max_seq_length=300, loss_chunk=256, grad_checkpoint=checkpoint)
+    lora = LoRAConfig(rank=4, kind=kind, keys="*.switch_mlp.*")
+    assert_close(module, spec, Setup(QuantPlan(storage) if storage else None, lora, train), storage)
