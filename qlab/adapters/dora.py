@@ -31,7 +31,7 @@ class DoRALayer(LowRank):
         crossed = self._without_bias(self.base(a.T)) * b  # (rank, out)
         gain = self._gain(self.base_square, self.m, crossed.sum(0), ((a.T @ a) @ b * b).sum(0)).astype(x.dtype)
         y = self.base(x)
-        return _lengthened(y, self._without_bias(y), self.added(x), gain)
+        return _lengthened(y, self._without_bias(y), self.inner(x) @ self.lora_b.astype(x.dtype), gain)
 
     def _gain(self, start: mx.array, m: mx.array, crossed: mx.array, squared: mx.array) -> mx.array:
         """M divided by the rows' norms, from ‖W0‖², ⟨W0, BA⟩ and ‖BA‖² of every row, float32."""
@@ -65,7 +65,7 @@ class DoRAEmbedding(DoRALayer):
         crossed = self.base.as_linear(b) * a.T  # (rank, tokens)
         gain = self._gain(self.base_square, self.m, crossed.sum(0), (a @ (b @ b.T) * a).sum(-1)).astype(x.dtype)
         y = self.base.as_linear(x)
-        return _lengthened(y, y, self.added_head(x), gain)
+        return _lengthened(y, y, self.inner_head(x) @ self.lora_a.T.astype(x.dtype), gain)
 
 
 class DoRAExperts(DoRALayer):

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from qlab.core.adapter import AdapterKind
-from qlab.core.low_rank import LowRank, factors, kind_of
+from qlab.core.low_rank import LowRank, factors, kind_of, onto
 from qlab.core.training import LoRAConfig
 
 
@@ -20,7 +20,7 @@ class LoRALayer(LowRank):
     """A frozen linear layer and its low-rank change."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.base(x) + self.added(x)
+        return onto(self.base(x), self.inner(x), self.lora_b)
 
 
 class LoRAEmbedding(LowRank):
@@ -32,7 +32,7 @@ class LoRAEmbedding(LowRank):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Multiply by the transposed embedding."""
-        return self.base.as_linear(x) + self.added_head(x)
+        return onto(self.base.as_linear(x), self.inner_head(x), self.lora_a.T)
 
 
 class LoRAExperts(LowRank):

@@ -49,6 +49,18 @@ def routed(x: mx.array, weights: mx.array, indices: mx.array, sorted_indices: bo
     return mx.gather_mm(x, weights.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
 
 
+def onto(y: mx.array, z: mx.array, factor: mx.array) -> mx.array:
+    """Return y + z·factor in one pass over y.
+
+    Args:
+        y: ``(…, out)``.
+        z: ``(…, rank)``.
+        factor: ``(rank, out)``.
+    """
+    rows = y.reshape(-1, y.shape[-1])
+    return mx.addmm(rows, z.reshape(-1, z.shape[-1]), factor.astype(z.dtype)).reshape(y.shape)
+
+
 class LowRank(nn.Module):
     """A frozen layer and two factors: the first drawn, the second zero, so that their product is nothing at first.
 
@@ -77,22 +89,22 @@ class LowRank(nn.Module):
             return x
         return x * mx.random.bernoulli(1 - self._dropout, x.shape, self.dropout_key) * (1 / (1 - self._dropout))
 
-    def added(self, x: mx.array) -> mx.array:
-        """Return scale·(x·A)·B of a linear layer."""
-        return self.scale * ((self.dropped(x) @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype))
+    def inner(self, x: mx.array) -> mx.array:
+        """Return scale·x·A of a linear layer, ``(…, rank)``: scaled here, where it is small."""
+        return self.scale * (self.dropped(x) @ self.lora_a.astype(x.dtype))
 
     def added_rows(self, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
         """Return scale·A·B of an embedding at some tokens, nothing dropped."""
-        return self.scale * (self.lora_a[tokens].astype(dtype) @ self.lora_b.astype(dtype))
+        return (self.scale * self.lora_a[tokens].astype(dtype)) @ self.lora_b.astype(dtype)
 
-    def added_head(self, x: mx.array) -> mx.array:
-        """Return scale·(x·Bᵀ)·Aᵀ of an embedding as output head."""
-        return self.scale * ((self.dropped(x) @ self.lora_b.T.astype(x.dtype)) @ self.lora_a.T.astype(x.dtype))
+    def inner_head(self, x: mx.array) -> mx.array:
+        """Return scale·x·Bᵀ of an embedding as output head, ``(…, rank)``."""
+        return self.scale * (self.dropped(x) @ self.lora_b.T.astype(x.dtype))
 
     def added_experts(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
         """Return scale·(x·Aᵀ)·Bᵀ, every row of x with the factors of its own expert."""
-        z = routed(self.dropped(x), self.lora_a.astype(x.dtype), indices, sorted_indices)
-        return self.scale * routed(z, self.lora_b.astype(x.dtype), indices, sorted_indices)
+        z = self.scale * routed(self.dropped(x), self.lora_a.astype(x.dtype), indices, sorted_indices)
+        return routed(z, self.lora_b.astype(x.dtype), indices, sorted_indices)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from qlab.core.training import TrainConfig
 from qlab.engine.device import backend
@@ -58,6 +58,7 @@ class Stepped:
         prefix = f"{self._stack.path}."
         self._blocks = [_Block(block, f"{prefix}{i}", self.parameters) for i, block in enumerate(self._stack.blocks)]
         self._outside = [path for path in self.parameters if not path.startswith(prefix)]
+        self._places = {path: (holder, key) for path, holder, key in _Piece(module).places}
         self._keys = [path for path, _ in tree_flatten(module.parameters()) if path.endswith("dropout_key")]
         self._end = _End(self._stack, self._outside)
         self._kinds: dict[Hashable, _Kind] = {}
@@ -89,11 +90,12 @@ class Stepped:
             self._set(dict(zip(self._keys, mx.random.split(key, len(self._keys)), strict=True)))
         self._set(parameters)
         batch = given(tokens, mask, segments)
+        counted = np.flatnonzero(np.array(batch.weights.reshape(-1)))  # before there is anything else to wait for
         x, calls = self._stack.before(batch.inputs, batch.segments)
         kinds = [self._kind(i, call, x) for i, call in enumerate(calls)]
         self._checked = True
         kept = self._forward(x, kinds)
-        loss, cotangent, grads = self._loss(kept.pop(), batch)
+        loss, cotangent, grads = self._loss(kept.pop(), batch, counted)
         flight = _Flight(self.window)
         first = len(self._blocks) - len(kept)
         for i in reversed(range(first, len(self._blocks))):
@@ -119,10 +121,9 @@ class Stepped:
             flight.add(x)
         return [*kept, x]
 
-    def _loss(self, hidden: mx.array, batch: Given) -> tuple[mx.array, mx.array, Arrays]:
+    def _loss(self, hidden: mx.array, batch: Given, counted: np.ndarray) -> tuple[mx.array, mx.array, Arrays]:
         """Sum of the loss, and its gradients by the last hidden state and by the parameters outside the blocks."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        counted = np.flatnonzero(np.array(batch.weights.reshape(-1)))
         size = min(self.config.loss_chunk or flat.shape[0], flat.shape[0])
         targets, weights = batch.targets.reshape(-1), batch.weights.reshape(-1)
         drops = self._end.drops(-(-counted.size // size))
@@ -157,7 +158,9 @@ class Stepped:
         return [self._stack.before(batch.inputs, batch.segments)[0]]
 
     def _set(self, parameters: Arrays) -> None:
-        self.module.update(tree_unflatten(list(parameters.items())))
+        for path, array in parameters.items():
+            holder, key = self._places[path]
+            holder[key] = array
 
 
 class _Flight:

@@ -56,6 +56,7 @@ class Task:
         marks: what has happened since the last event.
         other_nbytes: what MLX holds beside the run, such as the model before it was quantized.
         peak_nbytes: most that a step has taken so far, by itself.
+        own_nbytes: of the model and the optimizer's state, once known.
     """
 
     step: Any
@@ -72,6 +73,7 @@ class Task:
     marks: list[Mark] = field(default_factory=list)
     other_nbytes: int = 0
     peak_nbytes: int = 0
+    own_nbytes: int = 0
 
     @property
     def iters(self) -> int:
@@ -132,8 +134,11 @@ def _first(task: Task, val_loss: float) -> StepEvent:
 
 def _meter(task: Task, state: TrainState, sums: Sums | None) -> None:
     """Begin to measure: what others hold or take between two steps is not the run's."""
-    own = [*tree_flatten(task.step.module.parameters()), *state.optimizer.items(), *(sums.grads.items() if sums else ())]
-    task.other_nbytes = max(mx.get_active_memory() - sum(array.nbytes for _, array in own), 0)
+    if not task.own_nbytes:  # what it is made of changes, how much it is does not
+        arrays = [*tree_flatten(task.step.module.parameters()), *state.optimizer.items()]
+        task.own_nbytes = sum(array.nbytes for _, array in arrays)
+    own = task.own_nbytes + (sum(array.nbytes for array in sums.grads.values()) if sums else 0)
+    task.other_nbytes = max(mx.get_active_memory() - own, 0)
     mx.reset_peak_memory()
 
 

@@ -63,17 +63,15 @@ class Update:
     def _apply(
         self, parameters: Arrays, state: Arrays, grads: Arrays, loss: mx.array, count: mx.array, learning_rate: mx.array
     ) -> tuple[Arrays, Arrays, mx.array, mx.array, mx.array]:
-        count = mx.maximum(count, 1)
-        mean = {path: grad / count.astype(grad.dtype) for path, grad in grads.items()}
-        norm = mx.sqrt(_total(mx.square(grad.astype(mx.float32)) for grad in mean.values()))
-        if self._most:
-            factor = mx.minimum(self._most / mx.maximum(norm, 1e-12), 1)
-            mean = {path: grad * factor.astype(grad.dtype) for path, grad in mean.items()}
+        share = 1 / mx.maximum(count, 1)
+        norm = mx.sqrt(_total(mx.square(grad.astype(mx.float32)) for grad in grads.values())) * share
+        factor = share * mx.minimum(self._most / mx.maximum(norm, 1e-12), 1) if self._most else share
+        mean = {path: (grad.astype(mx.float32) * factor).astype(grad.dtype) for path, grad in grads.items()}
         self._optimizer.state = tree_unflatten([*{**state, "learning_rate": learning_rate}.items()])
         pairs = self._optimizer.apply_gradients(tree_unflatten(list(mean.items())), tree_unflatten(list(parameters.items())))
         new, after = dict(tree_flatten(pairs)), dict(tree_flatten(self._optimizer.state))
         self._optimizer.state = {}  # what it holds here are no numbers
-        loss = loss / count
+        loss = loss * share
         return new, after, loss, norm, mx.isfinite(loss + norm + _total(new.values()))
 
 
