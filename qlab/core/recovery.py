@@ -18,6 +18,8 @@ GRID = tuple(dict.fromkeys([*range(1, 17), *(round(16 * 2 ** (i / 4)) for i in r
 class Recovery:
     """The error E = W − Ŵ of one layer, and what each rank of ``GRID`` takes away from it; NaN above what was computed.
 
+    Of a mixture's experts, each with factors of its own, squares are added up: singular values are those of a typical expert.
+
     Attributes:
         path: of the layer.
         relative_error: ‖E‖/‖W‖.

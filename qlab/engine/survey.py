@@ -17,7 +17,7 @@ from qlab.core.panel import Progress
 from qlab.core.recovery import Recovery
 from qlab.core.training import LoRAConfig
 from qlab.engine.export import chosen, solve
-from qlab.engine.inputs import Inputs, passing, texts
+from qlab.engine.inputs import Passed, passing, texts
 from qlab.engine.linear import weight_of
 from qlab.engine.start import Weight, recoveries, start
 from qlab.engine.study import Study
@@ -88,6 +88,6 @@ class Survey:
     def _original(self) -> Weight:
         return lambda path: weight_of(module_at(self._study.module, path))
 
-    def _groups(self, paths: list[str]) -> Iterator[dict[str, Inputs]]:
+    def _groups(self, paths: list[str]) -> Iterator[dict[str, Passed]]:
         seen, heldout = texts(self._tokenizer, self._text)
         yield from passing(self._study.full_model(), paths, seen, heldout)

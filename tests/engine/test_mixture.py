@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 import qlab
 from qlab.core.config import QuantConfig, QuantPlan
@@ -14,7 +15,7 @@ from qlab.engine.adapt import twin_with
 from qlab.engine.adapter_files import load_adapter, save_adapter
 from qlab.engine.adapter_targets import mlx_targets
 from qlab.engine.device import backend
-from qlab.engine.export import save
+from qlab.engine.export import quantize, save
 from qlab.engine.fuse import fuse, preview
 from qlab.engine.inputs import passing
 from qlab.engine.job import mlx_call
@@ -23,7 +24,7 @@ from qlab.engine.skeleton import describe, skeleton
 from qlab.engine.start import STARTS, directions, recovery, start
 from qlab.engine.step import Compute
 from qlab.engine.surgery import cast, module_at
-from qlab.errors import ConfigError
+from qlab.errors import ConfigError, LoadError
 from tests.engine.test_adapter_files import stirred as written
 from tests.engine.test_fuse import done, far, stirred
 from tests.engine.test_step import assert_same
@@ -62,6 +63,23 @@ def test_a_block_at_a_time_gives_the_numbers_of_the_whole_graph(name, storage, k
     assert_same(found, expected, 1e-4)
     assert step.how == "stepped" and step.traces <= 8  # mxfp4 embeds in another dtype
     assert sum(array.ndim == 3 for array in step.parameters.values()) == 3 * 3 * 2
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@on_mlx
+def test_the_same_on_a_base_of_mixed_precision(kind):
+    module, spec = mixture()
+    mixed = {
+        "model.layers.0.block_sparse_moe.switch_mlp.up_proj": None,
+        UP: QuantConfig("nf4"),
+        "lm_head": QuantConfig("mxfp8"),
+    }
+    module = done(quantize(module, spec, QuantPlan(QuantConfig("affine", 4, 32), mixed), "rtn", {}))
+    spec = describe(module, "tiny")
+    assert len({layer.stored for layer in spec.layers}) == 4
+    found, expected, step = both(module, spec, LoRAConfig(rank=4, kind=kind))
+    assert_same(found, expected)
+    assert step.how == "stepped"
 
 
 @pytest.mark.parametrize("keys", ["*.2.*.down_proj", ("*.switch_mlp.up_proj", "lm_head"), "switch_mlp.gate_proj"], ids=str)
@@ -158,6 +176,48 @@ def test_peft_is_refused_with_the_reason(tmp_path):
     save_adapter(tmp_path / "b", written(module, spec, rest), rest, spec, "base", format="peft")
     assert load_adapter(tmp_path / "b", spec)[0].targets(spec) == rest.targets(spec)
     assert not (tmp_path / "a").exists()
+
+
+SPOILT = {
+    "more experts": (lambda a: a.update({f"{UP}.lora_a": mx.zeros((5, 4, 64))}), r"up_proj.lora_a' has shape \(5, 4, 64\), not \(4, 4, 64\)"),
+    "one expert only": (lambda a: a.update({f"{UP}.lora_b": mx.zeros((128, 4))}), r"up_proj.lora_b' has shape \(128, 4\), not \(4, 128, 4\)"),
+    "turned round": (lambda a: a.update({f"{UP}.lora_a": mx.zeros((4, 64, 4))}), r"up_proj.lora_a' has shape \(4, 64, 4\)"),
+    "no second factor": (lambda a: a.pop(f"{UP}.lora_b"), "up_proj.lora_b' is missing"),
+    "an expert of its own": (lambda a: a.update({UP.replace("up_proj", "0.up_proj") + ".lora_a": mx.zeros((4, 64))}), "does not have.*Did you mean"),
+    "lengths": (lambda a: a.update({f"{UP}.m": mx.ones((4, 128))}), "up_proj.m' is no array of such an adapter"),
+    "no number": (lambda a: a.update({f"{UP}.lora_b": mx.full((4, 128, 4), mx.nan)}), "NaN or infinity.*up_proj.lora_b"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILT, ids=lambda x: x.replace(" ", "_"))
+@on_mlx
+def test_malformed_factors_of_experts_are_refused_by_their_own_error_and_nothing_changes(case, tmp_path):
+    module, spec = mixture()
+    lora = LoRAConfig(rank=4, keys="*.switch_mlp.up_proj")
+    save_adapter(tmp_path / "a", written(module, spec, lora), lora, spec, "base")
+    file, (spoil, words) = tmp_path / "a" / "adapters.safetensors", SPOILT[case]
+    held = {key: mx.array(array) for key, array in mx.load(str(file)).items()}
+    spoil(held)
+    mx.save_safetensors(str(file), held)
+    before, arrays = {x.name: x.read_bytes() for x in file.parent.iterdir()}, dict(tree_flatten(module.parameters()))
+    with pytest.raises(LoadError, match=words):
+        load_adapter(tmp_path / "a", spec)
+    assert {x.name: x.read_bytes() for x in file.parent.iterdir()} == before
+    now = dict(tree_flatten(module.parameters()))
+    assert now.keys() == arrays.keys() and all(now[path] is arrays[path] for path in arrays)
+
+
+@on_mlx
+def test_an_adapter_of_a_mixture_with_other_experts_is_refused(tmp_path):
+    module, spec = mixture()
+    lora = LoRAConfig(rank=4, keys="*.switch_mlp.up_proj")
+    save_adapter(tmp_path / "a", written(module, spec, lora), lora, spec, "base")
+    _, more = tiny("mixtral", num_local_experts=8)
+    with pytest.raises(LoadError, match=r"no adapter for 'tiny'.*shape \(4, 4, 64\), not \(8, 4, 64\)"):
+        load_adapter(tmp_path / "a", more)
+    _, plain = tiny("llama")
+    with pytest.raises(LoadError, match="a layer that the model does not have"):
+        load_adapter(tmp_path / "a", plain)
 
 
 # --- fused ------------------------------------------------------------------------------------------------------------
