@@ -20,7 +20,7 @@ from qlab.engine.adapter_files import load_adapter, save_adapter
 from qlab.engine.fuse import fuse, preview
 from qlab.engine.job import Latest, mlx_call
 from qlab.engine.load import Loaded
-from qlab.engine.memory import generate as _generate
+from qlab.engine.predict import reply
 from qlab.engine.survey import Survey
 from qlab.errors import BusyError, ConfigError
 from qlab.model import Model
@@ -95,6 +95,11 @@ class Adapter(AdapterChoice):
     def model(self) -> Model:
         """What was given: the model, or the quantizer's."""
         return self._model
+
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """Whose sliders the base follows; None if there are none, or once the adapter is held on what it was trained on."""
+        return self._quantizer if self._pinned is None else None
 
     @property
     def plan(self) -> QuantPlan | None:
@@ -210,7 +215,7 @@ class Adapter(AdapterChoice):
 
     def generate(self, prompt: str, max_tokens: int = 64) -> str:
         """Return the adapted model's most likely continuation (its answer, if it has a chat template)."""
-        return mlx_call(_generate, self.module, self._model.tokenizer, prompt, max_tokens)
+        return mlx_call(reply, self.module, self._model.tokenizer, prompt, max_tokens, self._spec.vocabulary)
 
     # --- files and fused models ---------------------------------------------------------------------------------------
 
@@ -330,8 +335,7 @@ class Adapter(AdapterChoice):
         return html(self.state())
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **_: Any) -> Any:
-        state = self.state()
-        return bundle(self.widget, text_line(state), html(state))
+        return bundle(self.widget, repr(self), self._repr_html_())
 
     def _display_(self) -> Any:  # marimo
         return self.widget
@@ -347,9 +351,7 @@ class Adapter(AdapterChoice):
             raise ConfigError(f"Another {lost[0]} would lose the parameters ({self.origin}); call reset() first.")
 
     def _obstacle(self) -> str:
-        if self._quantizer is not None:
-            return ""
-        return NO_ORIGINAL if self.original is None else NOT_QUANTIZED
+        return "" if self._quantizer is not None else NO_ORIGINAL if self.original is None else NOT_QUANTIZED
 
     def _key(self) -> tuple[QuantPlan | None, str]:
         """Storage of the base: what it was trained on, or what is chosen now."""

@@ -12,8 +12,8 @@ from qlab.core.spec import ModelSpec
 from qlab.engine import load as _load
 from qlab.engine.export import save as _save
 from qlab.engine.job import mlx_call
-from qlab.engine.memory import generate as _generate
 from qlab.engine.memory import release
+from qlab.engine.predict import reply
 from qlab.engine.skeleton import describe
 from qlab.engine.study import Study
 
@@ -73,7 +73,7 @@ class Model:
 
     def generate(self, prompt: str, max_tokens: int = 64) -> str:
         """Return the model's most likely continuation (its answer, if it has a chat template)."""
-        return mlx_call(_generate, self.module, self.tokenizer, prompt, max_tokens)
+        return mlx_call(reply, self.module, self.tokenizer, prompt, max_tokens, self.spec.vocabulary)
 
     def free(self) -> str:
         """Give the memory back; return a sentence that says how much came back, and what may still hold the rest."""

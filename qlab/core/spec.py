@@ -98,6 +98,11 @@ class ModelSpec:
         return self.by_path[path]
 
     @cached_property
+    def vocabulary(self) -> int | None:
+        """Tokens that the model knows: rows of its largest embedding; None if no layer is one."""
+        return max((layer.shape[0] for layer in self.layers if layer.kind == "embedding"), default=None)
+
+    @cached_property
     def size(self) -> int:
         """Number of parameters, each counted once."""
         return sum(layer.size for layer in self.layers) + self.other_size

@@ -26,7 +26,7 @@ _INPUTS, _OUTPUTS = ("instruction", "question", "query", "input"), ("output", "a
 Made = tuple[str, list[int], list[int]]  # kind, tokens, mask
 
 
-def read(data: Any, tokenizer: Any, config: TrainConfig) -> Rows:
+def read(data: Any, tokenizer: Any, config: TrainConfig, vocabulary: int | None = None) -> Rows:
     """Return the rows of any data.
 
     Rows of several kinds may be mixed, since each carries its own mask; a key that holds None counts as absent. A text or
@@ -36,16 +36,23 @@ def read(data: Any, tokenizer: Any, config: TrainConfig) -> Rows:
 
     Args:
         data: a list of strings or dicts, a ``datasets`` set, a data frame, a dict of columns, a path of ``.jsonl``,
-            ``.json``, ``.csv``, ``.parquet`` or ``.txt``, any iterable of these, or running text.
+            ``.json``, ``.csv``, ``.parquet`` or ``.txt``, any iterable of these, or running text. ``Rows`` stay as they are.
         tokenizer: mlx-lm's wrapper.
         config: longest row, and whether prompts are masked.
+        vocabulary: tokens that the model knows; MLX would look up others in foreign memory. None is not checked.
 
     Raises:
         DataError: names every row that cannot be used, its key and what is wrong.
     """
+    if isinstance(data, Rows):
+        _refuse([f"row {row.number}: {fault}" for row in data if (fault := _foreign(row, vocabulary))], len(data))
+        return data
     source = rows_of(data)
     if isinstance(source, Text):
-        return _running(source, tokenizer, config.max_seq_length)
+        found = _running(source, tokenizer, config.max_seq_length)
+        if fault := next(filter(None, (_foreign(row, vocabulary) for row in found)), ""):
+            raise DataError(f"The text cannot be used: {fault}.")
+        return found
     maker = _Maker(tokenizer, config.mask_prompt)
     rows, dropped, faults, kinds, count = [], [], [], set(), 0
     for number, found in numbered(source):
@@ -56,18 +63,34 @@ def read(data: Any, tokenizer: Any, config: TrainConfig) -> Rows:
             faults.append(f"row {number}: {fault}")
             continue
         row = _row(number, tokens, mask, config.max_seq_length)
-        if row.mask.any():
+        if fault := _foreign(row, vocabulary):
+            faults.append(f"row {number}: {fault}")
+        elif row.mask.any():
             rows.append(row)
             kinds.add(kind)
         else:
             cut = f"its first {config.max_seq_length} tokens hold no target: max_seq_length cuts them off"
             dropped.append((number, cut if row.cut else "it is empty"))
-    if faults:
-        raise DataError(listed(f"{len(faults)} of {count} rows cannot be used", faults))
+    _refuse(faults, count)
     if not rows:
         why = f"none of {count} rows has a target: {dropped[0][1]} (row {dropped[0][0]})" if count else "it holds no rows"
         raise DataError(f"The data gives nothing to train on: {why}.")
     return Rows(tuple(rows), kinds.pop() if len(kinds) == 1 else "mixed", tuple(dropped))
+
+
+def _refuse(faults: list[str], count: int) -> None:
+    if faults:
+        raise DataError(listed(f"{len(faults)} of {count} rows cannot be used", faults))
+
+
+def _foreign(row: Row, vocabulary: int | None) -> str:
+    """Say which token the model does not know; empty if it knows all."""
+    wrong = row.tokens[(row.tokens < 0) | (row.tokens >= vocabulary)] if vocabulary is not None else row.tokens[:0]
+    if not wrong.size:
+        return ""
+    return (
+        f"token {wrong[0]} is none of the model's {vocabulary} (0 to {vocabulary - 1}); the tokenizer knows more than the model"
+    )
 
 
 def _row(number: int, tokens: list[int], mask: list[int], longest: int) -> Row:

@@ -208,10 +208,12 @@ def _answers(
     for name, module in models.items() if asked else ():
         speaker = twin(module)
         speaker.eval()
+        known = Predictor(module).vocabulary
         for number, question in enumerate(asked):
             with tallies[name].clock():
                 texts[name, number] = yield from _told(
-                    answer(speaker, tokenizer, question.prompt, max_tokens), Progress(f"{name} answers", number, len(asked))
+                    answer(speaker, tokenizer, question.prompt, max_tokens, known),
+                    Progress(f"{name} answers", number, len(asked)),
                 )
     if asked:
         yield Progress("answers", len(asked), len(asked))

@@ -1,22 +1,10 @@
-"""Generates text, and gives memory back. Knows no scheme."""
+"""Gives memory back. Knows no model."""
 
 from __future__ import annotations
 
 import gc
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-
-
-def generate(module: nn.Module, tokenizer: Any, prompt: str, max_tokens: int) -> str:
-    """Return the greedy continuation of a prompt, or the answer if the tokenizer has a chat template."""
-    from mlx_lm import generate as run
-
-    if tokenizer.chat_template is not None:
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    return run(module, tokenizer, prompt, max_tokens=max_tokens)
 
 
 def release(expected_nbytes: int) -> str:

@@ -5,7 +5,7 @@ Knows neither what is right nor any other model.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from qlab.engine.stack import Stack
 from qlab.engine.surgery import twin
-from qlab.errors import UnsupportedError
+from qlab.errors import ConfigError, UnsupportedError
 
 CHUNK_NBYTES = 64e6  # of float32 logits that exist at once, for each model
 _PREFILL = 512  # tokens of a prompt that pass at once
@@ -73,28 +73,65 @@ def chunk_length(vocabulary: int) -> int:
     return max(1, int(CHUNK_NBYTES / (4 * vocabulary)))
 
 
-def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
-    """Return the tokens of a prompt: a user's turn, where the tokenizer has a chat template."""
+def prompt_tokens(tokenizer: Any, prompt: str, vocabulary: int | None = None) -> list[int]:
+    """Return the tokens of a prompt: a user's turn, where the tokenizer has a chat template.
+
+    Args:
+        tokenizer: mlx-lm's wrapper.
+        prompt: a question, or a text to go on with.
+        vocabulary: tokens that the model knows; MLX would look up others in foreign memory. None is not checked.
+
+    Raises:
+        ConfigError: it is no text, holds no token, or one that the model does not know.
+    """
+    if not isinstance(prompt, str):
+        raise ConfigError(f"prompt={prompt!r} is not legal; it is text.")
     if tokenizer.chat_template is not None:
-        return list(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True))
-    return list(tokenizer.encode(prompt))
+        tokens = list(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True))
+    else:
+        tokens = list(tokenizer.encode(prompt))
+    if not tokens:
+        raise ConfigError("The prompt is empty, and an answer needs a token to begin with; give a word at least.")
+    if vocabulary is not None and max(tokens) >= vocabulary:
+        raise ConfigError(
+            f"The prompt has token {max(tokens)}, and the model knows 0 to {vocabulary - 1}; its tokenizer knows more."
+        )
+    return tokens
 
 
-def answer(module: nn.Module, tokenizer: Any, prompt: str, max_tokens: int) -> Generator[int, None, str]:
+def checked_prompts(tokenizer: Any, prompts: Any, vocabulary: int | None) -> tuple[str, ...]:
+    """Return one prompt or several, if a model can answer them.
+
+    Raises:
+        ConfigError: see ``prompt_tokens``.
+    """
+    found = (prompts,) if isinstance(prompts, str) or not isinstance(prompts, Iterable) else tuple(prompts)
+    for prompt in found:
+        prompt_tokens(tokenizer, prompt, vocabulary)
+    return found
+
+
+def answer(
+    module: nn.Module, tokenizer: Any, prompt: str, max_tokens: int, vocabulary: int | None = None
+) -> Generator[int, None, str]:
     """Write the most likely continuation, a token at a time. The wired limit stays as it is.
 
     Args:
         module: an mlx-lm model, dropout off.
         tokenizer: mlx-lm's wrapper.
-        prompt: a question, or a text to go on with.
+        prompt: see ``prompt_tokens``.
         max_tokens: tokens to write at most.
+        vocabulary: see ``prompt_tokens``.
 
     Yields:
         The number of tokens written.
+
+    Raises:
+        ConfigError: see ``prompt_tokens``.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
-    tokens, cache = prompt_tokens(tokenizer, prompt), make_prompt_cache(module)
+    tokens, cache = prompt_tokens(tokenizer, prompt, vocabulary), make_prompt_cache(module)
     for start in range(0, len(tokens) - 1, _PREFILL):
         module(mx.array([tokens[start : min(start + _PREFILL, len(tokens) - 1)]]), cache=cache)
         mx.eval([layer.state for layer in cache])  # the logits are never computed
@@ -106,3 +143,19 @@ def answer(module: nn.Module, tokenizer: Any, prompt: str, max_tokens: int) -> G
         written.append(last)
         yield len(written)
     return tokenizer.decode(written)
+
+
+def reply(module: nn.Module, tokenizer: Any, prompt: str, max_tokens: int, vocabulary: int | None = None) -> str:
+    """Return what ``answer`` writes.
+
+    Raises:
+        ConfigError: see ``prompt_tokens``; or ``max_tokens`` is no number above 0.
+    """
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ConfigError(f"max_tokens={max_tokens!r} is not legal; it is a whole number, 1 or more.")
+    writing = answer(module, tokenizer, prompt, max_tokens, vocabulary)
+    while True:
+        try:
+            next(writing)
+        except StopIteration as end:
+            return end.value

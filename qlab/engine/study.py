@@ -66,7 +66,7 @@ class Study:
             text: see ``engine.text.read_text``; None is the embedded text.
             tokens: to use at most.
         """
-        rows, words = batches(self._tokenizer, text, "calibration.txt", tokens)
+        rows, words = batches(self._tokenizer, text, "calibration.txt", tokens, self.spec.vocabulary)
         shapes = {x.path: x.shape for x in self.spec.layers if x.kind != "switch" and not x.obstacle}
         full = self.full_model()
         found = yield from calibrate(full, shapes, rows, words)
@@ -90,7 +90,7 @@ class Study:
             tokens: to use at most.
         """
         yield from self._inputs(solver)
-        rows, _ = batches(self._tokenizer, text, "heldout.txt", tokens)
+        rows, _ = batches(self._tokenizer, text, "heldout.txt", tokens, self.spec.vocabulary)
         full = self.full_model()
         student = yield from export.dense_twin(self.module, self.spec, plan, solver, self.input_power(), full)
         report = yield from evaluate(full, student, rows)
@@ -112,7 +112,7 @@ class Study:
         Returns:
             Mean KL in nats per token, by path.
         """
-        rows, _ = batches(self._tokenizer, text, "heldout.txt", tokens)
+        rows, _ = batches(self._tokenizer, text, "heldout.txt", tokens, self.spec.vocabulary)
         full, students = self.full_model(), {}
         for path, config in ((p, c) for p, c in export.chosen(self.spec, plan).items() if p in paths):
             target = module_at(full, path)

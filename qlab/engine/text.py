@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from qlab.engine.evaluate import token_batches
 from qlab.engine.load import ASSETS
-from qlab.errors import ConfigError
+from qlab.errors import ConfigError, DataError
 
 ROW_TOKENS = 128
 _KEYS = ("text", "content", "prompt")
@@ -59,7 +59,9 @@ def _join(rows: Iterator[str], limit: int) -> str:
     return "\n\n".join(parts)
 
 
-def batches(tokenizer: Any, source: Any, embedded: str, tokens: int) -> tuple[list[mx.array], str]:
+def batches(
+    tokenizer: Any, source: Any, embedded: str, tokens: int, vocabulary: int | None = None
+) -> tuple[list[mx.array], str]:
     """Return token rows of a text, ``(1, T)`` each, and what the text was, in words.
 
     Args:
@@ -67,12 +69,16 @@ def batches(tokenizer: Any, source: Any, embedded: str, tokens: int) -> tuple[li
         source: see ``read_text``.
         embedded: file name of the embedded text.
         tokens: to use at most.
+        vocabulary: tokens that the model knows; None is not checked.
 
     Raises:
         ConfigError: the text is empty or has fewer than two tokens.
+        DataError: the tokenizer makes a token that the model does not know.
     """
     text, words = read_text(source, embedded, 16 * tokens)
     ids = tokenizer.encode(text, add_special_tokens=False)[:tokens]
+    if vocabulary is not None and ids and max(ids) >= vocabulary:  # MLX would read foreign memory
+        raise DataError(f"The text has token {max(ids)}, and the model knows 0 to {vocabulary - 1}; its tokenizer knows more.")
     first = tokenizer.bos_token_id
     rows = token_batches(ids, ROW_TOKENS, tokens, [] if first is None else [first])
     if not rows:

@@ -165,6 +165,19 @@ def test_a_source_that_fails_says_at_which_row(demo):
         read(rows(), demo.tokenizer, TrainConfig())
 
 
+def test_a_token_that_the_model_does_not_know_is_refused_with_its_row(demo):
+    with pytest.raises(
+        DataError, match=r"1 of 3 rows cannot be used:\n- row 1: token \d+ is none of the model's 300 \(0 to 299\)"
+    ):
+        read(["a b", {"text": "fine"}, "a b"], demo.tokenizer, TrainConfig(), 300)
+    with pytest.raises(DataError, match=r"The text cannot be used: token \d+ is none of the model's 3 \(0 to 2\)"):
+        read("Some running text, in which every token is far too high.", demo.tokenizer, TrainConfig(), 3)
+    rows = read(["fine"], demo.tokenizer, TrainConfig(), demo.spec.vocabulary)
+    assert read(rows, demo.tokenizer, TrainConfig(), demo.spec.vocabulary) is rows
+    with pytest.raises(DataError, match=r"1 of 1 rows cannot be used:\n- row 0: token"):
+        read(rows, demo.tokenizer, TrainConfig(), 2)
+
+
 def test_feeding_nothing_and_holding_out_everything_are_refused(demo):
     with pytest.raises(DataError, match="no rows"):
         Feed(Rows(()), TrainConfig())

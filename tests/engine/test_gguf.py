@@ -20,9 +20,9 @@ def test_smollm2_knows_the_capital_of_france(smollm2_path):
     assert "Q4_1" in model.notes[0]
     assert model.spec.size == 134_515_008
     dense = mlx_call(lambda: cast(twin(model.module), mx.float32))
-    from qlab.engine.memory import generate
+    from qlab.engine.predict import reply
 
-    answer = mlx_call(generate, dense, model.tokenizer, "What is the capital of France?", 12)
+    answer = mlx_call(reply, dense, model.tokenizer, "What is the capital of France?", 12)
     assert answer.startswith("The capital of France is Paris.")
 
 
