@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from qlab.adapter import Adapter
 from qlab.carry import keep, to_yaml
@@ -21,6 +20,7 @@ from qlab.engine.adapter_files import save_adapter
 from qlab.engine.data import read, report
 from qlab.engine.feed import Feed
 from qlab.engine.job import mlx_call
+from qlab.engine.predict import checked_prompts
 from qlab.engine.session import Made, Session
 from qlab.errors import BusyError, ConfigError
 from qlab.estimation import estimate
@@ -35,7 +35,7 @@ from qlab.views.trainer_text import html, page, text_line
 from qlab.views.wire import bundle
 
 _ACTIVE: WeakKeyDictionary[Model, str] = WeakKeyDictionary()  # bases that a run holds, and the run's name
-RUNS: list[Any] = []  # this kernel's trainers
+_RUNS: dict[Path, Any] = {}  # this kernel's, by folder: how they ended, or who makes them
 
 
 class Trainer:
@@ -46,7 +46,7 @@ class Trainer:
         data: rows: ``text``, ``prompt`` and ``completion``, or ``messages``; a list, a ``datasets`` set, or a path.
         config: None is ``TrainConfig()``.
         val: rows to judge by, or how many to hold out (a share below 1); None is 5 % (none of fewer than 20 rows), 0 none.
-        path: folder for checkpoints; None is ``runs/<model>-<time>``.
+        path: folder for checkpoints; None is ``runs/<model>-<time>``. Where a run lies already, a number is added.
         prompts: asked at every validation, so that the model's voice can be heard to change.
         callbacks: called with every ``StepEvent``, on the MLX thread; one that fails is told and called no more.
 
@@ -60,34 +60,32 @@ class Trainer:
     def __init__(
         self, adapter: Adapter, data: Any, config: TrainConfig | None = None, *, val: Any = None,
         path: str | Path | None = None, prompts: Iterable[str] = (), callbacks: Iterable[Callable[[StepEvent], Any]] = (),
+        _found: Path | None = None,
     ) -> None:  # fmt: skip
         if not isinstance(adapter, Adapter):
             raise ConfigError(f"adapter={adapter!r} is not legal; give a qlab.Adapter.")
         if config is not None and not isinstance(config, TrainConfig):
             raise ConfigError(f"config={config!r} is not legal; give a qlab.TrainConfig.")
         config = config or TrainConfig()
-        self.adapter, self.prompts = adapter, tuple([prompts] if isinstance(prompts, str) else prompts)
+        self.adapter, model = adapter, adapter.model
+        self.prompts = checked_prompts(model.tokenizer, prompts, model.spec.vocabulary)
         rows = self._read(data, config)
         if val is None or isinstance(val, (int, float)):
             self.rows, self.held = prepare.held_out(rows, val, config.seed)
         else:
             self.rows, self.held = rows, self._read(val, config)
-        name = f"{adapter.model.name.split('/')[-1]}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.path = Path(path).expanduser() if path else run_folder.free(Path("runs") / name)
+        self.path = _found.parent if _found else run_folder.free(path) if path else run_folder.named(model.name)
         self._feed = Feed(self.rows, config)
         self._session = Session(self.path.name, config, self._feed, callbacks, self._show)
         # two locks: whoever starts waits for the MLX thread, which must never wait for it to show
         self._lock, self._starting = threading.RLock(), threading.Lock()
-        self._checkpoint: Path | None = None
-        self._base: Model | None = None
-        self._panel: TrainerPanel | None = None
+        self._checkpoint, self._base, self._panel = _found, None, None
         self._predicted: tuple[Any, MemoryEstimate] | None = None  # of which storage and adapter
         self._voices: tuple[Voice, ...] = ()
         self._error, self._ack, self._unlearned = "", None, f"{self.path.name}, step 0"
-        RUNS.append(self)
 
     def _read(self, data: Any, config: TrainConfig) -> Rows:
-        return data if isinstance(data, Rows) else read(data, self.adapter.model.tokenizer, config)
+        return read(data, self.adapter.model.tokenizer, config, self.adapter.model.spec.vocabulary)
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
@@ -106,7 +104,7 @@ class Trainer:
             _ = self.estimate
             if not adapter.trained:  # from here on no slider moves the base that is trained on
                 adapter.set_parameters(parameters, self._unlearned)
-            _ACTIVE[base], adapter.run, self._base, self._error = name, name, base, ""
+            _ACTIVE[base], adapter.run, self._base, self._error, _RUNS[self.path] = name, name, base, "", ref(self)
             self._session.start(lambda: self._make(base, lora, parameters), self._ended)
         self._show()
         return self
@@ -161,7 +159,7 @@ class Trainer:
         """Make a run again from its folder; ``start`` or ``run`` then goes on from its last checkpoint, bit for bit.
 
         Args:
-            path: of the run, or of one of its checkpoints.
+            path: of the run, or of one of its checkpoints; later ones are replaced by the first that is written then.
             adapter: to train, on the same base; None loads and quantizes the base anew.
             settings: ``prompts`` and ``callbacks`` as for ``Trainer``.
 
@@ -170,9 +168,7 @@ class Trainer:
             ConfigError: the base is not the one that the run was made with.
         """
         found, adapter, facts, rows, held = rebuilt(path, adapter)
-        made = cls(adapter, rows, facts.train, val=held or 0, path=found.parent, **{"prompts": facts.prompts, **settings})
-        made._checkpoint = found
-        return made
+        return cls(adapter, rows, facts.train, val=held or 0, _found=found, **{"prompts": facts.prompts, **settings})
 
     # --- what comes of it -------------------------------------------------------------------------------------------
 
@@ -340,6 +336,7 @@ class Trainer:
         task, state, notes = prepare.make_task(*made)
         if self._checkpoint is not None:
             return task, prepare.resumed(self._checkpoint, parameters, task), notes
+        run_folder.check_new(self.path)
         keep(self.path, base, lora, config, self.rows, self.held, self.prompts)
         return task, state, notes
 
@@ -367,6 +364,7 @@ class Trainer:
         if self.adapter.origin == self._unlearned:
             self.adapter.reset()
         self._session.finish(self.report, self.estimate.exact_nbytes)
+        _RUNS[self.path] = self.report, self.events  # nothing that holds a model
 
     def _show(self) -> None:
         with self._lock:  # called by cells, widgets and the job: an older state must not overtake a newer one
@@ -396,5 +394,6 @@ class Trainer:
 
 def runs() -> Runs:
     """Return this kernel's runs side by side: a table, and their curves."""
-    started = [t for t in RUNS if t.status != "idle"]
-    return Runs(tuple(t.report for t in started), tuple(t.events for t in started))
+    found = [kept() if isinstance(kept, ref) else kept for kept in _RUNS.values()]
+    told = [(run.report, run.events) if isinstance(run, Trainer) else run for run in found if run is not None]
+    return Runs(tuple(report for report, _ in told), tuple(events for _, events in told))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -9,11 +10,14 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import qlab
+from qlab.core.rows import Row, Rows
 from qlab.engine import checkpoint
 from qlab.engine.job import mlx_call
 from qlab.errors import BusyError, ConfigError, DataError, LoadError, QlabError
@@ -172,6 +176,54 @@ def test_a_run_that_learned_nothing_leaves_the_adapter_as_it_was(demo, tmp_path,
     q.close()
 
 
+def test_runs_are_told_after_their_trainers_and_models_are_gone(demo, tmp_path):
+    q = qlab.Quantizer(demo, bits=4)
+    trainer = qlab.Trainer(qlab.Adapter(q, **SMALL), ROWS, CONFIG, path=tmp_path / "short")
+    trainer.run()
+    base, events = weakref.ref(trainer.adapter.base), trainer.events
+    q.close()
+    del trainer, q
+    gc.collect()
+    assert base() is None
+    told = dict(zip([report.name for report in qlab.runs().reports], qlab.runs().histories, strict=True))
+    assert told["short"] == events
+
+
+def test_trainers_made_in_one_second_have_folders_of_their_own(adapter):
+    assert len({qlab.Trainer(adapter, ROWS, CONFIG).path for _ in range(3)}) == 3
+
+
+def test_a_folder_that_another_run_has_taken_meanwhile_is_refused_and_left_alone(adapter, base, tmp_path):
+    first, second = (qlab.Trainer(qlab.Adapter(base, **SMALL), ROWS, CONFIG, path=tmp_path) for _ in range(2))
+    first.run()
+    with pytest.raises(BusyError, match="make a new Trainer"):
+        second.run()
+    assert second.status == "failed" and checkpoint.latest(tmp_path).name == "step-000006" and not second.adapter.trained
+
+
+def test_a_second_run_on_the_same_path_touches_nothing_of_the_first(adapter, base, tmp_path):
+    first = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path / "run")
+    first.run()
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    second = qlab.Trainer(
+        qlab.Adapter(base, **SMALL), ROWS, qlab.TrainConfig(iters=2, batch_size=2, max_seq_length=24), path=first.path
+    )
+    assert second.path == tmp_path / "run-2"
+    second.run()
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    assert checkpoint.latest(second.path).name == "step-000002"
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_what_it_writes(adapter, tmp_path):
+    config = qlab.TrainConfig(iters=12, batch_size=2, max_seq_length=24, steps_per_save=4)
+    qlab.Trainer(adapter, ROWS, config, val=0, path=tmp_path).run()
+    assert checkpoint.latest(tmp_path).name == "step-000012"
+    again = qlab.Trainer.resume(tmp_path / "step-000008", adapter, callbacks=[lambda event: event.step == 9 and again.stop()])
+    again.run()
+    assert again.path == tmp_path and again.report.steps == 9 and again.status == "stopped"
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-000008", "step-000009"]
+
+
 def test_a_callback_that_fails_is_told_and_does_not_end_the_run(adapter, tmp_path):
     def bad(event):
         raise RuntimeError("disk of the reporter is full")
@@ -248,14 +300,28 @@ def test_a_killed_kernel_resumes_from_the_folder_alone_and_ends_bit_for_bit_the_
         (lambda a: qlab.Trainer(a, [{"txt": "x"}]), DataError, "row 0.*'txt'"),
         (lambda a: qlab.Trainer(a, ROWS, val=1.5), QlabError, "held out"),
         (lambda a: qlab.Trainer(a, ROWS, val=[{"prompt": "x"}]), DataError, "row 0"),
+        (lambda a: qlab.Trainer(a, ROWS, val=True), DataError, "True of 30 rows cannot be held out"),
+        (lambda a: qlab.Trainer(a, ROWS, val=float("nan")), DataError, "nan of 30 rows cannot be held out"),
+        (lambda a: qlab.Trainer(a, ROWS, val=30), DataError, "30 of 30 rows cannot be held out; hold out 1 to 29"),
+        (lambda a: qlab.Trainer(a, ROWS, path=3), ConfigError, "path=3 is not legal"),
+        (lambda a: qlab.Trainer(a, ROWS, prompts=3), ConfigError, "prompt=3 is not legal"),
+        (lambda a: qlab.Trainer(a, ROWS, prompts=[""]), ConfigError, "The prompt is empty"),
+        (lambda a: qlab.Trainer(a, ROWS, callbacks=3), ConfigError, "callbacks=3 is not legal"),
+        (lambda a: qlab.Trainer(a, ROWS).generate(""), ConfigError, "The prompt is empty"),
+        (lambda a: qlab.Trainer(a, ROWS).generate("a", 0), ConfigError, "max_tokens=0 is not legal"),
+        (lambda a: qlab.Trainer(a, ROWS).load_best(), LoadError, "holds no best adapter"),
+        (lambda a: qlab.Trainer(a, Rows((Row(7, np.array([1, 5000], np.int32), np.array([0, 1], np.uint8)),))), DataError, "row 7: token 5000"),
+        (lambda a: qlab.Trainer(a, ROWS, prompts=[3]), ConfigError, "prompt=3 is not legal"),
+        (lambda a: qlab.Trainer(a, ROWS, callbacks=["print"]), ConfigError, "callbacks='print' is not legal"),
         (lambda a: setattr(qlab.Trainer(a, ROWS), "learning_rate", -1), ConfigError, "learning_rate=-1 is not legal"),
         (lambda a: setattr(qlab.Trainer(a, ROWS), "learning_rate", "high"), ConfigError, "learning_rate='high' is not legal"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_refused_before_anything_runs(adapter, make, error, says):
+    before, config = dict(adapter.parameters), adapter.config
     with pytest.raises(error, match=says):
         make(adapter)
-    assert not adapter.trained
+    assert not adapter.trained and adapter.config == config and same(before, adapter.parameters)
 
 
 def test_the_code_of_a_run_makes_it_again(adapter, tmp_path):

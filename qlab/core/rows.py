@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
+from math import isfinite
 
 import numpy as np
 
@@ -97,8 +98,9 @@ class Rows:
         Raises:
             DataError: fewer than one row would be held out, or no row left to train on.
         """
-        count = round(held * len(self)) if isinstance(held, float) else held
-        if not 1 <= count < len(self):
+        share = held if isinstance(held, float) and isfinite(held) else 0.0
+        count = round(share * len(self)) if isinstance(held, float) else held
+        if isinstance(held, bool) or not 1 <= count < len(self):
             raise DataError(
                 f"{held!r} of {len(self)} rows cannot be held out; hold out 1 to {len(self) - 1}, or a share of them."
             )

@@ -121,7 +121,11 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
             raise SaveError(f"{final} was not written ({error}); {free / 1e9:.2f} GB are free there.") from error
-        for old in sorted(self.folder.glob(f"{kind}-*"))[:-kept]:
+        before = sorted(path for path in self.folder.glob(f"{kind}-*") if path < final)
+        later = [
+            path for path in self.folder.glob(f"{kind}-*") if path > final
+        ]  # of a course that was left: it was resumed here
+        for old in [*before[: len(before) - kept + 1], *later]:
             shutil.rmtree(old, ignore_errors=True)
         return final
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,8 +24,10 @@ from mlx.utils import tree_flatten
 from qlab.core.config import QuantConfig, QuantPlan
 from qlab.core.rows import Row, Rows
 from qlab.core.training import LoRAConfig, TrainConfig
-from qlab.errors import LoadError, SaveError
+from qlab.errors import BusyError, ConfigError, LoadError, SaveError
 
+_NONE = np.zeros(0, np.int32)
+_NAMED: set[Path] = set()  # in this kernel
 _PROBED = 64  # numbers of each array that go into a model's fingerprint
 
 
@@ -91,7 +96,7 @@ def read(folder: Path) -> tuple[RunFacts, Rows, Rows | None]:
             parts = [_unpacked(stored, name) if f"{name}_tokens" in stored else None for name in ("rows", "held")]
     except FileNotFoundError as error:
         raise LoadError(f"{folder} is not the folder of a run: it has no {Path(error.filename).name}.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise LoadError(f"The run in {folder} cannot be read: {error}.") from error
     if parts[0] is None:
         raise LoadError(f"{folder / 'rows.npz'} holds no rows.")
@@ -117,24 +122,66 @@ def _facts(found: dict[str, Any]) -> RunFacts:
 
 
 def _packed(rows: Rows) -> list[tuple[str, np.ndarray]]:
+    beyond = [_NONE if row.beyond is None else row.beyond for row in rows]
     return [
         ("tokens", np.concatenate([row.tokens for row in rows])),
         ("mask", np.concatenate([row.mask for row in rows])),
         ("lengths", np.array([row.tokens.size for row in rows], np.int64)),
         ("numbers", np.array([row.number for row in rows], np.int64)),
+        ("cut", np.array([row.cut for row in rows], np.int64)),
+        ("beyond", np.concatenate(beyond)),
+        ("beyond_lengths", np.array([part.size for part in beyond], np.int64)),
         ("kind", np.array(rows.kind)),
+        ("dropped", np.array(json.dumps(rows.dropped))),
     ]
 
 
 def _unpacked(stored: Any, name: str) -> Rows:
-    ends = np.cumsum(stored[f"{name}_lengths"])[:-1]
-    parts = zip(
-        stored[f"{name}_numbers"].tolist(), np.split(stored[f"{name}_tokens"], ends), np.split(stored[f"{name}_mask"], ends),
-        strict=True,
-    )  # fmt: skip
-    return Rows(tuple(Row(*part) for part in parts), str(stored[f"{name}_kind"]))
+    def parts(key: str, lengths: str) -> list[np.ndarray]:
+        return np.split(stored[f"{name}_{key}"], np.cumsum(stored[f"{name}_{lengths}"])[:-1])
+
+    numbers, cut = stored[f"{name}_numbers"].tolist(), stored[f"{name}_cut"].tolist()
+    beyond = [part if part.size else None for part in parts("beyond", "beyond_lengths")]
+    made = zip(numbers, parts("tokens", "lengths"), parts("mask", "lengths"), cut, beyond, strict=True)
+    dropped = tuple((number, why) for number, why in json.loads(str(stored[f"{name}_dropped"])))
+    return Rows(tuple(Row(*part) for part in made), str(stored[f"{name}_kind"]), dropped)
 
 
-def free(path: Path) -> Path:
-    """Return a path that does not exist yet."""
-    return path if not path.exists() else next(p for n in range(2, 10**6) if not (p := Path(f"{path}-{n}")).exists())
+def free(path: str | Path) -> Path:
+    """Return a path that holds no run yet: this one, or the first with a number at its end that does not.
+
+    Raises:
+        ConfigError: it is no path.
+    """
+    if not isinstance(path, (str, Path)):
+        raise ConfigError(f"path={path!r} is not legal; it is the path of a folder.")
+    whole = Path(path).expanduser()
+    numbered = (Path(f"{whole}-{n}") if n > 1 else whole for n in count(1))
+    return next(path for path in numbered if not _taken(path))
+
+
+def named(model: str) -> Path:
+    """Return the path of a new folder that says which model it is and when; no two are the same."""
+    name = f"{model.split('/')[-1]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    numbered = (Path("runs") / (f"{name}-{n}" if n > 1 else name) for n in count(1))
+    path = next(path for path in numbered if path not in _NAMED and not _taken(path))
+    _NAMED.add(path)
+    return path
+
+
+def check_new(path: Path) -> None:
+    """Refuse a folder that has come to hold the checkpoints of another run.
+
+    Raises:
+        BusyError: it has.
+    """
+    if _begun(path):
+        raise BusyError(f"{path} holds the checkpoints of another run by now; make a new Trainer.")
+
+
+def _taken(path: Path) -> bool:
+    return (path / "run.json").exists() or _begun(path)
+
+
+def _begun(path: Path) -> bool:
+    return any(path.glob("step-*")) or any(path.glob("best-*"))

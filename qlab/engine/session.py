@@ -19,7 +19,7 @@ from qlab.engine.device import backend
 from qlab.engine.feed import Feed
 from qlab.engine.job import Job
 from qlab.engine.train import Task, train_steps
-from qlab.errors import BusyError
+from qlab.errors import BusyError, ConfigError
 
 _TICK_S = 0.1  # panels are told no more often than this
 
@@ -45,6 +45,9 @@ class Session:
         reason: why it ended before its last step, or an empty string.
         notes: what to know about it.
         summary: figures of the events so far.
+
+    Raises:
+        ConfigError: a callback cannot be called.
     """
 
     def __init__(
@@ -52,7 +55,10 @@ class Session:
         on_change: Callable[[], None],
     ) -> None:  # fmt: skip
         self.name, self.config, self.feed = name, config, feed
-        self._callbacks, self._on_change = list(callbacks), on_change
+        found = callbacks if isinstance(callbacks, Iterable) and not callable(callbacks) else (callbacks,)
+        self._callbacks, self._on_change = list(found), on_change
+        if wrong := [callback for callback in self._callbacks if not callable(callback)]:
+            raise ConfigError(f"callbacks={wrong[0]!r} is not legal; give functions that take a StepEvent.")
         self.task: Task | None = None
         self.state: TrainState | None = None
         self.phase = self.error = self.reason = ""
