@@ -31,6 +31,7 @@ _HOME = {
     "TrainConfig": "qlab.core.training",
     "MemoryEstimate": "qlab.core.memory",
     "doctor": "qlab.engine.device",
+    "reporters": "qlab.engine.reporters",
     "register": "qlab.registry",
 }
 __all__ = [*_HOME, "__version__"]
@@ -41,7 +42,8 @@ def __getattr__(name: str) -> Any:
         from qlab.errors import nearest
 
         raise AttributeError(f"qlab has no attribute {name!r}.{nearest(name, _HOME)}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    home = importlib.import_module(_HOME[name])
+    value = home if name == "reporters" else getattr(home, name)  # the one room that is public as a whole
     globals()[name] = value
     return value
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import qlab
 from qlab.core.run import Mark, RunReport, StepEvent
 from qlab.engine import reporters
 from qlab.errors import ConfigError
@@ -115,3 +116,7 @@ def test_a_missing_package_is_told_with_what_to_do(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=f"pip install {name}"):
         getattr(reporters, name)("demo")
+
+
+def test_reporters_are_found_at_the_door():
+    assert qlab.reporters is reporters and "reporters" in dir(qlab)
