@@ -288,6 +288,28 @@ def test_adapter_and_sliders_are_one_state_while_a_view_is_open(demo):
     a.close()
 
 
+def test_an_adapter_on_a_quantizer_brings_its_sliders_along_until_it_is_trained(demo):
+    q = qlab.Quantizer(demo)
+    q.close()
+    a = qlab.Adapter(q, rank=4)
+    panel = qlab.estimate(a, train=SHORT).panel
+    panel._on_intent({"op": "hello", "seq": 1})
+    q.bits = 3
+    q.set("model.layers.0.mlp.down_proj", bits=8)
+    a.rank = 8
+    assert panel.setup.plan == q.plan == a.plan and panel.setup.adapter == a.config
+    panel._on_intent({"op": "set", "seq": 2, "choice": replace(panel.state().choice, mode="nf4", bits=4, group_size=64)})
+    assert (q.mode, q.bits) == ("nf4", 4) and panel.estimate.setup.plan == a.plan
+    base = a.plan
+    a.set_parameters(a.parameters, "a run")
+    q.mode = "mxfp4"
+    assert a.quantizer is None and panel.setup.plan == a.plan == base
+    panel._on_intent({"op": "set", "seq": 3, "choice": replace(panel.state().choice, mode="affine", bits=8, group_size=64)})
+    assert q.mode == "mxfp4" and panel.setup.plan.default == Q(bits=8)  # looked at, not moved
+    panel.close()
+    a.close()
+
+
 def test_the_trace_follows_a_change_and_a_budget_brings_what_would_make_it_fit():
     panel = qlab.estimate(SMALL, Q(), train=SHORT).panel
     panel._on_intent({"op": "hello", "seq": 1})
@@ -360,6 +382,8 @@ BAD = [
     ("more layers than there are", lambda e: qlab.estimate(SMALL, adapter=L(num_layers=7)), ConfigError, "has 6 blocks"),
     ("a key of no layer", lambda e: qlab.estimate(SMALL, adapter=L(keys=["q_prj"])), LayerNotFoundError, "Did you mean 'q_proj'"),
     ("an override of no layer", lambda e: qlab.estimate(SMALL, P(Q(), {"model.layers.0.mlp.up": None})), LayerNotFoundError, "Did you mean"),
+    ("an override that does not divide", lambda e: qlab.estimate({**SMALL, "hidden_size": 96}, P(Q(group_size=32), {"model.layers.0.mlp.up_proj": Q(group_size=64)})), ConfigError, "'model.layers.0.mlp.up_proj' .* nearest group size that does is 32"),
+    ("a storage that holds no layer", lambda e: qlab.estimate({**SMALL, "hidden_size": 48, "intermediate_size": 80, "head_dim": 12}, Q("affine", 4, 128)), ConfigError, "No layer .* not a multiple"),
     ("rows beyond the context", lambda e: qlab.estimate(SMALL, train=T(max_seq_length=513)), ConfigError, "largest is 512"),
     ("an unknown machine", lambda e: qlab.estimate(SMALL, machine="big"), ConfigError, "16 GB Mac"),
     *((f"a budget of {n!r}", lambda e, n=n: e.fits(n), ConfigError, "not legal") for n in

@@ -20,12 +20,12 @@ import numpy as np
 from qlab import registry
 from qlab.core.config import QuantConfig, QuantPlan
 from qlab.core.panel import Progress
-from qlab.core.spec import ModelSpec
+from qlab.core.spec import LayerSpec, ModelSpec
 from qlab.engine.experts import PackedExperts
 from qlab.engine.linear import Packed, PackedEmbedding, PackedLinear, dense_layer, weight_of
 from qlab.engine.skeleton import skeleton
 from qlab.engine.surgery import module_at, put_module, twin
-from qlab.errors import SaveError, WeightsError
+from qlab.errors import ConfigError, SaveError, WeightsError
 
 
 def chosen(spec: ModelSpec, plan: QuantPlan) -> dict[str, QuantConfig]:
@@ -33,11 +33,22 @@ def chosen(spec: ModelSpec, plan: QuantPlan) -> dict[str, QuantConfig]:
 
     Raises:
         LayerNotFoundError: an override names no layer.
+        ConfigError: an override cannot hold its layer; names what can.
     """
-    for path in plan.overrides:
-        _ = spec[path]
+    for path, config in plan.overrides.items():
+        layer = spec[path]
+        if config and (reason := layer.refusal(config)):
+            raise ConfigError(f"Layer {path!r} cannot be stored as {config.label}: {reason}; {_instead(layer, config)}.")
     configs = {layer.path: plan.config_for(layer.path) for layer in spec.layers}
     return {path: config for path, config in configs.items() if config and spec[path].refusal(config) is None}
+
+
+def _instead(layer: LayerSpec, config: QuantConfig) -> str:
+    """What an override may be: the nearest group size that divides the layer, or None."""
+    sizes = [] if layer.obstacle else [g for g in config.scheme.group_sizes if layer.shape[-1] % g == 0]
+    if not sizes:
+        return "give None, which keeps it as it is"
+    return f"the nearest group size that does is {min(sizes, key=lambda g: abs(g - config.group_size))}"
 
 
 def quantize(

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from qlab.core.allocation import Runahead, simulate
-from qlab.core.config import QuantConfig
+from qlab.core.config import QuantConfig, QuantPlan
 from qlab.core.formula import Formula, Reference, Sample, chunks, formula, references, sizes
 from qlab.core.graph import Graph
 from qlab.core.memory import MemoryEstimate, Setup
@@ -41,6 +41,7 @@ from qlab.errors import ConfigError, UnsupportedError
 # dispatches of a task, and tasks that may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h): the CPU's as in its source,
 # CUDA's set by eight steps on one H100 (docs/guide/memory_accuracy.md), Metal's read, not measured
 _TASK, _TASKS = {"cpu": 10, "cuda": 27, "metal": 40}, 11
+Look = tuple[tuple, ...]  # role, shape, present storage, chosen storage and whether it is adapted, of each layer
 _SAMPLE = 3  # blocks of each kind in the step that the formula is read from
 _REMEMBERED = 48  # formulas kept
 
@@ -94,6 +95,7 @@ class Forecast:
                 f"max_seq_length={setup.train.max_seq_length} is more than {self.spec.name!r} was made for; "
                 f"the largest is {self.context}."
             )
+        self._check(setup.plan)
         found, moment, parts, notes = self._foreseen(setup, "formula" if level == "formula" else "traced")
         measured = None
         if level == "measured":
@@ -105,6 +107,14 @@ class Forecast:
         return MemoryEstimate(
             self.spec, setup, parts, found, moment, band, machine, self.context, measured, (*self.notes, *notes),
         )  # fmt: skip
+
+    def _check(self, plan: QuantPlan | None) -> None:
+        """Refuse a storage that holds no layer."""
+        if plan is None or chosen(self.spec, plan):
+            return
+        largest = max(self.spec.layers, key=lambda x: x.size)
+        reason = largest.refusal(plan.default) or "every layer is to be kept as it is"
+        raise ConfigError(f"No layer of {self.spec.name!r} can be stored as {plan.default.label} ({largest.path}: {reason}).")
 
     def _foreseen(self, setup: Setup, level: str) -> tuple[str, str, dict[str, int], tuple[str, ...]]:
         """Return level, moment, parts and notes; where one level cannot be had, the other."""
@@ -158,13 +168,12 @@ class Forecast:
 
     def counts(self, setup: Setup) -> tuple[int, ...]:
         """Number of blocks of each kind that gradients reach."""
-        return tuple(len(group) for group in self._groups(setup).values())
+        return tuple(len(group) for group in self.looks(setup)[0].values())
 
     def formula(self, setup: Setup) -> Formula:
         """Return the formula of a setup's kind of step; it is made at its first use."""
-        train, adapter, groups = setup.train, setup.adapter, self._groups(setup)
+        train, adapter, (groups, outside) = setup.train, setup.adapter, self.looks(setup)
         several = chunks(train.batch_size, train.max_seq_length, train.loss_chunk) if train.loss_chunk else 0
-        outside = self._look([x for x in self.spec.layers if x.block is None], setup)
         few = tuple((look, min(len(group), _SAMPLE), len(group) > _SAMPLE) for look, group in groups.items())
         key = (few, outside, adapter.kind, adapter.dtype, adapter.dropout > 0, train.optimizer, train.grad_checkpoint,
                train.grad_accumulation_steps > 1, train.pack, several)  # fmt: skip
@@ -175,26 +184,32 @@ class Forecast:
         self._formulas.move_to_end(key)
         return self._formulas[key]
 
-    def _look(self, layers: list[LayerSpec], setup: Setup) -> tuple:
-        targets, configs = {x.path for x in setup.adapter.targets(self.spec)}, self.configs(setup)
-        return tuple((x.role, x.shape, x.stored, configs.get(x.path), x.path in targets) for x in layers)
+    def looks(self, setup: Setup) -> tuple[dict[Look, list[int]], Look]:
+        """Return what makes the kind of a step: what layers are, how they are stored and which are adapted.
 
-    def _groups(self, setup: Setup) -> dict[tuple, list[int]]:
-        """Blocks that a gradient reaches, by what their layers are, how they are stored and which are adapted."""
+        Returns:
+            Numbers of the blocks that a gradient reaches, by the look of their layers; and the look of the layers outside.
+
+        Raises:
+            ConfigError, LayerNotFoundError: the setup does not fit the model.
+        """
         targets, configs = {x.path for x in setup.adapter.targets(self.spec)}, self.configs(setup)
-        blocks: dict[int, list[LayerSpec]] = {}
+        blocks: dict[int | None, list[LayerSpec]] = {None: []}
         for layer in self.spec.layers:
-            if layer.block is not None:
-                blocks.setdefault(layer.block, []).append(layer)
-        own = [b for b, layers in blocks.items() if any(x.path in targets for x in layers)]
+            blocks.setdefault(layer.block, []).append(layer)
+        looks = {
+            block: tuple((x.role, x.shape, x.stored, configs.get(x.path), x.path in targets) for x in layers)
+            for block, layers in blocks.items()
+        }
+        outside = looks.pop(None)
+        own = [block for block, look in looks.items() if any(adapted for *_, adapted in look)]
         embeds = any(x.path in targets and x.kind == "embedding" for x in self.spec.layers)
-        lowest = min(own) if own and not embeds else min(blocks, default=0)
-        groups: dict[tuple, list[int]] = {}
-        for block, layers in blocks.items():
+        lowest = min(own) if own and not embeds else min(looks, default=0)
+        groups: dict[Look, list[int]] = {}
+        for block, look in looks.items():
             if block >= lowest:
-                look = tuple((x.role, x.shape, x.stored, configs.get(x.path), x.path in targets) for x in layers)
                 groups.setdefault(look, []).append(block)
-        return groups
+        return groups, outside
 
     def _made(self, setup: Setup, groups: list[list[int]], several: int) -> Formula:
         refs = references(several, min(min(x.shape[-2:]) for x in setup.adapter.targets(self.spec)))

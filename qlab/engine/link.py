@@ -21,14 +21,14 @@ class Link:
     """Traits of a quantizer or an adapter that move together with the sliders of an estimate.
 
     Args:
-        source: what was estimated.
+        source: what was estimated; an adapter brings the quantizer along that its base follows.
         storage: whether its storage counts, not one given beside it.
         size: whether its adapter counts.
     """
 
     def __init__(self, source: Any, storage: bool, size: bool) -> None:
         holder = source if hasattr(source, "bits") else getattr(source, "quantizer", None)
-        self.storage = holder if storage and hasattr(holder, "observe") else None
+        self._source, self.storage = source, holder if storage and hasattr(holder, "observe") else None
         self.adapter = source if size and hasattr(source, "observe") and config_of(source) else None
 
     @property
@@ -50,13 +50,14 @@ class Link:
 
     def pull(self, setup: Setup) -> Setup:
         """Return a setup as the traits have it now."""
-        plan = self.storage.plan if self.storage is not None else setup.plan
+        plan = self._source.plan if self.storage is not None else setup.plan  # a trained adapter stays on its base
         return replace(setup, plan=plan, adapter=self.adapter.config if self.adapter is not None else setup.adapter)
 
     def push(self, setup: Setup) -> None:
         """Set the traits as a setup has them."""
         plan, lora = setup.plan, setup.adapter
-        if self.storage is not None and plan is not None and plan != self.storage.plan:
+        held = getattr(self._source, "quantizer", self.storage) is not self.storage
+        if self.storage is not None and not held and plan is not None and plan != self.storage.plan:
             with self.storage.hold_trait_notifications():
                 default = plan.default
                 self.storage.mode, self.storage.bits, self.storage.group_size = default.mode, default.bits, default.group_size

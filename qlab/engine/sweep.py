@@ -122,10 +122,9 @@ class Sweep:
 
     def _kind(self, setup: Setup) -> tuple[int, tuple[int, ...]] | None:
         try:
-            groups = self._forecast._groups(setup)
+            groups, outside = self._forecast.looks(setup)
         except ConfigError:
             return None
-        outside = self._forecast._look([x for x in self._forecast.spec.layers if x.block is None], setup)
         counts = tuple(len(group) for group in groups.values())
         key = (tuple(map(_plain, groups)), _plain(outside), tuple(min(n, _FEW) for n in counts))
         return self._numbers.setdefault(key, len(self._numbers)), counts

@@ -5,6 +5,7 @@ Knows no budget. Runs on the MLX thread.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Sequence
 
@@ -96,6 +97,7 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
         UnsupportedError: the step cannot be built for this model, or cannot be read.
     """
     step = Step(module, train)
+    _mark(step)
     frozen = {path: array for path, array in tree_flatten(module.parameters()) if path not in step.parameters}
     batch = mx.zeros((train.batch_size, train.max_seq_length), mx.int32)
     roles = ["weights"] * len(frozen) + ["adapter"] * len(step.parameters) + ["batch"] * 3
@@ -117,6 +119,14 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
     loss, count, *grads = graph.outputs
     updated(graph, train, step.parameters, graph.inputs[len(frozen) : -3], [*grads, loss, count])
     return graph
+
+
+def _mark(step: Step) -> None:
+    """Keep the two passes behind the blocks, one for the loss and one for its gradients, from being merged by reading."""
+    if step.stack is None:
+        return
+    after, numbers = step.stack.after, itertools.count()
+    step.stack.after = lambda hidden: after(mx.depends([hidden], [mx.array(float(next(numbers)))])[0])
 
 
 def updated(graph: Graph, train: TrainConfig, trained: Arrays, ids: Sequence[int], sums: list[int]) -> None:

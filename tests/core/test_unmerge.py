@@ -38,7 +38,12 @@ def test_on_the_way_forward_every_operation_has_its_own_broadcast_and_its_gradie
 
 
 def test_numbers_that_follow_from_numbers_are_computed_by_every_reader():
-    nodes = [Node("Power", (0, 1), (2,)), Node("Sqrt", (2,), (3,)), Node("Multiply", (4, 3), (5,)), Node("Multiply", (5, 3), (6,))]
+    nodes = [
+        Node("Power", (0, 1), (2,)),
+        Node("Sqrt", (2,), (3,)),
+        Node("Multiply", (4, 3), (5,)),
+        Node("Multiply", (5, 3), (6,)),
+    ]
     made = graph([1, 1, 1, 1, 8, 8, 8], nodes, [6])
     assert names(unmerged(made)).count("Power") == 2
     made.outputs = [6, 3]  # what is asked for is kept, and shared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 import qlab
+from qlab.engine.export import chosen
 from qlab.engine.job import mlx_call
 from qlab.engine.surgery import module_at
-from qlab.errors import SaveError, WeightsError
+from qlab.errors import ConfigError, SaveError, WeightsError
 
 TOKENS = [5, 100, 7, 900, 33, 2]
 
@@ -132,3 +134,18 @@ def test_weights_that_are_not_finite_are_refused_and_named(tmp_path):
     with pytest.raises(WeightsError, match=path):
         q.quantize()
     q.close()
+
+
+def test_an_override_that_its_layer_cannot_hold_is_refused_with_what_can(demo):
+    path = "model.layers.0.mlp.down_proj"
+    q = qlab.Quantizer(demo)
+    q.close()
+    q.overrides = {path: qlab.QuantConfig(group_size=128)}
+    assert q.quantize().plan == q.plan  # 512 wide
+    spec = replace(demo.spec, layers=tuple(replace(x, shape=(256, 96)) if x.path == path else x for x in demo.spec.layers))
+    with pytest.raises(
+        ConfigError, match=f"'{path}' cannot be stored as affine 4-bit g128: .* nearest group size that does is 32"
+    ):
+        chosen(spec, q.plan)
+    with pytest.raises(ConfigError, match="give None, which keeps it as it is"):
+        chosen(replace(spec, layers=tuple(replace(x, shape=(256, 40)) for x in spec.layers)), q.plan)

@@ -12,7 +12,8 @@ from qlab.core.config import QuantConfig, QuantPlan
 from qlab.core.memory import Setup
 from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine import forecast as forecasts
-from qlab.engine import pieces, record
+from qlab.engine import record
+from qlab.engine import trace as traces
 from qlab.engine.forecast import Forecast, measured_peak
 from qlab.engine.skeleton import skeleton
 from qlab.errors import ConfigError, UnsupportedError
@@ -157,7 +158,7 @@ def test_without_a_compiler_nothing_is_fused(monkeypatch):
     forecast = Forecast(skeleton(settings("llama")), "tiny")
     setup = Setup(None, LoRAConfig(rank=4), TrainConfig(**TRAIN, grad_checkpoint=True))
     fused = forecast.graph(setup)
-    monkeypatch.setattr(pieces.shutil, "which", lambda _: None)
+    monkeypatch.setattr(traces.shutil, "which", lambda _: None)
     plain = forecast.graph(setup)
     assert any(node.name == "Compiled" for node in fused.nodes)
     assert not any(node.name == "Compiled" for node in plain.nodes)
