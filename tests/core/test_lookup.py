@@ -66,5 +66,10 @@ def test_the_kernel_for_metal_is_one_function_of_its_three_inputs(monkeypatch):
     found = next(x for x in made if x.get("name") == "CustomKernel")
     assert found["outputs"][0][1:] == ((4, 256), mx.bfloat16)
     source = found["arguments"][1]
-    for part in ("const device uint32_t* codes", "const device float* scales", "device bfloat16_t* out", "thread_position_in_grid"):
+    for part in (
+        "const device uint32_t* codes",
+        "const device float* scales",
+        "device bfloat16_t* out",
+        "thread_position_in_grid",
+    ):
         assert part in source, source

@@ -187,7 +187,9 @@ def test_the_experts_of_a_mixture_are_meant_without_keys_by_name_and_by_pattern(
 def test_experts_count_one_pair_of_factors_each_and_a_rank_above_their_width_names_them():
     assert LoRAConfig(rank=4, keys="up_proj").size(MIXED) == 4 * 4 * (32 + WIDTH)
     assert LoRAConfig(rank=4, keys="up_proj", kind="dora").size(MIXED) == 4 * (4 * (32 + WIDTH) + 32)
-    with pytest.raises(ConfigError, match=r"rank=33 .*'model\.layers\.0\.mlp\.experts\.up_proj' \(4 × 32 × 64\); the largest is 32"):
+    with pytest.raises(
+        ConfigError, match=r"rank=33 .*'model\.layers\.0\.mlp\.experts\.up_proj' \(4 × 32 × 64\); the largest is 32"
+    ):
         LoRAConfig(rank=33, keys="up_proj").targets(MIXED)
 
 
