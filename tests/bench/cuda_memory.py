@@ -1,7 +1,8 @@
 """Foreseen memory against measured on a CUDA card: steps of 1B, 4B and 8B shapes with random 4-bit weights.
 
-``python -m tests.bench.cuda_memory [tiny|1b|4b|8b ...] [--save FILE]`` prints a line a setting: measured, traced, formula; the
-table is in docs/guide/memory_accuracy.md. Weights are made on the card, a layer at a time: nothing is read or fetched.
+``python -m tests.bench.cuda_memory [tiny|1b|4b|8b ...] [--save FILE]`` prints a line a setting (measured, traced, formula; the loss
+in chunks and at once) and a summary; the table is in docs/guide/memory_accuracy.md. Weights are made on the card, a layer at a
+time: nothing is read or fetched.
 ``--save`` keeps the graphs, so that work in flight can be studied where there is no card. ``tiny`` is for trying it out.
 """
 
@@ -11,6 +12,7 @@ import lzma
 import pickle
 import sys
 import time
+from statistics import median
 
 import qlab
 
@@ -42,12 +44,12 @@ SHAPES = {
     "8b": dict(hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, head_dim=128, vocab_size=128256,
                tie_word_embeddings=False),
 }  # fmt: skip
-# batch, tokens, checkpoints, chunk of the loss
+# batch, tokens, checkpoints, chunk of the loss (0: at once)
 SETTINGS = {
-    "tiny": [(2, 128, True, 64), (2, 128, False, 64)],
-    "1b": [(4, 1024, True, 512), (4, 1024, False, 512), (1, 512, False, 0)],
-    "4b": [(2, 512, True, 512), (1, 512, False, 512), (1, 2048, True, 512)],
-    "8b": [(1, 2048, True, 512), (4, 1024, True, 512), (1, 512, False, 512)],
+    "tiny": [(2, 128, True, 64), (2, 128, False, 64), (2, 128, True, 0), (2, 128, False, 0)],
+    "1b": [(4, 1024, True, 512), (4, 1024, False, 512), (1, 512, True, 0), (1, 512, False, 0)],
+    "4b": [(2, 512, True, 512), (1, 512, False, 512), (1, 2048, True, 512), (1, 512, True, 0)],
+    "8b": [(1, 2048, True, 512), (4, 1024, True, 512), (1, 512, False, 512), (1, 512, True, 0)],
 }
 RANK = 16
 
@@ -91,15 +93,19 @@ def rows(name: str, graphs: dict):
         mx.clear_cache()
 
 
-def show(name: str, graphs: dict) -> None:
-    """Print a shape's lines."""
+def show(name: str, graphs: dict) -> list[tuple[float, float]]:
+    """Print a shape's lines; return the errors of trace and formula."""
+    errors = []
     for batch, tokens, checkpoint, chunk, peak, traced, formula, taken in rows(name, graphs):
+        off = traced / peak - 1, formula / peak - 1
         print(
-            f"{name:5} {batch}×{tokens:<5} {'stepped' if checkpoint else 'whole':8} chunk {chunk:<4} measured {peak / 1e9:7.2f} GB  "
-            f"traced {traced / 1e9:7.2f} ({100 * (traced / peak - 1):+6.1f} %)  formula {formula / 1e9:7.2f} "
-            f"({100 * (formula / peak - 1):+6.1f} %)  {taken:.0f} s",
+            f"{name:5} {batch}×{tokens:<5} {'stepped' if checkpoint else 'whole':8} chunk {chunk or 'none':<5} "
+            f"measured {peak / 1e9:7.3f} GB  traced {traced / 1e9:7.3f} ({100 * off[0]:+6.1f} %)  "
+            f"formula {formula / 1e9:7.3f} ({100 * off[1]:+6.1f} %)  {taken:.0f} s",
             flush=True,
         )
+        errors += [off] if traced else []
+    return errors
 
 
 def main() -> None:
@@ -110,14 +116,20 @@ def main() -> None:
     info = mlx_call(lambda: mx.device_info() if backend() != "cpu" else {})
     print(f"{mlx_call(backend)} {info.get('device_name', '')}, mlx {mx.__version__}, qlab {qlab.__version__}", flush=True)
     graphs: dict = {}
+    errors: list[tuple[float, float]] = []
     for name in names:
         try:
-            mlx_call(show, name, graphs)
+            errors += mlx_call(show, name, graphs)
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
         if file:
             with lzma.open(file, "wb", preset=1) as out:
                 pickle.dump(graphs, out)
+    for level, found in zip(("traced", "formula"), zip(*errors, strict=True), strict=False):
+        off = [100 * error for error in found]
+        print(
+            f"{level:8} n={len(off)} median |error| {median(map(abs, off)):.1f} %, lowest {min(off):+.1f} %, highest {max(off):+.1f} %"
+        )
 
 
 if __name__ == "__main__":
