@@ -161,8 +161,9 @@ def _rows(calls: list[_Call]) -> tuple[mx.array, np.ndarray | None]:
     rows, experts = [], []
     for x, *indices in calls:
         for to in indices:
-            x = mx.broadcast_to(x, (*to.shape, *x.shape[-2:]))
-            experts.append(np.array(to).reshape(-1))
+            shape = np.broadcast_shapes(x.shape[:-2], to.shape)
+            x = mx.broadcast_to(x, (*shape, *x.shape[-2:]))
+            experts.append(np.array(mx.broadcast_to(to[..., None], (*shape, x.shape[-2]))).reshape(-1))
         rows.append(x.reshape(-1, x.shape[-1]).astype(mx.float32))
     return mx.concatenate(rows), np.concatenate(experts) if experts else None
 

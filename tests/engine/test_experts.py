@@ -48,6 +48,7 @@ def routings() -> dict[str, tuple[mx.array, mx.array, bool]]:
         "several experts a row": (x, mx.random.randint(0, EXPERTS, (2, 5, 3), key=mx.random.key(3)), False),
         "sorted": (rows, mx.sort(mx.random.randint(0, EXPERTS, (40,), key=mx.random.key(4))), True),
         "a single token": (x[:1, :1], mx.array([[[4, 1]]]), False),
+        "an expert a group": (mx.random.normal((2, 3, EXPERTS, 2, WIDTH), key=mx.random.key(5)), mx.arange(EXPERTS), False),
     }
 
 

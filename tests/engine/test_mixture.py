@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -266,6 +267,25 @@ def test_every_expert_is_given_the_rows_that_went_to_it(name):
         for expert, own in found[up].items():
             a, b = (own.seen @ weight_of(module_at(module, path))[expert].T for path in (gate, up))
             assert mx.allclose(a * mx.sigmoid(a) * b, found[down][expert].seen, rtol=1e-3, atol=1e-4)
+
+
+@on_mlx
+def test_rows_that_share_their_experts_are_given_to_each():
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    class Grouped(nn.Module):  # as the output of DeepSeek's attention: group g of every token goes to expert g
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(97, 3 * 8), SwitchLinear(8, 5, 3)
+
+        def __call__(self, tokens: mx.array) -> mx.array:
+            return self.out(self.embed(tokens).reshape(*tokens.shape, 3, 1, 8), mx.arange(3))
+
+    model, texts = Grouped(), rows()
+    (found,) = passing(model, ["out"], texts[:4], texts[4:])
+    expected = model.embed(mx.concatenate(texts[:4], 1)).reshape(-1, 3, 8)
+    assert found["out"].keys() == {0, 1, 2}
+    assert all(mx.array_equal(own.seen, expected[:, group]) for group, own in found["out"].items())
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
