@@ -108,13 +108,15 @@ def recovery(path: str, original: Weight, stored: Weight, inputs: Passed | None)
     share is that of their common error, and a singular value that of a typical expert.
     """
     error, weight = error_of(path, original, stored)
-    energy = mx.square(error).sum().item()
-    if not energy > 0:
+    stack = error.reshape(-1, *error.shape[-2:])  # the layer's own, or one of each expert
+    energies = np.array(mx.square(stack).sum((1, 2)), np.float64)
+    if not energies.any():
         return None
-    relative = (energy / mx.square(weight).sum().item()) ** 0.5
-    experts = {0: error} if error.ndim == 2 else {e: error[e] for e in _some(len(error))}
+    relative = (energies.sum() / mx.square(weight).sum().item()) ** 0.5
+    some = _some(np.flatnonzero(energies))
     squares, gains, totals = np.zeros(1), dict.fromkeys(STARTS, np.zeros(1)), 0.0
-    for number, own in experts.items():
+    for number in some:
+        own = stack[number]
         left, found = leading(own, rank := _kept(own))
         squares = squares + found
         given = inputs.get(number) if isinstance(inputs, dict) else inputs
@@ -124,7 +126,7 @@ def recovery(path: str, original: Weight, stored: Weight, inputs: Passed | None)
             for init in STARTS:
                 vectors = left if init == "residual" else directions(init, own, given, rank)[0]
                 gains[init] = gains[init] + np.array(mx.square(vectors[:, : min(own.shape)].T @ wrong).sum(-1), np.float64)
-    energy, noise = sum(mx.square(own).sum().item() for own in experts.values()), noise_squares(*error.shape[-2:])
+    energy, noise = energies[some].sum(), noise_squares(*error.shape[-2:])
     return Recovery(
         path, relative, on_grid(np.sqrt(squares / energy)), on_grid(np.sqrt(noise)),
         on_grid(np.minimum(np.cumsum(squares) / energy, 1)), on_grid(np.cumsum(noise)),
@@ -132,8 +134,8 @@ def recovery(path: str, original: Weight, stored: Weight, inputs: Passed | None)
     )  # fmt: skip
 
 
-def _some(count: int) -> list[int]:
-    return np.unique(np.linspace(0, count - 1, min(count, _EXPERTS)).round().astype(int)).tolist()
+def _some(experts: np.ndarray) -> list[int]:
+    return experts[np.linspace(0, len(experts) - 1, min(len(experts), _EXPERTS)).round().astype(int)].tolist()
 
 
 def _kept(error: mx.array) -> int:

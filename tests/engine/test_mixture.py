@@ -334,6 +334,17 @@ def test_recovered_shares_are_those_of_all_experts_errors_together():
 
 
 @on_mlx
+def test_eight_experts_that_have_an_error_speak_for_all():
+    weight = mx.random.normal((40, 24, 16), key=mx.random.key(1))
+    stored = weight + 0.1 * mx.random.normal(weight.shape, key=mx.random.key(2)) * (mx.arange(40) % 2)[:, None, None]
+    found = recovery("x", lambda _: weight, lambda _: stored, None)
+    squares = np.array([np.linalg.svd(np.array(own), compute_uv=False) ** 2 for own in (weight - stored)[1::2]])
+    assert found.share(4) == pytest.approx(squares[:, :4].sum() / squares.sum(), rel=0.05)
+    assert found.relative_error == pytest.approx(np.linalg.norm(stored - weight) / np.linalg.norm(weight), rel=1e-4)
+    assert recovery("x", lambda _: weight, lambda _: weight, None) is None
+
+
+@on_mlx
 def test_a_layer_that_is_not_quantized_starts_without_effect_and_can_learn():
     module, spec = mixture()
     lora = LoRAConfig(rank=4, init="residual", keys=("up_proj", "q_proj", "down_proj", "lm_head"))
