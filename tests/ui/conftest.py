@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -46,10 +48,9 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory, chromium):
-    """Root folder and address of a JupyterLab server of its own."""
-    root = tmp_path_factory.mktemp("lab")
+@contextmanager
+def served(root: Path) -> Iterator[str]:
+    """A JupyterLab server of its own within, over a folder; gives its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -74,39 +75,50 @@ def lab(tmp_path_factory, chromium):
                 break
             except OSError:
                 time.sleep(0.5)
-        yield root, f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}"
         server.terminate()
         server.wait(20)
 
 
+def opened(context, root: Path, url: str, name: str, cells: list[str]):
+    """Open a notebook of the given code cells; the page lists foreign requests and page errors."""
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    made.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(made, root / f"{name}.ipynb")
+    page = context.new_page()
+    page.foreign, page.errors = [], []
+
+    def route(request):
+        if request.request.url.startswith((url, "data:", "blob:")):
+            request.continue_()
+        else:
+            page.foreign.append(request.request.url)
+            request.abort()
+
+    page.route("**/*", route)
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.goto(f"{url}/lab/tree/{name}.ipynb?token=tok&reset")
+    ready = f"window.jupyterapp?.shell.currentWidget?.sessionContext?.isReady && {KERNEL}?.status === 'idle'"
+    page.wait_for_function(ready, timeout=90_000)
+    return page
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory, chromium):
+    """Root folder and address of a JupyterLab server of its own."""
+    root = tmp_path_factory.mktemp("lab")
+    with served(root) as url:
+        yield root, url
+
+
 @pytest.fixture
 def notebook(lab, chromium):
-    """Opens a notebook of the given code cells; the page lists foreign requests and page errors."""
-    root, url = lab
+    """Opens a notebook, see ``opened``."""
     contexts = []
 
     def open_(name: str, cells: list[str], width: int = 1100):
-        made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-        made.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        nbformat.write(made, root / f"{name}.ipynb")
-        context = chromium.new_context(viewport={"width": width, "height": 950})
-        contexts.append(context)
-        page = context.new_page()
-        page.foreign, page.errors = [], []
-
-        def route(request):
-            if request.request.url.startswith((url, "data:", "blob:")):
-                request.continue_()
-            else:
-                page.foreign.append(request.request.url)
-                request.abort()
-
-        page.route("**/*", route)
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        page.goto(f"{url}/lab/tree/{name}.ipynb?token=tok&reset")
-        ready = f"window.jupyterapp?.shell.currentWidget?.sessionContext?.isReady && {KERNEL}?.status === 'idle'"
-        page.wait_for_function(ready, timeout=90_000)
-        return page
+        contexts.append(chromium.new_context(viewport={"width": width, "height": 950}))
+        return opened(contexts[-1], *lab, name, cells)
 
     yield open_
     for context in contexts:
