@@ -31,7 +31,7 @@ _ELEMENTWISE = {
     "NotEqual", "Power", "Remainder", "Round", "Rsqrt", "Select", "Sigmoid", "Sign", "Sin", "Sqrt", "Square",
     "Subtract", "Tan", "Tanh", "Compiled",
 }  # fmt: skip
-_COPYING = {"Scatter", "ScatterAxis", "SliceUpdate"}
+_COPYING = {"Scatter", "ScatterAxis", "SliceUpdate", "AddMM"}
 _IN_PLACE = {"Softmax", "RMSNorm", "LayerNorm", "RoPE", "Scatter", "ScatterAxis", "SliceUpdate", "RMSNormVJP"}
 _PRODUCTS = {"Matmul", "AddMM", "QuantizedMatmul", "GatherQMM", "GatherMM"}
 
@@ -100,6 +100,7 @@ def simulate(graph: Graph, runahead: Runahead | None = None) -> Usage:
 class _Simulation:
     def __init__(self, graph: Graph, runahead: Runahead | None) -> None:
         self.graph, self.ahead = graph, runahead
+        self._kernels = bool(runahead and runahead.kernels)
         self.buffers: dict[int, _Buffer] = {}  # by array id
         self.strides: dict[int, tuple[int, ...]] = {}
         self.stored: dict[int, int] = {}  # elements in the buffer that the array spans
@@ -158,11 +159,13 @@ class _Simulation:
             own = 0
         elif node.name == "Concatenate":
             own = len(node.inputs)
-        elif node.name in _COPYING and self.buffers[node.outputs[0]].array == node.outputs[0]:
+        elif (
+            node.name in _COPYING and self._target(node) is not None and self.buffers[node.outputs[0]].array == node.outputs[0]
+        ):
             own = 2  # what is not written over is copied first
         else:
             own = 1
-        return own + copies + (not (self.ahead and self.ahead.kernels))
+        return own + copies + (not self._kernels)
 
     # --- buffers ----------------------------------------------------------------------------------------------------
 
@@ -211,14 +214,20 @@ class _Simulation:
             self._reshape(node)
         elif node.name in _ELEMENTWISE:
             self._elementwise(node)
-        elif node.name in _IN_PLACE:
-            self._in_place(node)
+        elif (target := self._target(node)) is not None:
+            self._in_place(node, target)
         else:
             for a in node.outputs:
                 self._allocate(a, self.graph.arrays[a].nbytes)
-            if node.name in _PRODUCTS:
-                return [b for a in node.inputs[:2] if (b := self._copied(a, node.name))]
+        if node.name in _PRODUCTS:
+            return [b for a in node.inputs[:2] if (b := self._copied(a, node.name))]
         return []
+
+    def _target(self, node: Node) -> int | None:
+        """Which input an operation writes over where it may."""
+        if node.name == "AddMM":
+            return None if self._kernels else 2  # a GPU reads all three
+        return 0 if node.name in _IN_PLACE else None
 
     def _copied(self, a: int, product: str) -> _Buffer | None:
         """A temporary copy of an operand whose rows are not laid out as the product needs them."""
@@ -280,11 +289,11 @@ class _Simulation:
             1 < stored < prod(shape) and prod(s for s, t in zip(shape, self.strides[a], strict=True) if t) == stored
         )
 
-    def _in_place(self, node: Node) -> None:
+    def _in_place(self, node: Node, target: int) -> None:
+        x = node.inputs[target]
         for n, a in enumerate(node.outputs):
-            donors = [x for x in node.inputs[:1] if self.strides[x][-1:] in ((1,), ()) and self._donor(node, x, a)]
-            if n == 0 and donors:
-                self._share(a, donors[0], self.strides[donors[0]])
+            if n == 0 and self.strides[x][-1:] in ((1,), ()) and self._donor(node, x, a):
+                self._share(a, x, self.strides[x])
             else:
                 self._allocate(a, self.graph.arrays[a].nbytes)
 

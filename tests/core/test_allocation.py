@@ -91,3 +91,10 @@ def test_a_function_of_a_broadcast_array_is_as_small_as_what_was_broadcast():
     made = graph([SIZE] * 3, [Node("Broadcast", (0,), (1,)), Node("AsType", (1,), (2,))], [2])
     made.arrays |= {1: Array((10, SIZE), 4), 2: Array((10, SIZE), 4)}
     assert simulate(made).peak_nbytes == 2 * BYTES
+
+
+def test_a_product_that_is_added_writes_over_what_it_is_added_to_except_on_a_gpu():
+    # c is made anew, then a · b is added to it
+    made = graph([SIZE] * 5, [Node("Exp", (0,), (1,)), Node("AddMM", (2, 3, 1), (4,))], [4])
+    assert simulate(made).peak_nbytes == 4 * BYTES
+    assert simulate(made, Runahead(0, kernels=True)).peak_nbytes == 5 * BYTES
