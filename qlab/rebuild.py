@@ -10,9 +10,11 @@ from qlab.adapter import Adapter
 from qlab.core.rows import Rows
 from qlab.engine import checkpoint, run_folder
 from qlab.engine.job import mlx_call
-from qlab.errors import ConfigError
+from qlab.errors import BusyError, ConfigError
 from qlab.model import Model, load
 from qlab.quantizer import Quantizer
+
+_KEPT = ("kind", "rank", "scale", "dropout", "num_layers", "keys", "dtype", "rslora")  # of the adapter; its start is past
 
 
 class Resume:
@@ -31,11 +33,17 @@ def rebuilt(path: str | Path, adapter: Adapter | None) -> tuple[Path, Adapter, r
 
     Raises:
         LoadError: no checkpoint there opens, or the model is gone.
-        ConfigError: the base is not the one that the run was made with.
+        ConfigError: base or adapter are not those that the run was made with.
+        BusyError: another run trains the adapter.
     """
     found = checkpoint.latest(Path(path).expanduser())
     facts, rows, held = run_folder.read(found.parent)
     adapter = adapter or _adapter(facts)
+    if adapter.run:
+        raise BusyError(f"The run {adapter.run!r} trains this adapter; stop it first.")
+    for name in _KEPT:
+        if (ours := getattr(adapter.config, name)) != (its := getattr(facts.lora, name)):
+            raise ConfigError(f"The adapter has {name}={ours!r}, and the run in {found.parent} {name}={its!r}.")
     if mlx_call(run_folder.fingerprint, adapter.base.module) != facts.base:
         raise ConfigError(f"{adapter.model.name!r} is not the base that the run in {found.parent} was made with.")
     adapter.set_parameters(mlx_call(checkpoint.read_parameters, found), f"checkpoint {found.name}")

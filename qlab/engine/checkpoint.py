@@ -153,6 +153,7 @@ def latest(folder: Path) -> Path:
         LoadError: there is none.
     """
     if (folder / "state.json").is_file():
+        _read(folder)
         return folder
     found = sorted(folder.glob("step-*"), reverse=True)
     for path in found:
@@ -187,8 +188,7 @@ def load(path: Path, parameters: Arrays) -> TrainState:
         LoadError: a file is missing or cut short, or the optimizer's state is not that of these parameters.
     """
     facts, optimizer = _read(path)
-    history = [StepEvent(**{**event, "marks": tuple(Mark(**mark) for mark in event["marks"])}) for event in facts["history"]]
-    state = TrainState(parameters, optimizer, **{name: facts[name] for name in _PLAIN}, history=history)
+    state = TrainState(parameters, optimizer, **facts)
     mx.eval(state.parameters, state.optimizer)
     return state
 
@@ -199,10 +199,11 @@ def _read(path: Path) -> tuple[dict[str, Any], Arrays]:
             raise LoadError(f"{path} has no {name}, so it is not a whole checkpoint.")
         check_safetensors(path / name)
     try:
-        facts = json.loads((path / "state.json").read_text())
-        missing = [name for name in [*_PLAIN, "history"] if name not in facts]
-    except (OSError, ValueError, TypeError) as error:
+        found = json.loads((path / "state.json").read_text())
+        if missing := [name for name in [*_PLAIN, "history"] if name not in found]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        marked = [{**event, "marks": tuple(Mark(**mark) for mark in event["marks"])} for event in found["history"]]
+        facts = {**{name: found[name] for name in _PLAIN}, "history": [StepEvent(**event) for event in marked]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise LoadError(f"{path / 'state.json'} cannot be read: {error}.") from error
-    if missing:
-        raise LoadError(f"{path / 'state.json'} lacks {', '.join(missing)}.")
     return facts, mx.load(str(path / "optimizer.safetensors"))
