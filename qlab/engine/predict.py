@@ -5,7 +5,8 @@ Knows neither what is right nor any other model.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -24,9 +25,6 @@ class Predictor:
 
     Args:
         module: an mlx-lm model; it is not changed.
-
-    Attributes:
-        vocabulary: outcomes of a prediction.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -36,36 +34,44 @@ class Predictor:
             self._stack: Stack | None = Stack(self._module)
         except UnsupportedError:
             self._stack = None
-        self.vocabulary: int = self.log_probs(self._rows(mx.zeros((1, 1), mx.int32))[0]).shape[-1]  # never computed
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Outcomes of a prediction."""
+        return self.logits(self._rows(mx.zeros((1, 1), mx.int32), lambda x: None)).shape[-1]  # never computed
 
     def hidden(self, tokens: mx.array, where: mx.array) -> mx.array:
-        """Return what ``log_probs`` takes for chosen positions, evaluated, ``(n, …)``.
+        """Return what ``logits`` takes for chosen positions, evaluated, ``(n, …)``; a block at a time where that can be.
 
         Args:
-            tokens: ``(1, T)``.
-            where: positions, integers ``(n,)``.
+            tokens: ``(B, T)``.
+            where: positions among all, row after row, integers ``(n,)``.
         """
-        rows = self._rows(tokens)[0, where]
+        rows = self._rows(tokens, mx.eval)[where]  # else the weights of many blocks would be dequantized at once
         mx.eval(rows)
         return rows
 
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Return logits of the next token, float32 ``(n, vocabulary)``, lazily."""
+        return (self._stack.after(hidden[None])[0] if self._stack is not None else hidden).astype(mx.float32)
+
     def log_probs(self, hidden: mx.array) -> mx.array:
         """Return log-probabilities of the next token, float32 ``(n, vocabulary)``, lazily."""
-        logits = self._stack.after(hidden[None])[0] if self._stack is not None else hidden
-        logits = logits.astype(mx.float32)
+        logits = self.logits(hidden)
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
-    def _rows(self, tokens: mx.array) -> mx.array:
+    def _rows(self, tokens: mx.array, between: Callable[[mx.array], None]) -> mx.array:
         if self._stack is not None:
             try:
                 x, calls = self._stack.before(tokens)
             except UnsupportedError:
                 self._stack = None
         if self._stack is None:  # then all logits exist at once
-            return self._module(tokens)
+            return self._module(tokens).reshape(tokens.size, -1)
         for block, (args, kwargs) in zip(self._stack.blocks, calls, strict=True):
             x = block(x, *args, **kwargs)
-        return x
+            between(x)
+        return x.reshape(tokens.size, -1)
 
 
 def chunk_length(vocabulary: int) -> int:

@@ -5,7 +5,6 @@ Knows no schedule.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -13,9 +12,8 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from qlab.core.rows import Batch
-from qlab.engine.stack import Stack
+from qlab.engine.predict import Predictor
 from qlab.engine.step import Arrays
-from qlab.errors import UnsupportedError
 
 _CHUNK = 512  # positions whose logits exist at once
 
@@ -50,33 +48,13 @@ def nats(module: nn.Module, parameters: Arrays, batch: Batch) -> Nats:
         batch: padded rows, not packed.
     """
     module.update(tree_unflatten(list(parameters.items())))
-    module.eval()
-    try:
-        tokens, mask = mx.array(batch.tokens), batch.mask[:, 1:]
-        where = mx.array(mask.reshape(-1).nonzero()[0].astype("int32"))
-        targets = tokens[:, 1:].reshape(-1)[where]
-        total = mx.array(0.0)
-        for start, logits in _logits(module, tokens[:, :-1], where):
-            label = targets[start : start + logits.shape[0]]
-            total = total + nn.losses.cross_entropy(logits.astype(mx.float32), label).sum()
-            mx.eval(total)
-        return Nats(total.item(), int(mask.sum()))
-    finally:
-        module.train()
-
-
-def _logits(module: nn.Module, inputs: mx.array, where: mx.array) -> Iterator[tuple[int, mx.array]]:
-    """Yield the logits of chosen positions, ``(chunk, vocabulary)``, and how many came before."""
-    try:
-        stack = Stack(module)
-        x, calls = stack.before(inputs)
-    except UnsupportedError:  # then all logits exist at once
-        yield 0, module(inputs).reshape(inputs.size, -1)[where]
-        return
-    for block, (args, kwargs) in zip(stack.blocks, calls, strict=True):
-        x = block(x, *args, **kwargs)
-        mx.eval(x)
-    rows = x.reshape(-1, x.shape[-1])
+    tokens, mask = mx.array(batch.tokens), batch.mask[:, 1:]
+    where = mx.array(mask.reshape(-1).nonzero()[0].astype("int32"))
+    targets = tokens[:, 1:].reshape(-1)[where]
+    predictor, total = Predictor(module), mx.array(0.0)
+    rows = predictor.hidden(tokens[:, :-1], where)
     for start in range(0, where.size, _CHUNK):
-        picked = rows[where[start : start + _CHUNK]]
-        yield start, stack.after(picked[None])[0]
+        part = slice(start, start + _CHUNK)
+        total = total + nn.losses.cross_entropy(predictor.logits(rows[part]), targets[part]).sum()
+        mx.eval(total)
+    return Nats(total.item(), int(mask.sum()))
