@@ -20,6 +20,8 @@ from qlab.core.training import LoRAConfig
 class DoRALayer(LowRank):
     """A frozen linear layer, a low-rank change of its directions, and the length of every row."""
 
+    follows = False
+
     def __init__(self, base: Any, config: LoRAConfig, shapes: Shapes) -> None:
         super().__init__(base, config, shapes)
         self.base_square = mx.square(base.dense(mx.float32)).sum(-1)

@@ -70,7 +70,12 @@ class LowRank(nn.Module):
         base: the frozen layer; see ``AdapterKind.make``.
         config: scale, dropout, dtype.
         shapes: what ``factors`` returns.
+
+    Attributes:
+        follows: whether nothing but products with activations reads the factors, so that a step may cast them beforehand.
     """
+
+    follows = True
 
     def __init__(self, base: Any, config: LoRAConfig, shapes: Shapes) -> None:
         super().__init__()

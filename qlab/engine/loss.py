@@ -15,13 +15,17 @@ class Sums(NamedTuple):
 
     Attributes:
         loss: in nats over the targets, float32.
-        grads: of that loss by path.
+        grads: of that loss by path, in the dtype of the products that gave them.
         count: number of targets, float32.
     """
 
     loss: mx.array
     grads: Arrays
     count: mx.array
+
+    def like(self, parameters: Arrays) -> Sums:
+        """Return the gradients in the dtype of the parameters, to be added up in it."""
+        return self._replace(grads={path: grad.astype(parameters[path].dtype) for path, grad in self.grads.items()})
 
     def plus(self, other: Sums) -> Sums:
         """Add another batch."""

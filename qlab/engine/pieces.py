@@ -21,6 +21,7 @@ from qlab.engine.linear import Frozen
 from qlab.engine.loss import Arrays, nats_and_slope
 from qlab.engine.reading import read
 from qlab.engine.stack import Stack
+from qlab.engine.stepped import followers
 from qlab.engine.trace import compiled, updated
 
 Function = Callable[..., list[mx.array]]
@@ -64,6 +65,8 @@ class Pieces:
         batch = mx.zeros((train.batch_size, train.max_seq_length), mx.int32)
         self.tokens = self._given(batch, "batch")
         x, calls, kinds = self._before(batch)
+        given = [self.ids[path] for path in self.trained]
+        self._thin(self.hidden.dtype)
         outer = [path for path in self.trained if path in self.outside]
         embeds = any(self._embeds(path) for path in outer)
         reached = [i for i, own in enumerate(self._own) if any(path.startswith(own) for path in self.trained)]
@@ -83,7 +86,7 @@ class Pieces:
             grads |= self._into(outer, cotangent, grads, batch)
         count = self._given(mx.array(0.0), "batch")
         sums = [*(grads[path] for path in self.trained), self.total, count]
-        updated(self.graph, train, self.trained, [self.ids[path] for path in self.trained], sums)
+        updated(self.graph, train, self.trained, given, sums)
         self._ask(*self.graph.outputs)
         return self.graph
 
@@ -104,6 +107,14 @@ class Pieces:
         x, *found = self._piece("before", run, [(self.tokens, batch), *self._outer()], False)
         left = iter(found)
         return x, [[next(left) for _ in _leaves(form)] for form in forms], forms
+
+    def _thin(self, dtype: mx.Dtype) -> None:
+        """Go on with factors as the products take them."""
+        for path in followers(self.module, f"{self.stack.path}.", self.trained).get(dtype, ()):
+            array = self.trained[path]
+            if array.dtype != dtype:
+                (self.ids[path],) = self._piece((path, dtype), lambda a: [a.astype(dtype)], [(self.ids[path], array)], False)
+                self._set([path], [mx.zeros(array.shape, dtype)])
 
     def _block(self, i: int, back: bool, form: Any, given: list[int], call: list[int]) -> list[int]:
         """Add a block's forward pass, or its way back: gradients by its input and by its trained arrays."""

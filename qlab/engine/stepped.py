@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from qlab.core.training import TrainConfig
 from qlab.engine.device import backend
-from qlab.engine.linear import Frozen
+from qlab.engine.linear import Frozen, Packed
 from qlab.engine.loss import Arrays, Given, Sums, given, nats_and_slope
 from qlab.engine.stack import Stack
 
@@ -60,6 +60,7 @@ class Stepped:
         self._outside = [path for path in self.parameters if not path.startswith(prefix)]
         self._places = {path: (holder, key) for path, holder, key in _Piece(module).places}
         self._keys = [path for path, _ in tree_flatten(module.parameters()) if path.endswith("dropout_key")]
+        self._followers = followers(module, prefix, self.parameters)
         self._end = _End(self._stack, self._outside)
         self._kinds: dict[Hashable, _Kind] = {}
         self._different: set[int] = set()  # blocks for which it matters where they stand
@@ -92,6 +93,7 @@ class Stepped:
         batch = given(tokens, mask, segments)
         counted = np.flatnonzero(np.array(batch.weights.reshape(-1)))  # before there is anything else to wait for
         x, calls = self._stack.before(batch.inputs, batch.segments)
+        self._set(self._thin(parameters, x.dtype))
         kinds = [self._kind(i, call, x) for i, call in enumerate(calls)]
         self._checked = True
         kept = self._forward(x, kinds)
@@ -103,11 +105,16 @@ class Stepped:
             cotangent, *own = kind.back(block, call, kept.pop(), cotangent)
             grads |= dict(zip(block.trained, own, strict=True))
             flight.add(cotangent, *own)
+        self._set(parameters)
         if self._end.embeds:
             names = self._outside
             _, more = mx.vjp(lambda *a: self._before(a, batch), [parameters[p] for p in names], [cotangent])
             grads |= {path: grads[path] + grad for path, grad in zip(names, more, strict=True)}
         return Sums(loss, grads, batch.weights.sum())
+
+    def _thin(self, parameters: Arrays, dtype: mx.Dtype) -> Arrays:
+        """Return the blocks' trained factors as products will take them: cast once, not on every way through a block."""
+        return {path: parameters[path].astype(dtype) for path in self._followers.get(dtype, ())}
 
     def _forward(self, x: mx.array, kinds: list[tuple[_Kind, _Piece]]) -> list[mx.array]:
         """Return the inputs of all blocks that a gradient reaches, and the output of the last."""
@@ -161,6 +168,23 @@ class Stepped:
         for path, array in parameters.items():
             holder, key = self._places[path]
             holder[key] = array
+
+
+def followers(module: nn.Module, prefix: str, trained: Arrays) -> dict[mx.Dtype, list[str]]:
+    """Return which trained arrays of the blocks serve as cast to the dtype of what enters them, by that dtype.
+
+    None do where something else in the blocks would make activations wider on their way.
+
+    Args:
+        module: what ``attach`` returned.
+        prefix: of paths within the blocks.
+        trained: arrays by path.
+    """
+    inside = [(path, holder, holder[key]) for path, holder, key in _Piece(module).places if path.startswith(prefix)]
+    others = (a for path, holder, a in inside if path not in trained and not isinstance(holder, Packed))
+    dtypes = {array.dtype for array in others if mx.issubdtype(array.dtype, mx.floating)}
+    own = [path for path, holder, _ in inside if path in trained and getattr(holder, "follows", False)]
+    return {dtypes.pop(): own} if len(dtypes) == 1 else {}
 
 
 class _Flight:

@@ -214,10 +214,11 @@ def _sums(task: Task, state: TrainState, batch: Batch, number: int) -> Sums:
     """Compute what a batch adds up to; one without rows is nothing."""
     if not batch.numbers:
         return Sums(mx.array(0.0), {path: mx.zeros_like(array) for path, array in state.parameters.items()}, mx.array(0.0))
-    return task.step(
+    sums = task.step(
         state.parameters, mx.array(batch.tokens), mx.array(batch.mask), task.ranks.key(_key(task.config, number)),
         None if batch.segments is None else mx.array(batch.segments),
     )  # fmt: skip
+    return sums.like(state.parameters) if task.config.grad_accumulation_steps * task.ranks.size > 1 else sums
 
 
 def _key(config: TrainConfig, number: int) -> mx.array:

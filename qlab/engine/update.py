@@ -24,7 +24,8 @@ class Updated(NamedTuple):
         state: new arrays of the optimizer by path.
         loss: in nats per target, float32; 0 without any target.
         grad_norm: global norm of the mean gradient before it was clipped, float32.
-        finite: whether loss, norm and every new parameter are numbers.
+        finite: whether loss, norm and every new parameter are numbers. What comes of numbers is one, but for float16, which
+            ends at 65504: only there the parameters themselves are looked at.
     """
 
     parameters: Arrays
@@ -66,13 +67,14 @@ class Update:
         share = 1 / mx.maximum(count, 1)
         norm = mx.sqrt(_total(mx.square(grad.astype(mx.float32)) for grad in grads.values())) * share
         factor = share * mx.minimum(self._most / mx.maximum(norm, 1e-12), 1) if self._most else share
-        mean = {path: (grad.astype(mx.float32) * factor).astype(grad.dtype) for path, grad in grads.items()}
+        mean = {path: (grad.astype(mx.float32) * factor).astype(parameters[path].dtype) for path, grad in grads.items()}
         self._optimizer.state = tree_unflatten([*{**state, "learning_rate": learning_rate}.items()])
         pairs = self._optimizer.apply_gradients(tree_unflatten(list(mean.items())), tree_unflatten(list(parameters.items())))
         new, after = dict(tree_flatten(pairs)), dict(tree_flatten(self._optimizer.state))
         self._optimizer.state = {}  # what it holds here are no numbers
         loss = loss * share
-        return new, after, loss, norm, mx.isfinite(loss + norm + _total(new.values()))
+        narrow = (array for array in new.values() if array.dtype == mx.float16)
+        return new, after, loss, norm, mx.isfinite(loss + norm + _total(narrow))
 
 
 def _total(arrays: Iterable[mx.array]) -> mx.array:

@@ -12,7 +12,7 @@ from qlab.core.config import QuantConfig
 from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine.skeleton import describe
 from qlab.engine.step import Compute, Step, attach, make_step
-from qlab.engine.stepped import Stepped
+from qlab.engine.stepped import followers, Stepped
 from qlab.errors import ConfigError, UnsupportedError
 from tests.engine.test_step import HEADS, WHOLE, assert_same, batch, label, made, stirred
 from tests.tiny import ARCHITECTURES, on_mlx, quantized, tiny
@@ -248,10 +248,26 @@ def test_the_loss_curve_of_many_updates_is_that_of_the_whole_graph():
         step = make_step(attach(module, spec, LoRAConfig(rank=4), Compute(None, True), True), train, how=how)
         update = Update(train, step.parameters)
         parameters, state, losses = step.parameters, update.state, []
-        for _ in range(30):
+        for _ in range(200):
             new = update(parameters, state, step(parameters, *batch()), mx.array(3e-3))
             mx.eval(new)
             parameters, state = new.parameters, new.state
             losses.append(new.loss.item())
         curves.append(losses)
     assert curves[0] == pytest.approx(curves[1], rel=1e-4) and curves[0][-1] < curves[0][0]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@on_mlx
+def test_factors_are_cast_once_a_step_where_nothing_but_products_reads_them(kind):
+    module, spec = tiny(torch_dtype="bfloat16")
+    step = stepped(module, spec, LoRAConfig(kind=kind, rank=4))
+    found = followers(step.module, "model.layers.", step.parameters)
+    factors = sorted(path for path in step.parameters if path.endswith(("lora_a", "lora_b")))
+    assert sorted(found.get(mx.bfloat16, [])) == (factors if kind == "lora" else []) and len(found) < 2
+    sums = step(step.parameters, *batch())
+    assert {sums.grads[path].dtype for path in factors} == {mx.bfloat16 if kind == "lora" else mx.float32}
+    assert {grad.dtype for grad in sums.like(step.parameters).grads.values()} == {mx.float32}
+    wide, spec = tiny()
+    wide.model.embed_tokens.weight = wide.model.embed_tokens.weight.astype(mx.bfloat16)  # and norms that make it wider
+    assert mx.bfloat16 not in followers(stepped(wide, spec, LoRAConfig(rank=4)).module, "model.layers.", step.parameters)
