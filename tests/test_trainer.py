@@ -120,6 +120,20 @@ def test_pause_holds_resume_goes_on_stop_keeps_and_start_goes_on(adapter, tmp_pa
     assert adapter.origin.startswith("best of")
 
 
+def test_the_panel_of_a_paused_run_shows_its_last_step(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("qlab.engine.session._TICK_S", 1e9)
+    config = qlab.TrainConfig(iters=400, batch_size=2, max_seq_length=24)
+    trainer = qlab.Trainer(
+        adapter, ROWS, config, val=0, path=tmp_path, callbacks=[lambda event: event.step == 5 and trainer.pause()]
+    )
+    shown = trainer.widget
+    trainer.start()
+    until(lambda: shown.state["steps"] == 5)
+    assert shown.state["status"] == "paused"
+    trainer.close()
+    trainer.wait()
+
+
 def test_another_run_on_the_same_model_is_refused_while_one_is_under_way(adapter, base, tmp_path):
     config = qlab.TrainConfig(iters=400, batch_size=2, max_seq_length=24)
     first = qlab.Trainer(adapter, ROWS, config, path=tmp_path / "a").start()

@@ -21,7 +21,7 @@ from qlab.engine.job import Job
 from qlab.engine.train import Task, train_steps
 from qlab.errors import BusyError, ConfigError
 
-_TICK_S = 0.1  # panels are told no more often than this
+_TICK_S = 0.2  # panels are told no more often than this: a browser that draws on the same machine takes its time from the run
 
 Made = tuple[Task, TrainState, tuple[str, ...]]
 
@@ -34,7 +34,7 @@ class Session:
         config: the run.
         feed: its batches.
         callbacks: called with every ``StepEvent``, on the MLX thread; one that fails is told and called no more.
-        on_change: called, at most ten times a second while the run goes on, whenever there is something new to show.
+        on_change: called, at most five times a second while the run goes on, whenever there is something new to show.
 
     Attributes:
         config: the run; the learning rate may still change before the first start.
@@ -187,7 +187,7 @@ class Session:
                 except Exception as error:  # somebody else's; the run must not end for it
                     self._callbacks.remove(callback)
                     self.notes += (f"a callback failed at step {event.step} and is called no more: {error!r}",)
-        if time.monotonic() - self._told > _TICK_S:
+        if time.monotonic() - self._told > _TICK_S or self.status != "running":  # a paused run has no later tick to tell it
             self._told = time.monotonic()
             self._on_change()
 
