@@ -361,9 +361,9 @@ class Trainer:
     def _ended(self) -> None:
         _ACTIVE.pop(self._base, None)
         self.adapter.run = ""
+        self._session.finish(self.report, self.estimate.exact_nbytes)
         if self.adapter.origin == self._unlearned:
             self.adapter.reset()
-        self._session.finish(self.report, self.estimate.exact_nbytes)
         _RUNS[self.path] = self.report, self.events  # nothing that holds a model
 
     def _show(self) -> None:
