@@ -24,7 +24,7 @@ from qlab.engine.job import mlx_call
 from qlab.engine.step import Step, attach
 from qlab.engine.structure import structure
 from qlab.engine.update import Update
-from qlab.errors import ConfigError, LayerNotFoundError, LoadError
+from qlab.errors import ConfigError, LayerNotFoundError, LoadError, UnsupportedError
 from tests.tiny import CONFIG, on_mlx, quantized, tiny
 
 SMALL = {**CONFIG, "num_hidden_layers": 6, "max_position_embeddings": 512}
@@ -382,6 +382,8 @@ BAD = [
     ("more layers than there are", lambda e: qlab.estimate(SMALL, adapter=L(num_layers=7)), ConfigError, "has 6 blocks"),
     ("a key of no layer", lambda e: qlab.estimate(SMALL, adapter=L(keys=["q_prj"])), LayerNotFoundError, "Did you mean 'q_proj'"),
     ("an override of no layer", lambda e: qlab.estimate(SMALL, P(Q(), {"model.layers.0.mlp.up": None})), LayerNotFoundError, "Did you mean"),
+    ("more than an array holds", lambda e: qlab.estimate({**SMALL, "hidden_size": 10**12}), ConfigError, "from 1 to 2147483647"),
+    ("a model that cannot run", lambda e: qlab.estimate({**SMALL, "head_dim": 7}, train=SHORT), UnsupportedError, "cannot be built: .*dims must be even"),
     ("an override that does not divide", lambda e: qlab.estimate({**SMALL, "hidden_size": 96}, P(Q(group_size=32), {"model.layers.0.mlp.up_proj": Q(group_size=64)})), ConfigError, "'model.layers.0.mlp.up_proj' .* nearest group size that does is 32"),
     ("a storage that holds no layer", lambda e: qlab.estimate({**SMALL, "hidden_size": 48, "intermediate_size": 80, "head_dim": 12}, Q("affine", 4, 128)), ConfigError, "No layer .* not a multiple"),
     ("rows beyond the context", lambda e: qlab.estimate(SMALL, train=T(max_seq_length=513)), ConfigError, "largest is 512"),

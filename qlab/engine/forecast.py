@@ -264,7 +264,12 @@ class Forecast:
         if self._plain(setup):  # as make_step does
             train = replace(train, grad_checkpoint=False, loss_chunk=0)
         work = attach(made, describe(made, self.spec.name), setup.adapter, usual_compute(traced=True), train.grad_checkpoint)
-        return Pieces(work, train, WINDOW[backend()]).read() if train.grad_checkpoint else whole(work, train)
+        try:
+            return Pieces(work, train, WINDOW[backend()]).read() if train.grad_checkpoint else whole(work, train)
+        except ConfigError:
+            raise
+        except ValueError as error:  # MLX's own refusal of a shape
+            raise UnsupportedError(f"A step of {self.spec.name!r} cannot be built: {error}") from error
 
     def by_step(self, setup: Setup, machine: Machine) -> int:
         """Run one real step on random tokens of the largest shape; return its peak, other models in memory not counted.

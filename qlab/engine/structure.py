@@ -76,8 +76,8 @@ def check(config: dict[str, Any]) -> None:
     for part in (config, config.get("text_config") or {}):
         for key in _COUNTS:
             value = part.get(key)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"The config's {key}={value!r} is not legal; it is a whole number, 1 or more.")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
+                raise ConfigError(f"The config's {key}={value!r} is not legal; it is a whole number from 1 to {2**31 - 1}.")
         heads, kv, width = (part.get(k) for k in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
         if heads and kv and heads % kv:
             raise ConfigError(

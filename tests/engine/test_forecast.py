@@ -31,9 +31,9 @@ config = dict(
 )
 train = qlab.TrainConfig(batch_size=1, max_seq_length=2048, grad_checkpoint=True)
 for level in ("formula", "traced"):
-    start = time.perf_counter()
+    start = time.process_time()  # the machine may be busy
     found = qlab.estimate(config, qlab.QuantConfig(), qlab.LoRAConfig(rank=16), train, level=level)
-    print(found.total_nbytes, found.level, time.perf_counter() - start)
+    print(found.total_nbytes, found.level, time.process_time() - start)
 if sys.platform == "linux":  # where getrusage would count what the parent held at the fork
     lines = open("/proc/self/status").read().splitlines()
     print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
@@ -139,8 +139,8 @@ def test_a_70b_model_is_foreseen_within_seconds_and_in_little_memory():
     assert done.returncode == 0, done.stderr[-1000:]
     *levels, memory = done.stdout.splitlines()
     (one, first, formula_s), (two, second, traced_s) = (line.split() for line in levels)
-    assert (first, second) == ("formula", "traced") and int(one) == pytest.approx(int(two), rel=0.05)
-    assert float(formula_s) < 5 and float(traced_s) < 75  # five times the goals: the machine may be busy
+    assert (first, second) == ("formula", "traced") and int(one) == pytest.approx(int(two), rel=0.01)
+    assert float(formula_s) < 3 and float(traced_s) < 15  # the first formula imports mlx-lm, too
     assert int(memory) < 500e6
 
 
