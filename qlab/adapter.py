@@ -42,8 +42,16 @@ class Adapter(AdapterChoice):
     Args:
         source: a model, or a ``Quantizer``: then its quantized model is adapted, and follows its sliders until the adapter
             is trained.
-        kind, rank, scale, dropout, keys, num_layers, init, rslora, dtype: as in ``LoRAConfig``.
+        kind: on the shelf of adapters; this and what follows is as in ``LoRAConfig``.
+        rank: inner width of the change.
         alpha: scale × rank (with ``rslora`` scale × √rank); give alpha or scale. The default is 2 × rank.
+        scale: factor of the change.
+        dropout: share of the adapter's inputs that a training step drops.
+        keys: layers to adapt, by name or glob; None is every linear layer, those of experts too.
+        num_layers: last blocks to adapt; −1 is all.
+        init: how the change begins.
+        rslora: whether alpha is divided by √rank instead of rank.
+        dtype: of the adapter's numbers.
         text: for ``diagonal`` and ``qera``; a path, a string, rows, or a ``datasets`` set. None is the embedded text.
         seed: of what is drawn.
 
