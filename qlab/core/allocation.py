@@ -257,37 +257,36 @@ class _Simulation:
         )
 
     def _elementwise(self, node: Node) -> None:
-        first = node.outputs[0]
-        shape = self.graph.arrays[first].shape
-        same = [a for a in node.inputs if self.graph.arrays[a].shape == shape]
-        full = [a for a in same if self.stored[a] == self.graph.arrays[first].size]
-        # scalars do not matter; operands of one layout keep it, others make a dense result
-        layouts = {self.strides[a] for a in same if self.stored[a] != 1}
-        strides = (
-            next(iter(layouts)) if len(layouts) == 1 and len(full) == len([a for a in same if self.stored[a] != 1]) else None
-        )
-        if all(self.stored[a] == 1 for a in node.inputs):
+        shape = self.graph.arrays[node.outputs[0]].shape
+        vectors = [a for a in node.inputs if self.stored[a] != 1]
+        if not vectors:
             for a in node.outputs:
                 self._allocate(a, self.graph.arrays[a].itemsize, (0,) * len(shape), 1)
             return
-        if len(node.inputs) == 1 and node.name != "Compiled" and (kept := self._spread(node.inputs[0])):
-            self._allocate(first, kept * self.graph.arrays[first].itemsize, self.strides[node.inputs[0]], kept)
-            return
+        kept = self._common(vectors, shape)
         for a in node.outputs:
-            size = self.graph.arrays[a].size
-            donors = [x for x in full if self._donor(node, x, a) and (strides or _is_dense(shape, self.strides[x]))]
-            donor = next(iter(donors), None)
-            if donor is not None:
+            donors = (x for x in vectors if self._donor(node, x, a) and (kept or self._dense(x)))
+            if (donor := next(donors, None)) is not None:
                 self._share(a, donor, self.strides[donor])
             else:
-                self._allocate(a, size * self.graph.arrays[a].itemsize, strides)
+                strides, stored = kept or (None, self.graph.arrays[a].size)
+                self._allocate(a, stored * self.graph.arrays[a].itemsize, strides, stored)
 
-    def _spread(self, a: int) -> int:
-        """Elements of a whole array that was broadcast into this one; 0 if it was not."""
-        stored, shape = self.stored[a], self.graph.arrays[a].shape
-        return stored * (
-            1 < stored < prod(shape) and prod(s for s, t in zip(shape, self.strides[a], strict=True) if t) == stored
-        )
+    def _common(self, vectors: list[int], shape: tuple[int, ...]) -> tuple[tuple[int, ...], int] | None:
+        """Strides and stored elements that a result takes over from its operands; None if it is laid out anew."""
+        first = vectors[0]
+        strides, stored = self.strides[first], self.stored[first]
+        if any(self.graph.arrays[a].shape != shape for a in vectors):
+            return None
+        if len(vectors) == 1:
+            return (strides, stored) if _gapless(shape, strides) == stored else None
+        turned = (shape[::-1], *(self.strides[a][::-1] for a in vectors))
+        same = all(map(self._dense, vectors)) or all(_is_dense(turned[0], t) for t in turned[1:])
+        return (strides, stored) if same else None
+
+    def _dense(self, a: int) -> bool:
+        shape = self.graph.arrays[a].shape
+        return self.stored[a] == prod(shape) and _is_dense(shape, self.strides[a])
 
     def _in_place(self, node: Node, target: int) -> None:
         x = node.inputs[target]
@@ -338,6 +337,16 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return all(s == 1 or t == d for s, t, d in zip(shape, strides, _dense(shape), strict=True))
+
+
+def _gapless(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements that an array spans, in whatever order and however often; 0 if there are others between them."""
+    span = 1
+    for stride, size in sorted((t, s) for s, t in zip(shape, strides, strict=True) if s > 1 and t):
+        if stride != span:
+            return 0
+        span *= size
+    return span
 
 
 def _regrouped(shape: tuple[int, ...], strides: tuple[int, ...], out: tuple[int, ...]) -> tuple[int, ...] | None:
