@@ -74,16 +74,11 @@ class Adapter(AdapterChoice):
         self._quantizer = source if isinstance(source, Quantizer) else None
         self._model = source.model if isinstance(source, Quantizer) else source
         self._spec, self.seed = self._model.spec, seed
-        self._lock = threading.RLock()
-        self._jobs = Latest(self._show)
+        self._lock, self._jobs = threading.RLock(), Latest(self._show)
         self._panel: AdapterPanel | None = None
-        self._ack: int | None = None
         self._bases: dict[Any, Model] = {}
-        self._pinned: tuple[Any, Model] | None = None
-        self._held: tuple[Any, dict[str, Any]] | None = None
-        self._twin: tuple[Any, Any] | None = None
-        self._off = self._count = 0
-        self.origin, self.notes = "", ()
+        self._ack = self._pinned = self._held = self._twin = None
+        self._off, self._count, self.origin, self.notes = 0, 0, "", ()
         self.run = ""  # name of the run that trains it now
         self._survey = Survey(self._model.study, self._model.tokenizer, text)
         super().__init__()
@@ -128,9 +123,8 @@ class Adapter(AdapterChoice):
     @property
     def original(self) -> Model | None:
         """The model before it was quantized; None if that is not known."""
-        if self._quantizer is None and any(layer.stored for layer in self._spec.layers):
-            return None
-        return self._model
+        unknown = self._quantizer is None and any(layer.stored for layer in self._spec.layers)
+        return None if unknown else self._model
 
     # --- the parameters ---------------------------------------------------------------------------------------------
 
@@ -363,9 +357,8 @@ class Adapter(AdapterChoice):
 
     def _key(self) -> tuple[QuantPlan | None, str]:
         """Storage of the base: what it was trained on, or what is chosen now."""
-        if self._pinned is not None:
-            return self._pinned[0]
-        return (self._quantizer.plan, self._quantizer.solver) if self._quantizer is not None else (self._model.plan, "")
+        now = (self._quantizer.plan, self._quantizer.solver) if self._quantizer is not None else (self._model.plan, "")
+        return now if self._pinned is None else self._pinned[0]
 
     def _layout(self) -> Any:
         """What a set of parameters belongs to."""
