@@ -26,6 +26,7 @@ from qlab.engine.device import machine as _machine
 from qlab.engine.forecast import Forecast
 from qlab.engine.job import Latest, mlx_call
 from qlab.engine.link import Link, config_of
+from qlab.engine.stepped import WINDOWS
 from qlab.engine.structure import context, structure
 from qlab.engine.sweep import Sweep
 from qlab.errors import ConfigError, LoadError, QlabError, nearest
@@ -85,6 +86,19 @@ def estimate(
             link = Link(source, storage is None, lora is None)
             rows.append(_estimate(forecast, setup, place, level, link))
     return EstimateTable(tuple(rows)) if any(isinstance(x, (list, tuple)) for x in given) else rows[0]
+
+
+def roomy(est: MemoryEstimate) -> MemoryEstimate:
+    """Return an estimate with as many blocks in flight as pay here and fit the estimate's machine, if that is left open."""
+    train = est.setup.train
+    least, *more = WINDOWS[mlx_call(backend)]
+    if train.window or not train.grad_checkpoint or not more:
+        return est
+    for window in (*reversed(more), least):
+        found = est.again(est.setup.with_value("window", window))
+        if found.high_nbytes <= est.machine.free_nbytes:
+            break
+    return found
 
 
 def _estimate(forecast: Forecast, setup: Setup, place: Machine, level: str, link: Link) -> MemoryEstimate:

@@ -19,7 +19,8 @@ from typing import Any, TextIO, TypeVar
 
 from qlab import __version__
 from qlab.adapter import Adapter
-from qlab.core.run import RunReport, StepEvent, summary
+from qlab.core.memory import MemoryEstimate
+from qlab.core.run import StepEvent, summary
 from qlab.engine import checkpoint, prepare, run_file, run_folder
 from qlab.engine.adapter_files import save_adapter
 from qlab.engine.checkpoint import Checkpoints, TrainState
@@ -30,7 +31,7 @@ from qlab.engine.run_folder import RunFacts
 from qlab.engine.session import Made
 from qlab.engine.train import Task, train_steps
 from qlab.errors import ConfigError, QlabError, RankError
-from qlab.estimation import estimate
+from qlab.estimation import estimate, roomy
 from qlab.quantizer import Quantizer
 from qlab.rebuild import source_of
 from qlab.trainer import Trainer
@@ -77,8 +78,10 @@ def _run(path: Path, ranks: Ranks, say: Callable[[str], None]) -> None:
     opened = _together(ranks, lambda: _opened(path, ranks.size))
     _together(ranks, lambda: mlx_call(ranks.check_same, opened.identity))
     parameters = mlx_call(ranks.from_first, opened.trainer.adapter.parameters)
-    task, state, notes = _together(ranks, lambda: mlx_call(_made, opened, parameters, ranks, say))
-    report = _foreseen(opened, ranks.size)
+    predicted = _together(ranks, lambda: _foreseen(opened, ranks.size))
+    window = predicted.setup.train.window
+    task, state, notes = _together(ranks, lambda: mlx_call(_made, opened, parameters, ranks, window, say))
+    report = replace(opened.trainer.report, predicted_nbytes=predicted.total_nbytes)
     head = (*words.summary(report)[:3], ("data", prepare.describe(opened.feed, opened.trainer.held)))
     each = f"processes: {ranks.size}, {words.memory_text(report)}{' each' if ranks.size > 1 else ''}"
     for line in (*map(": ".join, head), each, *notes):
@@ -139,11 +142,10 @@ def _opened(path: Path, size: int) -> _Opened:
     return _Opened(trainer, facts, Feed(trainer.rows, trainer.config), found)
 
 
-def _foreseen(opened: _Opened, size: int) -> RunReport:
-    """Return the run before its first step, with the memory that each process will take."""
+def _foreseen(opened: _Opened, size: int) -> MemoryEstimate:
+    """Return the memory that each process will take."""
     adapter, train = opened.trainer.adapter, prepare.largest(opened.trainer.config, opened.feed, size)
-    predicted = estimate(adapter.base, adapter=adapter.config, train=train)
-    return replace(opened.trainer.report, predicted_nbytes=predicted.total_nbytes)
+    return roomy(estimate(adapter.base, adapter=adapter.config, train=train))
 
 
 def _resumed(found: Path, size: int) -> Trainer:
@@ -177,7 +179,7 @@ def _adapter(facts: RunFacts, file: run_file.RunFile | None = None) -> Adapter:
     return Adapter(source, seed=seed, **facts.lora.__dict__)
 
 
-def _made(opened: _Opened, parameters: Any, ranks: Ranks, say: Callable[[str], None]) -> Made:
+def _made(opened: _Opened, parameters: Any, ranks: Ranks, window: int, say: Callable[[str], None]) -> Made:
     """Make the run ready; on the MLX thread."""
     trainer, facts, base = opened.trainer, opened.facts, opened.trainer.adapter.base
     heard: set[int] = set()
@@ -192,7 +194,7 @@ def _made(opened: _Opened, parameters: Any, ranks: Ranks, say: Callable[[str], N
     kept = Checkpoints(trainer.path, lambda path, arrays: save_adapter(path, arrays, facts.lora, base.spec, base.source))
     held = prepare.validation_batches(trainer.held, trainer.config)
     given = (base.module, base.spec, facts.lora, trainer.config, opened.feed, held, parameters, kept, listen)
-    task, state, notes = prepare.make_task(*given, ranks=ranks)
+    task, state, notes = prepare.make_task(*given, ranks=ranks, window=window)
     if opened.found:
         state = prepare.resumed(opened.found, parameters, task)
     elif ranks.first:

@@ -23,7 +23,7 @@ from qlab.engine.job import mlx_call
 from qlab.engine.predict import checked_prompts
 from qlab.engine.session import Made, Session
 from qlab.errors import BusyError, ConfigError
-from qlab.estimation import estimate
+from qlab.estimation import estimate, roomy
 from qlab.judging import judged
 from qlab.model import Model
 from qlab.rebuild import Resume, rebuilt
@@ -321,7 +321,8 @@ class Trainer:
         return self._session.state.step if self._session.state is not None else 0
 
     def _foreseen(self, source: Any, level: str = "formula") -> MemoryEstimate:
-        return estimate(source, adapter=self.adapter.config, train=prepare.largest(self.config, self._feed), level=level)
+        found = roomy(estimate(source, adapter=self.adapter.config, train=prepare.largest(self.config, self._feed)))
+        return found if level == "formula" else estimate(source, None, found.setup.adapter, found.setup.train, level=level)
 
     def _check_still(self) -> None:
         if self._session.active:
@@ -333,7 +334,7 @@ class Trainer:
         kept = checkpoint.Checkpoints(self.path, lambda path, arrays: save_adapter(path, arrays, lora, spec, base.source))
         held = prepare.validation_batches(self.held, config)
         made = (base.module, spec, lora, config, self._feed, held, parameters, kept, lambda _: self._good())
-        task, state, notes = prepare.make_task(*made)
+        task, state, notes = prepare.make_task(*made, window=self.estimate.setup.train.window)
         if self._checkpoint is not None:
             return task, prepare.resumed(self._checkpoint, parameters, task), notes
         run_folder.check_new(self.path)

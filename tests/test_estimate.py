@@ -6,6 +6,7 @@ import json
 import re
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,16 +16,20 @@ from mlx.utils import tree_flatten
 
 import qlab
 from qlab import registry
+from qlab.core.allocation import Runahead
 from qlab.core.budget import budget
 from qlab.core.estimate_panel import Choice
 from qlab.core.memory import Setup
+from qlab.core.training import TrainConfig
 from qlab.engine.export import quantize
 from qlab.engine.forecast import Forecast, usual_compute
 from qlab.engine.job import mlx_call
 from qlab.engine.step import Step, attach
+from qlab.engine.stepped import WINDOWS
 from qlab.engine.structure import structure
 from qlab.engine.update import Update
 from qlab.errors import ConfigError, LayerNotFoundError, LoadError, UnsupportedError
+from qlab.estimation import roomy
 from tests.tiny import CONFIG, on_mlx, quantized, tiny
 
 SMALL = {**CONFIG, "num_hidden_layers": 6, "max_position_embeddings": 512}
@@ -420,3 +425,20 @@ def test_estimating_reads_no_weights():
         {**SMALL, "hidden_size": 4096, "num_attention_heads": 32, "head_dim": 128, "intermediate_size": 14336}, Q(), train=SHORT
     )
     assert mx.get_active_memory() - before < 5e6
+
+
+def test_a_run_takes_as_many_blocks_in_flight_as_pay_and_fit(monkeypatch):
+    """As on a GPU: more than one is worth its memory, and the host runs ahead of blocks."""
+    monkeypatch.setitem(WINDOWS, "cpu", (1, 2, 4))
+    monkeypatch.setattr("qlab.engine.forecast.runahead", lambda: Runahead(10**6, kernels=True))
+    train = TrainConfig(batch_size=2, max_seq_length=128, grad_checkpoint=True)
+    estimate = partial(qlab.estimate, {**CONFIG, "num_hidden_layers": 8})
+    sizes = [estimate(train=replace(train, window=n)).high_nbytes for n in (1, 2, 4)]
+    assert sizes[0] < sizes[1] < sizes[2]
+    for free, window in [(sizes[2], 4), (sizes[2] - 1, 2), (sizes[1] - 1, 1), (sizes[0] // 2, 1)]:
+        found = roomy(estimate(train=train, machine=free))
+        assert found.setup.train == replace(train, window=window) and found.high_nbytes == sizes[(1, 2, 4).index(window)]
+    chosen = estimate(train=replace(train, window=2), machine=sizes[2])
+    assert roomy(chosen) is chosen  # what a user chose stays
+    whole = estimate(train=replace(train, grad_checkpoint=False), machine=1e9)
+    assert roomy(whole) is whole

@@ -176,7 +176,7 @@ def test_a_run_that_learned_nothing_leaves_the_adapter_as_it_was(demo, tmp_path,
     q = qlab.Quantizer(demo, bits=4)
     adapter = qlab.Adapter(q, **SMALL)
     trainer = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path)
-    monkeypatch.setattr("qlab.engine.prepare.make_task", lambda *made: 1 / 0)
+    monkeypatch.setattr("qlab.engine.prepare.make_task", lambda *made, **more: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.run()
     assert trainer.status == "failed" and not adapter.trained and not adapter.run

@@ -170,6 +170,8 @@ class TrainConfig:
         weight_decay: share of each parameter taken off per step and unit of learning rate.
         max_grad_norm: gradients are scaled down to this global norm; 0 leaves them as they are.
         grad_checkpoint: keep only the input of each block, and compute the rest again on the way back.
+        window: blocks in flight at once, with ``grad_checkpoint``: more are faster on a GPU and take more memory, for the same
+            numbers. 0 leaves it to qlab: a run takes as many as pay and fit.
         grad_accumulation_steps: batches that make one optimizer step.
         loss_chunk: tokens whose logits exist at once; 0 means all.
         mask_prompt: whether only answers are targets (completions, or what the assistant says); text rows are whole targets.
@@ -197,6 +199,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     grad_checkpoint: bool = False
+    window: int = 0
     grad_accumulation_steps: int = 1
     loss_chunk: int = 512
     mask_prompt: bool = True
@@ -211,7 +214,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("iters", "batch_size", "grad_accumulation_steps", "steps_per_save"):
             _whole(name, getattr(self, name), 1)
-        for name in ("loss_chunk", "warmup", "steps_per_eval", "early_stop", "seed"):
+        for name in ("window", "loss_chunk", "warmup", "steps_per_eval", "early_stop", "seed"):
             _whole(name, getattr(self, name), 0)
         _whole("max_seq_length", self.max_seq_length, 2)
         if self.val_batches != -1:

@@ -32,7 +32,7 @@ from qlab.engine.pieces import Pieces
 from qlab.engine.skeleton import describe
 from qlab.engine.stack import Stack
 from qlab.engine.step import Compute, Sums, attach, make_step
-from qlab.engine.stepped import WINDOW
+from qlab.engine.stepped import WINDOWS
 from qlab.engine.surgery import put_module, twin
 from qlab.engine.trace import stored, whole
 from qlab.engine.update import Update
@@ -176,7 +176,7 @@ class Forecast:
         several = chunks(train.batch_size, train.max_seq_length, train.loss_chunk) if train.loss_chunk else 0
         few = tuple((look, min(len(group), _SAMPLE), len(group) > _SAMPLE) for look, group in groups.items())
         key = (few, outside, adapter.kind, adapter.dtype, adapter.dropout > 0, train.optimizer, train.grad_checkpoint,
-               train.grad_accumulation_steps > 1, train.pack, several)  # fmt: skip
+               train.window, train.grad_accumulation_steps > 1, train.pack, several)  # fmt: skip
         if key not in self._formulas:
             self._formulas[key] = self._made(setup, list(groups.values()), several)
             while len(self._formulas) > _REMEMBERED:
@@ -265,7 +265,9 @@ class Forecast:
             train = replace(train, grad_checkpoint=False, loss_chunk=0)
         work = attach(made, describe(made, self.spec.name), setup.adapter, usual_compute(traced=True), train.grad_checkpoint)
         try:
-            return Pieces(work, train, WINDOW[backend()]).read() if train.grad_checkpoint else whole(work, train)
+            if not train.grad_checkpoint:
+                return whole(work, train)
+            return Pieces(work, train, train.window or WINDOWS[backend()][0]).read()
         except ConfigError:
             raise
         except ValueError as error:  # MLX's own refusal of a shape

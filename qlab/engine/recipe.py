@@ -27,7 +27,7 @@ WRITTEN = {
     "iters", "epochs", "batch_size", "max_seq_length", "learning_rate", "lr_schedule", "warmup", "optimizer", "weight_decay",
     "grad_checkpoint", "grad_accumulation_steps", "mask_prompt", "steps_per_eval", "val_batches", "steps_per_save", "seed",
 }  # fmt: skip
-NAMED = {"max_grad_norm", "loss_chunk", "pack", "early_stop", "on_nonfinite"}
+NAMED = {"max_grad_norm", "window", "loss_chunk", "pack", "early_stop", "on_nonfinite"}
 
 
 def to_yaml(
@@ -173,6 +173,7 @@ def _here(lora: LoRAConfig, train: TrainConfig, resume: str | None, steps_per_ev
         (train.optimizer.endswith("8bit"), f"It has no {train.optimizer!r}: AdamW with float32 moments, four times the state."),
         (both, f"After the warm-up the {train.lr_schedule} schedule runs one step behind."),
         (train.pack, "Rows are not packed (qlab: pack=True): more padding, and more steps for an epoch."),
+        (train.grad_checkpoint, "The whole step is handed over at once (qlab: a window of blocks): more memory in flight."),
         (train.loss_chunk, f"All logits exist at once (qlab: loss_chunk={train.loss_chunk}): the peak of memory is higher."),
         (train.early_stop, f"It never stops early (qlab: early_stop={train.early_stop})."),
         (train.epochs is not None, f"epochs={train.epochs!r} is said in steps."),

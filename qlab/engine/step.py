@@ -247,15 +247,14 @@ def _back(
     return dx, dict(zip(parameters, grads, strict=True))
 
 
-def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto", window: int | None = None) -> Any:
+def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto") -> Any:
     """Return the step of a run: ``step(parameters, tokens, mask, key=None, segments=None) -> Sums``. Computes on few tokens.
 
     Args:
         module: what ``attach`` returned, its arrays in memory; nobody else may use it.
-        config: checkpoints, chunk of the loss, packing.
+        config: checkpoints, blocks in flight, chunk of the loss, packing.
         how: ``whole`` (one graph), ``stepped`` (a block at a time) or ``auto``: stepped wherever blocks are computed again
             on the way back, if the model can be taken apart.
-        window: blocks in flight at once when stepped; None leaves it to the device.
 
     Raises:
         ConfigError: no such way.
@@ -273,7 +272,7 @@ def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto", wind
         stack, config = None, replace(config, grad_checkpoint=False, loss_chunk=0)
         note = f"step: whole, neither checkpoints nor a chunked loss, because the model cannot be taken apart: {error}"
     if stack and (how == "stepped" or how == "auto" and config.grad_checkpoint):
-        step: Any = Stepped(module, config, window)
+        step: Any = Stepped(module, config)
     else:
         step = Step(module, config)
         step.notes = (note or f"step: {step.how}, as one graph",)

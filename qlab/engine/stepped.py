@@ -23,7 +23,8 @@ from qlab.engine.linear import Frozen, Packed
 from qlab.engine.loss import Arrays, Given, Sums, given, nats_and_slope
 from qlab.engine.stack import Stack
 
-WINDOW = {"cpu": 1, "cuda": 2, "metal": 2}  # blocks in flight; see docs/adr/0006-layer-stepped.md
+# blocks in flight: those that pay, from the fewest on (docs/adr/0006-layer-stepped.md); a GPU's first is slower by a third
+WINDOWS = {"cpu": (1,), "cuda": (2, 4), "metal": (2,)}
 _PARTS = 8  # sizes of the last chunk of the loss: each is compiled once
 _NUMBERS = ("layer_idx", "layer_id", "layer_number")  # attributes that only say where a block stands, as a rule
 
@@ -33,8 +34,7 @@ class Stepped:
 
     Args:
         module: what ``attach`` returned, its arrays in memory; nobody else may use it.
-        config: chunk of the loss.
-        window: blocks in flight at once; None leaves it to the device.
+        config: chunk of the loss; blocks in flight at once, 0 leaves them to the device.
 
     Attributes:
         parameters: trainable arrays by path.
@@ -48,9 +48,9 @@ class Stepped:
 
     how = "stepped"
 
-    def __init__(self, module: nn.Module, config: TrainConfig, window: int | None = None) -> None:
+    def __init__(self, module: nn.Module, config: TrainConfig) -> None:
         self.module, self.config, self.traces = module, config, 0
-        self.window = window or WINDOW[backend()]
+        self.window = config.window or WINDOWS[backend()][0]
         self.parameters: Arrays = dict(tree_flatten(module.trainable_parameters()))
         self._stack = Stack(module)
         for frozen in (x for x in module.modules() if isinstance(x, Frozen)):

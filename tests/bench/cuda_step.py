@@ -21,7 +21,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 from qlab.core.config import QuantConfig
 from qlab.core.rows import Row, Rows
 from qlab.core.training import LoRAConfig, TrainConfig
-from qlab.engine import stepped
 from qlab.engine.export import stored_layer
 from qlab.engine.feed import Feed
 from qlab.engine.prepare import make_task
@@ -135,12 +134,13 @@ def stock(module: nn.Module, batch: int, length: int, again: bool):
 def ours(module: nn.Module, batch: int, length: int, how: str, window: int | None):
     """qlab's training loop as a trainer runs it, but for the files: a call is an optimizer step."""
     spec, lora, again = describe(module, "x"), LoRAConfig(rank=RANK), how == "stepped"
-    stepped.WINDOW["cuda"] = window or stepped.WINDOW["cuda"]
     tokens = np.random.default_rng(0).integers(0, vocabulary(module), (64, length + 1)).astype(np.int32)
     mask = np.ones(length + 1, np.uint8)
     mask[0] = 0
     rows = Rows(tuple(Row(i, row, mask) for i, row in enumerate(tokens)))
-    train = TrainConfig(batch_size=batch, max_seq_length=length + 1, grad_checkpoint=again, loss_chunk=512, iters=10**6)
+    train = TrainConfig(
+        batch_size=batch, max_seq_length=length + 1, grad_checkpoint=again, loss_chunk=512, window=window or 0, iters=10**6
+    )
     twin = attach(module, spec, lora, Compute(None, True), again)
     parameters = dict(tree_flatten(twin.trainable_parameters()))
     mx.eval(parameters)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -24,7 +26,8 @@ KEY = (3, 4)
 
 def stepped(module, spec, lora, train=TRAIN, compute=None, window=None) -> Stepped:
     mx.random.seed(5)
-    return make_step(attach(module, spec, lora, compute or Compute(None, True), True), train, how="stepped", window=window)
+    train = replace(train, window=window or 0)
+    return make_step(attach(module, spec, lora, compute or Compute(None, True), True), train, how="stepped")
 
 
 def both(module, spec, lora, train=TRAIN, compute=None, key=None, given=None, window=None):
