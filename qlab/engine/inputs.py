@@ -80,20 +80,21 @@ class _Tap(nn.Module):
             return getattr(super().__getattr__("inner"), name)
 
 
-def texts(tokenizer: Any, text: Any) -> tuple[list[mx.array], list[mx.array]]:
+def texts(tokenizer: Any, text: Any, vocabulary: int) -> tuple[list[mx.array], list[mx.array]]:
     """Return token rows to compute from, and others to judge on: two embedded texts, or two parts of one that is given.
 
     Args:
         tokenizer: mlx-lm's wrapper.
         text: see ``engine.text.read_text``.
+        vocabulary: ids that the model knows.
 
     Raises:
         ConfigError: the text is too short to be parted.
     """
     if text is None:
-        seen, _ = batches(tokenizer, None, "calibration.txt", CALIBRATION_TOKENS)
-        return seen, batches(tokenizer, None, "heldout.txt", HELDOUT_TOKENS)[0]
-    rows, words = batches(tokenizer, text, "", CALIBRATION_TOKENS + HELDOUT_TOKENS)
+        seen, _ = batches(tokenizer, None, "calibration.txt", CALIBRATION_TOKENS, vocabulary)
+        return seen, batches(tokenizer, None, "heldout.txt", HELDOUT_TOKENS, vocabulary)[0]
+    rows, words = batches(tokenizer, text, "", CALIBRATION_TOKENS + HELDOUT_TOKENS, vocabulary)
     cut = max(1, round(len(rows) * CALIBRATION_TOKENS / (CALIBRATION_TOKENS + HELDOUT_TOKENS)))
     if cut == len(rows):
         raise ConfigError(f"The text ({words}) is too short: one part is computed from and another judged on.")

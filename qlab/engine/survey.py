@@ -89,5 +89,5 @@ class Survey:
         return lambda path: weight_of(module_at(self._study.module, path))
 
     def _groups(self, paths: list[str]) -> Iterator[dict[str, Passed]]:
-        seen, heldout = texts(self._tokenizer, self._text)
+        seen, heldout = texts(self._tokenizer, self._text, self._study.spec.vocabulary)
         yield from passing(self._study.full_model(), paths, seen, heldout)
