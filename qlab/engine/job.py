@@ -28,17 +28,21 @@ class _MLXThread:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._closed = False
         self._lock = threading.Lock()
 
     def submit(self, fn: Callable[[], Any]) -> Future:
         """Queue a call; return its future."""
+        future: Future = Future()
         with self._lock:
+            if self._closed:  # objects that the interpreter clears away may still ask; nobody would ever answer
+                future.set_exception(RuntimeError("The process is ending; MLX is closed."))
+                return future
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, daemon=True, name="qlab-mlx")
                 self._thread.start()
                 atexit.register(self.close)
-        future: Future = Future()
-        self._queue.put((future, fn))
+            self._queue.put((future, fn))
         return future
 
     def is_current(self) -> bool:
@@ -60,12 +64,20 @@ class _MLXThread:
         mx.clear_streams()
 
     def close(self, timeout_s: float = 60.0) -> None:
-        """End the thread after the calls that are queued."""
-        if self._thread is not None:
+        """End the jobs after their present steps, with what they save then, and the thread after the calls that are queued."""
+        until = time.monotonic() + timeout_s
+        for job in list(_active):
+            job.stop()
+        while _active and time.monotonic() < until:
+            time.sleep(_POLL_S / 10)
+        with self._lock:
+            self._closed = True
             self._queue.put(None)
-            self._thread.join(timeout_s)
+        if self._thread is not None:
+            self._thread.join(max(until - time.monotonic(), 1.0))
 
 
+_active: set[Job] = set()  # jobs that have started and not ended
 _thread = _MLXThread()
 
 
@@ -127,6 +139,7 @@ class Job:
             if self.state != "idle":
                 raise BusyError(f"This job is {self.state}; a job starts once.")
             self.state = "running"
+        _active.add(self)
         _thread.submit(self._step)
         return self
 
@@ -212,6 +225,7 @@ class Job:
                 self._ended.set_exception(error)
             else:
                 self._ended.set_result(result)
+            _active.discard(self)
 
 
 class Latest:

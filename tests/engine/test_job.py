@@ -101,6 +101,25 @@ def test_process_that_used_the_thread_ends_cleanly():
         assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_a_process_that_ends_under_a_job_ends_the_job_first_and_answers_what_asks_afterwards():
+    script = """
+import atexit, qlab, time
+from qlab.engine.job import Job, mlx_call
+def late():
+    try: mlx_call(int)
+    except RuntimeError as error: print(error, flush=True)
+atexit.register(late)  # runs after the thread has ended
+def work():
+    try:
+        while True: yield time.sleep(0.01)
+    finally: print("saved", flush=True)
+Job(work).start(); held = Job(work).start(); time.sleep(0.1); held.pause()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split("\n") == ["saved", "saved", "The process is ending; MLX is closed.", ""]
+
+
 def test_a_job_that_was_stopped_is_not_begun_again_after_one_that_takes_its_place():
     begun = []
 
