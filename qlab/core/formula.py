@@ -154,13 +154,18 @@ def formula(sample: Sample, runahead: Runahead) -> Formula:
         own = {a: units.get(array.shape, (0, 1.0)) for a, array in graph.arrays.items()}
         table = over_time(usage, label, own, len(used))
         table[:, [i for i, part in enumerate(PARTS) if part in INPUTS]] = 0
-        logits = [i for i, n in enumerate(usage.steps) if any(label[a] == "logits" for a in graph.nodes[n].outputs)]
+        shape = {a: array.shape for a, array in graph.arrays.items()}
+        # an adapted embedding has arrays as long as the vocabulary that are no logits: its values, and a length for each row
+        dense = {s for a, part in label.items() if part == "dequantized" for s in (shape[a], shape[a][::-1])}
+        rows = {a for a, part in label.items() if part == "logits" and shape[a][-1] == sample.vocabulary}
+        found = {a for a in rows if prod(shape[a]) > sample.vocabulary and shape[a] not in dense}
+        logits = [i for i, n in enumerate(usage.steps) if found.intersection(graph.nodes[n].outputs)]
         return table, logits[0], logits[-1]
 
     table, first, last = moments(sample.pair[0])
     typical = _terms(sizes(4, 513, 16, 512), [products[p] for p in used])
-    drained = min(last + _DRAIN, len(table) - 2)
-    done = _settled(table)
+    done = max(_settled(table), first + 3)
+    drained = min(last + _DRAIN, len(table) - 2, done - 2)  # no phase is empty
     half = (drained + done) // 2
     cuts = ((0, first), (first, drained), (drained, half), (half, done), (done, len(table)))
     points = [sizes(*point) for point in product(*_GRID)]

@@ -56,10 +56,10 @@ def labels(graph: Graph, vocabulary: int, trained: Iterable[tuple[int, ...]]) ->
                 made[a] = "activations"
             elif sources and sources <= {"weights", "dequantized"}:
                 made[a] = "dequantized"
-            elif vocabulary in shape:
-                made[a] = "logits"
+            elif shape in shapes:  # first: an adapter on the embedding is as long as the vocabulary too
+                made[a] = "gradients"
             else:
-                made[a] = "gradients" if shape in shapes else "activations"
+                made[a] = "logits" if vocabulary in shape else "activations"
     return made
 
 

@@ -43,3 +43,16 @@ def test_a_formula_of_few_blocks_tells_of_many_blocks_and_other_sizes(checkpoint
         found, whole = (sum(how(setup)[1].values()) for how in (forecast.by_formula, forecast.by_trace))
         assert 0.95 * whole < found < 1.12 * whole, (batch, length, rank, count, chunk)
     assert len(forecast._formulas) <= 6  # most of these are one kind of step
+
+
+@pytest.mark.parametrize("keys", [("embed_tokens",), ("embed_tokens", "q_proj")])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@on_mlx
+def test_an_adapter_on_a_tied_embedding_has_an_estimate_like_any_other(kind, keys):
+    module, _ = tiny(tie_word_embeddings=True)
+    forecast = Forecast(module, "tiny", None, True)
+    for checkpoint, length in itertools.product([False, True], [40, 200]):
+        train = TrainConfig(batch_size=2, max_seq_length=length, grad_checkpoint=checkpoint)
+        setup = Setup(None, LoRAConfig(rank=4, kind=kind, keys=keys), train)
+        found, whole = (sum(how(setup)[1].values()) for how in (forecast.by_formula, forecast.by_trace))
+        assert 0.95 * whole < found < 1.25 * whole, (checkpoint, length, found, whole)
