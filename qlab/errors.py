@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import wraps
+from inspect import signature
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class QlabError(Exception):
@@ -56,3 +61,18 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the candidate closest to ``name``, or an empty string."""
     found = difflib.get_close_matches(str(name), list(candidates), n=1, cutoff=0.4)
     return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def named(cls: type[T]) -> type[T]:
+    """Let a class refuse an argument that it does not know with the nearest that it knows, as a file's key is refused."""
+    make = cls.__init__
+    legal = tuple(signature(make).parameters)[1:]
+
+    @wraps(make)
+    def init(self: Any, *args: Any, **settings: Any) -> None:
+        if unknown := [f"{key!r} is no setting.{nearest(key, legal)}" for key in settings if key not in legal]:
+            raise ConfigError(f"{cls.__name__}: {' '.join(unknown)} The settings are {', '.join(legal)}.")
+        make(self, *args, **settings)
+
+    cls.__init__ = init
+    return cls

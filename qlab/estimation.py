@@ -29,7 +29,7 @@ from qlab.engine.link import Link, config_of
 from qlab.engine.stepped import WINDOWS
 from qlab.engine.structure import context, structure
 from qlab.engine.sweep import Sweep
-from qlab.errors import ConfigError, LoadError, QlabError, nearest
+from qlab.errors import ConfigError, QlabError, nearest
 from qlab.model import Model
 from qlab.views.estimate import EstimatePanel
 from qlab.views.estimate_text import html, page
@@ -119,10 +119,9 @@ def _forecast(source: Any) -> Forecast:
     """Return what is known of a source; a second question of the same source finds the formulas of the first."""
     model = getattr(source, "model", source)  # of a quantizer
     if isinstance(model, Model):
-        if model.module is None:
-            raise LoadError(f"The model {model.name!r} was freed; load it again.")
+        module = model.module  # refuses one that was freed
         if model not in _LOADED:
-            _LOADED[model] = mlx_call(Forecast, model.module, model.name, context(model.config), True)
+            _LOADED[model] = mlx_call(Forecast, module, model.name, context(model.config), True)
         return _LOADED[model]
     if not isinstance(source, (dict, str, Path)):
         raise ConfigError(f"model={source!r} is not legal; give a model, a quantizer, a config, a path or a hub id.")

@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 from qlab.core.config import QuantPlan
 from qlab.core.spec import ModelSpec
@@ -16,6 +17,7 @@ from qlab.engine.memory import release
 from qlab.engine.predict import reply
 from qlab.engine.skeleton import describe
 from qlab.engine.study import Study
+from qlab.errors import LoadError
 
 
 class Model:
@@ -23,7 +25,6 @@ class Model:
 
     Attributes:
         name: short name.
-        module: mlx-lm's model.
         tokenizer: mlx-lm's tokenizer wrapper.
         config: contents of config.json.
         spec: the layers: paths, shapes, dtypes, bytes.
@@ -37,13 +38,24 @@ class Model:
         self, loaded: _load.Loaded, plan: QuantPlan | None = None, solver: str = "", original: Model | None = None,
         source: str = "",
     ) -> None:  # fmt: skip
-        self.name, self.module, self.tokenizer = loaded.name, loaded.module, loaded.tokenizer
+        self.name, self._module, self.tokenizer = loaded.name, loaded.module, loaded.tokenizer
         self.config, self.notes, self.plan, self.solver = loaded.config, loaded.notes, plan, solver
         self.source = source or (original.source if original else "")
         self._original = weakref.ref(original) if original else None
         self.spec: ModelSpec = mlx_call(describe, loaded.module, loaded.name)
         self._study: Study | None = None
         self._lock = threading.Lock()
+
+    @property
+    def module(self) -> Any:
+        """mlx-lm's model.
+
+        Raises:
+            LoadError: it was given back by ``free``.
+        """
+        if self._module is None:
+            raise LoadError(f"{self.name!r} was given back by free(); load it again.")
+        return self._module
 
     @property
     def original(self) -> Model | None:
@@ -77,7 +89,7 @@ class Model:
 
     def free(self) -> str:
         """Give the memory back; return a sentence that says how much came back, and what may still hold the rest."""
-        held, self.module, self._study = self.spec.nbytes, None, None
+        held, self._module, self._study = self.spec.nbytes, None, None
         gc.collect()
         return mlx_call(release, held)
 

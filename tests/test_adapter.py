@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 import qlab
 from qlab.core.training import LoRAConfig
 from qlab.engine.load import Loaded
-from qlab.errors import ConfigError, LayerNotFoundError, WeightsError
+from qlab.errors import ConfigError, LayerNotFoundError, LoadError, WeightsError
 from qlab.model import Model
 from tests.tiny import on_mlx, tiny
 
@@ -287,3 +287,12 @@ def test_a_fused_model_is_no_quantized_one(demo):
     fused = qlab.Adapter(q, rank=4, num_layers=1, keys=["q_proj"]).fuse(rest=16)
     assert fused.plan is None and fused.original is fused and "4-bit" not in repr(fused)
     q.close()
+
+
+def test_a_model_that_was_given_back_says_so():
+    model = qlab.load("demo")
+    q, a = qlab.Quantizer(model), qlab.Adapter(model, rank=2)
+    model.free()
+    for ask in (lambda: a.base.module, lambda: model.generate("It"), q.quantize, lambda: qlab.estimate(model)):
+        with pytest.raises(LoadError, match="'demo' was given back by free..; load it again"):
+            ask()

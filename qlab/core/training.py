@@ -15,7 +15,7 @@ from qlab import registry
 from qlab.core.adapter import AdapterKind
 from qlab.core.optimizer import OptimizerKind
 from qlab.core.spec import LayerSpec, ModelSpec
-from qlab.errors import ConfigError, LayerNotFoundError, nearest
+from qlab.errors import ConfigError, LayerNotFoundError, named, nearest
 
 INITS = {
     "default": "A drawn, B zero: the model starts as it is",
@@ -29,6 +29,7 @@ ON_NONFINITE = ("skip", "stop")
 _DTYPES = {"float32": 4, "bfloat16": 2}  # in float16 the optimizers' small constants round to 0
 
 
+@named
 @dataclass(frozen=True)
 class LoRAConfig:
     """A low-rank adapter: ``W + scale · B·A`` on chosen layers.
@@ -154,6 +155,7 @@ def _matches(layer: LayerSpec, key: str) -> bool:
     return layer.path == key or layer.path.endswith(f".{key}") or fnmatchcase(layer.path, key)
 
 
+@named
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run.

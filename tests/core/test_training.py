@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from inspect import signature
 
 import pytest
 
@@ -206,3 +207,11 @@ def test_all_linear_is_what_none_means_and_goes_with_other_keys():
 
 def test_a_pattern_that_matches_other_layers_too_leaves_the_embedding_out():
     assert [x.kind for x in LoRAConfig(rank=2, keys="model.*").targets(MIXED)] == ["linear", "switch"]
+
+
+def test_a_setting_that_does_not_exist_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match="TrainConfig: 'iter' is no setting. Did you mean 'iters'.*learning_rate"):
+        TrainConfig(iter=3)
+    with pytest.raises(ConfigError, match="LoRAConfig: 'rnk' is no setting. Did you mean 'rank'"):
+        LoRAConfig(rnk=3)
+    assert str(signature(LoRAConfig)).startswith("(rank: ")  # what an editor completes
