@@ -12,14 +12,14 @@ from qlab.core.rows import Rows
 from qlab.engine.adapt import twin_for_rows
 from qlab.engine.job import Job
 from qlab.engine.judge import judge
-from qlab.engine.teacher import remember
+from qlab.engine.teacher import KEEP, remember
 from qlab.errors import ConfigError
 from qlab.views.judged import Judged
 
 
 def judged(
     adapter: Adapter, rows: Rows | None, golden: Iterable[Mapping[str, Any]] = (), match: Any = "exact",
-    prompts: Iterable[str] = (), max_tokens: int = 64,
+    prompts: Iterable[str] = (), max_tokens: int = 64, keep: int = KEEP,
 ) -> Judged:  # fmt: skip
     """Judge an adapter on rows it was not trained on, on a golden set, and let it answer prompts; blocks.
 
@@ -32,9 +32,10 @@ def judged(
         match: ``exact``, ``contains`` or a function of answer and expected answer.
         prompts: answered by every model.
         max_tokens: longest answer.
+        keep: tokens of the unquantized model's predictions that are kept at each target; the whole vocabulary is exact.
 
     Raises:
-        ConfigError: there is nothing to judge by.
+        ConfigError: there is nothing to judge by, or ``keep`` is no whole number above 0.
         DataError: the golden set has faults.
     """
     golden, prompts = tuple(golden), tuple([prompts] if isinstance(prompts, str) else prompts)
@@ -44,7 +45,7 @@ def judged(
 
     def work() -> Generator[Progress, None, JudgeReport]:
         teacher = original.study.full_model() if original is not None else None
-        kept = (yield from remember(teacher, list(rows))) if teacher is not None and rows else None
+        kept = (yield from remember(teacher, list(rows), keep)) if teacher is not None and rows else None
         bare = {} if base is original else {COLUMNS[1]: twin_for_rows(base.module, base.spec, None, {})}
         name = COLUMNS[2] if bare else f"{COLUMNS[0]} + adapter"
         students = {**bare, name: twin_for_rows(base.module, base.spec, lora, parameters)}

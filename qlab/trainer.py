@@ -233,7 +233,7 @@ class Trainer:
         Args:
             rows: not trained on; None takes those held out.
             golden: dicts with ``prompt`` and ``expected``.
-            settings: ``match`` and ``max_tokens``, see ``qlab.judging.judged``.
+            settings: ``match``, ``max_tokens`` and ``keep``, see ``qlab.judging.judged``.
 
         Raises:
             ConfigError, DataError: there is nothing to judge by, or it has faults.

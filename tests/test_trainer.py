@@ -15,12 +15,13 @@ import weakref
 import mlx.core as mx
 import numpy as np
 import pytest
+from IPython.lib.pretty import pretty
 
 import qlab
 from qlab.core.rows import Row, Rows
 from qlab.engine import checkpoint
 from qlab.engine.job import mlx_call
-from qlab.errors import BusyError, ConfigError, DataError, LoadError, QlabError
+from qlab.errors import BusyError, ConfigError, DataError, LoadError, QlabError, SaveError
 
 ROWS = [{"text": f"Row {n}: the {word} of the house was very {word}."} for n, word in enumerate(["tall", "kind", "odd"] * 10)]
 SMALL = {"rank": 4, "num_layers": 1, "keys": ["q_proj", "v_proj"]}
@@ -355,6 +356,9 @@ def test_a_run_is_judged_beside_its_base_and_the_original(demo, tmp_path):
     full, bare, adapted = report.columns
     assert full.kl_nats == 0 and bare.kl_nats > 0.05 and bare.nll != adapted.nll
     assert "<table" in report._repr_html_() and len(report.samples) == 1
+    exact = trainer.evaluate(keep=demo.spec.vocabulary)
+    assert "exact; floor of the KL 0 nats" in repr(exact) and exact.columns[1].kl_nats >= bare.kl_nats
+    assert pretty(trainer.report).startswith(f"{trainer.path.name}: affine 2-bit g64, lora r4: done after ")
     assert len(qlab.runs()) >= 1 and trainer.path.name in repr(qlab.runs())
     q.close()
 
@@ -376,3 +380,14 @@ def test_rows_held_out_by_the_user_and_none_at_all(adapter, tmp_path):
     counted = qlab.Trainer(adapter, ROWS, CONFIG, val=4, path=tmp_path)
     assert len(counted.held) == 4 and len(counted.rows) == 26
     assert "<ins" in counted.data._repr_html_() and "26" in repr(counted.data)
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_told_when_the_run_ends(adapter, tmp_path, monkeypatch):
+    trainer = qlab.Trainer(adapter, ROWS, CONFIG, val=0, path=tmp_path / "run")
+
+    def full(self, state):
+        raise SaveError("the disk is full")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", full)
+    report = trainer.run()
+    assert report.status == "done" and report.notes[-1] == "not written: the disk is full"

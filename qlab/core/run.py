@@ -127,6 +127,15 @@ class RunReport:
     path: str
     notes: tuple[str, ...] = ()
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # what a cell shows
+        lines = [f"{self.name}: {self.storage}, {self.adapter}: {self.status} after {self.steps} of {self.iters} steps"]
+        lines += [f"loss {self.loss:.4g}" + (f", validation {self.val_loss:.4g}" if isfinite(self.val_loss) else "")]
+        if isfinite(self.best_val_loss):
+            lines[-1] += f", best {self.best_val_loss:.4g} at step {self.best_step}"
+        lines += [f"{self.tokens:,} tokens in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s"]
+        lines += [f"peak {self.peak_nbytes / 1e9:.3g} GB, foreseen {self.predicted_nbytes / 1e9:.3g} GB", self.path]
+        printer.text("\n".join([*lines, *self.notes]))
+
 
 @dataclass(frozen=True, eq=False)
 class RunState:

@@ -119,6 +119,7 @@ class Checkpoints:
                 made.rename(final)
                 _sync(self.folder)
         except (OSError, RuntimeError) as error:
+            error = error.__cause__ or error if isinstance(error, SaveError) else error  # place and room are said once
             free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
             raise SaveError(f"{final} was not written ({error}); {free / 1e9:.2f} GB are free there.") from error
         before = sorted(path for path in self.folder.glob(f"{kind}-*") if path < final)
@@ -155,6 +156,8 @@ def latest(folder: Path) -> Path:
     if (folder / "state.json").is_file():
         _read(folder)
         return folder
+    if not folder.exists():
+        raise LoadError(f"{folder} does not exist; give the folder of a run.")
     found = sorted(folder.glob("step-*"), reverse=True)
     for path in found:
         try:

@@ -269,5 +269,5 @@ def _notes(columns: list[Column], empty: int, kept: Kept | None) -> tuple[str, .
             bad = int((~np.isfinite(column.scores.nll)).sum())
             found.append(f"{column.name} gives no numbers on {bad} rows: its weights or activations overflow.")
         elif kept and column.name != FULL and kept.floor_nats > _FLOOR_NOTE * column.kl_nats:
-            found.append(f"{column.name}: the floor is over half of the KL, which may be larger; keep more tokens.")
+            found.append(f"{column.name}: the floor is over half of the KL, which may be larger; keep more tokens (keep=).")
     return tuple(found)

@@ -49,7 +49,8 @@ def describe(feed: Feed, held: Rows | None) -> str:
     rows, shapes = feed.rows, len(feed.shapes)
     parts = [f"{len(rows)} {rows.kind} rows"]
     parts += [f"{len(held)} held out"] if held else []
-    found = ((len(rows.dropped), "dropped"), (rows.cut, "cut"), (rows.duplicates, "duplicates"))
+    repeats = f"duplicate{'s' * (rows.duplicates != 1)}"
+    found = ((len(rows.dropped), "dropped"), (rows.cut, "cut"), (rows.duplicates, repeats))
     parts += [f"{count} {what}" for count, what in found if count]
     parts += [
         f"{rows.targets} targets",

@@ -123,6 +123,9 @@ class Session:
         def ended(job: Job) -> None:
             self.phase = ""
             self._settle()
+            if self.task is not None:  # marks of the save at the end: no later step can tell what went wrong
+                self.notes += tuple(mark.text for mark in self.task.marks if mark.text != mark.kind)
+                self.task.marks.clear()
             if job.error is not None:
                 self.error = str(job.error) or type(job.error).__name__
             on_end()
