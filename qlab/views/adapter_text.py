@@ -22,8 +22,8 @@ def text_line(state: AdapterState) -> str:
     trained = f", trained: {state.origin}" if state.origin else ""
     return (
         f"Adapter({lora.kind} on {state.spec.name}, {state.storage}: rank {lora.rank}, alpha {lora.alpha:g}, "
-        f"{len(report.layers)} layer{'s' * (len(report.layers) != 1)}, {report.size:,} trainable numbers, {100 * report.share:.2f} % of the model, "
-        f"{size_text(report.nbytes)}{trained})"
+        f"{len(report.layers)} layer{'s' * (len(report.layers) != 1)}, {report.size:,} trainable numbers, "
+        f"{100 * report.share:.2f} % of the model, {size_text(report.nbytes)}{trained})"
     )
 
 
