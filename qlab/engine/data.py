@@ -45,7 +45,7 @@ def read(data: Any, tokenizer: Any, config: TrainConfig, vocabulary: int | None 
         DataError: names every row that cannot be used, its key and what is wrong.
     """
     if isinstance(data, Rows):
-        _refuse([f"row {row.number}: {fault}" for row in data if (fault := _foreign(row, vocabulary))], len(data))
+        _refuse([(row.number, fault) for row in data if (fault := _foreign(row, vocabulary))], len(data))
         return data
     source = rows_of(data)
     if isinstance(source, Text):
@@ -60,11 +60,11 @@ def read(data: Any, tokenizer: Any, config: TrainConfig, vocabulary: int | None 
         try:
             kind, tokens, mask = maker.make(found)
         except (Fault, MaskError) as fault:
-            faults.append(f"row {number}: {fault}")
+            faults.append((number, str(fault)))
             continue
         row = _row(number, tokens, mask, config.max_seq_length)
         if fault := _foreign(row, vocabulary):
-            faults.append(f"row {number}: {fault}")
+            faults.append((number, str(fault)))
         elif row.mask.any():
             rows.append(row)
             kinds.add(kind)
@@ -78,9 +78,20 @@ def read(data: Any, tokenizer: Any, config: TrainConfig, vocabulary: int | None 
     return Rows(tuple(rows), kinds.pop() if len(kinds) == 1 else "mixed", tuple(dropped))
 
 
-def _refuse(faults: list[str], count: int) -> None:
+def _refuse(faults: list[tuple[int, str]], count: int) -> None:
+    """Say what is wrong with which rows; what is wrong with many is said once."""
+    same: dict[str, list[int]] = {}
+    for number, fault in faults:
+        same.setdefault(fault, []).append(number)
     if faults:
-        raise DataError(listed(f"{len(faults)} of {count} rows cannot be used", faults))
+        raise DataError(listed(f"{len(faults)} of {count} rows cannot be used", [f"{_rows(n)}: {f}" for f, n in same.items()]))
+
+
+def _rows(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return f"row {numbers[0]}"
+    first, more = ", ".join(map(str, numbers[:5])), len(numbers) - 5
+    return f"rows {first} and {more} more" if more > 0 else f"rows {first}"
 
 
 def _foreign(row: Row, vocabulary: int | None) -> str:

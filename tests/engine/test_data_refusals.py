@@ -150,10 +150,21 @@ def test_messages_without_a_template_name_the_way_out(demo):
 
 def test_all_faults_are_told_at_once_and_the_list_stays_short(demo):
     with pytest.raises(DataError) as error:
-        read([{"text": i} for i in range(50)] + ["fine"], demo.tokenizer, TrainConfig())
+        read([{f"tex{i}": "?"} for i in range(50)] + ["fine"], demo.tokenizer, TrainConfig())
     lines = str(error.value).splitlines()
     assert lines[0].startswith("50 of 51 rows cannot be used") and len(lines) == 22 and lines[-1] == "… and 30 more."
-    assert lines[20] == "- row 19: 'text' is an int, not a string"
+    assert lines[20].startswith("- row 19: ") and "tex19" in lines[20]
+
+
+def test_what_is_wrong_with_many_rows_is_said_once(demo):
+    rows = [{"text": i} for i in range(50)]
+    with pytest.raises(DataError) as error:
+        read([*rows[:2], {"text": ["?"]}, "fine", *rows[2:]], demo.tokenizer, TrainConfig())
+    assert str(error.value).splitlines() == [
+        "51 of 52 rows cannot be used:",
+        "- rows 0, 1, 4, 5, 6 and 45 more: 'text' is an int, not a string",
+        "- row 2: 'text' is a list, not a string",
+    ]
 
 
 def test_a_source_that_fails_says_at_which_row(demo):
