@@ -29,7 +29,7 @@ bench: .venv/dev
 	tests/ensure_chromium.sh
 	$(BIN)/python -m tests.bench.bench_panel
 	$(BIN)/python -m tests.bench.bench_quality
-	$(BIN)/python -m tests.bench.bench_step 4 128
+	$(BIN)/python -m tests.bench.bench_step 1 64
 	$(BIN)/python -m tests.bench.bench_live
 
 bench-memory: .venv/dev

@@ -119,7 +119,7 @@ def main() -> None:
         made = stock(batch, length, steps) if way.startswith("stock") else ours(way, batch, length, steps)
         print("\nRESULT " + json.dumps(made))
         return
-    batch, length = map(int, sys.argv[1:3]) if len(sys.argv) > 2 else (4, 128)
+    batch, length = map(int, sys.argv[1:3]) if len(sys.argv) > 2 else (1, 64)
     if not (FOLDER / "config.json").exists():
         FOLDER.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, "-m", "tests.bench.bench_step", "prepare"], check=True)  # takes its memory with it
