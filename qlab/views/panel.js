@@ -46,16 +46,16 @@ function stepper(name, onPick) {
   } };
 }
 
-/** The way to the kernel: the newest slider position at most every 100 ms, the last one always; told when nobody answers. */
+/** The way to the kernel: the newest slider position at most every 100 ms, the last one always, and nothing overtakes it; told when nobody answers. */
 function line(controls, stale) {
   let seq = 0, timer = 0, late = 0, pending = null;
-  const send = (intent) => {
+  const post = (intent) => {
     if (!controls) return;
-    controls.set("intent", { ...intent, seq: (seq = Date.now()) }); controls.save_changes();
+    controls.set("intent", { ...intent, seq: (seq = Math.max(Date.now(), seq + 1)) }); controls.save_changes();
     clearTimeout(late); late = setTimeout(() => { if (!document.hidden) stale(true); }, 4000);
   };
-  const flush = () => { timer = 0; if (pending) send(pending); pending = null; };
-  return { send, slide(intent) { pending = intent; timer ||= setTimeout(flush, 100); },
+  const flush = () => { clearTimeout(timer); timer = 0; if (pending) post(pending); pending = null; };
+  return { send(intent) { flush(); post(intent); }, slide(intent) { pending = intent; timer ||= setTimeout(flush, 100); },
     /** Whether a state that answers intents up to `ack` is newer than what the user did. */
     heard(ack) { const all = (ack ?? 0) >= seq; if (all) { clearTimeout(late); stale(false); } return all && !pending; },
     stop() { clearTimeout(timer); clearTimeout(late); } };
