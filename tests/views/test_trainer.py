@@ -153,7 +153,8 @@ def test_durations_are_written_as_people_say_them(seconds, text):
 @pytest.mark.parametrize(
     ("status", "phase", "said"),
     [("idle", "", ("○", "ready")), ("running", "training", ("▶", "training")), ("running", "preparing", ("…", "preparing")),
-     ("running", "validating", ("▶", "validating")), ("paused", "training", ("‖", "paused")), ("failed", "preparing", ("✕", "failed"))],
+     ("running", "validating", ("▶", "validating")), ("paused", "training", ("‖", "paused")),
+     ("paused", "validating", ("‖", "paused")), ("failed", "preparing", ("✕", "failed"))],
 )  # fmt: skip
 def test_the_state_has_an_icon_and_a_word(status, phase, said):
     assert words.status_words(run_state(RUN, status, phase=phase)) == said
