@@ -23,7 +23,7 @@ from qlab.engine.linear import Frozen, Packed
 from qlab.engine.loss import Arrays, Given, Sums, given, nats_and_slope
 from qlab.engine.stack import Stack
 
-# blocks in flight: those that pay, from the fewest on (docs/adr/0006-layer-stepped.md); a GPU's first is slower by a third
+# blocks in flight that pay, from the fewest on (docs/adr/0006-layer-stepped.md); a single one is a third slower on a GPU
 WINDOWS = {"cpu": (1,), "cuda": (2, 4), "metal": (2,)}
 _PARTS = 8  # sizes of the last chunk of the loss: each is compiled once
 _NUMBERS = ("layer_idx", "layer_id", "layer_number")  # attributes that only say where a block stands, as a rule
