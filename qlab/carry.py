@@ -1,17 +1,58 @@
-"""Takes a run elsewhere: its folder, and its settings as a file for ``python -m qlab.run`` or for stock mlx-lm. Wiring only."""
+"""Makes a run ready, and takes it elsewhere: its folder, its settings as a file for ``qlab.run`` or mlx-lm. Wiring only."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qlab.core.rows import Rows
 from qlab.core.training import LoRAConfig, TrainConfig
-from qlab.engine import recipe, run_file, run_folder
+from qlab.engine import prepare, recipe, run_file, run_folder
+from qlab.engine.adapter_files import save_adapter
+from qlab.engine.checkpoint import Checkpoints, TrainState
+from qlab.engine.feed import Feed
 from qlab.engine.job import mlx_call
+from qlab.engine.parallel import ALONE, Ranks
+from qlab.engine.session import Made
 from qlab.errors import ConfigError
 from qlab.model import Model
+
+
+def ready(
+    base: Model, lora: LoRAConfig, config: TrainConfig, feed: Feed, held: Rows | None, parameters: Any, path: Path,
+    on_good: Callable[[TrainState], None], found: Path | None = None, ranks: Ranks = ALONE,
+) -> Made:  # fmt: skip
+    """Return a run on a base, where it stands, and what to know about how it is computed. Runs on the MLX thread.
+
+    Args:
+        base: frozen.
+        lora: the adapter.
+        config: the run, its blocks in flight chosen.
+        feed: batches to train on.
+        held: rows to judge by.
+        parameters: the adapter's arrays by path, evaluated.
+        path: folder of the checkpoints.
+        on_good: see ``Task``.
+        found: checkpoint to go on from, or None.
+        ranks: the processes that train together.
+
+    Raises:
+        ConfigError, LayerNotFoundError, UnsupportedError: see ``prepare.make_task``.
+        LoadError: the checkpoint cannot be read.
+    """
+    kept = Checkpoints(path, lambda folder, arrays: save_adapter(folder, arrays, lora, base.spec, base.source))
+    batches = prepare.validation_batches(held, config)
+    given = (base.module, base.spec, lora, config, feed, batches, parameters, kept, on_good)
+    task, state, notes = prepare.make_task(*given, ranks=ranks)
+    return task, prepare.resumed(found, parameters, task) if found else state, notes
+
+
+def facts_of(base: Model, lora: LoRAConfig, config: TrainConfig, prompts: tuple[str, ...]) -> run_folder.RunFacts:
+    """Return what the folder of a run says of it. Runs on the MLX thread."""
+    whole = run_folder.fingerprint(base.module)
+    return run_folder.RunFacts(base.source, base.plan, base.solver, lora, config, whole, prompts)
 
 
 def keep(
@@ -22,8 +63,7 @@ def keep(
     Raises:
         SaveError: the place cannot be written.
     """
-    whole = run_folder.fingerprint(base.module)
-    facts = run_folder.RunFacts(base.source, base.plan, base.solver, lora, config, whole, prompts)
+    facts = facts_of(base, lora, config, prompts)
     run_folder.write(path, facts, rows, held)
     return facts
 

@@ -19,11 +19,11 @@ from typing import Any, TextIO, TypeVar
 
 from qlab import __version__
 from qlab.adapter import Adapter
+from qlab.carry import facts_of, ready
 from qlab.core.memory import MemoryEstimate
 from qlab.core.run import StepEvent, summary
 from qlab.engine import checkpoint, prepare, run_file, run_folder
-from qlab.engine.adapter_files import save_adapter
-from qlab.engine.checkpoint import Checkpoints, TrainState
+from qlab.engine.checkpoint import TrainState
 from qlab.engine.feed import Feed
 from qlab.engine.job import mlx_call
 from qlab.engine.parallel import Ranks, joined
@@ -136,9 +136,7 @@ def _digest(folder: Path) -> str:
 def _opened(path: Path, size: int) -> _Opened:
     found = checkpoint.latest(path) if path.is_dir() else None
     trainer = _resumed(found, size) if found else _begun(run_file.read(path), size)
-    base = trainer.adapter.base
-    whole = mlx_call(run_folder.fingerprint, base.module)
-    facts = RunFacts(base.source, base.plan, base.solver, trainer.adapter.config, trainer.config, whole, trainer.prompts)
+    facts = mlx_call(facts_of, trainer.adapter.base, trainer.adapter.config, trainer.config, trainer.prompts)
     return _Opened(trainer, facts, Feed(trainer.rows, trainer.config), found)
 
 
@@ -191,15 +189,12 @@ def _made(opened: _Opened, parameters: Any, ranks: Ranks, window: int, say: Call
             for prompt in trainer.prompts:
                 say(f"{prompt!r} → {trainer.adapter.generate(prompt)!r}")
 
-    kept = Checkpoints(trainer.path, lambda path, arrays: save_adapter(path, arrays, facts.lora, base.spec, base.source))
-    held = prepare.validation_batches(trainer.held, trainer.config)
-    given = (base.module, base.spec, facts.lora, trainer.config, opened.feed, held, parameters, kept, listen)
-    task, state, notes = prepare.make_task(*given, ranks=ranks, window=window)
-    if opened.found:
-        state = prepare.resumed(opened.found, parameters, task)
-    elif ranks.first:
+    config = replace(trainer.config, window=window)
+    given = (base, facts.lora, config, opened.feed, trainer.held, parameters, trainer.path, listen)
+    made = ready(*given, found=opened.found, ranks=ranks)
+    if opened.found is None and ranks.first:
         run_folder.write(trainer.path, facts, trainer.rows, trainer.held)
-    return task, state, notes
+    return made
 
 
 def _together(ranks: Ranks, work: Callable[[], T]) -> T:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 from qlab.adapter import Adapter
-from qlab.carry import keep, to_yaml
+from qlab.carry import keep, ready, to_yaml
 from qlab.core.code import train_code
 from qlab.core.memory import MemoryEstimate
 from qlab.core.rows import Rows
 from qlab.core.run import RunReport, RunState, StepEvent, Voice, seconds_left
 from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine import checkpoint, prepare, run_folder
-from qlab.engine.adapter_files import save_adapter
 from qlab.engine.data import read, report
 from qlab.engine.feed import Feed
 from qlab.engine.job import mlx_call
@@ -330,16 +330,13 @@ class Trainer:
 
     def _make(self, base: Model, lora: LoRAConfig, parameters: Any) -> Made:
         """Make the run ready, at its first start; on the MLX thread."""
-        spec, config = base.spec, self.config
-        kept = checkpoint.Checkpoints(self.path, lambda path, arrays: save_adapter(path, arrays, lora, spec, base.source))
-        held = prepare.validation_batches(self.held, config)
-        made = (base.module, spec, lora, config, self._feed, held, parameters, kept, lambda _: self._good())
-        task, state, notes = prepare.make_task(*made, window=self.estimate.setup.train.window)
-        if self._checkpoint is not None:
-            return task, prepare.resumed(self._checkpoint, parameters, task), notes
-        run_folder.check_new(self.path)
-        keep(self.path, base, lora, config, self.rows, self.held, self.prompts)
-        return task, state, notes
+        config = replace(self.config, window=self.estimate.setup.train.window)
+        given = (base, lora, config, self._feed, self.held, parameters, self.path, lambda _: self._good())
+        made = ready(*given, found=self._checkpoint)
+        if self._checkpoint is None:
+            run_folder.check_new(self.path)
+            keep(self.path, base, lora, self.config, self.rows, self.held, self.prompts)
+        return made
 
     def _good(self) -> None:
         """Hand the parameters over, and hear the model's voice; on the MLX thread."""

@@ -103,7 +103,6 @@ def make_task(
     on_good: Callable[[TrainState], None],
     limit_nbytes: int | None = None,
     ranks: Ranks = ALONE,
-    window: int = 0,
 ) -> tuple[Task, TrainState, tuple[str, ...]]:
     """Return a run, where it stands at first, and what to know about how it is computed. Runs on the MLX thread.
 
@@ -119,14 +118,12 @@ def make_task(
         on_good: see ``Task``.
         limit_nbytes: of memory; None takes it from what is free.
         ranks: the processes that train together, with the same parameters.
-        window: blocks in flight at once; 0 leaves it to the config.
 
     Raises:
         ConfigError, LayerNotFoundError: the adapter does not fit the model.
         UnsupportedError: the model's step cannot be built as the config wants it.
     """
     compute, notes = choose_compute(module, spec, lora, largest(config, feed, ranks.size).tokens)
-    config = replace(config, window=window or config.window)
     step = make_step(attach(module, spec, lora, compute, config.grad_checkpoint), config)
     # sums over arrays follow their order, and a file has one of its own
     parameters = {path: parameters[path] for path in step.parameters}
