@@ -5,7 +5,7 @@ Each kind of piece is read once; what a model of eighty blocks adds is arithmeti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from qlab.engine.linear import Frozen
 from qlab.engine.loss import Arrays, nats_and_slope
 from qlab.engine.reading import read
 from qlab.engine.stack import Stack
-from qlab.engine.stepped import followers
+from qlab.engine.stepped import arrays_of, followers
 from qlab.engine.trace import compiled, updated
 
 Function = Callable[..., list[mx.array]]
@@ -78,7 +78,7 @@ class Pieces:
             self._ask(x)
         cotangent, grads = self._loss(x, outer)
         for i in reversed(range(first, len(calls))):
-            names = _in_order(path for path in self.trained if path.startswith(self._own[i]))
+            names = [self._own[i] + name for name in _names(self.stack.blocks[i]) if self._own[i] + name in self.trained]
             cotangent, *own = self._block(i, True, kinds[i], [kept.pop(), cotangent], calls[i])
             grads |= dict(zip(names, own, strict=True))
             self._ask(cotangent, *own)
@@ -110,7 +110,7 @@ class Pieces:
 
     def _thin(self, dtype: mx.Dtype) -> None:
         """Go on with factors as the products take them."""
-        for path in followers(self.module, f"{self.stack.path}.", self.trained).get(dtype, ()):
+        for path in followers(arrays_of(self.module), f"{self.stack.path}.", self.trained).get(dtype, ()):
             array = self.trained[path]
             if array.dtype != dtype:
                 (self.ids[path],) = self._piece((path, dtype), lambda a: [a.astype(dtype)], [(self.ids[path], array)], False)
@@ -120,7 +120,7 @@ class Pieces:
         """Add a block's forward pass, or its way back: gradients by its input and by its trained arrays."""
         block, own = self.stack.blocks[i], self._own[i]
         arrays = dict(tree_flatten(block.parameters()))
-        names = _in_order(arrays)
+        names = [name for name in _names(block) if name in arrays]
         arrays = {name: arrays[name] for name in names}
         chosen = [n for n, name in enumerate(names) if own + name in self.trained]
         others = _leaves(form)
@@ -273,9 +273,9 @@ class Pieces:
         return owner.base.embeds
 
 
-def _in_order(paths: Iterable[str]) -> list[str]:
-    """Sort paths as the step does, whose results are evaluated in that order."""
-    return sorted(paths, key=lambda path: [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")])
+def _names(block: nn.Module) -> list[str]:
+    """Paths of a block's arrays in the step's order, in which its results are evaluated."""
+    return [path for path, *_ in arrays_of(block)]
 
 
 def _leaves(tree: Any) -> list[mx.array]:

@@ -58,9 +58,10 @@ class Stepped:
         prefix = f"{self._stack.path}."
         self._blocks = [_Block(block, f"{prefix}{i}", self.parameters) for i, block in enumerate(self._stack.blocks)]
         self._outside = [path for path in self.parameters if not path.startswith(prefix)]
-        self._places = {path: (holder, key) for path, holder, key in _Piece(module).places}
+        places = arrays_of(module)
+        self._places = {path: (holder, key) for path, holder, key in places}
         self._keys = [path for path, _ in tree_flatten(module.parameters()) if path.endswith("dropout_key")]
-        self._followers = followers(module, prefix, self.parameters)
+        self._followers = followers(places, prefix, self.parameters)
         self._end = _End(self._stack, self._outside)
         self._kinds: dict[Hashable, _Kind] = {}
         self._different: set[int] = set()  # blocks for which it matters where they stand
@@ -170,17 +171,22 @@ class Stepped:
             holder[key] = array
 
 
-def followers(module: nn.Module, prefix: str, trained: Arrays) -> dict[mx.Dtype, list[str]]:
+def arrays_of(module: nn.Module) -> list[tuple[str, Any, Any]]:
+    """Return path, holder and key of every array, in the order in which a block's are handed over and its gradients come."""
+    return _Piece(module).places
+
+
+def followers(places: list[tuple[str, Any, Any]], prefix: str, trained: Arrays) -> dict[mx.Dtype, list[str]]:
     """Return which trained arrays of the blocks serve as cast to the dtype of what enters them, by that dtype.
 
     None do where something else in the blocks would make activations wider on their way.
 
     Args:
-        module: what ``attach`` returned.
+        places: of the arrays of what ``attach`` returned; see ``arrays_of``.
         prefix: of paths within the blocks.
         trained: arrays by path.
     """
-    inside = [(path, holder, holder[key]) for path, holder, key in _Piece(module).places if path.startswith(prefix)]
+    inside = [(path, holder, holder[key]) for path, holder, key in places if path.startswith(prefix)]
     others = (a for path, holder, a in inside if path not in trained and not isinstance(holder, Packed))
     dtypes = {array.dtype for array in others if mx.issubdtype(array.dtype, mx.floating)}
     own = [path for path, holder, _ in inside if path in trained and getattr(holder, "follows", False)]

@@ -14,7 +14,7 @@ from qlab.core.config import QuantConfig
 from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine.skeleton import describe
 from qlab.engine.step import Compute, Step, attach, make_step
-from qlab.engine.stepped import followers, Stepped
+from qlab.engine.stepped import Stepped, arrays_of, followers
 from qlab.errors import ConfigError, UnsupportedError
 from tests.engine.test_step import HEADS, WHOLE, assert_same, batch, label, made, stirred
 from tests.tiny import ARCHITECTURES, on_mlx, quantized, tiny
@@ -265,7 +265,7 @@ def test_the_loss_curve_of_many_updates_is_that_of_the_whole_graph():
 def test_factors_are_cast_once_a_step_where_nothing_but_products_reads_them(kind):
     module, spec = tiny(torch_dtype="bfloat16")
     step = stepped(module, spec, LoRAConfig(kind=kind, rank=4))
-    found = followers(step.module, "model.layers.", step.parameters)
+    found = followers(arrays_of(step.module), "model.layers.", step.parameters)
     factors = sorted(path for path in step.parameters if path.endswith(("lora_a", "lora_b")))
     assert sorted(found.get(mx.bfloat16, [])) == (factors if kind == "lora" else []) and len(found) < 2
     sums = step(step.parameters, *batch())
@@ -273,4 +273,5 @@ def test_factors_are_cast_once_a_step_where_nothing_but_products_reads_them(kind
     assert {grad.dtype for grad in sums.like(step.parameters).grads.values()} == {mx.float32}
     wide, spec = tiny()
     wide.model.embed_tokens.weight = wide.model.embed_tokens.weight.astype(mx.bfloat16)  # and norms that make it wider
-    assert mx.bfloat16 not in followers(stepped(wide, spec, LoRAConfig(rank=4)).module, "model.layers.", step.parameters)
+    places = arrays_of(stepped(wide, spec, LoRAConfig(rank=4)).module)
+    assert mx.bfloat16 not in followers(places, "model.layers.", step.parameters)
