@@ -28,6 +28,7 @@ from qlab.core.training import LoRAConfig
 from qlab.engine import record
 from qlab.engine.device import backend, wants_float32
 from qlab.engine.export import chosen, quantize
+from qlab.engine.job import finished
 from qlab.engine.pieces import Pieces
 from qlab.engine.skeleton import describe
 from qlab.engine.stack import Stack
@@ -288,12 +289,7 @@ class Forecast:
             )
         module = self.module
         if setup.plan:
-            work = quantize(module, self.spec, setup.plan, "rtn", {})
-            try:
-                while True:
-                    next(work)
-            except StopIteration as end:
-                module = end.value
+            module = finished(quantize(module, self.spec, setup.plan, "rtn", {}))
         return measured_peak(module, setup)
 
 

@@ -14,10 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, TimeoutError
-from typing import Any
+from typing import Any, TypeVar
 
 from qlab.errors import BusyError
 
+T = TypeVar("T")
 _TICK_S = 0.1  # panels are told no more often than this
 _POLL_S = 0.1  # a blocking wait wakes this often, so that a kernel interrupt is seen
 
@@ -89,6 +90,15 @@ def wait_for(future: Future) -> Any:
         except TimeoutError:
             if future.done():
                 return future.result()
+
+
+def finished(work: Generator[Any, None, T]) -> T:
+    """Run a generator to its end, here and now; return its result."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
 
 
 def mlx_call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

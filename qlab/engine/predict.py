@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from qlab.engine.job import finished
 from qlab.engine.stack import Stack
 from qlab.engine.surgery import twin
 from qlab.errors import ConfigError, UnsupportedError
@@ -159,9 +160,4 @@ def reply(module: nn.Module, tokenizer: Any, prompt: str, max_tokens: int, vocab
     """
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
         raise ConfigError(f"max_tokens={max_tokens!r} is not legal; it is a whole number, 1 or more.")
-    writing = answer(module, tokenizer, prompt, max_tokens, vocabulary)
-    while True:
-        try:
-            next(writing)
-        except StopIteration as end:
-            return end.value
+    return finished(answer(module, tokenizer, prompt, max_tokens, vocabulary))
