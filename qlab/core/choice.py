@@ -29,8 +29,7 @@ class AdapterChoice(T.HasTraits):
     _dtype = "float32"
 
     def _allow(self, config: LoRAConfig) -> None:
-        """Raise if a config is not possible here."""
-        raise NotImplementedError
+        """Raise if a config is not possible here; where nothing is known of a model, any is."""
 
     @property
     def config(self) -> LoRAConfig:

@@ -49,7 +49,9 @@ class Lookup:
             dtype: of what is returned, ``(…, in)``.
         """
         kernel = _kernel() if codes.size else None
-        return (self.one_by_one if kernel is None else self._fused(kernel))(codes, scales, group_size, dtype)
+        if kernel is None:
+            return self.one_by_one(codes, scales, group_size, dtype)
+        return self.fused(kernel, codes, scales, group_size, dtype)
 
     def one_by_one(self, codes: mx.array, scales: mx.array, group_size: int, dtype: mx.Dtype) -> mx.array:
         """Do the same by MLX's own operations."""
@@ -57,18 +59,16 @@ class Lookup:
         groups = pairs.reshape(*codes.shape[:-1], -1, group_size) * scales[..., None]
         return groups.reshape(*codes.shape[:-1], -1).astype(dtype)
 
-    def _fused(self, kernel: Kernel) -> Callable[..., mx.array]:
-        def run(codes: mx.array, scales: mx.array, group_size: int, dtype: mx.Dtype) -> mx.array:
-            return kernel(
-                inputs=[codes, scales, mx.array(self._table)],
-                template=[("T", dtype), ("WORDS", group_size // _CODES)],
-                grid=(codes.size, 1, 1),
-                threadgroup=(gcd(codes.size, 256), 1, 1),  # whole groups of threads only: none looks beyond the end
-                output_shapes=[(*codes.shape[:-1], codes.shape[-1] * _CODES)],
-                output_dtypes=[dtype],
-            )[0]
-
-        return run
+    def fused(self, kernel: Kernel, codes: mx.array, scales: mx.array, group_size: int, dtype: mx.Dtype) -> mx.array:
+        """Do the same by a kernel."""
+        return kernel(
+            inputs=[codes, scales, mx.array(self._table)],
+            template=[("T", dtype), ("WORDS", group_size // _CODES)],
+            grid=(codes.size, 1, 1),
+            threadgroup=(gcd(codes.size, 256), 1, 1),  # whole groups of threads only: none looks beyond the end
+            output_shapes=[(*codes.shape[:-1], codes.shape[-1] * _CODES)],
+            output_dtypes=[dtype],
+        )[0]
 
     def agrees(self, kernel: Kernel) -> bool:
         """Whether a kernel gives the very numbers that MLX's operations give, tried on a few rows."""
@@ -76,7 +76,7 @@ class Lookup:
         scales = mx.linspace(0.01, 2.0, 3 * 8).reshape(3, 8)
         try:
             return all(
-                mx.array_equal(self._fused(kernel)(codes, scales, 32, d), self.one_by_one(codes, scales, 32, d)).item()
+                mx.array_equal(self.fused(kernel, codes, scales, 32, d), self.one_by_one(codes, scales, 32, d)).item()
                 for d in (mx.float32, mx.bfloat16, mx.float16)
             )
         except (RuntimeError, ValueError):  # it does not compile here

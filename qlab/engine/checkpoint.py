@@ -122,11 +122,9 @@ class Checkpoints:
             error = error.__cause__ or error if isinstance(error, SaveError) else error  # place and room are said once
             free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
             raise SaveError(f"{final} was not written ({error}); {free / 1e9:.2f} GB are free there.") from error
-        before = sorted(path for path in self.folder.glob(f"{kind}-*") if path < final)
-        later = [
-            path for path in self.folder.glob(f"{kind}-*") if path > final
-        ]  # of a course that was left: it was resumed here
-        for old in [*before[: len(before) - kept + 1], *later]:
+        found = sorted(self.folder.glob(f"{kind}-*"))
+        end = found.index(final) + 1  # what comes later is of a course that was left: it was resumed here
+        for old in [*found[: max(end - kept, 0)], *found[end:]]:
             shutil.rmtree(old, ignore_errors=True)
         return final
 
