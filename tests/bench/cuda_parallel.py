@@ -12,10 +12,8 @@ import sys
 import qlab  # noqa: F401
 
 import mlx.core as mx
-import numpy as np
 
 from qlab.core.config import QuantConfig
-from qlab.core.rows import Row, Rows
 from qlab.core.run import StepEvent
 from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine.adapt import fresh
@@ -25,7 +23,7 @@ from qlab.engine.parallel import joined
 from qlab.engine.prepare import check_shared, make_task
 from qlab.engine.skeleton import describe
 from qlab.engine.train import train_steps
-from tests.bench.cuda_step import RANK, SHAPES, random_model, vocabulary
+from tests.bench.cuda_step import RANK, SHAPES, random_model, random_rows
 
 _WARM = 4  # steps that are not counted
 
@@ -39,12 +37,9 @@ def measured(name: str, batch: int, steps: int) -> str:
     mx.random.seed(0)
     module = random_model(settings, QuantConfig(bits=4))
     spec, lora = describe(module, name), LoRAConfig(rank=RANK)
-    drawn = np.random.default_rng(0).integers(0, vocabulary(module), (8 * batch, length + 1)).astype(np.int32)
-    mask = np.ones(length + 1, np.uint8)
-    mask[0] = 0
-    rows = Rows(tuple(Row(n, tokens, mask) for n, tokens in enumerate(drawn)))
+    feed = Feed(random_rows(module, 8 * batch, length), config)
     parameters = ranks.from_first(fresh(module, spec, lora, 0))
-    given = (module, spec, lora, config, Feed(rows, config), (), parameters, None, lambda state: None)
+    given = (module, spec, lora, config, feed, (), parameters, None, lambda state: None)
     task, state, _ = make_task(*given, ranks=ranks)
     events = [event for event in train_steps(task, state) if isinstance(event, StepEvent)]
     speeds = sorted(event.tokens_per_second for event in events[_WARM:])

@@ -16,16 +16,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from qlab.core.config import QuantConfig
 from qlab.core.rows import Row, Rows
 from qlab.core.training import LoRAConfig, TrainConfig
+from qlab.engine.adapt import fresh
 from qlab.engine.export import stored_layer
 from qlab.engine.feed import Feed
 from qlab.engine.prepare import make_task
 from qlab.engine.skeleton import describe, skeleton
-from qlab.engine.step import Compute, attach
 from qlab.engine.train import train_steps
 
 _LLAMA = dict(model_type="llama", rms_norm_eps=1e-5, rope_theta=5e5, max_position_embeddings=8192, torch_dtype="bfloat16")
@@ -82,6 +82,14 @@ def vocabulary(module: nn.Module) -> int:
     return max(x.shape[-2] for x in describe(module, "x").layers if x.block is None)
 
 
+def random_rows(module: nn.Module, count: int, length: int) -> Rows:
+    """Rows of a length, one token longer than what passes the model; the same every time."""
+    drawn = np.random.default_rng(0).integers(0, vocabulary(module), (count, length + 1)).astype(np.int32)
+    mask = np.ones(length + 1, np.uint8)
+    mask[0] = 0
+    return Rows(tuple(Row(n, tokens, mask) for n, tokens in enumerate(drawn)))
+
+
 def timed(step, seconds: float) -> tuple[float, float, float]:
     """Median seconds of a step, seconds of the first, and the highest peak in GB."""
     start = time.perf_counter()
@@ -134,17 +142,12 @@ def stock(module: nn.Module, batch: int, length: int, again: bool):
 def ours(module: nn.Module, batch: int, length: int, how: str, window: int | None):
     """qlab's training loop as a trainer runs it, but for the files: a call is an optimizer step."""
     spec, lora, again = describe(module, "x"), LoRAConfig(rank=RANK), how == "stepped"
-    tokens = np.random.default_rng(0).integers(0, vocabulary(module), (64, length + 1)).astype(np.int32)
-    mask = np.ones(length + 1, np.uint8)
-    mask[0] = 0
-    rows = Rows(tuple(Row(i, row, mask) for i, row in enumerate(tokens)))
     train = TrainConfig(
         batch_size=batch, max_seq_length=length + 1, grad_checkpoint=again, loss_chunk=512, window=window or 0, iters=10**6
     )
-    twin = attach(module, spec, lora, Compute(None, True), again)
-    parameters = dict(tree_flatten(twin.trainable_parameters()))
-    mx.eval(parameters)
-    task, state, notes = make_task(module, spec, lora, train, Feed(rows, train), (), parameters, None, lambda state: None)
+    parameters = fresh(module, spec, lora, 0)
+    feed = Feed(random_rows(module, 64, length), train)
+    task, state, notes = make_task(module, spec, lora, train, feed, (), parameters, None, lambda state: None)
     events = train_steps(task, state)
     return lambda: next(events), notes
 

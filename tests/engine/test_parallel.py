@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import qlab  # noqa: F401
@@ -26,7 +27,7 @@ from qlab.engine.prepare import check_shared
 from qlab.engine.train import train_steps
 from qlab.engine.validate import Nats
 from qlab.errors import ConfigError, RankError
-from tests.engine.test_train import CONFIG, finish, rows, run
+from tests.engine.test_train import CONFIG, finish, rows, run, spoil
 from tests.ring import launch
 from tests.tiny import on_mlx
 
@@ -47,26 +48,12 @@ def curves(state, reason: str) -> dict:
     }
 
 
-def train(config: TrainConfig, ranks=ALONE, folder=None, spoil=None, **settings) -> tuple[dict, dict]:
+def train(config: TrainConfig, ranks=ALONE, folder=None, change=None, **settings) -> tuple[dict, dict]:
     task, state = run(config, folder, LORA, ranks=ranks, **settings)
-    if spoil:
-        spoil(task)
+    if change:
+        change(task)
     _, reason = finish(task, state)
     return curves(state, reason), {path: np.array(array) for path, array in state.parameters.items()}
-
-
-def spoiled_step(task) -> None:
-    real, calls = task.step, []
-
-    class Broken:
-        module = real.module
-
-        def __call__(self, *args):
-            calls.append(1)
-            sums = real(*args)
-            return sums._replace(loss=sums.loss * math.nan) if len(calls) == 3 else sums
-
-    task.step = Broken()
 
 
 def count_rows(task, found: list) -> None:
@@ -104,9 +91,9 @@ def one_process(folder: Path) -> None:
         found[name], parameters = train(config, ranks, kept, lambda task, counted=counted: count_rows(task, counted))
         found[name]["rows"] = counted
         arrays |= {f"{name}:{path}": array for path, array in parameters.items()}
-    found["skipped"], _ = train(WHOLE, ranks, spoil=spoiled_step if mine else None)
+    found["skipped"], _ = train(WHOLE, ranks, change=partial(spoil, number=3) if mine else None)
     found["guarded"], _ = train(WHOLE, ranks, limit=1 if mine else None)
-    found["ended"], _ = train(WHOLE, ranks, spoil=(lambda task: setattr(task, "wanted_end", "enough")) if mine else None)
+    found["ended"], _ = train(WHOLE, ranks, change=(lambda task: setattr(task, "wanted_end", "enough")) if mine else None)
     (folder / f"{ranks.rank}.json").write_text(json.dumps(found))
     np.savez(folder / f"{ranks.rank}.npz", **arrays)
 

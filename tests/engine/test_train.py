@@ -69,6 +69,21 @@ def finish(task: Task, state) -> tuple[list[StepEvent], str]:
             assert isinstance(event, Progress)
 
 
+def spoil(task: Task, number: int) -> None:
+    """Let the loss of one step be no number."""
+    real, calls = task.step, []
+
+    class Broken:
+        module = real.module
+
+        def __call__(self, *args):
+            calls.append(1)
+            sums = real(*args)
+            return sums._replace(loss=sums.loss * math.nan) if len(calls) == number else sums
+
+    task.step = Broken()
+
+
 def equal(one: dict, two: dict) -> bool:
     return one.keys() == two.keys() and all(mx.array_equal(one[path], two[path]).item() for path in one)
 
@@ -135,17 +150,7 @@ def test_a_stopped_run_leaves_a_checkpoint_and_goes_on_in_the_same_process(tmp_p
 @pytest.mark.parametrize("policy", ["skip", "stop"])
 def test_a_step_that_is_no_number_is_not_taken_over_and_names_its_rows(policy):
     task, state = run(replace(CONFIG, on_nonfinite=policy, steps_per_eval=100))
-    real, calls = task.step, []
-
-    class Broken:
-        module = real.module
-
-        def __call__(self, *args):
-            calls.append(1)
-            sums = real(*args)
-            return sums._replace(loss=sums.loss * math.nan) if len(calls) == 4 else sums
-
-    task.step = Broken()
+    spoil(task, 4)
     work = train_steps(task, state)
     while state.step < 3:
         next(work)
