@@ -20,7 +20,9 @@ class LoRALayer(LowRank):
     """A frozen linear layer and its low-rank change."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return onto(self.base(x), self.inner(x), self.lora_b)
+        if self.drops:
+            return onto(self.base(x), self.inner(x), self.lora_b)
+        return self.base.adapted(x, self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype), self.scale)
 
 
 class LoRAEmbedding(LowRank):

@@ -88,9 +88,14 @@ class LowRank(nn.Module):
         if config.dropout:  # set anew for every step; the way back must draw the same mask again
             self.dropout_key = mx.random.key(0)
 
+    @property
+    def drops(self) -> bool:
+        """Whether inputs are dropped now."""
+        return bool(self._dropout) and self.training
+
     def dropped(self, x: mx.array) -> mx.array:
         """Set a share of the numbers to zero while training, and make up for it in the others."""
-        if not self._dropout or not self.training:
+        if not self.drops:
             return x
         return x * mx.random.bernoulli(1 - self._dropout, x.shape, self.dropout_key) * (1 / (1 - self._dropout))
 

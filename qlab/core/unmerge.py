@@ -5,6 +5,7 @@ Follows how MLX 0.32 builds a graph (``mlx/ops.cpp``, ``mlx/transforms.cpp``). K
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from qlab.core.graph import Array, Graph, Node
@@ -16,13 +17,47 @@ def unmerged(graph: Graph, loss: int | None = None) -> Graph:
     - Numbers that follow from numbers alone are computed by every reader for itself, unless they are asked for.
     - Every operation on the way forward makes its own broadcasts and flattens its own operands; its gradient reads the same.
     - A product with a dequantized weight dequantizes again on the way back, once its slope is there
-      (``engine/linear.product``), and so keeps no dense weight.
+      (``engine/linear.product``), and so keeps no dense weight; nor does an adapter keep what it makes of the input.
 
     Args:
         graph: as it was read, before fusion.
         loss: id of the array that gradients start from: the way forward is what it follows from. None if there is no way back.
     """
     return _Unmerging(graph, loss).run()
+
+
+def with_adapters(graph: Graph) -> Graph:
+    """Return a graph whose adapted products have a gradient of their own (``engine/linear.adapted_product``).
+
+    - Two products that were added up, the gradients by what a layer read, become one that adds the smaller on its way.
+    - A large product that adds a small one is followed by what such a function puts behind it.
+
+    Args:
+        graph: as it was read, the gradients made by differentiation.
+    """
+    makers = {node.outputs[0]: node for node in graph.nodes if node.name == "Matmul"}
+    readers = Counter(a for node in graph.nodes for a in node.inputs) + Counter(graph.outputs)
+    nodes: list[Node] = []
+    merged: set[int] = set()
+    for node in graph.nodes:
+        parts = [makers[a] for a in node.inputs if a in makers and readers[a] == 1]
+        if node.name == "Add" and len(parts) == 2:
+            small, large = sorted(parts, key=lambda part: graph.arrays[part.inputs[0]].shape[-1])
+            merged.add(large.outputs[0])
+            nodes.append(Node("AddMM", (*large.inputs, *small.outputs), node.outputs))
+        elif node.name == "AddMM" and node.inputs[2] in makers:
+            outer = makers[node.inputs[2]]
+            inner = makers[outer.inputs[0]]
+            plain, cut = (graph.add(graph.arrays[node.outputs[0]]) for _ in range(2))
+            nodes += [replace(node, outputs=(plain,)), Node("StopGradient", (plain,), (cut,))]
+            nodes.append(Node("CustomTransforms", (node.inputs[0], inner.inputs[1], outer.inputs[1], cut), node.outputs))
+        else:
+            nodes.append(node)
+    made = Graph()  # without the arrays that nobody makes any more
+    made.inputs = [made.add(graph.arrays[a]) for a in graph.inputs]
+    left = replace(graph, nodes=[node for node in nodes if node.outputs[0] not in merged])
+    made.outputs = made.then(left, made.inputs, {})
+    return made
 
 
 class _Unmerging:
@@ -43,7 +78,9 @@ class _Unmerging:
             plain = all(a in self.numbers or a not in self.makers for a in node.inputs)
             if node.inputs and plain and all(graph.arrays[a].size == 1 for a in sides) and asked.isdisjoint(node.outputs):
                 self.numbers.update(node.outputs)
-        self.taken: set[int] = set()
+        thin = {node.outputs[0]: node.inputs[0] for node in graph.nodes if node.name == "Matmul"}
+        self.inner = {thin.get(node.inputs[2]) for node in graph.nodes if node.name == "AddMM"}  # what adapters make of x
+        self.taken: set[int] = {a for a in self.inner if a is not None}
         self.products: dict[int, int] = {}  # what a product with a made weight was given, by what it gives
 
     def run(self) -> Graph:
@@ -66,6 +103,8 @@ class _Unmerging:
             own = n in self.forward and node.name == "Matmul"
         elif maker.name == "Full":
             own = a in self.fixed
+        elif a in self.inner:
+            own = n not in self.forward
         return self._own(n, a) if own else a
 
     def _own(self, n: int, a: int) -> int:
@@ -83,16 +122,16 @@ class _Unmerging:
 
     def _is_product(self, node: Node) -> bool:
         """Whether the second operand is a weight that was made, not one that is stored so."""
-        return node.name == "Matmul" and node.inputs[1] in self.frozen and self._root(node.inputs[1]) in self.makers
+        return node.name in ("Matmul", "AddMM") and node.inputs[1] in self.frozen and self._root(node.inputs[1]) in self.makers
 
     def _product(self, n: int, node: Node) -> tuple[int, ...]:
-        x, weight = node.inputs
+        x, weight, *added = node.inputs
         flat = x in self.makers and self.graph.nodes[self.makers[x]].name == "Flatten"
         given = self._own(n, x) if flat else x
         if n in self.forward:
             self.products[node.outputs[0]] = self.graph.nodes[self.makers[x]].inputs[0] if flat else x
-            return given, self._dense(weight, None)
-        return given, self._dense(self._root(weight), x)  # the gradient multiplies by the weight as it is
+            return given, self._dense(weight, None), *added
+        return given, self._dense(self._root(weight), x), *added  # the gradient multiplies by the weight as it is
 
     def _dense(self, weight: int, after: int | None) -> int:
         """Make a weight anew, once ``after`` is there; the first time it is there already."""

@@ -14,6 +14,8 @@ import mlx.nn as nn
 
 from qlab.core import low_rank
 from qlab.core.graph import Array, Graph, Node
+from qlab.core.unmerge import with_adapters
+from qlab.engine import linear
 from qlab.errors import UnsupportedError
 
 
@@ -32,7 +34,8 @@ def read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], rol
     while True:
         try:
             with _stand_ins(replaced):
-                return _read(fun, arrays, roles)
+                graph = _read(fun, arrays, roles)
+            return with_adapters(graph) if "CustomTransforms" in replaced else graph
         except UnsupportedError as error:
             found = {name for name in _STAND_INS if name in str(error)} - replaced
             if not found:
@@ -73,10 +76,20 @@ def _routed(x: mx.array, weights: mx.array, indices: mx.array, sorted_indices: b
     return mx.gather_mm(x, weights.swapaxes(-1, -2), rhs_indices=indices)
 
 
+def _adapted(
+    layer: nn.Module, x: mx.array, first: mx.array, second: mx.array, scale: float, shared: mx.array | None, keep: bool
+) -> mx.array:
+    """The same without a gradient of its own; ``with_adapters`` makes of its graph what it would have been with it."""
+    weight = linear.weight_of(layer, x.dtype) if shared is None else shared
+    rows = x.reshape(-1, x.shape[-1])
+    return mx.addmm((rows @ first) @ second, rows, weight.T).reshape(*x.shape[:-1], second.shape[-1])
+
+
 # functions that need the same arrays as those whose operation cannot be read, by the operation
 _STAND_INS: dict[str, tuple[Any, str, Callable[..., mx.array]]] = {
     "ScaledDotProductAttention": (mx.fast, "scaled_dot_product_attention", _attend),  # CUDA's
     "CrossEntropy": (nn.losses, "cross_entropy", _entropy),  # CUDA's
+    "CustomTransforms": (linear, "adapted_product", _adapted),
     "SegmentedMM": (low_rank, "routed", _routed),  # the gradient by the factors of experts
 }
 

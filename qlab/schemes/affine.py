@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from qlab.core.config import QuantConfig
 from qlab.core.scheme import Layout, Scheme
+from qlab.core.unpack import affine
 
 
 class Affine(Scheme):
@@ -32,8 +33,8 @@ class Affine(Scheme):
 
     def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
         # MLX computes in the scales' dtype; its matrix products do not round there, so float32 is asked for here too
-        scales, biases = (packed[name].astype(dtype) for name in ("scales", "biases"))
-        return mx.dequantize(packed["weight"], scales, biases, config.group_size, config.bits)
+        arrays = [packed[name].astype(dtype) for name in ("scales", "biases")]
+        return affine(packed["weight"], arrays, config.bits, config.group_size, dtype)
 
 
 SHELF = (Affine(),)

@@ -14,15 +14,15 @@ import numpy as np
 
 from qlab.core.config import QuantConfig
 from qlab.core.dynamic import dynamic_map
-from qlab.core.lookup import Lookup
 from qlab.core.scheme import Layout, Scheme
+from qlab.core.unpack import lookup
 
 _TABLE = np.array(
     [-1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
      -0.09105003625154495, 0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1], np.float32,
 )  # fmt: skip
-_LOOKUP = Lookup(_TABLE)
+_UNPACK = lookup(_TABLE)
 _SMALLEST = 2.0**-126  # smallest normal float32: below it a reciprocal may overflow
 _BUCKETS = 64
 _SCALE_BLOCK = 256  # scales that share a second-level scale
@@ -74,7 +74,7 @@ class Nf4(Scheme):
 
     def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
         absmax = _grow(packed) if "absmax_scales" in packed else packed["absmax"]
-        return _LOOKUP.weights(packed["weight"], absmax, config.group_size, dtype)
+        return _UNPACK(packed["weight"], [absmax], 4, config.group_size, dtype)
 
     def roundtrip(self, rows: Any, config: QuantConfig, amax: Any = None) -> Any:
         whole = super().roundtrip

@@ -86,6 +86,26 @@ def test_a_frozen_layer_multiplies_like_the_layer_that_it_holds(storage, dequant
     assert far(frozen.dense(mx.float32), weight) < 1e-6
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("how", ["kernel", "again", "keep", "lent"])
+@pytest.mark.parametrize("storage", STORAGES, ids=label)
+@on_mlx
+def test_an_adapted_product_and_its_gradients_are_those_of_both_products_written_out(storage, how, compiled):
+    layer, weight = layer_and_weight(storage)
+    frozen = Frozen(layer, None, how != "kernel", how == "keep")
+    x, cotangent = x_and_cotangent()
+    first, second = (mx.random.normal(shape, key=mx.random.key(n)) for n, shape in ((5, (WIDTH, 3)), (6, (3, OUT))))
+
+    def found(*arrays):
+        with frozen.lent(weight if how == "lent" else None):
+            (y,), grads = mx.vjp(lambda x, a, b: frozen.adapted(x, a, b, 1.7), arrays, [cotangent])
+        return [y, *grads]
+
+    expected = mx.vjp(lambda x, a, b: x @ weight.T + layer.bias + 1.7 * (x @ a) @ b, [x, first, second], [cotangent])
+    for a, b in zip((mx.compile(found) if compiled else found)(x, first, second), expected[0] + expected[1], strict=True):
+        assert a.shape == b.shape and far(a, b) < 1e-5
+
+
 @pytest.mark.parametrize("keep", [False, True], ids=["", "keep"])
 @pytest.mark.parametrize("storage", STORAGES, ids=label)
 @on_mlx
