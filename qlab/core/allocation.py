@@ -147,8 +147,8 @@ class _Simulation:
                 self._land(first)
                 first += 1
             while at + 1 == self.ends[end] and end + 1 < len(self.ends):  # the round is handed over; the host waits
-                end += 1
-                for late in range(first, self.ends[end - self.graph.window] if 0 < self.graph.window <= end else 0):
+                window, end = self.graph.windows[end], end + 1
+                for late in range(first, self.ends[end - window] if window <= end else 0):
                     self._land(late)
                     first = late + 1
         return self.usage

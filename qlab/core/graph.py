@@ -60,7 +60,7 @@ class Graph:
         outputs: ids, in the order in which they are asked for.
         held: ids of arrays that are kept to the end though nobody asks for them.
         rounds: what is asked for round by round, where a computation is handed over in several; empty if it is in one.
-        window: rounds that may be unfinished at once; 0 means all.
+        windows: for each round, the number of unfinished ones below which the host waits once it is handed over.
     """
 
     arrays: dict[int, Array] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Graph:
     outputs: list[int] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
     rounds: list[tuple[int, ...]] = field(default_factory=list)
-    window: int = 0
+    windows: list[int] = field(default_factory=list)
 
     def makers(self) -> dict[int, int]:
         """Index of the node that makes an array, by the array's id; inputs have none."""

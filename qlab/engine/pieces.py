@@ -21,7 +21,7 @@ from qlab.engine.linear import Frozen
 from qlab.engine.loss import Arrays, nats_and_slope
 from qlab.engine.reading import read
 from qlab.engine.stack import Stack
-from qlab.engine.stepped import arrays_of, followers
+from qlab.engine.stepped import CHUNKS, arrays_of, followers
 from qlab.engine.trace import compiled, updated
 
 Function = Callable[..., list[mx.array]]
@@ -49,7 +49,7 @@ class Pieces:
         every = self._every = dict(tree_flatten(module.parameters()))
         self.outside: Arrays = {path: a for path, a in every.items() if not path.startswith(prefix)}
         self._own = [f"{prefix}{i}." for i in range(len(self.stack.blocks))]
-        self.graph = Graph(window=window)
+        self.graph, self.window = Graph(), window
         self.ids = {path: self._given(a, "adapter" if path in self.trained else "weights") for path, a in every.items()}
         self._graphs: dict[Hashable, tuple[Graph, dict[int, int]]] = {}
 
@@ -179,7 +179,7 @@ class Pieces:
             where = self._given(mx.zeros(part, mx.int32), "batch")
             made = self._chunk(part, (hidden, where, total, cotangent, *sums), outer, heads, lent)
             total, cotangent, *sums = made
-            self._ask(*made)
+            self._ask(*made, window=min(self.window, CHUNKS))
         self.total = total
         flat = (cotangent, mx.zeros((count, shape[-1]), dtype))
         (cotangent,) = self._piece("cotangent", lambda a: [a.reshape(shape)], [flat], False)
@@ -256,8 +256,9 @@ class Pieces:
         graph, constants = self._graphs[key]
         return self.graph.then(graph, [a for a, _ in given], constants)
 
-    def _ask(self, *ids: int) -> None:
+    def _ask(self, *ids: int, window: int = 0) -> None:
         self.graph.rounds.append(ids)
+        self.graph.windows.append(window or self.window)
 
     def _given(self, array: mx.array, role: str) -> int:
         return self.graph.add(Array(array.shape, array.dtype.size, role))

@@ -25,6 +25,7 @@ from qlab.engine.stack import Stack
 
 # blocks in flight that pay, from the fewest on (docs/adr/0006-layer-stepped.md); a single one is a third slower on a GPU
 WINDOWS = {"cpu": (1,), "cuda": (2, 4), "metal": (2,)}
+CHUNKS = 2  # of the loss in flight at most: they are large, and more of them are no faster
 _PARTS = 8  # sizes of the last chunk of the loss: each is compiled once
 _NUMBERS = ("layer_idx", "layer_id", "layer_number")  # attributes that only say where a block stands, as a rule
 
@@ -97,15 +98,15 @@ class Stepped:
         self._set(self._thin(parameters, x.dtype))
         kinds = [self._kind(i, call, x) for i, call in enumerate(calls)]
         self._checked = True
-        kept = self._forward(x, kinds)
-        loss, cotangent, grads = self._loss(kept.pop(), batch, counted)
-        flight = _Flight(self.window)
+        flight = _Flight()
+        kept = self._forward(x, kinds, flight)
+        loss, cotangent, grads = self._loss(kept.pop(), batch, counted, flight)
         first = len(self._blocks) - len(kept)
         for i in reversed(range(first, len(self._blocks))):
             block, (kind, call) = self._blocks[i], kinds[i]
             cotangent, *own = kind.back(block, call, kept.pop(), cotangent)
             grads |= dict(zip(block.trained, own, strict=True))
-            flight.add(cotangent, *own)
+            flight.add(self.window, cotangent, *own)
         self._set(parameters)
         if self._end.embeds:
             names = self._outside
@@ -117,19 +118,19 @@ class Stepped:
         """Return the blocks' trained factors as products will take them: cast once, not on every way through a block."""
         return {path: parameters[path].astype(dtype) for path in self._followers.get(dtype, ())}
 
-    def _forward(self, x: mx.array, kinds: list[tuple[_Kind, _Piece]]) -> list[mx.array]:
+    def _forward(self, x: mx.array, kinds: list[tuple[_Kind, _Piece]], flight: _Flight) -> list[mx.array]:
         """Return the inputs of all blocks that a gradient reaches, and the output of the last."""
         reached = [i for i, block in enumerate(self._blocks) if block.trained]
         first = 0 if self._end.embeds else min(reached, default=len(self._blocks))
-        kept, flight = [], _Flight(self.window)
+        kept = []
         for i, (block, (kind, call)) in enumerate(zip(self._blocks, kinds, strict=True)):
             if i >= first:
                 kept.append(x)
             x = kind.forward(block, call, x)
-            flight.add(x)
+            flight.add(self.window, x)
         return [*kept, x]
 
-    def _loss(self, hidden: mx.array, batch: Given, counted: np.ndarray) -> tuple[mx.array, mx.array, Arrays]:
+    def _loss(self, hidden: mx.array, batch: Given, counted: np.ndarray, flight: _Flight) -> tuple[mx.array, mx.array, Arrays]:
         """Sum of the loss, and its gradients by the last hidden state and by the parameters outside the blocks."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         size = min(self.config.loss_chunk or flat.shape[0], flat.shape[0])
@@ -139,7 +140,6 @@ class Stepped:
         sums = [mx.zeros_like(self.parameters[path]) for path in self._outside]
         weight = self._end.weights(hidden.dtype)
         mx.async_eval(weight)
-        flight = _Flight(self.window)
         for n, start in enumerate(range(0, counted.size, size)):
             part = counted[start : start + size]
             full = -(-part.size * _PARTS // size) * size // _PARTS  # a few sizes only; the rest counts nothing
@@ -148,7 +148,7 @@ class Stepped:
             loss, slope, *outer = self._end.run(self, flat[where][None], targets[where][None], share[None], weight, drops[n])
             total, cotangent = total + loss, cotangent.at[where].add(slope[0])
             sums = [a + b for a, b in zip(sums, outer, strict=True)]
-            flight.add(total, cotangent, *sums)
+            flight.add(min(self.window, CHUNKS), total, cotangent, *sums)
         return total, cotangent.reshape(hidden.shape), dict(zip(self._outside, sums, strict=True))
 
     def _kind(self, i: int, call: tuple[tuple, dict], x: mx.array) -> tuple[_Kind, _Piece]:
@@ -194,15 +194,16 @@ def followers(places: list[tuple[str, Any, Any]], prefix: str, trained: Arrays) 
 
 
 class _Flight:
-    """Hands arrays over to be computed, and waits so that no more than a window of them is unfinished."""
+    """Hands arrays over to be computed, and waits so that not too much is unfinished."""
 
-    def __init__(self, window: int) -> None:
-        self._window, self._unfinished = window, deque()
+    def __init__(self) -> None:
+        self._unfinished: deque[mx.array] = deque()
 
-    def add(self, *arrays: mx.array) -> None:
+    def add(self, window: int, *arrays: mx.array) -> None:
+        """Hand over what belongs together, and wait until fewer than ``window`` such handfuls are unfinished."""
         mx.async_eval(arrays)
         self._unfinished.append(arrays[0])
-        if len(self._unfinished) >= self._window:
+        while len(self._unfinished) >= window:
             mx.eval(self._unfinished.popleft())
 
 

@@ -59,8 +59,8 @@ def test_on_a_gpu_only_kernels_count():
 def test_a_window_bounds_what_is_in_flight():
     made = chain(40)
     peaks = []
-    for window in (1, 2, 0):
-        made.rounds, made.window = [(10,), (20,), (30,), (40,)], window
+    for window in (1, 2, 9):
+        made.rounds, made.windows = [(10,), (20,), (30,), (40,)], [window] * 4
         peaks.append(simulate(made, Runahead(10_000)).peak_nbytes)
     # the kept input, what came into the oldest round, and what the rounds in flight make
     assert peaks == [12 * BYTES, 22 * BYTES, 41 * BYTES]

@@ -14,7 +14,7 @@ from qlab.core.config import QuantConfig
 from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine.skeleton import describe
 from qlab.engine.step import Compute, Step, attach, make_step
-from qlab.engine.stepped import Stepped, arrays_of, followers
+from qlab.engine.stepped import Stepped, _Flight, arrays_of, followers
 from qlab.errors import ConfigError, UnsupportedError
 from tests.engine.test_step import HEADS, WHOLE, assert_same, batch, label, made, stirred
 from tests.tiny import ARCHITECTURES, on_mlx, quantized, tiny
@@ -148,7 +148,18 @@ def test_no_more_than_the_inputs_of_blocks_that_a_gradient_reaches_is_kept():
     tokens, _ = batch()
     for step, expected in [(few, 1), (many, 6)]:
         x, calls = step._stack.before(tokens)
-        assert len(step._forward(x, [step._kind(i, call, x) for i, call in enumerate(calls)])) == expected + 1
+        kinds = [step._kind(i, call, x) for i, call in enumerate(calls)]
+        assert len(step._forward(x, kinds, _Flight())) == expected + 1
+
+
+@on_mlx
+def test_fewer_than_a_window_of_what_is_handed_over_is_unfinished(monkeypatch):
+    flight, waits, real = _Flight(), [], mx.eval
+    monkeypatch.setattr(mx, "eval", lambda array: (waits.append(array.item()), real(array)))
+    for n, window in enumerate((4, 4, 4, 2, 2, 4, 1)):
+        flight.add(window, mx.array(n) + 0)
+    assert waits == [0, 1, 2, 3, 4, 5, 6]
+    assert len(flight._unfinished) == 0
 
 
 class Block(nn.Module):
