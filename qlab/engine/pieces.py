@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from qlab.core.graph import Array, Graph
 from qlab.core.training import TrainConfig
 from qlab.core.unmerge import unmerged
+from qlab.engine.activation import frugal, users
 from qlab.engine.linear import Frozen
 from qlab.engine.loss import Arrays, nats_and_slope
 from qlab.engine.reading import read
@@ -41,7 +42,7 @@ class Pieces:
 
     def __init__(self, module: nn.Module, train: TrainConfig, window: int) -> None:
         self.module, self.train = module, train
-        self.stack = Stack(module)
+        self.stack, self.users = Stack(module), users(module)
         for frozen in (x for x in module.modules() if isinstance(x, Frozen)):
             frozen.keep()
         self.trained: Arrays = dict(tree_flatten(module.trainable_parameters()))
@@ -143,7 +144,8 @@ class Pieces:
                     new[n] = array
                 return [apply(h, new, rest)]
 
-            return mx.vjp(forward, [all_[0], *(mine[n] for n in chosen)], [all_[1]])[1]
+            with frugal(self.users):
+                return mx.vjp(forward, [all_[0], *(mine[n] for n in chosen)], [all_[1]])[1]
 
         look = tuple((name, a.shape, a.dtype) for name, a in arrays.items())
         shapes = tuple((a.shape, a.dtype) for a in others)

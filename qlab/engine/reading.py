@@ -15,7 +15,7 @@ import mlx.nn as nn
 from qlab.core import low_rank
 from qlab.core.graph import Array, Graph, Node
 from qlab.core.unmerge import with_adapters
-from qlab.engine import linear
+from qlab.engine import activation, linear
 from qlab.errors import UnsupportedError
 
 
@@ -85,12 +85,17 @@ def _adapted(
     return mx.addmm((rows @ first) @ second, rows, weight.T).reshape(*x.shape[:-1], second.shape[-1])
 
 
+def _gated(gate: mx.array, x: mx.array) -> mx.array:
+    """A product keeps both, and makes an array for the output and one for each gradient."""
+    return gate * x
+
+
 # functions that need the same arrays as those whose operation cannot be read, by the operation
-_STAND_INS: dict[str, tuple[Any, str, Callable[..., mx.array]]] = {
-    "ScaledDotProductAttention": (mx.fast, "scaled_dot_product_attention", _attend),  # CUDA's
-    "CrossEntropy": (mx.fast, "cross_entropy", _entropy),  # CUDA's
-    "CustomTransforms": (linear, "adapted_product", _adapted),
-    "SegmentedMM": (low_rank, "routed", _routed),  # the gradient by the factors of experts
+_STAND_INS: dict[str, list[tuple[Any, str, Callable[..., mx.array]]]] = {
+    "ScaledDotProductAttention": [(mx.fast, "scaled_dot_product_attention", _attend)],  # CUDA's
+    "CrossEntropy": [(mx.fast, "cross_entropy", _entropy)],  # CUDA's
+    "CustomTransforms": [(linear, "adapted_product", _adapted), (activation, "swiglu", _gated)],
+    "SegmentedMM": [(low_rank, "routed", _routed)],  # the gradient by the factors of experts
 }
 
 
@@ -98,7 +103,7 @@ _STAND_INS: dict[str, tuple[Any, str, Callable[..., mx.array]]] = {
 def _stand_ins(names: Iterable[str]) -> Iterator[None]:
     """Let other functions take the place of some whose operations cannot be read."""
     with ExitStack() as stack:
-        for module, name, function in (_STAND_INS[key] for key in names):
+        for module, name, function in (stand_in for key in names for stand_in in _STAND_INS[key]):
             stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, function)
         yield

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from qlab.core.spec import ModelSpec
 from qlab.core.training import LoRAConfig, TrainConfig
+from qlab.engine.activation import frugal, users
 from qlab.engine.experts import FrozenExperts
 from qlab.engine.linear import Frozen
 from qlab.engine.loss import Arrays, Given, Sums, given, nats, nats_and_slope
@@ -98,6 +99,7 @@ class Step:
         within = f"{self.stack.path}." if self.stack else ""
         self._heads = [x for path, x in module.named_modules() if isinstance(x, Frozen) and not path.startswith(within)]
         self._keys = [path for path, _ in tree_flatten(module.parameters()) if path.endswith("dropout_key")]
+        self._users = users(module)
         self._drops: Arrays = {}  # the key of each layer, for the batch at hand
 
     def __call__(
@@ -123,10 +125,9 @@ class Step:
             self._drops = dict(zip(self._keys, mx.random.split(key, len(self._keys)), strict=True))
             self._set(self._drops)
         batch = given(tokens, mask, segments)
-        if self.config.grad_checkpoint:
-            loss, grads = self._checkpointed(parameters, batch)
-        else:
-            loss, grads = self._whole(parameters, batch)
+        with frugal(self._users):
+            how = self._checkpointed if self.config.grad_checkpoint else self._whole
+            loss, grads = how(parameters, batch)
         self._set(parameters)
         return Sums(loss, grads, batch.weights.sum())
 

@@ -18,6 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from qlab.core.training import TrainConfig
+from qlab.engine.activation import frugal, users
 from qlab.engine.device import backend
 from qlab.engine.linear import Frozen, Packed
 from qlab.engine.loss import Arrays, Given, Sums, given, nats_and_slope
@@ -42,6 +43,7 @@ class Stepped:
         how: ``stepped``.
         notes: how it is computed, in words.
         traces: functions compiled so far: a few for each kind of block and each shape.
+        users: see ``activation.users``.
 
     Raises:
         UnsupportedError: the model has no list of blocks. Whether it is no more than its blocks, ``make_step`` checks.
@@ -59,6 +61,7 @@ class Stepped:
         prefix = f"{self._stack.path}."
         self._blocks = [_Block(block, f"{prefix}{i}", self.parameters) for i, block in enumerate(self._stack.blocks)]
         self._outside = [path for path in self.parameters if not path.startswith(prefix)]
+        self.users = users(module)
         places = arrays_of(module)
         self._places = {path: (holder, key) for path, holder, key in places}
         self._keys = [path for path, _ in tree_flatten(module.parameters()) if path.endswith("dropout_key")]
@@ -321,7 +324,8 @@ class _Kind:
                 all_[n] = array
             return [self._apply(h, all_, others)]
 
-        return mx.vjp(run, [x, *(arrays[n] for n in chosen)], [cotangent])[1]
+        with frugal(self._step.users):
+            return mx.vjp(run, [x, *(arrays[n] for n in chosen)], [cotangent])[1]
 
     def _apply(self, x: mx.array, arrays: list[mx.array], others: list[mx.array]) -> mx.array:
         with self.block.piece.having(arrays), self._call.having(others):

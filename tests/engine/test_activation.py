@@ -1,0 +1,54 @@
+"""A gated activation that is computed again on the way back: the same numbers from fewer arrays."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from qlab.engine import activation
+from qlab.engine.activation import frugal, swiglu, users
+from tests.tiny import on_mlx, tiny
+
+
+def given(dtype: mx.Dtype = mx.float32) -> list[mx.array]:
+    return [(3 * mx.random.normal((4, 7), key=mx.random.key(n))).astype(dtype) for n in range(3)]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+@on_mlx
+def test_value_and_gradients_are_those_of_mlx_lms(dtype, compiled):
+    def both(function):
+        def run(gate, x, cotangent):
+            (y,), slopes = mx.vjp(function, [gate, x], [cotangent])
+            return [y, *slopes]
+
+        return mx.compile(run) if compiled else run
+
+    exact = both(lambda gate, x: nn.silu(gate) * x)(*(a.astype(mx.float32) for a in given(dtype)))
+    tolerance = {mx.float32: 1e-5, mx.bfloat16: 3e-2, mx.float16: 3e-3}[dtype]
+    for found, wanted in zip(both(swiglu)(*given(dtype)), exact, strict=True):
+        assert found.dtype == dtype
+        assert mx.abs(found.astype(mx.float32) - wanted).max().item() < tolerance * mx.abs(wanted).max().item()
+
+
+@on_mlx
+def test_models_call_it_within_and_mlx_lms_own_again_behind_also_after_an_error():
+    from mlx_lm.models import llama
+    from mlx_lm.models.activations import swiglu as stock
+
+    module, _ = tiny()
+    (user,) = users(module)
+    assert user is llama
+    with pytest.raises(RuntimeError), frugal([user]):
+        assert llama.swiglu is activation.swiglu
+        assert mx.allclose(module(mx.array([[1, 2, 3]])), outside := module(mx.array([[1, 2, 3]])))
+        raise RuntimeError
+    assert llama.swiglu is stock
+    assert mx.allclose(module(mx.array([[1, 2, 3]])), outside, atol=1e-6)
+
+
+@on_mlx
+def test_a_model_without_it_is_left_alone():
+    assert users(tiny(model_type="gemma2")[0]) == []
