@@ -18,11 +18,12 @@ from qlab.core.graph import Array, Graph
 from qlab.core.training import TrainConfig
 from qlab.core.unmerge import unmerged
 from qlab.engine.activation import frugal, users
+from qlab.engine.block import arrays_of, first_back, followers
 from qlab.engine.linear import Frozen
 from qlab.engine.loss import Arrays, nats_and_slope
 from qlab.engine.reading import read
 from qlab.engine.stack import Stack
-from qlab.engine.stepped import CHUNKS, arrays_of, followers
+from qlab.engine.stepped import CHUNKS, halves
 from qlab.engine.trace import compiled, updated
 
 Function = Callable[..., list[mx.array]]
@@ -81,8 +82,13 @@ class Pieces:
         for i in reversed(range(first, len(calls))):
             names = [self._own[i] + name for name in _names(self.stack.blocks[i]) if self._own[i] + name in self.trained]
             cotangent, *own = self._block(i, True, kinds[i], [kept.pop(), cotangent], calls[i])
-            grads |= dict(zip(names, own, strict=True))
-            self._ask(cotangent, *own)
+            found = dict(zip(names, own, strict=True))
+            grads |= found
+            sooner, later = halves(self.window)
+            first = first_back(self.stack.blocks[i], self._own[i][:-1], names)
+            if first:
+                self._ask(*(found.pop(name) for name in first), window=sooner)
+            self._ask(cotangent, *found.values(), window=later)
         if embeds:
             grads |= self._into(outer, cotangent, grads, batch)
         count = self._given(mx.array(0.0), "batch")

@@ -8,8 +8,8 @@ the positions that count, a chunk of them at a time. The same numbers as ``Step`
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import mlx.core as mx
@@ -19,8 +19,9 @@ from mlx.utils import tree_flatten
 
 from qlab.core.training import TrainConfig
 from qlab.engine.activation import frugal, users
+from qlab.engine.block import Block, Piece, followers
 from qlab.engine.device import backend
-from qlab.engine.linear import Frozen, Packed
+from qlab.engine.linear import Frozen
 from qlab.engine.loss import Arrays, Given, Sums, given, nats_and_slope
 from qlab.engine.stack import Stack
 
@@ -28,7 +29,6 @@ from qlab.engine.stack import Stack
 WINDOWS = {"cpu": (1,), "cuda": (2, 4), "metal": (2,)}
 CHUNKS = 2  # of the loss in flight at most: they are large, and more of them are no faster
 _PARTS = 8  # sizes of the last chunk of the loss: each is compiled once
-_NUMBERS = ("layer_idx", "layer_id", "layer_number")  # attributes that only say where a block stands, as a rule
 
 
 class Stepped:
@@ -59,10 +59,10 @@ class Stepped:
         for frozen in (x for x in module.modules() if isinstance(x, Frozen)):
             frozen.keep()  # for the moment of one block
         prefix = f"{self._stack.path}."
-        self._blocks = [_Block(block, f"{prefix}{i}", self.parameters) for i, block in enumerate(self._stack.blocks)]
+        self._blocks = [Block(block, f"{prefix}{i}", self.parameters) for i, block in enumerate(self._stack.blocks)]
         self._outside = [path for path in self.parameters if not path.startswith(prefix)]
         self.users = users(module)
-        places = arrays_of(module)
+        places = Piece(module).places
         self._places = {path: (holder, key) for path, holder, key in places}
         self._keys = [path for path, _ in tree_flatten(module.parameters()) if path.endswith("dropout_key")]
         self._followers = followers(places, prefix, self.parameters)
@@ -108,8 +108,11 @@ class Stepped:
         for i in reversed(range(first, len(self._blocks))):
             block, (kind, call) = self._blocks[i], kinds[i]
             cotangent, *own = kind.back(block, call, kept.pop(), cotangent)
-            grads |= dict(zip(block.trained, own, strict=True))
-            flight.add(self.window, cotangent, *own)
+            found = dict(zip(block.trained, own, strict=True))
+            grads |= found
+            sooner, later = halves(self.window)
+            flight.add(sooner, *(found.pop(path) for path in block.first))
+            flight.add(later, cotangent, *found.values())
         self._set(parameters)
         if self._end.embeds:
             names = self._outside
@@ -121,7 +124,7 @@ class Stepped:
         """Return the blocks' trained factors as products will take them: cast once, not on every way through a block."""
         return {path: parameters[path].astype(dtype) for path in self._followers.get(dtype, ())}
 
-    def _forward(self, x: mx.array, kinds: list[tuple[_Kind, _Piece]], flight: _Flight) -> list[mx.array]:
+    def _forward(self, x: mx.array, kinds: list[tuple[_Kind, Piece]], flight: _Flight) -> list[mx.array]:
         """Return the inputs of all blocks that a gradient reaches, and the output of the last."""
         reached = [i for i, block in enumerate(self._blocks) if block.trained]
         first = 0 if self._end.embeds else min(reached, default=len(self._blocks))
@@ -154,9 +157,9 @@ class Stepped:
             flight.add(min(self.window, CHUNKS), total, cotangent, *sums)
         return total, cotangent.reshape(hidden.shape), dict(zip(self._outside, sums, strict=True))
 
-    def _kind(self, i: int, call: tuple[tuple, dict], x: mx.array) -> tuple[_Kind, _Piece]:
+    def _kind(self, i: int, call: tuple[tuple, dict], x: mx.array) -> tuple[_Kind, Piece]:
         """Return what serves a block, and the block's other arguments."""
-        block, piece = self._blocks[i], _Piece([list(call[0]), call[1]])
+        block, piece = self._blocks[i], Piece([list(call[0]), call[1]])
         key = (block.piece.form, piece.form, i if i in self._different else None)
         kind = self._kinds.setdefault(key, _Kind(self, block))
         if not self._checked and block.piece.numbered and kind.block is not block and not kind.serves(block, piece, x):
@@ -174,26 +177,13 @@ class Stepped:
             holder[key] = array
 
 
-def arrays_of(module: nn.Module) -> list[tuple[str, Any, Any]]:
-    """Return path, holder and key of every array, in the order in which a block's are handed over and its gradients come."""
-    return _Piece(module).places
+def halves(window: int) -> tuple[int, int]:
+    """Return how many halves of ways back may be in flight after a first and after a second half, itself included.
 
-
-def followers(places: list[tuple[str, Any, Any]], prefix: str, trained: Arrays) -> dict[mx.Dtype, list[str]]:
-    """Return which trained arrays of the blocks serve as cast to the dtype of what enters them, by that dtype.
-
-    None do where something else in the blocks would make activations wider on their way.
-
-    Args:
-        places: of the arrays of what ``attach`` returned; see ``arrays_of``.
-        prefix: of paths within the blocks.
-        trained: arrays by path.
+    On the way back a block holds twice as much as on the way forward; half a block more than the one that is computed keeps
+    a device as busy as a whole one more.
     """
-    inside = [(path, holder, holder[key]) for path, holder, key in places if path.startswith(prefix)]
-    others = (a for path, holder, a in inside if path not in trained and not isinstance(holder, Packed))
-    dtypes = {array.dtype for array in others if mx.issubdtype(array.dtype, mx.floating)}
-    own = [path for path, holder, _ in inside if path in trained and getattr(holder, "follows", False)]
-    return {dtypes.pop(): own} if len(dtypes) == 1 else {}
+    return max(2 * window - 1, 2), 2 * window - 1
 
 
 class _Flight:
@@ -204,106 +194,32 @@ class _Flight:
 
     def add(self, window: int, *arrays: mx.array) -> None:
         """Hand over what belongs together, and wait until fewer than ``window`` such handfuls are unfinished."""
-        mx.async_eval(arrays)
-        self._unfinished.append(arrays[0])
+        if arrays:
+            mx.async_eval(arrays)
+            self._unfinished.append(arrays[0])
         while len(self._unfinished) >= window:
             mx.eval(self._unfinished.popleft())
-
-
-class _Piece:
-    """A part of a model as a function of its arrays.
-
-    Args:
-        root: a module, or a list.
-        without: a list within that is no part of it.
-
-    Attributes:
-        places: path, holder and key of every array.
-        form: everything else about it; two pieces of one form compute the same from the same arrays.
-        numbered: whether an attribute that says where it stands was left out of the form.
-    """
-
-    def __init__(self, root: Any, without: Any = None) -> None:
-        self.root, self.places, self.numbered = root, [], False
-        self.form = self._look(root, "", without)
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """The arrays that it has now."""
-        return [holder[key] for _, holder, key in self.places]
-
-    @contextmanager
-    def having(self, arrays: Sequence[mx.array]) -> Iterator[None]:
-        """Give it other arrays within."""
-        before = self.arrays
-        self._put(arrays)
-        try:
-            yield
-        finally:
-            self._put(before)
-
-    def _put(self, arrays: Sequence[mx.array]) -> None:
-        for (_, holder, key), array in zip(self.places, arrays, strict=True):
-            holder[key] = array
-
-    def _look(self, node: Any, path: str, without: Any) -> Hashable:
-        if not isinstance(node, (dict, list)):
-            return _plain(node)
-        found: list[Hashable] = [type(node)]
-        for key, value in sorted(node.items()) if isinstance(node, dict) else enumerate(node):
-            if isinstance(value, mx.array):
-                self.places.append((f"{path}{key}", node, key))
-                found.append((key, value.shape, str(value.dtype)))
-            elif value is not without or without is None:
-                found.append((key, self._look(value, f"{path}{key}.", without)))
-        for key, value in sorted(vars(node).items()) if isinstance(node, nn.Module) else ():
-            if key in _NUMBERS:
-                self.numbered = True
-            elif key != "_no_grad":
-                found.append((key, _plain(value)))
-        return tuple(found)
-
-
-def _plain(value: Any) -> Hashable:
-    """Something equal for equal values: itself if it can be, otherwise its identity."""
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_plain, value))
-    try:
-        hash(value)
-    except TypeError:
-        return id(value)
-    return (type(value), value)
-
-
-class _Block:
-    """One block: where its arrays are, and which of them are trained."""
-
-    def __init__(self, module: nn.Module, path: str, parameters: Arrays) -> None:
-        self.piece = _Piece(module)
-        places = [f"{path}.{name}" for name, *_ in self.piece.places]
-        self.chosen = [n for n, name in enumerate(places) if name in parameters]
-        self.trained = [places[n] for n in self.chosen]
 
 
 class _Kind:
     """What blocks that differ in their arrays only have in common: a forward pass and a way back, each compiled once."""
 
-    def __init__(self, step: Stepped, block: _Block) -> None:
+    def __init__(self, step: Stepped, block: Block) -> None:
         self.block, self._step = block, step
-        self._call: _Piece | None = None  # whatever is no array in it is the same for all calls of this kind
+        self._call: Piece | None = None  # whatever is no array in it is the same for all calls of this kind
         self._forward, self._back = mx.compile(self._run), mx.compile(self._way_back)
 
-    def forward(self, block: _Block, call: _Piece, x: mx.array) -> mx.array:
+    def forward(self, block: Block, call: Piece, x: mx.array) -> mx.array:
         """Return the block's output."""
         self._call = call
         return self._forward(x, block.piece.arrays, call.arrays)
 
-    def back(self, block: _Block, call: _Piece, x: mx.array, cotangent: mx.array) -> list[mx.array]:
+    def back(self, block: Block, call: Piece, x: mx.array, cotangent: mx.array) -> list[mx.array]:
         """Return the gradients by the block's input and by its trained arrays; its output is computed again."""
         self._call = call
         return self._back(x, cotangent, block.piece.arrays, call.arrays)
 
-    def serves(self, block: _Block, call: _Piece, x: mx.array) -> bool:
+    def serves(self, block: Block, call: Piece, x: mx.array) -> bool:
         """Whether another block computes the same, tried out on ``x``."""
         args, kwargs = call.root
         with self.block.piece.having(block.piece.arrays):
@@ -342,7 +258,7 @@ class _End:
 
     def __init__(self, stack: Stack, trained: list[str]) -> None:
         self._stack = stack
-        self._piece = _Piece(stack.module, without=stack.blocks_held)
+        self._piece = Piece(stack.module, without=stack.blocks_held)
         names = [name for name, *_ in self._piece.places]
         self._chosen = [names.index(path) for path in trained]
         self._dropped = [n for n, name in enumerate(names) if name.endswith("dropout_key")]

@@ -12,9 +12,10 @@ from mlx.utils import tree_flatten
 from qlab import registry
 from qlab.core.config import QuantConfig
 from qlab.core.training import LoRAConfig, TrainConfig
+from qlab.engine.block import arrays_of, followers
 from qlab.engine.skeleton import describe
 from qlab.engine.step import Compute, Step, attach, make_step
-from qlab.engine.stepped import Stepped, _Flight, arrays_of, followers
+from qlab.engine.stepped import Stepped, _Flight
 from qlab.errors import ConfigError, UnsupportedError
 from tests.engine.test_step import HEADS, WHOLE, assert_same, batch, label, made, stirred
 from tests.tiny import ARCHITECTURES, on_mlx, quantized, tiny
@@ -150,6 +151,17 @@ def test_no_more_than_the_inputs_of_blocks_that_a_gradient_reaches_is_kept():
         x, calls = step._stack.before(tokens)
         kinds = [step._kind(i, call, x) for i, call in enumerate(calls)]
         assert len(step._forward(x, kinds, _Flight())) == expected + 1
+
+
+@on_mlx
+def test_gradients_of_the_part_that_comes_last_are_handed_over_first():
+    module, spec = tiny()
+    for keys, expected in [(None, "mlp."), (["q_proj"], None), (["q_proj", "gate_proj"], "mlp.gate_proj")]:
+        step = stepped(module, spec, LoRAConfig(rank=4, keys=keys))
+        block = step._blocks[1]
+        assert set(block.first) <= set(block.trained)
+        assert all(path.startswith(f"model.layers.1.{expected}") for path in block.first)
+        assert bool(block.first) == (expected is not None)
 
 
 @on_mlx
