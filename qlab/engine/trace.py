@@ -140,6 +140,7 @@ def updated(graph: Graph, train: TrainConfig, trained: Arrays, ids: Sequence[int
         sums: ids of what the batch adds up to: the gradients, the loss and the number of targets.
     """
     number, update = mx.array(0.0), Update(train, trained)
+    kept = update.kept(trained)
     examples = [*trained.values(), number, number]
     graph.held += sums
     if train.grad_accumulation_steps > 1:
@@ -150,14 +151,17 @@ def updated(graph: Graph, train: TrainConfig, trained: Arrays, ids: Sequence[int
 
     def run(*arrays: mx.array) -> list[mx.array]:
         given = iter(arrays)
-        own, state, grads = ({path: next(given) for path in group} for group in (trained, update.state, trained))
+        own, state, grads = ({path: next(given) for path in group} for group in (kept, update.state, trained))
         loss, count, rate = given
-        new = update(own, state, Sums(loss, grads, count), rate)
+        new = update(update.by_path(own), state, Sums(loss, grads, count), rate)
         return [*new.parameters.values(), *new.state.values(), new.loss, new.grad_norm, new.finite]
 
     states = [_given(graph, a, "optimizer") for a in update.state.values()]
-    given = [*ids, *states, *sums, _given(graph, number, "batch")]
-    graph.outputs = graph.then(compiled(read(run, [*trained.values(), *update.state.values(), *examples, number])), given, {})
+    # arrays that are views of vectors are there once
+    own = ids if kept is trained else [graph.add(Array(a.shape, 0, "adapter")) for a in kept.values()]
+    given = [*own, *states, *sums, _given(graph, number, "batch")]
+    piece = compiled(read(run, [*kept.values(), *update.state.values(), *examples, number]))
+    graph.outputs = graph.then(piece, given, {}, "gradients")
 
 
 def compiled(graph: Graph) -> Graph:

@@ -275,7 +275,8 @@ def _judged(task: Task, state: TrainState, val_loss: float) -> str:
 def _save(task: Task, state: TrainState) -> int:
     """Write a checkpoint; return the step up to which the run is safe."""
     if task.checkpoints:
-        _written(task, lambda: task.checkpoints.save(state), Mark("checkpoint", "checkpoint"))
+        written = replace(state, optimizer=task.update.state_by_path(state.optimizer))
+        _written(task, lambda: task.checkpoints.save(written), Mark("checkpoint", "checkpoint"))
     task.on_good(state)
     return state.step
 
