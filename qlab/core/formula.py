@@ -181,7 +181,8 @@ def formula(sample: Sample, runahead: Runahead) -> Formula:
             slopes.append((np.zeros(table.shape[1:]),) * len(PHASES))
             continue
         less, start, stop = moments(graph)
-        kept, end = _needed(table[first] - less[start]), _needed(table[-1] - less[-1])
+        kept = _needed(table[first] - less[start])
+        end = _highest(table[done:], typical) - _highest(less[_settled(less) :], typical)
         late = _needed(table[done] - less[_settled(less)])
         shorter = stop + drained - last
         back = _needed(_highest(table[drained:half], typical) - _highest(less[shorter : (shorter + len(less)) // 2], typical))

@@ -1,10 +1,11 @@
-"""Many arrays as few vectors, one for each dtype, in the order of their paths: one operation where there were hundreds.
+"""Many arrays as few vectors, one for each dtype: one operation where there were hundreds.
 
 Knows no optimizer and no model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from itertools import accumulate
 from math import isqrt, prod
 from typing import Any
@@ -15,19 +16,22 @@ from qlab.engine.loss import Arrays
 
 
 class Layout:
-    """Where in the vectors each array lies. Sorted by path: another order of layers must not read a file otherwise.
+    """Where in the vectors each array lies; it does not depend on the order in which a model lists them.
+
+    Those whose size a large power of two divides come first, then by path. So each begins at a multiple of whatever power of
+    two divides its rows, as a GPU's products count on.
 
     Args:
         arrays: by path; their shapes and dtypes count.
 
     Attributes:
         dtypes: of the vectors, by name.
-        paths: of the arrays, sorted.
+        paths: of the arrays, in their order.
     """
 
     def __init__(self, arrays: Arrays) -> None:
         self.dtypes: dict[str, mx.Dtype] = {}
-        self.paths = sorted(arrays)
+        self.paths = sorted(arrays, key=lambda path: (-(arrays[path].size & -arrays[path].size), path))
         self._places: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
         for path in self.paths:
             name = str(arrays[path].dtype).rpartition(".")[2]
@@ -39,9 +43,7 @@ class Layout:
         """Return the arrays joined, in their own dtype; nothing is copied of what was handed out as views of vectors."""
         if isinstance(arrays, Joined) and arrays.layout is self:
             return arrays.vectors
-        return {
-            name: mx.concatenate([arrays[path].reshape(-1) for path, _ in places]) for name, places in self._places.items()
-        }
+        return {name: mx.concatenate([arrays[path].reshape(-1) for path, _ in places]) for name, places in self._places.items()}
 
     def views(self, vectors: Arrays) -> Arrays:
         """Return the arrays by path that vectors are made of, in the vectors' dtype; nothing is copied."""
@@ -71,19 +73,19 @@ class Joined(dict[str, mx.array]):
     __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _fixed
 
 
-def cast(arrays: Arrays, dtype: mx.Dtype) -> Arrays:
-    """Return arrays by path in another dtype, at once where they are views of vectors."""
-    if isinstance(arrays, Joined):
-        return arrays.layout.views({name: vector.astype(dtype) for name, vector in arrays.vectors.items()})
-    return {path: array.astype(dtype) for path, array in arrays.items()}
+def cast(arrays: Arrays, dtype: mx.Dtype, paths: Collection[str]) -> Arrays:
+    """Return some of the arrays in another dtype; where they are views of vectors, the vectors are cast."""
+    if paths and isinstance(arrays, Joined):
+        arrays = arrays.layout.views({name: vector.astype(dtype) for name, vector in arrays.vectors.items()})
+    return {path: arrays[path].astype(dtype) for path in paths}
 
 
-def total(vector: mx.array) -> mx.array:
-    """Sum of all numbers of a vector, float32; not finite if any number is not.
+def total(vector: mx.array, of: Callable[[mx.array], mx.array] = lambda part: part) -> mx.array:
+    """Sum of what a function makes of all numbers of a vector, in float32; not finite if any of them is not.
 
     In two stages: MLX's CPU adds one by one, and 2²⁵ ones or more are 2²⁵ then, since a sum in float32 no longer grows.
     """
-    full = vector.astype(mx.float32)
-    rows = max(isqrt(full.size - 1), 1)
-    even = (full.size - 1) // rows * rows  # never all: every length takes the same operations
-    return full[:even].reshape(rows, even // rows).sum(1).sum() + full[even:].sum()
+    rows = isqrt(vector.size)
+    even = max(vector.size - 2, 0) // rows * rows  # more than one are left, so that every length takes the same operations
+    most, rest = vector[:even].reshape(rows, even // rows), vector[even:]
+    return of(most.astype(mx.float32)).sum(1).sum() + of(rest.astype(mx.float32)).sum()

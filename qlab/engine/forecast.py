@@ -310,9 +310,12 @@ def measured_peak(module: nn.Module, setup: Setup) -> int:
     mx.clear_cache()
     own, before = sum(a.nbytes for a in given if a is not None), mx.get_active_memory()
     mx.reset_peak_memory()
-    found = step(parameters, tokens, mask, key, segments)
-    sums = Sums(mx.array(0.0), zeros, mx.array(0.0)).plus(found) if several else found
-    mx.eval(update(parameters, update.state, sums, rate))
+    sums = step(parameters, tokens, mask, key, segments)
+    sums = Sums(mx.array(0.0), zeros, mx.array(0.0)).plus(sums) if several else sums
+    gathered = update.gather(sums)
+    del sums
+    mx.eval(gathered)
+    mx.eval(update(parameters, update.state, gathered, rate))
     return mx.get_peak_memory() - before + own
 
 

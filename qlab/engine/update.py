@@ -35,6 +35,22 @@ class Updated(NamedTuple):
     finite: mx.array
 
 
+class Gathered(NamedTuple):
+    """A step's sums as the update takes them.
+
+    Attributes:
+        grads: joined, in the dtype in which they came.
+        norm: global norm of them, float32.
+        loss: as in ``Sums``.
+        count: as in ``Sums``.
+    """
+
+    grads: Arrays
+    norm: mx.array
+    loss: mx.array
+    count: mx.array
+
+
 class Update:
     """An optimizer as a function.
 
@@ -54,9 +70,16 @@ class Update:
         self.state: Arrays = dict(tree_flatten(self._optimizer.state))
         # what it keeps for each parameter; the rest is one number for all
         self._moments = sorted({moment for _, dot, moment in (name.partition(".") for name in self.state) if dot})
-        self._compiled = mx.compile(self._apply)
+        self._gather, self._compiled = mx.compile(self._join), mx.compile(self._apply)
 
-    def __call__(self, parameters: Arrays, state: Arrays, sums: Sums, learning_rate: mx.array) -> Updated:
+    def gather(self, sums: Sums) -> Gathered:
+        """Join the gradients, lazily.
+
+        Who computes this, and lets go of the sums, has neither them nor squares in memory while the update makes new arrays.
+        """
+        return Gathered(*self._gather(sums.grads), sums.loss, sums.count)
+
+    def __call__(self, parameters: Arrays, state: Arrays, sums: Sums | Gathered, learning_rate: mx.array) -> Updated:
         """Compute lazily.
 
         Args:
@@ -65,8 +88,8 @@ class Update:
             sums: over all batches of the step.
             learning_rate: for this step, float32.
         """
-        given = (self.kept(parameters), state, sums.grads, sums.loss, sums.count, learning_rate)
-        kept, *rest = self._compiled(*given)
+        gathered = sums if isinstance(sums, Gathered) else self.gather(sums)
+        kept, *rest = self._compiled(self.kept(parameters), state, gathered, learning_rate)
         return Updated(self.by_path(kept), *rest)
 
     def kept(self, parameters: Arrays) -> Arrays:
@@ -97,19 +120,22 @@ class Update:
             made |= {f"{name}.{moment}": vector for name, vector in vectors.items()}
         return {name: made[name] for name in self.state}
 
+    def _join(self, grads: Arrays) -> tuple[Arrays, mx.array]:
+        joined = self._layout.vectors(grads)
+        return joined, mx.sqrt(sum((total(vector, mx.square) for vector in joined.values()), mx.array(0.0)))
+
     def _apply(
-        self, parameters: Arrays, state: Arrays, grads: Arrays, loss: mx.array, count: mx.array, learning_rate: mx.array
+        self, parameters: Arrays, state: Arrays, gathered: Gathered, learning_rate: mx.array
     ) -> tuple[Arrays, Arrays, mx.array, mx.array, mx.array]:
-        layout, share = self._layout, 1 / mx.maximum(count, 1)
-        sums = {name: vector.astype(mx.float32) for name, vector in layout.vectors(grads).items()}
-        norm = mx.sqrt(sum((total(mx.square(vector)) for vector in sums.values()), mx.array(0.0))) * share
+        grads, norm, loss, count = gathered
+        share = 1 / mx.maximum(count, 1)
+        norm, loss = norm * share, loss * share
         factor = share * mx.minimum(self._most / mx.maximum(norm, 1e-12), 1) if self._most else share
-        mean = {name: (vector * factor).astype(layout.dtypes[name]) for name, vector in sums.items()}
-        mean = mean if self._whole else layout.views(mean)
+        slopes = grads if self._whole else self._layout.views(grads)
+        mean = {name: (slope.astype(mx.float32) * factor).astype(parameters[name].dtype) for name, slope in slopes.items()}
         self._optimizer.state = tree_unflatten([*{**state, "learning_rate": learning_rate}.items()])
         pairs = self._optimizer.apply_gradients(tree_unflatten(list(mean.items())), tree_unflatten(list(parameters.items())))
         new, after = dict(tree_flatten(pairs)), dict(tree_flatten(self._optimizer.state))
         self._optimizer.state = {}  # what it holds here are no numbers
-        loss = loss * share
         narrow = [total(array.reshape(-1)) for array in new.values() if array.dtype == mx.float16]
         return new, after, loss, norm, mx.isfinite(sum(narrow, loss + norm))
