@@ -181,8 +181,7 @@ def formula(sample: Sample, runahead: Runahead) -> Formula:
             slopes.append((np.zeros(table.shape[1:]),) * len(PHASES))
             continue
         less, start, stop = moments(graph)
-        kept = _needed(table[first] - less[start])
-        end = _highest(table[done:], typical) - _highest(less[_settled(less) :], typical)
+        kept, end = _needed(table[first] - less[start]), _needed(_updating(table, typical) - _updating(less, typical))
         late = _needed(table[done] - less[_settled(less)])
         shorter = stop + drained - last
         back = _needed(_highest(table[drained:half], typical) - _highest(less[shorter : (shorter + len(less)) // 2], typical))
@@ -214,6 +213,11 @@ def _highest(table: np.ndarray, terms: np.ndarray) -> np.ndarray:
     """The moment of the most that is needed, at typical sizes."""
     needed = np.delete(table, list(PARTS).index("in_flight"), axis=1)
     return table[(needed @ terms).sum(1).argmax()]
+
+
+def _updating(table: np.ndarray, terms: np.ndarray) -> np.ndarray:
+    """The moment of the most gradients and what the update makes of them, at typical sizes."""
+    return table[(table[:, list(PARTS).index("gradients")] @ terms).argmax()]
 
 
 def _products() -> list[tuple[int, ...]]:
