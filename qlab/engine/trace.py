@@ -141,8 +141,7 @@ def updated(graph: Graph, train: TrainConfig, trained: Arrays, ids: Sequence[int
         sums: ids of what the batch adds up to: the gradients, the loss and the number of targets.
     """
     number, update = mx.array(0.0), Update(train, trained)
-    kept, joined = update.kept(trained), update.gather(Sums(number, trained, number)).grads
-    examples = [*trained.values(), number, number]
+    kept, examples = update.kept(trained), [*trained.values(), number, number]
     if train.grad_accumulation_steps > 1:
         half, earlier = len(sums), [_given(graph, a, "gradients") for a in examples]
         plus = unmerged(read(lambda *a: [x + y for x, y in zip(a[:half], a[half:], strict=True)], examples * 2))
@@ -160,7 +159,10 @@ def updated(graph: Graph, train: TrainConfig, trained: Arrays, ids: Sequence[int
         return [*update.kept(new.parameters).values(), *new.state.values(), new.loss, new.grad_norm, new.finite]
 
     *grads, loss, count = sums
-    gathered = graph.then(compiled(read(gather, [*trained.values()])), grads, {}, "gradients")
+    pairs = zip(trained.items(), (graph.arrays[a].itemsize for a in grads), strict=True)
+    slopes = {path: a.astype(a.dtype if size == a.dtype.size else mx.bfloat16) for (path, a), size in pairs}  # never computed
+    joined = update.gather(Sums(number, slopes, number)).grads
+    gathered = graph.then(compiled(read(gather, [*slopes.values()])), grads, {}, "gradients")
     graph.rounds.append((*gathered, loss, count))
     states = [_given(graph, a, "optimizer") for a in update.state.values()]
     # arrays that are views of vectors are there once
