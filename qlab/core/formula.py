@@ -27,6 +27,8 @@ CHUNKS = 4  # a loss in more chunks than this needs what one in this many needs
 _SIZES = ((3, 113, 5), (5, 239, 7))  # batch, tokens, rank of the two traces: their ratios must tell products apart
 _DRAIN = 110  # operations after which what the loss left behind has landed
 _DEGREE = 4
+_RANK = tuple(int(name == "rank") for name in QUANTITIES)
+_TRAINED = ("adapter", "optimizer", "gradients")  # roles of what grows with the rank, nearly so where all of it is one vector
 _GRID = ((1, 4, 32), (17, 65, 257, 1025, 8193), (2, 16, 256), (64, 512))  # sizes at which a moment must win to be kept
 
 
@@ -144,14 +146,16 @@ def formula(sample: Sample, runahead: Runahead) -> Formula:
     """
     products = _products()
     shapes = _match(sample, products)
-    used = sorted({0, *shapes.values()})
+    used = sorted({0, products.index(_RANK), *shapes.values()})
     values = _terms(sample.references[0].sizes, [products[p] for p in used])
     units = {shape: (used.index(p), values[used.index(p)]) for shape, p in shapes.items()}
+    rank = (used.index(products.index(_RANK)), float(sample.references[0].rank))
 
     def moments(graph: Graph) -> tuple[np.ndarray, int, int]:
         label = labels(graph, sample.vocabulary, sample.trained)
         usage = simulate(graph, runahead)
-        own = {a: units.get(array.shape, (0, 1.0)) for a, array in graph.arrays.items()}
+        other = {role: rank for role in _TRAINED}  # a vector of the parameters of fewer blocks has a shape of its own
+        own = {a: units.get(array.shape, other.get(array.role, (0, 1.0))) for a, array in graph.arrays.items()}
         table = over_time(usage, label, own, len(used))
         table[:, [i for i, part in enumerate(PARTS) if part in INPUTS]] = 0
         shape = {a: array.shape for a, array in graph.arrays.items()}
@@ -177,7 +181,7 @@ def formula(sample: Sample, runahead: Runahead) -> Formula:
             slopes.append((np.zeros(table.shape[1:]),) * len(PHASES))
             continue
         less, start, stop = moments(graph)
-        kept, end = _needed(table[first] - less[start]), _needed(table[-1] - less[-1])
+        kept, end = _needed(table[first] - less[start]), _needed(_updating(table, typical) - _updating(less, typical))
         late = _needed(table[done] - less[_settled(less)])
         shorter = stop + drained - last
         back = _needed(_highest(table[drained:half], typical) - _highest(less[shorter : (shorter + len(less)) // 2], typical))
@@ -211,6 +215,11 @@ def _highest(table: np.ndarray, terms: np.ndarray) -> np.ndarray:
     return table[(needed @ terms).sum(1).argmax()]
 
 
+def _updating(table: np.ndarray, terms: np.ndarray) -> np.ndarray:
+    """The moment of the most gradients and what the update makes of them, at typical sizes."""
+    return table[(table[:, list(PARTS).index("gradients")] @ terms).argmax()]
+
+
 def _products() -> list[tuple[int, ...]]:
     """Exponents of every product of quantities up to a degree; the first is 1."""
     count = len(QUANTITIES)
@@ -232,9 +241,13 @@ def _match(sample: Sample, products: list[tuple[int, ...]]) -> dict[tuple[int, .
     for a, array in one.arrays.items():
         if array.shape not in found:
             up = Fraction(two.arrays[a].size, array.size) if array.size else Fraction(1)
-            nearest = list(ratio.values())[int(np.abs(logs - np.log(float(up))).argmin())] if up not in ratio else ratio[up]
-            found[array.shape] = nearest
+            nearest = products.index(_RANK) if array.role in _TRAINED else list(ratio.values())[_nearest(logs, up)]
+            found[array.shape] = ratio.get(up, nearest)
     return found
+
+
+def _nearest(logs: np.ndarray, ratio: Fraction) -> int:
+    return int(np.abs(logs - np.log(float(ratio))).argmin())
 
 
 def _winners(rows: np.ndarray, grid: np.ndarray) -> np.ndarray:

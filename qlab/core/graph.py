@@ -14,7 +14,8 @@ class Array:
     Attributes:
         shape: its shape.
         itemsize: bytes of one element.
-        role: what it is for: ``weights``, ``adapter``, ``optimizer``, ``batch`` or ``constant`` for an input; else empty.
+        role: what it is for: ``weights``, ``adapter``, ``optimizer``, ``batch`` or ``constant`` for an input; ``gradients`` for
+            what the update makes of them; else empty.
     """
 
     shape: tuple[int, ...]
@@ -80,20 +81,21 @@ class Graph:
         self.arrays[len(self.arrays)] = array
         return len(self.arrays) - 1
 
-    def then(self, piece: Graph, inputs: Iterable[int], constants: dict[int, int]) -> list[int]:
+    def then(self, piece: Graph, inputs: Iterable[int], constants: dict[int, int], role: str = "") -> list[int]:
         """Go on with a copy of another computation; return the ids of its outputs.
 
         Args:
             piece: the other.
             inputs: ids of what it is given, here.
             constants: ids of its constants, here, by their own; those that are missing are added.
+            role: of what it makes.
         """
         new = dict(zip(piece.inputs, inputs, strict=True))
         for a, array in piece.arrays.items():
             if array.role == "constant" and a not in new:
                 new[a] = constants[a] if a in constants else constants.setdefault(a, self.add(array))
         for node in piece.nodes:
-            new.update({a: self.add(replace(piece.arrays[a], role="")) for a in node.outputs})
+            new.update({a: self.add(replace(piece.arrays[a], role=role)) for a in node.outputs})
             ids = [tuple(new[a] for a in side) for side in (node.inputs, node.outputs)]
             self.nodes.append(replace(node, inputs=ids[0], outputs=ids[1]))
         return [new[a] for a in piece.outputs]

@@ -12,10 +12,13 @@ class OptimizerKind(ABC):
     Attributes:
         name: the ``optimizer`` that a user types.
         title: one line that says what it is.
+        elementwise: whether each number is updated by itself, with state of the parameter's own shape. Then all parameters
+            are updated as one vector, to the same bits; False is always right.
     """
 
     name: str
     title: str
+    elementwise: bool = False
 
     @abstractmethod
     def state_nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:

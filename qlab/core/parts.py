@@ -42,6 +42,8 @@ def labels(graph: Graph, vocabulary: int, trained: Iterable[tuple[int, ...]]) ->
             if array.role == "constant":
                 fixed.add(a)
     for node in graph.nodes:
+        if all(a in made for a in node.outputs):
+            continue
         if node.name == "Depends":  # each of its outputs is one of its inputs, whatever it waits for
             for a, source in zip(node.outputs, node.inputs, strict=False):
                 made[a] = made[source]

@@ -298,21 +298,24 @@ def measured_peak(module: nn.Module, setup: Setup) -> int:
     train = setup.train
     made = attach(module, describe(module, ""), setup.adapter, usual_compute(), train.grad_checkpoint)
     step = make_step(made, train)
-    parameters = step.parameters
-    update = Update(train, parameters)
+    update = Update(train, step.parameters)
+    parameters, state = update.by_path(update.kept(step.parameters)), update.state
     tokens = mx.random.randint(0, 2, (train.batch_size, train.max_seq_length))  # which ones, memory does not mind
     mask, key, rate = mx.ones(tokens.shape, mx.int32), mx.random.key(0), mx.array(train.learning_rate)
     segments = mx.ones(tokens.shape, mx.int32) if train.pack else None
     several = train.grad_accumulation_steps > 1
     zeros = {path: mx.zeros_like(a) for path, a in parameters.items()} if several else {}
-    given = [a for _, a in tree_flatten(made.parameters())] + [*update.state.values(), *zeros.values(), tokens, mask, segments]
-    mx.eval(given)
+    given = [a for _, a in tree_flatten(made.parameters())] + [*state.values(), *zeros.values(), tokens, mask, segments]
+    mx.eval(given, parameters)
     mx.clear_cache()
     own, before = sum(a.nbytes for a in given if a is not None), mx.get_active_memory()
     mx.reset_peak_memory()
-    found = step(parameters, tokens, mask, key, segments)
-    sums = Sums(mx.array(0.0), zeros, mx.array(0.0)).plus(found) if several else found
-    mx.eval(update(parameters, update.state, sums, rate))
+    sums = step(parameters, tokens, mask, key, segments)
+    sums = Sums(mx.array(0.0), zeros, mx.array(0.0)).plus(sums) if several else sums
+    gathered = update.gather(sums)
+    del sums
+    mx.eval(gathered)
+    mx.eval(update(parameters, state, gathered, rate))
     return mx.get_peak_memory() - before + own
 
 

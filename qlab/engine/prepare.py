@@ -128,10 +128,12 @@ def make_task(
     # sums over arrays follow their order, and a file has one of its own
     parameters = {path: parameters[path] for path in step.parameters}
     update = Update(config, parameters)
-    mx.eval(update.state)
+    parameters = update.by_path(update.kept(parameters))
+    state = TrainState(parameters, update.state, config.learning_rate)
+    mx.eval(state.parameters, state.optimizer)
     kept = checkpoints if ranks.first else None
     task = Task(step, update, feed, held, config, Guard(limit_nbytes), kept, on_good, ranks=ranks)
-    return task, TrainState(parameters, update.state, config.learning_rate), (*step.notes, *notes)
+    return task, state, (*step.notes, *notes)
 
 
 def resumed(path: Path, parameters: Arrays, task: Task) -> TrainState:
@@ -142,11 +144,12 @@ def resumed(path: Path, parameters: Arrays, task: Task) -> TrainState:
         ConfigError: its optimizer is not the run's.
     """
     state = load(path, parameters)
-    wanted = task.update.state
+    wanted = task.update.state_by_path(task.update.state)
     for name in sorted(state.optimizer.keys() | wanted.keys()):
         found, other = state.optimizer.get(name), wanted.get(name)
         if found is None or other is None or found.shape != other.shape or found.dtype != other.dtype:
             raise ConfigError(f"The optimizer's state in {path} is not that of this run: {name!r} differs.")
-    state.parameters = {name: state.parameters[name] for name in task.step.parameters}
-    state.optimizer = {name: state.optimizer[name] for name in wanted}
+    state.parameters = task.update.by_path(task.update.kept(state.parameters))
+    state.optimizer = task.update.state_joined(state.optimizer)
+    mx.eval(state.parameters, state.optimizer)
     return state

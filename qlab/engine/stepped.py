@@ -21,6 +21,7 @@ from qlab.core.training import TrainConfig
 from qlab.engine.activation import frugal, users
 from qlab.engine.block import Block, Piece, followers
 from qlab.engine.device import backend
+from qlab.engine.flat import cast
 from qlab.engine.linear import Frozen
 from qlab.engine.loss import Arrays, Given, Sums, given, nats_and_slope
 from qlab.engine.stack import Stack
@@ -122,7 +123,7 @@ class Stepped:
 
     def _thin(self, parameters: Arrays, dtype: mx.Dtype) -> Arrays:
         """Return the blocks' trained factors as products will take them: cast once, not on every way through a block."""
-        return {path: parameters[path].astype(dtype) for path in self._followers.get(dtype, ())}
+        return cast(parameters, dtype, self._followers.get(dtype, ()))
 
     def _forward(self, x: mx.array, kinds: list[tuple[_Kind, Piece]], flight: _Flight) -> list[mx.array]:
         """Return the inputs of all blocks that a gradient reaches, and the output of the last."""

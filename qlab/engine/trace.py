@@ -25,7 +25,7 @@ from qlab.engine.loss import Arrays, Sums
 from qlab.engine.reading import read
 from qlab.engine.step import Step
 from qlab.engine.surgery import map_layers
-from qlab.engine.update import Update
+from qlab.engine.update import Gathered, Update
 
 _UNREADABLE = {"nvfp4", "nvfp4_plain", "mxfp8"}  # the CPU's dequantization has a primitive that cannot be exported (FromFP8)
 
@@ -118,6 +118,8 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
     graph = unmerged(graph, graph.outputs[0])
     loss, count, *grads = graph.outputs
     updated(graph, train, step.parameters, graph.inputs[len(frozen) : -3], [*grads, loss, count])
+    graph.rounds.append(tuple(graph.outputs))
+    graph.windows.append(1)
     return graph
 
 
@@ -140,24 +142,37 @@ def updated(graph: Graph, train: TrainConfig, trained: Arrays, ids: Sequence[int
         sums: ids of what the batch adds up to: the gradients, the loss and the number of targets.
     """
     number, update = mx.array(0.0), Update(train, trained)
-    examples = [*trained.values(), number, number]
-    graph.held += sums
+    kept, first, examples = update.kept(trained), update.state, [*trained.values(), number, number]
     if train.grad_accumulation_steps > 1:
         half, earlier = len(sums), [_given(graph, a, "gradients") for a in examples]
         plus = unmerged(read(lambda *a: [x + y for x, y in zip(a[:half], a[half:], strict=True)], examples * 2))
         sums = graph.then(plus, [*earlier, *sums], {})
-        graph.held += sums
+
+    def gather(*grads: mx.array) -> list[mx.array]:
+        found = update.gather(Sums(number, dict(zip(trained, grads, strict=True)), number))
+        return [*found.grads.values(), found.norm]
 
     def run(*arrays: mx.array) -> list[mx.array]:
         given = iter(arrays)
-        own, state, grads = ({path: next(given) for path in group} for group in (trained, update.state, trained))
-        loss, count, rate = given
-        new = update(own, state, Sums(loss, grads, count), rate)
-        return [*new.parameters.values(), *new.state.values(), new.loss, new.grad_norm, new.finite]
+        own, state, grads = ({name: next(given) for name in group} for group in (kept, first, joined))
+        norm, loss, count, rate = given
+        new = update(update.by_path(own), state, Gathered(grads, norm, loss, count), rate)
+        return [*update.kept(new.parameters).values(), *new.state.values(), new.loss, new.grad_norm, new.finite]
 
-    states = [_given(graph, a, "optimizer") for a in update.state.values()]
-    given = [*ids, *states, *sums, _given(graph, number, "batch")]
-    graph.outputs = graph.then(compiled(read(run, [*trained.values(), *update.state.values(), *examples, number])), given, {})
+    *grads, loss, count = sums
+    pairs = zip(trained.items(), (graph.arrays[a].itemsize for a in grads), strict=True)
+    slopes = {path: a.astype(a.dtype if size == a.dtype.size else mx.bfloat16) for (path, a), size in pairs}  # never computed
+    joined = update.gather(Sums(number, slopes, number)).grads
+    gathered = graph.then(compiled(read(gather, [*slopes.values()])), grads, {}, "gradients")
+    graph.rounds.append((*gathered, loss, count))
+    graph.windows.append(1)
+    states = [_given(graph, a, "optimizer") for a in first.values()]
+    # arrays that are views of vectors are there once
+    own = ids if kept is trained else [graph.add(Array(a.shape, 0, "adapter")) for a in kept.values()]
+    given = [*own, *states, *gathered, loss, count, _given(graph, number, "batch")]
+    graph.held += [*gathered, loss, count]
+    examples = [*kept.values(), *first.values(), *joined.values(), number, number, number, number]
+    graph.outputs = graph.then(compiled(read(run, examples)), given, {}, "gradients")
 
 
 def compiled(graph: Graph) -> Graph:

@@ -204,7 +204,10 @@ def _one_update(task: Task, state: TrainState, rate: float) -> Generator[Progres
             _measured(task)
             seconds += time.perf_counter() - began
             yield Progress("training", i + 1, count)
-    new = task.update(state.parameters, state.optimizer, task.ranks.total(sums), mx.array(rate, mx.float32))
+    gathered = task.update.gather(task.ranks.total(sums))
+    del sums, found  # or each gradient would be there twice
+    mx.eval(gathered)
+    new = task.update(state.parameters, state.optimizer, gathered, mx.array(rate, mx.float32))
     mx.eval(new)
     _measured(task)
     return new, batches, seconds + time.perf_counter() - began
@@ -275,7 +278,8 @@ def _judged(task: Task, state: TrainState, val_loss: float) -> str:
 def _save(task: Task, state: TrainState) -> int:
     """Write a checkpoint; return the step up to which the run is safe."""
     if task.checkpoints:
-        _written(task, lambda: task.checkpoints.save(state), Mark("checkpoint", "checkpoint"))
+        written = replace(state, optimizer=task.update.state_by_path(state.optimizer))
+        _written(task, lambda: task.checkpoints.save(written), Mark("checkpoint", "checkpoint"))
     task.on_good(state)
     return state.step
 

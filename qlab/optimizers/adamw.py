@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+import mlx.core as mx
 import mlx.optimizers as optim
 
 from qlab.core.optimizer import OptimizerKind
@@ -15,12 +16,26 @@ class AdamW(OptimizerKind):
 
     name = "adamw"
     title = "AdamW: two moments a parameter"
+    elementwise = True
 
     def state_nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         return 2 * itemsize * prod(shape)
 
     def make(self, learning_rate: float, weight_decay: float = 0.0) -> Any:
-        return optim.AdamW(learning_rate, weight_decay=weight_decay, bias_correction=True)
+        return _Optimizer(learning_rate, weight_decay=weight_decay, bias_correction=True)
+
+
+class _Optimizer(optim.AdamW):
+    """MLX's own, bit for bit, but powers of the step are taken once: MLX fuses them into what is done for every number."""
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+        rate, (b1, b2) = self.learning_rate.astype(gradient.dtype), self.betas
+        corrections = [rate / (1 - b1**self.step), mx.rsqrt(1 - b2**self.step)]
+        first, second = mx.depends(corrections, [self.step])  # nothing is fused across this
+        m = state["m"] = b1 * state["m"] + (1 - b1) * gradient
+        v = state["v"] = b2 * state["v"] + (1 - b2) * mx.square(gradient)
+        move = first.astype(gradient.dtype) * m / (mx.sqrt(v) * second.astype(gradient.dtype) + self.eps)
+        return parameter * (1 - rate * self.weight_decay) - move
 
 
 SHELF = (AdamW(),)

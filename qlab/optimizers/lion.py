@@ -15,6 +15,7 @@ class Lion(OptimizerKind):
 
     name = "lion"
     title = "Lion: one moment a parameter"
+    elementwise = True
 
     def state_nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         return itemsize * prod(shape)

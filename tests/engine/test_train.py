@@ -250,6 +250,15 @@ def test_a_broken_checkpoint_is_passed_over_for_an_older_one(tmp_path):
 
 
 @on_mlx
+def test_a_checkpoint_holds_the_optimizers_state_of_every_parameter_by_its_path(tmp_path):
+    task, state = run(replace(CONFIG, iters=2), tmp_path)
+    finish(task, state)
+    found = mx.load(str(tmp_path / "step-000002" / "optimizer.safetensors"))
+    assert found.keys() == {"step", "learning_rate", *(f"{path}.{name}" for path in state.parameters for name in "mv")}
+    assert all(found[f"{path}.m"].shape == array.shape for path, array in state.parameters.items())
+
+
+@on_mlx
 def test_a_checkpoint_is_an_adapter_folder_of_mlx_lm(tmp_path):
     task, state = run(replace(CONFIG, iters=2), tmp_path, LoRAConfig(rank=4, num_layers=2, keys=("q_proj", "down_proj")))
     finish(task, state)
