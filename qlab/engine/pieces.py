@@ -182,12 +182,14 @@ class Pieces:
         cotangent, total, *weights = self._piece("dense", dense, self._outer(), False)
         sums = [self._piece(("zeros", n), lambda n=n: [mx.zeros_like(self.trained[n])], [], False)[0] for n in outer]
         lent = list(zip(weights, examples, strict=True))
+        if weights:
+            self._ask(*weights, window=1)
         for start in range(0, count, size):
             part = min(size, count - start)  # a short last chunk is padded a little, and never the peak
             where = self._given(mx.zeros(part, mx.int32), "batch")
             made = self._chunk(part, (hidden, where, total, cotangent, *sums), outer, heads, lent)
             total, cotangent, *sums = made
-            self._ask(*made, window=min(self.window, CHUNKS))
+            self._ask(*made, window=1 if start + size >= count else min(self.window, CHUNKS))
         self.total = total
         flat = (cotangent, mx.zeros((count, shape[-1]), dtype))
         (cotangent,) = self._piece("cotangent", lambda a: [a.reshape(shape)], [flat], False)

@@ -146,7 +146,7 @@ class Stepped:
         total, cotangent = mx.array(0.0), mx.zeros_like(flat)
         sums = [mx.zeros_like(self.parameters[path]) for path in self._outside]
         weight = self._end.weights(hidden.dtype)
-        mx.async_eval(weight)
+        flight.add(1, *weight)  # a head may be large: no block is in flight beside it, neither before nor behind
         for n, start in enumerate(range(0, counted.size, size)):
             part = counted[start : start + size]
             full = -(-part.size * _PARTS // size) * size // _PARTS  # a few sizes only; the rest counts nothing
@@ -155,7 +155,8 @@ class Stepped:
             loss, slope, *outer = self._end.run(self, flat[where][None], targets[where][None], share[None], weight, drops[n])
             total, cotangent = total + loss, cotangent.at[where].add(slope[0])
             sums = [a + b for a, b in zip(sums, outer, strict=True)]
-            flight.add(min(self.window, CHUNKS), total, cotangent, *sums)
+            last = start + size >= counted.size
+            flight.add(1 if last else min(self.window, CHUNKS), total, cotangent, *sums)
         return total, cotangent.reshape(hidden.shape), dict(zip(self._outside, sums, strict=True))
 
     def _kind(self, i: int, call: tuple[tuple, dict], x: mx.array) -> tuple[_Kind, Piece]:
