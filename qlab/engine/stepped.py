@@ -182,10 +182,9 @@ class Stepped:
 def halves(window: int) -> tuple[int, int]:
     """Return how many halves of ways back may be in flight after a first and after a second half, itself included.
 
-    On the way back a block holds twice as much as on the way forward; half a block more than the one that is computed keeps
-    a device as busy as a whole one more.
+    As many as blocks on the way forward: a half holds as much as they do. Between its own two halves no block waits.
     """
-    return max(2 * window - 1, 2), 2 * window - 1
+    return max(window, 2), window
 
 
 class _Flight:
