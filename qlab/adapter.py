@@ -22,7 +22,7 @@ from qlab.engine.job import Latest, mlx_call
 from qlab.engine.load import Loaded
 from qlab.engine.predict import reply
 from qlab.engine.survey import Survey
-from qlab.errors import BusyError, ConfigError
+from qlab.errors import BusyError, ConfigError, named, sealed
 from qlab.model import Model
 from qlab.quantizer import Quantizer
 from qlab.views.adapter import AdapterPanel
@@ -34,6 +34,8 @@ _STORED_BY = ["mode", "bits", "group_size", "solver", "overrides"]  # a quantize
 _SHAPED_BY = ("kind", "rank", "keys", "num_layers", "init", "dtype")  # what parameters belong to
 
 
+@named
+@sealed
 class Adapter(AdapterChoice):
     """Small trainable changes of a frozen model. As the last line of a cell it is a panel.
 

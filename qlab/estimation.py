@@ -29,7 +29,7 @@ from qlab.engine.link import Link, config_of
 from qlab.engine.stepped import WINDOWS
 from qlab.engine.structure import context, structure
 from qlab.engine.sweep import Sweep
-from qlab.errors import ConfigError, QlabError, nearest
+from qlab.errors import ConfigError, QlabError, nearest, sealed
 from qlab.model import Model
 from qlab.views.estimate import EstimatePanel
 from qlab.views.estimate_text import html, page
@@ -164,6 +164,7 @@ def _of(kind: Any, value: Any, name: str) -> Any:
     raise ConfigError(f"{name}={value!r} is not legal; give a {kind.__name__} or None.")
 
 
+@sealed
 class LiveEstimate:
     """An estimate whose settings move: by its sliders, or with the quantizer or adapter that it was made of.
 

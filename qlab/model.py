@@ -17,9 +17,10 @@ from qlab.engine.memory import release
 from qlab.engine.predict import reply
 from qlab.engine.skeleton import describe
 from qlab.engine.study import Study
-from qlab.errors import LoadError
+from qlab.errors import LoadError, sealed
 
 
+@sealed
 class Model:
     """A language model in this kernel.
 

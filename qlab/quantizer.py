@@ -19,7 +19,7 @@ from qlab.core.report import EvalReport, QuantReport, report_of
 from qlab.engine.device import machine
 from qlab.engine.job import Latest, mlx_call
 from qlab.engine.load import Loaded
-from qlab.errors import ConfigError, LayerNotFoundError, nearest
+from qlab.errors import ConfigError, LayerNotFoundError, named, nearest, sealed
 from qlab.model import Model
 from qlab.views.compare import Comparison
 from qlab.views.quantizer import QuantizerPanel
@@ -31,6 +31,8 @@ RELIABLE_ERROR = 0.5  # weight error up to which allocate trusts the predicted Î
 _KEEP: Any = object()
 
 
+@named
+@sealed
 class Quantizer(T.HasTraits):
     """Storage of a model's weights, chosen by traits, sliders or code, with its error and size at once.
 

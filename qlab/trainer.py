@@ -22,7 +22,7 @@ from qlab.engine.feed import Feed
 from qlab.engine.job import mlx_call
 from qlab.engine.predict import checked_prompts
 from qlab.engine.session import Made, Session
-from qlab.errors import BusyError, ConfigError
+from qlab.errors import BusyError, ConfigError, named, sealed
 from qlab.estimation import estimate, roomy
 from qlab.judging import judged
 from qlab.model import Model
@@ -38,6 +38,8 @@ _ACTIVE: WeakKeyDictionary[Model, str] = WeakKeyDictionary()  # bases that a run
 _RUNS: dict[Path, Any] = {}  # this kernel's, by folder: how they ended, or who makes them
 
 
+@named
+@sealed
 class Trainer:
     """A training run. As the last line of a cell it is a panel.
 

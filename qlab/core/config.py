@@ -11,9 +11,10 @@ from types import MappingProxyType
 
 from qlab import registry
 from qlab.core.scheme import Scheme
-from qlab.errors import ConfigError
+from qlab.errors import ConfigError, named
 
 
+@named
 @dataclass(frozen=True)
 class QuantConfig:
     """Storage of one weight.
@@ -73,6 +74,7 @@ def stock_config(mode: str, bits: int, group_size: int) -> QuantConfig:
     return QuantConfig(mode if mode in names else next(iter(names), mode), bits, group_size)
 
 
+@named
 @dataclass(frozen=True)
 class QuantPlan:
     """Storage of every layer of a model.

@@ -1,0 +1,63 @@
+"""Typos are refused where they are made: settings of a call, and attributes set on what a notebook holds."""
+
+from __future__ import annotations
+
+import pytest
+
+import qlab
+from qlab.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def held(demo, tmp_path_factory):
+    """What a notebook holds, by name."""
+    quantizer = qlab.Quantizer(demo)
+    adapter = qlab.Adapter(quantizer)
+    trainer = qlab.Trainer(adapter, ["A row of text."] * 4, val=0, path=tmp_path_factory.mktemp("runs") / "run")
+    live = qlab.estimate(quantizer)._panel(qlab.estimate(quantizer))
+    return {"quantizer": quantizer, "adapter": adapter, "trainer": trainer, "model": demo, "estimate": live}
+
+
+@pytest.mark.parametrize(
+    ("holder", "name", "words"),
+    [
+        ("trainer", "learning_rte", "of Trainer is nothing to set. Did you mean 'learning_rate'"),
+        ("trainer", "evaluate", "It is a method: call it."),
+        ("trainer", "resume", "It is a method: call it."),
+        ("quantizer", "groupsize", "Did you mean 'group_size'"),
+        ("quantizer", "allocate", "It is a method: call it."),
+        ("adapter", "lora_alpha", "Did you mean 'alpha'"),
+        ("adapter", "rnak", "Did you mean 'rank'"),
+        ("model", "tokeniser", "Did you mean 'tokenizer'"),
+        ("estimate", "setups", "Did you mean 'setup'"),
+    ],
+)
+def test_attribute_that_is_not_there_cannot_be_set(held, holder, name, words):
+    before = dict(vars(held[holder]))
+    with pytest.raises(AttributeError, match=f"'{name}' .*{words}"):
+        setattr(held[holder], name, 1)
+    assert vars(held[holder]) == before
+
+
+def test_what_can_be_set_still_can(held):
+    quantizer, adapter, trainer = held["quantizer"], held["adapter"], held["trainer"]
+    quantizer.bits, quantizer.overrides, adapter.alpha, trainer.learning_rate = 3, {}, 8, 1e-3
+    with quantizer.hold_trait_notifications():  # traitlets sets a method of the object for a while
+        quantizer.mode = "mxfp4"
+    adapter._own = 1
+    assert (quantizer.mode, adapter.scale, trainer.learning_rate, adapter._own) == ("mxfp4", 1.0, 1e-3, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda held: qlab.Quantizer(held["model"], bit=4), "Quantizer: 'bit' is no setting. Did you mean 'bits'"),
+        (lambda held: qlab.Adapter(held["model"], lora_alpha=16), "'lora_alpha' is no setting. Did you mean 'alpha'"),
+        (lambda held: qlab.Trainer(held["adapter"], ["a"], prompt="b"), "Did you mean 'prompts'.* prompts, callbacks.$"),
+        (lambda held: qlab.QuantConfig(groupsize=32), "Did you mean 'group_size'"),
+        (lambda held: qlab.QuantPlan(qlab.QuantConfig(), override={}), "Did you mean 'overrides'"),
+    ],
+)
+def test_setting_that_is_not_there_is_refused_with_the_nearest(held, make, words):
+    with pytest.raises(ConfigError, match=words):
+        make(held)
