@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlab.engine.conversation import a
+from qlab.engine.conversation import Fault, a
 from qlab.errors import DataError, nearest
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-SHOWN = 20  # faults listed in one error
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _LISTED = "give a list of dicts or strings, a datasets set, a data frame, or a path"
 
@@ -24,14 +23,14 @@ class Text(str):
 
 
 def rows_of(data: Any) -> Iterable[Any] | Text:
-    """Return the rows of any data, unchecked, or running text.
+    """Return the rows of any data, unchecked, or running text. In place of a line that cannot be read stands its ``Fault``.
 
     Args:
         data: a list or other iterable of strings and dicts; a ``datasets`` set; a data frame; a dict of columns; a path of a
             ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.txt`` file; or text.
 
     Raises:
-        DataError: it is none of these, or a file is missing, empty, of another kind or broken; names each broken line.
+        DataError: it is none of these, or a file is missing, empty, of another kind or broken as a whole.
     """
     if isinstance(data, Path) or isinstance(data, str) and _is_path(data):
         return _file(Path(data).expanduser())
@@ -133,30 +132,26 @@ def _json(name: str, text: str) -> list[Any]:
 
 
 def _jsonl(name: str, text: str) -> list[Any]:
-    rows, faults = [], []
+    rows = []
     for number, line in enumerate(text.split("\n"), 1):  # other line breaks are allowed inside JSON strings
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except ValueError as error:
-                faults.append(f"line {number}: {error}")
-    if faults:
-        raise DataError(listed(f"{len(faults)} lines of {name} are not JSON", faults))
+            except json.JSONDecodeError as error:
+                rows.append(Fault(f"line {number} of {name} is not JSON: {error.msg} at column {error.colno}"))
     return rows
 
 
 def _csv(name: str, text: str) -> list[Any]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows, faults = [], []
+    rows: list[Any] = []
     try:
         for row in reader:
-            if None in row or None in row.values():
-                faults.append(f"line {reader.line_num}: it has not as many cells as the {len(reader.fieldnames or ())} columns")
-            rows.append(row)
+            whole = None not in row and None not in row.values()
+            columns = f"has not as many cells as the {len(reader.fieldnames or ())} columns"
+            rows.append(row if whole else Fault(f"line {reader.line_num} of {name} {columns}"))
     except csv.Error as error:
-        faults.append(f"line {reader.line_num}: {error}")
-    if faults:
-        raise DataError(listed(f"{len(faults)} lines of {name} cannot be read", faults))
+        rows.append(Fault(f"line {reader.reader.line_num} of {name} cannot be read, nor what follows: {error}"))
     return rows
 
 
@@ -165,12 +160,6 @@ def _txt(name: str, text: str) -> Text:
 
 
 _READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".txt": _txt}
-
-
-def listed(what: str, faults: list[str]) -> str:
-    """Return an error that shows the first faults, and says how many more there are."""
-    more = f"\n… and {len(faults) - SHOWN} more." if len(faults) > SHOWN else ""
-    return f"{what}:\n" + "\n".join(f"- {fault}" for fault in faults[:SHOWN]) + more
 
 
 def numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from qlab.core.rows import foreign
 from qlab.engine.evaluate import token_batches
 from qlab.engine.load import ASSETS
 from qlab.errors import ConfigError, DataError
@@ -77,8 +78,8 @@ def batches(
     """
     text, words = read_text(source, embedded, 16 * tokens)
     ids = tokenizer.encode(text, add_special_tokens=False)[:tokens]
-    if vocabulary is not None and ids and max(ids) >= vocabulary:  # MLX would read foreign memory
-        raise DataError(f"The text has token {max(ids)}, and the model knows 0 to {vocabulary - 1}; its tokenizer knows more.")
+    if fault := foreign(ids, vocabulary):
+        raise DataError(f"The text cannot be used: {fault}.")
     first = tokenizer.bos_token_id
     rows = token_batches(ids, ROW_TOKENS, tokens, [] if first is None else [first])
     if not rows:
