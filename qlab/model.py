@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+from qlab.core.code import base_code
 from qlab.core.config import QuantPlan
 from qlab.core.spec import ModelSpec
 from qlab.engine import load as _load
@@ -62,7 +63,7 @@ class Model:
     def original(self) -> Model | None:
         """The model that this one was quantized from, while something else still holds it; itself if it is not quantized."""
         if self.plan is None:
-            return None if any(layer.stored for layer in self.spec.layers) else self
+            return None if self.spec.stored else self
         return self._original() if self._original else None
 
     @property
@@ -72,6 +73,14 @@ class Model:
             if self._study is None:
                 self._study = Study(self.module, self.tokenizer, self.spec)
             return self._study
+
+    @property
+    def unsaved(self) -> tuple[str, str]:
+        """If mlx-lm finds this very model nowhere: what it is, and the Python that writes it to a folder."""
+        if self.plan is None and self.source and self.source != "demo" and not self.source.endswith(".gguf"):
+            return "", ""
+        words = f"{self.plan.label} of {self.source or self.name!r}" if self.plan else repr(self.name)
+        return words, base_code(self.source, self.plan, self.solver) if self.source else ""
 
     def save(self, path: str | Path) -> str:
         """Write a model folder, whole or not at all; return a sentence that says who can open it.

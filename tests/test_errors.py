@@ -15,7 +15,9 @@ def held(demo, tmp_path_factory):
     adapter = qlab.Adapter(quantizer)
     trainer = qlab.Trainer(adapter, ["A row of text."] * 4, val=0, path=tmp_path_factory.mktemp("runs") / "run")
     live = qlab.estimate(quantizer)._panel(qlab.estimate(quantizer))
-    return {"quantizer": quantizer, "adapter": adapter, "trainer": trainer, "model": demo, "estimate": live}
+    yield {"quantizer": quantizer, "adapter": adapter, "trainer": trainer, "model": demo, "estimate": live}
+    for one in (trainer, adapter, quantizer, live):
+        one.close()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,12 @@ def code_line(plan: QuantPlan, solver: str = "rtn") -> str:
     return "\n".join(lines)
 
 
+def base_code(source: str, plan: QuantPlan | None, solver: str) -> str:
+    """Return the lines that write a model of a source to the folder ``base``, stored by a plan or, without one, as it came."""
+    loaded = f'import qlab\n\nmodel = qlab.load("{source}")\n'
+    return loaded + (f'{code_line(plan, solver)}\nq.quantize().save("base")' if plan else 'model.save("base")')
+
+
 def setup_code(plan: QuantPlan | None, adapter: LoRAConfig, train: TrainConfig) -> str:
     """Return the lines that estimate a setup."""
     lines = [f"quant = {_plan(plan)}", f"adapter = {_short(adapter)}", f"train = {_short(train)}"]

@@ -101,6 +101,12 @@ class QuantPlan:
             overrides[path] = config
         return QuantPlan(self.default, overrides)
 
+    @property
+    def label(self) -> str:
+        """Short name, such as ``affine 4-bit g64`` or ``affine 4-bit g64 (2 layers otherwise)``."""
+        count = len(self.overrides)
+        return self.default.label + (f" ({count} layer{'s' * (count > 1)} otherwise)" if count else "")
+
     def __hash__(self) -> int:
         return hash((self.default, tuple(self.overrides.items())))
 

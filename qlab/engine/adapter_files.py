@@ -47,7 +47,7 @@ def save_adapter(
     *,
     format: str = "mlx",
     model_type: str | None = None,
-    extra: Mapping[str, Any] | None = None,
+    unsaved: tuple[str, str] = ("", ""),
 ) -> str:
     """Write an adapter folder, whole or not at all.
 
@@ -59,7 +59,8 @@ def save_adapter(
         base_name: hub id or folder of the base, for whoever opens the adapter.
         format: ``mlx`` (``mlx_lm.load(base, adapter_path=path)``) or ``peft``.
         model_type: of the base's config.json; with it the answer says whether PEFT's names are known to fit.
-        extra: more to keep in the block ``qlab``; must be JSON.
+        unsaved: if the base is not what stands at ``base_name``: what it is, and the Python that writes it to a folder. The
+            answer and a README then say so.
 
     Returns:
         Who can open it, in words.
@@ -73,20 +74,22 @@ def save_adapter(
         raise ConfigError(f"format={format!r} is not legal; choose one of {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
     arrays = checked(parameters, expected(spec, lora))
     if format == "mlx":
-        config, note = _mlx_config(lora, spec, base_name)
+        config, note = _mlx_config(lora, spec, base_name, unsaved[0])
     else:
         config, arrays, note = peft_files.to_peft(arrays, lora, spec, base_name, model_type)
-    block = {"adapter": asdict(lora), "base": base_name, "model": spec.name, **(extra or {})}
-    try:
-        # PEFT warns of settings that it does not know, so there the block stands beside the arrays
-        inside = {"format": "pt", "qlab": json.dumps(block)} if format == "peft" else {"format": "mlx"}
-        text = json.dumps(config if format == "peft" else {**config, "qlab": block}, indent=2)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"extra= cannot be written as JSON: {error}.") from None
+        if unsaved[0]:
+            note += f" It was trained on {unsaved[0]}; a.fuse(rest=16).save('model') writes what was trained as one model."
+    block = {"adapter": asdict(lora), "base": base_name, "model": spec.name, "trained_on": unsaved[0]}
+    # PEFT warns of settings that it does not know, so there the block stands beside the arrays
+    inside = {"format": "pt", "qlab": json.dumps(block)} if format == "peft" else {"format": "mlx"}
+    text = json.dumps(config if format == "peft" else {**config, "qlab": block}, indent=2)
 
     def fill(folder: Path) -> None:
         mx.save_safetensors(str(folder / _WEIGHTS[format]), arrays, inside)
         (folder / _SETTINGS).write_text(text)
+        if unsaved[1]:
+            again = f"These lines make the base again, in the folder `base`:\n\n```python\n{unsaved[1]}\n```\n"
+            (folder / "README.md").write_text(f"# An adapter of {base_name}\n\n{note}\n\n{again}", encoding="utf-8")
 
     _write_folder(Path(path).expanduser(), fill)
     return note
@@ -125,13 +128,16 @@ def _write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 # --- mlx-lm's layout --------------------------------------------------------------------------------------------------
 
 
-def _mlx_config(lora: LoRAConfig, spec: ModelSpec, base_name: str) -> tuple[dict[str, Any], str]:
+def _mlx_config(lora: LoRAConfig, spec: ModelSpec, base_name: str, unsaved: str) -> tuple[dict[str, Any], str]:
     num_layers, keys = mlx_targets(lora, spec)
     settings = {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout, "keys": keys}
     config = {"fine_tune_type": lora.kind, "model": base_name, "num_layers": num_layers, "lora_parameters": settings}
     obstacle = mlx_obstacle(lora, spec)
     if obstacle:
         return config, f"Saved in mlx-lm's layout, but stock mlx-lm cannot open it: {obstacle}. qlab can."
+    if unsaved:
+        opened = "a.base.save('base') writes it, and mlx_lm.load('base', adapter_path=…) opens what was trained"
+        return config, f"Saved in mlx-lm's layout. It was trained on {unsaved}, which is in no folder yet: {opened}."
     return config, f"Saved in mlx-lm's layout; mlx_lm.load({base_name!r}, adapter_path=…) and qlab open it."
 
 
@@ -165,7 +171,8 @@ def load_adapter(path: Path, spec: ModelSpec) -> tuple[LoRAConfig, Arrays, tuple
     try:
         lora, found, notes = (peft_files.from_peft if kind == "peft" else _from_mlx)(config, arrays, spec)
         lora, found, more = _same_dtype(_own(lora, block, spec), found)
-        return lora, checked(found, expected(spec, lora)), (*notes, *more)
+        base = block.get("trained_on") if isinstance(block, dict) else ""
+        return lora, checked(found, expected(spec, lora)), (*notes, *more, *([f"It was trained on {base}."] if base else []))
     except (SettingError, re.error) as error:
         raise LoadError(f"{path / _SETTINGS}: {error}") from None
     except QlabError as error:
