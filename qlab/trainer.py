@@ -196,7 +196,7 @@ class Trainer:
         """The run so far."""
         session, lora, model = self._session, self.adapter.config, self.adapter.model
         plan = self._base.plan if self._base is not None else self.adapter.plan
-        stored = plan.default.label if plan else next((x.stored for x in model.spec.layers if x.stored), "16-bit")
+        stored = plan.default.label if plan else model.spec.stored or "16-bit"
         return RunReport(
             name=self.path.name, model=model.name, storage=stored, adapter=f"{lora.kind} r{lora.rank}", status=self.status,
             iters=self._feed.iters, predicted_nbytes=self._predicted[1].total_nbytes if self._predicted else 0,
