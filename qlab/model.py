@@ -86,10 +86,10 @@ class Model:
         """Write a model folder, whole or not at all; return a sentence that says who can open it.
 
         Args:
-            path: of the folder.
+            path: of the folder; an existing one is replaced if it is empty or holds a model and nothing else.
 
         Raises:
-            SaveError: the place cannot be written; what stood there is untouched.
+            SaveError: the place cannot be written, or holds other files; what stood there is untouched.
         """
         return mlx_call(_save, Path(path), self.module, self.tokenizer, self.config, self.plan)
 
@@ -119,5 +119,7 @@ def load(source: str | Path) -> Model:
     Raises:
         LoadError: missing, truncated, not a model, or of an unknown architecture.
     """
+    if not isinstance(source, (str, Path)) or not str(source).strip():
+        raise LoadError(f"source={source!r} is not legal; give a folder, a .gguf file, a hub id or 'demo'.")
     known = Path(source).expanduser()
     return Model(mlx_call(_load.load, source), source=str(known.resolve() if known.exists() and source != "demo" else source))

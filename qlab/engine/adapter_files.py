@@ -8,11 +8,8 @@ weights: only what layers there are.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from math import isclose
 from pathlib import Path
@@ -26,8 +23,9 @@ from qlab.core.training import LoRAConfig
 from qlab.engine import peft_files
 from qlab.engine.adapt import checked, expected
 from qlab.engine.adapter_targets import SettingError, layers_of, mlx_obstacle, mlx_targets, reached, said
+from qlab.engine.folder import write_folder
 from qlab.engine.load import check_safetensors
-from qlab.errors import ConfigError, LoadError, QlabError, SaveError, nearest
+from qlab.errors import ConfigError, LoadError, QlabError, nearest
 
 Arrays = dict[str, mx.array]
 FORMATS = ("mlx", "peft")
@@ -91,38 +89,8 @@ def save_adapter(
             again = f"These lines make the base again, in the folder `base`:\n\n```python\n{unsaved[1]}\n```\n"
             (folder / "README.md").write_text(f"# An adapter of {base_name}\n\n{note}\n\n{again}", encoding="utf-8")
 
-    _write_folder(Path(path).expanduser(), fill)
+    write_folder(path, fill, _OURS)
     return note
-
-
-def _write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a new folder and put it in the place of the old one."""
-    if path.is_dir():
-        others = sorted({file.name for file in path.iterdir()} - _OURS)
-        if others:
-            raise SaveError(f"{path} holds other files too ({', '.join(others[:_SHOWN])}); give the name of a new folder.")
-    elif path.exists():
-        raise SaveError(f"{path} is a file; give the name of a folder.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            made, old = Path(folder) / "made", Path(folder) / "old"
-            made.mkdir()
-            fill(made)
-            for file in made.iterdir():  # a rename may otherwise outlive what it names
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
-            if path.exists():
-                path.rename(old)
-            try:
-                made.rename(path)
-            except OSError:
-                if old.exists():
-                    old.rename(path)
-                raise
-    except (OSError, RuntimeError) as error:
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise SaveError(f"{path} was not written ({error}); {free / 1e9:.2f} GB are free there.") from error
 
 
 # --- mlx-lm's layout --------------------------------------------------------------------------------------------------
