@@ -60,6 +60,8 @@ class Quantizer(T.HasTraits):
         self, model: Model, bits: int | None = None, group_size: int | None = None, mode: str = "affine",
         solver: str = "rtn", text: Any = None,
     ) -> None:  # fmt: skip
+        if not isinstance(model, Model):
+            raise ConfigError(f"model={model!r} is not legal; give what qlab.load returned.")
         first = QuantConfig(mode, bits, group_size)
         registry.get("solvers", solver)
         self._model, self._text = model, text
@@ -151,7 +153,7 @@ class Quantizer(T.HasTraits):
         columns = [i for i in range(len(spec.layers)) if (cost[:, i] >= 0).any()]
         cost = cost[:, columns]
         weights = sum(spec.layers[i].size for i in columns)
-        option = allocate(cost, table.nbytes[rows][:, columns], bits_per_weight * weights / 8)
+        option = allocate(cost, table.nbytes[rows][:, columns], weights, bits_per_weight)
         chosen = {spec.layers[c].path: table.configs[rows[o]] for c, o in zip(columns, option, strict=True)}
         self._change(chosen)
         return self.plan
@@ -319,7 +321,7 @@ class Quantizer(T.HasTraits):
 
     def _matching(self, pattern: str) -> list[str]:
         paths = [layer.path for layer in self._model.spec.layers]
-        found = [path for path in paths if fnmatchcase(path, pattern)]
+        found = [path for path in paths if isinstance(pattern, str) and fnmatchcase(path, pattern)]
         if not found:
             name = self._model.spec.name
             raise LayerNotFoundError(f"The model {name!r} has no layer {pattern!r}.{nearest(pattern, paths)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import qlab
-from qlab.errors import ConfigError
+from qlab.errors import ConfigError, DataError, LayerNotFoundError, LoadError
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,21 @@ def test_what_can_be_set_still_can(held):
         (lambda held: qlab.Quantizer(held["model"], bit=4), "Quantizer: 'bit' is no setting. Did you mean 'bits'"),
         (lambda held: qlab.Adapter(held["model"], lora_alpha=16), "'lora_alpha' is no setting. Did you mean 'alpha'"),
         (lambda held: qlab.Trainer(held["adapter"], ["a"], prompt="b"), "Did you mean 'prompts'.* prompts, callbacks.$"),
+        (lambda held: qlab.Quantizer("demo"), "model='demo' is not legal; give what qlab.load returned"),
+        (lambda held: held["quantizer"].predict(5), "The data is an int; give a list"),
+        (lambda held: held["quantizer"].predict("corpus.txt"), "There is no file 'corpus.txt'"),
         (lambda held: qlab.QuantConfig(groupsize=32), "Did you mean 'group_size'"),
         (lambda held: qlab.QuantPlan(qlab.QuantConfig(), override={}), "Did you mean 'overrides'"),
     ],
 )
-def test_setting_that_is_not_there_is_refused_with_the_nearest(held, make, words):
-    with pytest.raises(ConfigError, match=words):
+def test_what_is_not_legal_is_refused_with_the_nearest(held, make, words):
+    with pytest.raises((ConfigError, DataError), match=words):
         make(held)
+
+
+def test_a_source_or_a_layer_that_is_no_name_is_refused(held):
+    for source in (None, 5, "", " "):
+        with pytest.raises(LoadError, match="is not legal; give a folder"):
+            qlab.load(source)
+    with pytest.raises(LayerNotFoundError, match="has no layer 3"):
+        held["quantizer"].set(3)

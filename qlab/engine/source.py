@@ -22,18 +22,19 @@ class Text(str):
     """Running text, to be cut into rows as long as they may be."""
 
 
-def rows_of(data: Any) -> Iterable[Any] | Text:
+def rows_of(data: Any, plain: bool = False) -> Iterable[Any] | Text:
     """Return the rows of any data, unchecked, or running text. In place of a line that cannot be read stands its ``Fault``.
 
     Args:
         data: a list or other iterable of strings and dicts; a ``datasets`` set; a data frame; a dict of columns; a path of a
             ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.txt`` file; or text.
+        plain: whether a file of another kind is text, too.
 
     Raises:
         DataError: it is none of these, or a file is missing, empty, of another kind or broken as a whole.
     """
-    if isinstance(data, Path) or isinstance(data, str) and _is_path(data):
-        return _file(Path(data).expanduser())
+    if (path := path_of(data)) is not None:
+        return _file(path, plain)
     if isinstance(data, str):
         if not data.strip():
             raise DataError("The text is empty; give at least a few sentences.")
@@ -47,6 +48,11 @@ def rows_of(data: Any) -> Iterable[Any] | Text:
     if not isinstance(data, Iterable) or isinstance(data, (bytes, bytearray, set, frozenset)):
         raise DataError(f"The data is {a(data)}; {_LISTED}.")
     return data
+
+
+def path_of(data: Any) -> Path | None:
+    """Return the path that data is read from, if it is one."""
+    return Path(data).expanduser() if isinstance(data, Path) or isinstance(data, str) and _is_path(data) else None
 
 
 def _is_path(text: str) -> bool:
@@ -85,7 +91,7 @@ def _without_none(value: Any) -> Any:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def _file(path: Path) -> Iterable[Any] | Text:
+def _file(path: Path, plain: bool) -> Iterable[Any] | Text:
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in KINDS)
         raise DataError(f"{path} is a folder; give one file of it{': ' if inside else ''}{', '.join(inside[:8])}.")
@@ -93,6 +99,8 @@ def _file(path: Path) -> Iterable[Any] | Text:
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"There is no file {str(path)!r}.{nearest(path.name, beside)}")
     kind = path.suffix.lower()
+    if kind not in KINDS and plain:
+        kind = ".txt"
     if kind not in KINDS:
         raise DataError(f"{path.name} is not read here; give a file of one of the kinds {', '.join(KINDS)}.")
     try:
