@@ -17,6 +17,7 @@ from qlab.core.survival import Survival
 from qlab.core.training import LoRAConfig
 from qlab.engine import adapt
 from qlab.engine.adapter_files import load_adapter, save_adapter
+from qlab.engine.folder import write_page
 from qlab.engine.fuse import fuse, preview
 from qlab.engine.held import Held
 from qlab.engine.job import Latest, mlx_call
@@ -309,8 +310,7 @@ class Adapter(AdapterChoice):
 
     def to_html(self, path: str) -> str:
         """Write one self-contained file in which the sliders still work, offline and without a kernel; return its path."""
-        Path(path).write_text(page(self.state()), encoding="utf-8")
-        return path
+        return write_page(path, page(self.state()))
 
     def close(self) -> None:
         """End the running job and the panel, and stop to follow the quantizer."""

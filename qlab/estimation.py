@@ -23,6 +23,7 @@ from qlab.core.panel import Machine, Progress
 from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine.device import backend
 from qlab.engine.device import machine as _machine
+from qlab.engine.folder import write_page
 from qlab.engine.forecast import Forecast
 from qlab.engine.job import Latest, mlx_call
 from qlab.engine.link import Link, config_of
@@ -239,9 +240,7 @@ class LiveEstimate:
         """Write one self-contained file in which the sliders still work, offline and without a kernel; return its path."""
         _ = self.estimate
         self._jobs.run(self._look_around)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page(self.state()))
-        return path
+        return write_page(path, page(self.state()))
 
     def close(self) -> None:
         """End the running job and the panel."""

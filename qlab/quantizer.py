@@ -17,6 +17,7 @@ from qlab.core.config import QuantConfig, QuantPlan
 from qlab.core.panel import PanelState, Progress
 from qlab.core.report import EvalReport, QuantReport, report_of
 from qlab.engine.device import machine
+from qlab.engine.folder import write_page
 from qlab.engine.job import Latest, mlx_call
 from qlab.engine.load import Loaded
 from qlab.errors import ConfigError, LayerNotFoundError, named, nearest, sealed
@@ -264,9 +265,7 @@ class Quantizer(T.HasTraits):
 
     def to_html(self, path: str) -> str:
         """Write one self-contained file in which the sliders still work, offline and without a kernel; return its path."""
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page(self.state()))
-        return path
+        return write_page(path, page(self.state()))
 
     def close(self) -> None:
         """End the running job and the panel."""
@@ -290,21 +289,19 @@ class Quantizer(T.HasTraits):
 
     # --- within -----------------------------------------------------------------------------------------------------
 
-    @T.validate("mode")
-    def _valid_mode(self, proposal: Any) -> str:
-        return registry.get("schemes", proposal["value"]).name
+    @T.validate("mode", "solver")
+    def _valid_name(self, proposal: Any) -> str:
+        return registry.get("schemes" if proposal["trait"].name == "mode" else "solvers", proposal["value"]).name
 
-    @T.validate("solver")
-    def _valid_solver(self, proposal: Any) -> str:
-        return registry.get("solvers", proposal["value"]).name
+    @T.validate("overrides")
+    def _valid_overrides(self, proposal: Any) -> Any:
+        plan = QuantPlan(self.config, proposal["value"])
+        return {self._model.spec[path].path: config for path, config in plan.overrides.items()}
 
-    @T.validate("bits")
-    def _valid_bits(self, proposal: Any) -> int:
-        return QuantConfig(self.mode, proposal["value"], None).bits
-
-    @T.validate("group_size")
-    def _valid_group_size(self, proposal: Any) -> int:
-        return QuantConfig(self.mode, None, proposal["value"]).group_size
+    @T.validate("bits", "group_size")
+    def _valid_size(self, proposal: Any) -> int:
+        name = proposal["trait"].name
+        return getattr(QuantConfig(self.mode, **{name: proposal["value"]}), name)
 
     def _on_trait(self, change: Any) -> None:
         if change["name"] == "mode":  # bits and group size follow to the nearest that the mode has

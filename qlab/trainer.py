@@ -19,6 +19,7 @@ from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine import checkpoint, prepare, run_folder
 from qlab.engine.data import read, report
 from qlab.engine.feed import Feed
+from qlab.engine.folder import write_page
 from qlab.engine.job import mlx_call
 from qlab.engine.predict import checked_prompts
 from qlab.engine.session import Made, Session
@@ -293,8 +294,7 @@ class Trainer:
 
     def to_html(self, path: str) -> str:
         """Write the run so far as one self-contained file; return its path."""
-        Path(path).write_text(page(self.state()), encoding="utf-8")
-        return path
+        return write_page(path, page(self.state()))
 
     def close(self) -> None:
         """Stop the run and take the panel off the page."""

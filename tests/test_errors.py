@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import qlab
-from qlab.errors import ConfigError, DataError, LayerNotFoundError, LoadError
+from qlab.errors import ConfigError, DataError, LayerNotFoundError, LoadError, SaveError
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,10 @@ def test_what_can_be_set_still_can(held):
         (lambda held: qlab.Quantizer("demo"), "model='demo' is not legal; give what qlab.load returned"),
         (lambda held: held["quantizer"].predict(5), "The data is an int; give a list"),
         (lambda held: held["quantizer"].predict("corpus.txt"), "There is no file 'corpus.txt'"),
+        (
+            lambda held: setattr(held["quantizer"], "overrides", {"lm_head": 8}),
+            r"overrides\['lm_head'\]=8 is not legal; it is a Q",
+        ),
         (lambda held: qlab.QuantConfig(groupsize=32), "Did you mean 'group_size'"),
         (lambda held: qlab.QuantPlan(qlab.QuantConfig(), override={}), "Did you mean 'overrides'"),
     ],
@@ -74,3 +78,13 @@ def test_a_source_or_a_layer_that_is_no_name_is_refused(held):
             qlab.load(source)
     with pytest.raises(LayerNotFoundError, match="has no layer 3"):
         held["quantizer"].set(3)
+    with pytest.raises(LayerNotFoundError, match="has no layer 'lm_heat'"):
+        held["quantizer"].overrides = {"lm_heat": None}
+    assert held["quantizer"].overrides == {}
+
+
+def test_a_page_that_cannot_be_written_is_told(held, tmp_path):
+    for holder in ("quantizer", "adapter", "trainer"):
+        assert held[holder].to_html(tmp_path / "page.html") == str(tmp_path / "page.html")
+        with pytest.raises(SaveError, match="cannot be written: No such file or directory"):
+            held[holder].to_html(tmp_path / "nowhere" / "page.html")

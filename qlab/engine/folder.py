@@ -1,4 +1,4 @@
-"""Writes a folder whole or not at all, and never in the place of what is not of its kind. Knows not what is in it."""
+"""Writes a folder whole or not at all, never in the place of what is not of its kind; and pages. Knows not what is in them."""
 
 from __future__ import annotations
 
@@ -53,3 +53,16 @@ def write_folder(path: Path, fill: Callable[[Path], None], own: Iterable[str]) -
     except (OSError, RuntimeError) as error:
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         raise SaveError(f"{path} was not written ({error}); {free / 1e9:.2f} GB are free there.") from error
+
+
+def write_page(path: str | Path, text: str) -> str:
+    """Write a file and return its path.
+
+    Raises:
+        SaveError: it cannot be written.
+    """
+    try:
+        Path(path).expanduser().write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SaveError(f"{path} cannot be written: {error.strerror}.") from None
+    return str(path)
