@@ -90,9 +90,7 @@ class QuantPlan:
     def __post_init__(self) -> None:
         for path, config in self.overrides.items():
             if config is not None and not isinstance(config, QuantConfig):
-                raise ConfigError(
-                    f"overrides[{path!r}]={config!r} is not legal; it is a QuantConfig, or None."
-                )
+                raise ConfigError(f"overrides[{path!r}]={config!r} is not legal; it is a QuantConfig, or None.")
         object.__setattr__(self, "overrides", MappingProxyType(dict(sorted(self.overrides.items()))))
 
     def config_for(self, path: str) -> QuantConfig | None:
