@@ -22,12 +22,14 @@ import random  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import comm  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import psutil  # noqa: E402
 
+from qlab.engine import record  # noqa: E402
 from qlab.engine.job import mlx_call  # noqa: E402
 from qlab.engine.load import Loaded  # noqa: E402
 from qlab.model import Model  # noqa: E402
@@ -133,6 +135,7 @@ def main() -> None:
     q = qlab.Quantizer(Model(Loaded(tiny(**size)[0], tokenizer, settings("llama", **size), "tiny")), bits=4)
     held, free = qlab.Adapter(q, **SMALL), qlab.Adapter(q, **SMALL)
     with tempfile.TemporaryDirectory() as folder:
+        record.cache_folder = lambda: Path(folder)  # peaks of so small a model are not this machine's
         t = qlab.Trainer(held, ROWS, CONFIG, val=3, path=f"{folder}/disturbed", prompts="The")
         panels = (q, held, free)
         for shown in (t, *panels):
