@@ -70,10 +70,10 @@ def named(cls: type[T]) -> type[T]:
 
     @wraps(make)
     def init(self: Any, *args: Any, **settings: Any) -> None:
-        if unknown := [
-            f"{key!r} is no setting.{nearest(key, legal)}" for key in settings if key not in legal and key[0] != "_"
-        ]:
-            raise ConfigError(f"{cls.__name__}: {' '.join(unknown)} The settings are {', '.join(legal)}.")
+        unknown = [key for key in settings if key not in legal and not key.startswith("_")]
+        if unknown:
+            told = " ".join(f"{key!r} is no setting.{nearest(key, legal)}" for key in unknown)
+            raise ConfigError(f"{cls.__name__}: {told} The settings are {', '.join(legal)}.")
         make(self, *args, **settings)
 
     cls.__init__ = init
