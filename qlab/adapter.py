@@ -6,10 +6,10 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qlab import registry
 from qlab.core.adapter_panel import NO_ORIGINAL, NOT_QUANTIZED, AdapterReport, AdapterState, report_of
 from qlab.core.choice import TRAITS, AdapterChoice
 from qlab.core.config import QuantPlan
@@ -17,12 +17,14 @@ from qlab.core.survival import Survival
 from qlab.core.training import LoRAConfig
 from qlab.engine import adapt
 from qlab.engine.adapter_files import load_adapter, save_adapter
+from qlab.engine.folder import write_page
 from qlab.engine.fuse import fuse, preview
+from qlab.engine.held import Held
 from qlab.engine.job import Latest, mlx_call
 from qlab.engine.load import Loaded
 from qlab.engine.predict import reply
 from qlab.engine.survey import Survey
-from qlab.errors import BusyError, ConfigError
+from qlab.errors import BusyError, ConfigError, named, sealed
 from qlab.model import Model
 from qlab.quantizer import Quantizer
 from qlab.views.adapter import AdapterPanel
@@ -31,9 +33,10 @@ from qlab.views.wire import bundle
 
 AUTO_SIZE = 1e9  # parameters up to which a panel measures starts without being asked
 _STORED_BY = ["mode", "bits", "group_size", "solver", "overrides"]  # a quantizer's traits
-_SHAPED_BY = ("kind", "rank", "keys", "num_layers", "init", "dtype")  # what parameters belong to
 
 
+@named
+@sealed
 class Adapter(AdapterChoice):
     """Small trainable changes of a frozen model. As the last line of a cell it is a panel.
 
@@ -67,19 +70,19 @@ class Adapter(AdapterChoice):
     ) -> None:  # fmt: skip
         if not isinstance(source, (Model, Quantizer)):
             raise ConfigError(f"source={source!r} is not legal; give a model or a Quantizer.")
-        if alpha is not None and scale is not None:
-            raise ConfigError(f"alpha={alpha!r} and scale={scale!r} say the same thing twice; give one of them.")
-        first = LoRAConfig(rank, 2.0 if scale is None else scale, dropout, num_layers, keys, kind, dtype, rslora, init)
-        first = first if alpha is None else first.with_alpha(alpha)
+        first = LoRAConfig(rank, 2.0, dropout, num_layers, keys, kind, dtype, rslora, init).scaled(alpha, scale)
         self._quantizer = source if isinstance(source, Quantizer) else None
         self._model = source.model if isinstance(source, Quantizer) else source
-        self._spec, self.seed = self._model.spec, seed
-        self._lock, self._jobs = threading.RLock(), Latest(self._show)
-        self._panel: AdapterPanel | None = None
+        self._spec, self._held = self._model.spec, Held()
         self._bases: dict[Any, Model] = {}
-        self._ack = self._pinned = self._held = self._twin = None
-        self._off, self._count, self.origin, self.notes = 0, 0, "", ()
+        self._off = 0  # how many ask for the bare base
+        self._lock = threading.RLock()
+        self._jobs = Latest(self._show)
+        self._panel: AdapterPanel | None = None
+        self._ack: int | None = None
+        self.seed = seed
         self.run = ""  # name of the run that trains it now
+        self.notes: tuple[str, ...] = ()  # what to know about the folder it came from
         self._survey = Survey(self._model.study, self._model.tokenizer, text)
         super().__init__()
         self._take(first)
@@ -102,7 +105,7 @@ class Adapter(AdapterChoice):
     @property
     def quantizer(self) -> Quantizer | None:
         """Whose sliders the base follows; None if there are none, or once the adapter is held on what it was trained on."""
-        return self._quantizer if self._pinned is None else None
+        return self._quantizer if self._held.pinned is None else None
 
     @property
     def plan(self) -> QuantPlan | None:
@@ -112,8 +115,8 @@ class Adapter(AdapterChoice):
     @property
     def base(self) -> Model:
         """The frozen model that is adapted; a quantizer's plan is carried out at first use. Blocks."""
-        if self._pinned is not None:
-            return self._pinned[1]
+        if self._held.pinned is not None:
+            return self._held.pinned[1]
         key = self._key()
         if key not in self._bases:
             made = self._model if self._quantizer is None else self._quantizer.quantize()
@@ -123,24 +126,14 @@ class Adapter(AdapterChoice):
     @property
     def original(self) -> Model | None:
         """The model before it was quantized; None if that is not known."""
-        unknown = self._quantizer is None and any(layer.stored for layer in self._spec.layers)
-        return None if unknown else self._model
+        return None if self._quantizer is None and self._spec.stored else self._model
 
     # --- the parameters ---------------------------------------------------------------------------------------------
 
     @property
     def parameters(self) -> dict[str, Any]:
         """The trainable arrays by path, evaluated; made at first use. Blocks."""
-        key = self._layout()
-        held = self._held
-        if held is None or held[0] != key:
-            base, lora = self.base, self.config
-            if lora.init == "default":
-                made = mlx_call(adapt.fresh, base.module, base.spec, lora, self.seed)
-            else:
-                made = self._jobs.run(lambda: self._survey.compensate(base.module, lora))
-            held = self._held = (key, made)
-        return dict(held[1])
+        return self._held.arrays(self.config, self._key(), self._start)
 
     def set_parameters(self, parameters: Mapping[str, Any], origin: str) -> None:
         """Take trained arrays; all or none.
@@ -156,14 +149,18 @@ class Adapter(AdapterChoice):
         base = self.base
         made = mlx_call(adapt.checked, parameters, adapt.expected(base.spec, self.config))
         with self._lock:
-            self._pinned, self.origin, self._count = (self._key(), base), origin, self._count + 1
-            self._held = (self._layout(), made)
+            self._held.take(made, self.config, (self._key(), base), origin)
         self._show()
 
     @property
     def version(self) -> int:
         """Rises with every change of the parameters."""
-        return self._count
+        return self._held.version
+
+    @property
+    def origin(self) -> str:
+        """Where trained parameters come from, in words; empty until there are some."""
+        return self._held.origin
 
     @property
     def trained(self) -> bool:
@@ -179,8 +176,7 @@ class Adapter(AdapterChoice):
         if self.run:
             raise BusyError(f"The run {self.run!r} trains this adapter; stop it first.")
         with self._lock:
-            self._pinned = self._held = self._twin = None
-            self.origin, self._count = "", self._count + 1
+            self._held.drop()
         self._refresh()
 
     def remove(self) -> Model:
@@ -210,10 +206,8 @@ class Adapter(AdapterChoice):
         if self._off:
             return base.module
         parameters, lora = self.parameters, self.config
-        key, twin = (self._layout(), lora.scale, self._count), self._twin
-        if twin is None or twin[0] != key:
-            twin = self._twin = (key, mlx_call(adapt.twin_with, base.module, base.spec, lora, parameters))
-        return twin[1]
+        make = partial(mlx_call, adapt.twin_with, base.module, base.spec, lora, parameters)
+        return self._held.twin(lora, self._key(), make)
 
     def generate(self, prompt: str, max_tokens: int = 64) -> str:
         """Return the adapted model's most likely continuation (its answer, if it has a chat template)."""
@@ -222,7 +216,7 @@ class Adapter(AdapterChoice):
     # --- files and fused models ---------------------------------------------------------------------------------------
 
     def save(self, path: str | Path, format: str = "mlx") -> str:
-        """Write an adapter folder, whole or not at all; return who can open it.
+        """Write an adapter folder, whole or not at all; return who can open it and, if need be, how to get its base.
 
         Args:
             path: of the folder; an existing one is replaced if it is empty or holds nothing but an adapter.
@@ -234,7 +228,7 @@ class Adapter(AdapterChoice):
         """
         base, kind = self.base, self._model.config.get("model_type")
         given = (Path(path), self.parameters, self.config, base.spec, base.source or base.name)
-        return mlx_call(save_adapter, *given, format=format, model_type=kind)
+        return mlx_call(save_adapter, *given, format=format, model_type=kind, unsaved=base.unsaved)
 
     @classmethod
     def load(cls, path: str | Path, source: Model | Quantizer) -> Adapter:
@@ -252,8 +246,8 @@ class Adapter(AdapterChoice):
 
     def preview(self) -> Survival:
         """Measure how much of the adapter survives each way to fuse it; blocks."""
-        base, parameters, lora, first = self.base, self.parameters, self.config, self.original and self.original.module
-        return self._jobs.run(lambda: preview(base.module, base.spec, parameters, lora, first))
+        given, first = self._whole(), self.original and self.original.module
+        return self._jobs.run(lambda: preview(*given, first))
 
     def fuse(self, bits: int | str = 16, onto: str = "base", rest: int | str = "base") -> Model:
         """Return a new model with the adapter in its weights; the base stays. Blocks.
@@ -267,8 +261,8 @@ class Adapter(AdapterChoice):
         Raises:
             ConfigError: another word, or no original is known.
         """
-        base, parameters, lora, first = self.base, self.parameters, self.config, self.original and self.original.module
-        module = self._jobs.run(lambda: fuse(base.module, base.spec, parameters, lora, bits, onto, first, rest))
+        given, first = self._whole(), self.original and self.original.module
+        module = self._jobs.run(lambda: fuse(*given, bits, onto, first, rest))
         return Model(Loaded(module, self._model.tokenizer, self._model.config, f"{self._model.name} fused"))
 
     # --- what a rank recovers ---------------------------------------------------------------------------------------
@@ -306,20 +300,17 @@ class Adapter(AdapterChoice):
     def state(self) -> AdapterState:
         """What the panel shows now, as a value."""
         found, stale = self._survey.found(self._key())
-        plan, lora, optimizer = self.plan, self.config, registry.get("optimizers", "adamw")
+        plan = self.plan
         return AdapterState(
-            spec=self._spec, config=lora,
-            storage=plan.default.label if plan else next((x.stored for x in self._spec.layers if x.stored), "16-bit"),
-            kinds=tuple((k.name, k.title, k.adapts) for k in registry.shelf("adapters").values()),
+            spec=self._spec, config=self.config,
+            storage=plan.default.label if plan else self._spec.stored or "16-bit",
             recoveries=found, stale=stale, obstacle=self._obstacle(), origin=self.origin,
-            optimizer=("AdamW", optimizer.state_nbytes((1000,), lora.itemsize) / 1000),
             progress=self._jobs.progress, error=self._jobs.error, source="q" if self._quantizer is not None else "model",
         )  # fmt: skip
 
     def to_html(self, path: str) -> str:
         """Write one self-contained file in which the sliders still work, offline and without a kernel; return its path."""
-        Path(path).write_text(page(self.state()), encoding="utf-8")
-        return path
+        return write_page(path, page(self.state()))
 
     def close(self) -> None:
         """End the running job and the panel, and stop to follow the quantizer."""
@@ -349,8 +340,7 @@ class Adapter(AdapterChoice):
         config.targets(self._spec)
         if config.init != "default" and (obstacle := self._obstacle()):
             raise ConfigError(f"init={config.init!r} is not possible: {obstacle}")
-        if self.origin and (lost := [name for name in _SHAPED_BY if getattr(config, name) != self._held[0][name]]):
-            raise ConfigError(f"Another {lost[0]} would lose the parameters ({self.origin}); call reset() first.")
+        self._held.check(config)
 
     def _obstacle(self) -> str:
         return "" if self._quantizer is not None else NO_ORIGINAL if self.original is None else NOT_QUANTIZED
@@ -358,13 +348,19 @@ class Adapter(AdapterChoice):
     def _key(self) -> tuple[QuantPlan | None, str]:
         """Storage of the base: what it was trained on, or what is chosen now."""
         now = (self._quantizer.plan, self._quantizer.solver) if self._quantizer is not None else (self._model.plan, "")
-        return now if self._pinned is None else self._pinned[0]
+        return now if self._held.pinned is None else self._held.pinned[0]
 
-    def _layout(self) -> Any:
-        """What a set of parameters belongs to."""
-        config = self.config
-        shaped = {name: getattr(config, name) for name in _SHAPED_BY}
-        return shaped if self.origin or config.init == "default" else {**shaped, "of": self._key(), "scale": config.scale}
+    def _start(self) -> dict[str, Any]:
+        """Make the parameters that it starts with."""
+        base, lora = self.base, self.config
+        if lora.init == "default":
+            return mlx_call(adapt.fresh, base.module, base.spec, lora, self.seed)
+        return self._jobs.run(lambda: self._survey.compensate(base.module, lora))
+
+    def _whole(self) -> tuple[Any, ...]:
+        """The base, its layers, the parameters and what they are."""
+        base = self.base
+        return base.module, base.spec, self.parameters, self.config
 
     def _refresh(self) -> None:
         """Measure anew in the background if somebody looks."""
@@ -378,7 +374,7 @@ class Adapter(AdapterChoice):
         self._show()
 
     def _on_source(self, change: Any) -> None:
-        if self._pinned is None:
+        if self._held.pinned is None:
             self._refresh()
 
     def _show(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from functools import wraps
-from inspect import signature
+from inspect import getattr_static, signature
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -66,13 +66,38 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 def named(cls: type[T]) -> type[T]:
     """Let a class refuse an argument that it does not know with the nearest that it knows, as a file's key is refused."""
     make = cls.__init__
-    legal = tuple(signature(make).parameters)[1:]
+    legal = tuple(name for name in signature(make).parameters if name != "self" and not name.startswith("_"))
 
     @wraps(make)
     def init(self: Any, *args: Any, **settings: Any) -> None:
-        if unknown := [f"{key!r} is no setting.{nearest(key, legal)}" for key in settings if key not in legal]:
-            raise ConfigError(f"{cls.__name__}: {' '.join(unknown)} The settings are {', '.join(legal)}.")
+        unknown = [key for key in settings if key not in legal and not key.startswith("_")]
+        if unknown:
+            told = " ".join(f"{key!r} is no setting.{nearest(key, legal)}" for key in unknown)
+            raise ConfigError(f"{cls.__name__}: {told} The settings are {', '.join(legal)}.")
         make(self, *args, **settings)
 
     cls.__init__ = init
+    return cls
+
+
+def sealed(cls: type[T]) -> type[T]:
+    """Let a class refuse to set, on an object once made, a public attribute that it has not: a typo would be lost."""
+    make, put = cls.__init__, cls.__setattr__
+    # its own methods are called, not set; traitlets sets inherited ones
+    legal = {name for name in dir(cls) if name not in vars(cls) or hasattr(getattr_static(cls, name), "__set__")}
+
+    @wraps(make)
+    def init(self: Any, *args: Any, **settings: Any) -> None:
+        make(self, *args, **settings)
+        self._made = True
+
+    def set_attribute(self: Any, name: str, value: Any) -> None:
+        has = vars(self)
+        if "_made" in has and not name.startswith("_") and name not in legal and name not in has:
+            known = [known for known in (*has, *legal) if not known.startswith("_")]
+            hint = " It is a method: call it." if hasattr(cls, name) else nearest(name, known)
+            raise AttributeError(f"{name!r} of {cls.__name__} is nothing to set.{hint}")
+        put(self, name, value)
+
+    cls.__init__, cls.__setattr__ = init, set_attribute
     return cls

@@ -23,13 +23,14 @@ from qlab.core.panel import Machine, Progress
 from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine.device import backend
 from qlab.engine.device import machine as _machine
+from qlab.engine.folder import write_page
 from qlab.engine.forecast import Forecast
 from qlab.engine.job import Latest, mlx_call
 from qlab.engine.link import Link, config_of
 from qlab.engine.stepped import WINDOWS
 from qlab.engine.structure import context, structure
 from qlab.engine.sweep import Sweep
-from qlab.errors import ConfigError, QlabError, nearest
+from qlab.errors import ConfigError, QlabError, nearest, sealed
 from qlab.model import Model
 from qlab.views.estimate import EstimatePanel
 from qlab.views.estimate_text import html, page
@@ -164,6 +165,7 @@ def _of(kind: Any, value: Any, name: str) -> Any:
     raise ConfigError(f"{name}={value!r} is not legal; give a {kind.__name__} or None.")
 
 
+@sealed
 class LiveEstimate:
     """An estimate whose settings move: by its sliders, or with the quantizer or adapter that it was made of.
 
@@ -238,9 +240,7 @@ class LiveEstimate:
         """Write one self-contained file in which the sliders still work, offline and without a kernel; return its path."""
         _ = self.estimate
         self._jobs.run(self._look_around)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page(self.state()))
-        return path
+        return write_page(path, page(self.state()))
 
     def close(self) -> None:
         """End the running job and the panel."""

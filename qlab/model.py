@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+from qlab.core.code import base_code
 from qlab.core.config import QuantPlan
 from qlab.core.spec import ModelSpec
 from qlab.engine import load as _load
@@ -17,9 +18,10 @@ from qlab.engine.memory import release
 from qlab.engine.predict import reply
 from qlab.engine.skeleton import describe
 from qlab.engine.study import Study
-from qlab.errors import LoadError
+from qlab.errors import LoadError, sealed
 
 
+@sealed
 class Model:
     """A language model in this kernel.
 
@@ -61,7 +63,7 @@ class Model:
     def original(self) -> Model | None:
         """The model that this one was quantized from, while something else still holds it; itself if it is not quantized."""
         if self.plan is None:
-            return None if any(layer.stored for layer in self.spec.layers) else self
+            return None if self.spec.stored else self
         return self._original() if self._original else None
 
     @property
@@ -72,14 +74,22 @@ class Model:
                 self._study = Study(self.module, self.tokenizer, self.spec)
             return self._study
 
+    @property
+    def unsaved(self) -> tuple[str, str]:
+        """If mlx-lm finds this very model nowhere: what it is, and the Python that writes it to a folder."""
+        if self.plan is None and self.source and self.source != "demo" and not self.source.endswith(".gguf"):
+            return "", ""
+        words = f"{self.plan.label} of {self.source or self.name!r}" if self.plan else repr(self.name)
+        return words, base_code(self.source, self.plan, self.solver) if self.source else ""
+
     def save(self, path: str | Path) -> str:
         """Write a model folder, whole or not at all; return a sentence that says who can open it.
 
         Args:
-            path: of the folder.
+            path: of the folder; an existing one is replaced if it is empty or holds a model and nothing else.
 
         Raises:
-            SaveError: the place cannot be written; what stood there is untouched.
+            SaveError: the place cannot be written, or holds other files; what stood there is untouched.
         """
         return mlx_call(_save, Path(path), self.module, self.tokenizer, self.config, self.plan)
 
@@ -109,5 +119,7 @@ def load(source: str | Path) -> Model:
     Raises:
         LoadError: missing, truncated, not a model, or of an unknown architecture.
     """
+    if not isinstance(source, (str, Path)) or not str(source).strip():
+        raise LoadError(f"source={source!r} is not legal; give a folder, a .gguf file, a hub id or 'demo'.")
     known = Path(source).expanduser()
     return Model(mlx_call(_load.load, source), source=str(known.resolve() if known.exists() and source != "demo" else source))

@@ -17,9 +17,10 @@ from qlab.core.config import QuantConfig, QuantPlan
 from qlab.core.panel import PanelState, Progress
 from qlab.core.report import EvalReport, QuantReport, report_of
 from qlab.engine.device import machine
+from qlab.engine.folder import write_page
 from qlab.engine.job import Latest, mlx_call
 from qlab.engine.load import Loaded
-from qlab.errors import ConfigError, LayerNotFoundError, nearest
+from qlab.errors import ConfigError, LayerNotFoundError, named, nearest, sealed
 from qlab.model import Model
 from qlab.views.compare import Comparison
 from qlab.views.quantizer import QuantizerPanel
@@ -31,6 +32,8 @@ RELIABLE_ERROR = 0.5  # weight error up to which allocate trusts the predicted Î
 _KEEP: Any = object()
 
 
+@named
+@sealed
 class Quantizer(T.HasTraits):
     """Storage of a model's weights, chosen by traits, sliders or code, with its error and size at once.
 
@@ -58,6 +61,8 @@ class Quantizer(T.HasTraits):
         self, model: Model, bits: int | None = None, group_size: int | None = None, mode: str = "affine",
         solver: str = "rtn", text: Any = None,
     ) -> None:  # fmt: skip
+        if not isinstance(model, Model):
+            raise ConfigError(f"model={model!r} is not legal; give what qlab.load returned.")
         first = QuantConfig(mode, bits, group_size)
         registry.get("solvers", solver)
         self._model, self._text = model, text
@@ -149,7 +154,7 @@ class Quantizer(T.HasTraits):
         columns = [i for i in range(len(spec.layers)) if (cost[:, i] >= 0).any()]
         cost = cost[:, columns]
         weights = sum(spec.layers[i].size for i in columns)
-        option = allocate(cost, table.nbytes[rows][:, columns], bits_per_weight * weights / 8)
+        option = allocate(cost, table.nbytes[rows][:, columns], weights, bits_per_weight)
         chosen = {spec.layers[c].path: table.configs[rows[o]] for c, o in zip(columns, option, strict=True)}
         self._change(chosen)
         return self.plan
@@ -260,9 +265,7 @@ class Quantizer(T.HasTraits):
 
     def to_html(self, path: str) -> str:
         """Write one self-contained file in which the sliders still work, offline and without a kernel; return its path."""
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(page(self.state()))
-        return path
+        return write_page(path, page(self.state()))
 
     def close(self) -> None:
         """End the running job and the panel."""
@@ -286,21 +289,19 @@ class Quantizer(T.HasTraits):
 
     # --- within -----------------------------------------------------------------------------------------------------
 
-    @T.validate("mode")
-    def _valid_mode(self, proposal: Any) -> str:
-        return registry.get("schemes", proposal["value"]).name
+    @T.validate("mode", "solver")
+    def _valid_name(self, proposal: Any) -> str:
+        return registry.get("schemes" if proposal["trait"].name == "mode" else "solvers", proposal["value"]).name
 
-    @T.validate("solver")
-    def _valid_solver(self, proposal: Any) -> str:
-        return registry.get("solvers", proposal["value"]).name
+    @T.validate("overrides")
+    def _valid_overrides(self, proposal: Any) -> Any:
+        plan = QuantPlan(self.config, proposal["value"])
+        return {self._model.spec[path].path: config for path, config in plan.overrides.items()}
 
-    @T.validate("bits")
-    def _valid_bits(self, proposal: Any) -> int:
-        return QuantConfig(self.mode, proposal["value"], None).bits
-
-    @T.validate("group_size")
-    def _valid_group_size(self, proposal: Any) -> int:
-        return QuantConfig(self.mode, None, proposal["value"]).group_size
+    @T.validate("bits", "group_size")
+    def _valid_size(self, proposal: Any) -> int:
+        name = proposal["trait"].name
+        return getattr(QuantConfig(self.mode, **{name: proposal["value"]}), name)
 
     def _on_trait(self, change: Any) -> None:
         if change["name"] == "mode":  # bits and group size follow to the nearest that the mode has
@@ -317,7 +318,7 @@ class Quantizer(T.HasTraits):
 
     def _matching(self, pattern: str) -> list[str]:
         paths = [layer.path for layer in self._model.spec.layers]
-        found = [path for path in paths if fnmatchcase(path, pattern)]
+        found = [path for path in paths if isinstance(pattern, str) and fnmatchcase(path, pattern)]
         if not found:
             name = self._model.spec.name
             raise LayerNotFoundError(f"The model {name!r} has no layer {pattern!r}.{nearest(pattern, paths)}")

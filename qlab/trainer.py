@@ -19,10 +19,11 @@ from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine import checkpoint, prepare, run_folder
 from qlab.engine.data import read, report
 from qlab.engine.feed import Feed
+from qlab.engine.folder import write_page
 from qlab.engine.job import mlx_call
 from qlab.engine.predict import checked_prompts
 from qlab.engine.session import Made, Session
-from qlab.errors import BusyError, ConfigError
+from qlab.errors import BusyError, ConfigError, named, sealed
 from qlab.estimation import estimate, roomy
 from qlab.judging import judged
 from qlab.model import Model
@@ -38,6 +39,8 @@ _ACTIVE: WeakKeyDictionary[Model, str] = WeakKeyDictionary()  # bases that a run
 _RUNS: dict[Path, Any] = {}  # this kernel's, by folder: how they ended, or who makes them
 
 
+@named
+@sealed
 class Trainer:
     """A training run. As the last line of a cell it is a panel.
 
@@ -194,7 +197,7 @@ class Trainer:
         """The run so far."""
         session, lora, model = self._session, self.adapter.config, self.adapter.model
         plan = self._base.plan if self._base is not None else self.adapter.plan
-        stored = plan.default.label if plan else next((x.stored for x in model.spec.layers if x.stored), "16-bit")
+        stored = plan.default.label if plan else model.spec.stored or "16-bit"
         return RunReport(
             name=self.path.name, model=model.name, storage=stored, adapter=f"{lora.kind} r{lora.rank}", status=self.status,
             iters=self._feed.iters, predicted_nbytes=self._predicted[1].total_nbytes if self._predicted else 0,
@@ -291,8 +294,7 @@ class Trainer:
 
     def to_html(self, path: str) -> str:
         """Write the run so far as one self-contained file; return its path."""
-        Path(path).write_text(page(self.state()), encoding="utf-8")
-        return path
+        return write_page(path, page(self.state()))
 
     def close(self) -> None:
         """Stop the run and take the panel off the page."""

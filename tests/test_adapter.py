@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -259,6 +261,28 @@ def test_a_saved_adapter_comes_back_whole(q, tmp_path, kind, format):
     assert np.allclose(logits(b.module), logits(a.module), atol=1e-5)
     with pytest.raises(ConfigError, match=r"reset\(\)"):
         b.rank = 8
+
+
+def test_a_saved_adapter_of_a_base_quantized_here_says_how_to_get_what_was_trained(demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    q = qlab.Quantizer(demo, bits=3)
+    q.set("model.embed_tokens", None)
+    q.set("*.0.mlp.down_proj", 4)
+    a = qlab.Adapter(q, rank=4, num_layers=1)
+    a.set_parameters(changed(a.parameters), "x")
+    note, trained_on = a.save("a"), "affine 3-bit g64 (2 layers otherwise) of 'demo'"
+    assert f"trained on {trained_on}, which is in no folder yet: a.base.save('base') writes it" in note
+    assert f"trained on {trained_on}; a.fuse(rest=16)" in a.save("peft", format="peft")
+    for name in ("a", "peft"):
+        assert qlab.Adapter.load(name, q).notes == (f"It was trained on {trained_on}.",)
+    text = Path("a/README.md").read_text()
+    assert note in text
+    exec(text.split("```python")[1].split("```")[0], {})
+    assert numbers(qlab.load("base").module) == numbers(a.base.module)
+    here = str(tmp_path / "base")
+    assert qlab.Adapter(qlab.load("base")).save("b").startswith(f"Saved in mlx-lm's layout; mlx_lm.load({here!r}, adapter")
+    assert not Path("b/README.md").exists()
+    q.close()
 
 
 def test_fusing_at_16_bits_gives_the_adapted_model_and_leaves_the_base(model, q):

@@ -11,9 +11,9 @@ import pytest
 
 from tests.soak import CONFIG, RATES
 
-ADAPTERS = 4 * 14_400  # bytes of a few copies of the adapter: one more or less is alive while a run stands between two steps
+ADAPTERS = 4 * 3_600  # bytes of a few copies of the adapter: one more or less is alive while a run stands between two steps
 FIRST_USE = 160_000_000  # bytes that libraries, threads and a first look at other storages take once
-GROWTH = 16_000_000  # bytes: 250 steps of history, and what the allocator scatters
+GROWTH = 16_000_000  # bytes: 500 steps of history, and what the allocator scatters
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from qlab import registry
 from qlab.core.panel import Progress
 from qlab.core.recovery import Recovery
 from qlab.core.spec import ModelSpec
@@ -95,29 +96,34 @@ class AdapterState:
         spec: the model.
         config: the adapter.
         storage: how the model's weights are stored, in words.
-        kinds: ``(name, title, what it adapts)`` of every kind on the shelf.
         recoveries: by path, what was measured of a layer; None where it has no error.
         stale: whether that belongs to a storage chosen earlier.
         obstacle: why no start can make up for the quantization error, or an empty string.
         origin: what the present parameters come from, or an empty string as long as they are not trained.
-        optimizer: name of the optimizer whose bytes are counted, and its bytes for one trainable number.
         progress: the running job, or None.
         error: the last error in words, or an empty string.
         source: the word for the source in the code.
+        kinds: ``(name, title, what it adapts)`` of every kind on the shelf.
     """
 
     spec: ModelSpec
     config: LoRAConfig
     storage: str
-    kinds: tuple[tuple[str, str, tuple[str, ...]], ...]
     recoveries: Mapping[str, Recovery | None] = field(default_factory=dict)
     stale: bool = False
     obstacle: str = ""
     origin: str = ""
-    optimizer: tuple[str, float] = ("adamw", 8.0)
     progress: Progress | None = None
     error: str = ""
     source: str = "model"
+    kinds: tuple[tuple[str, str, tuple[str, ...]], ...] = field(
+        default_factory=lambda: tuple((kind.name, kind.title, kind.adapts) for kind in registry.shelf("adapters").values())
+    )
+
+    @property
+    def optimizer(self) -> tuple[str, float]:
+        """Name of the optimizer whose bytes are counted, and its bytes for one trainable number."""
+        return "AdamW", registry.get("optimizers", "adamw").state_nbytes((1000,), self.config.itemsize) / 1000
 
     @property
     def code(self) -> str:

@@ -98,7 +98,7 @@ def _solved(est: MemoryEstimate, name: str, machine: Machine, now: int) -> int |
 def _fewer_bits(est: MemoryEstimate, machine: Machine, made: Any) -> Iterator[Change]:
     """The most bits that fit, of the scheme in use; affine if the weights are not quantized yet."""
     plan = est.setup.plan
-    if plan is None and any(layer.stored for layer in est.spec.layers):
+    if plan is None and est.spec.stored:
         return
     default = plan.default if plan else QuantConfig("affine", 8)
     now = default.bits if plan else 16
@@ -145,7 +145,7 @@ def advise(est: MemoryEstimate, machine: Machine) -> Advice:
 
     16-bit weights come first: no rounding error, and no dequantization in every product. Then 8, 6 and 4 bits, and 3.
     """
-    stored = any(layer.stored for layer in est.spec.layers)
+    stored = est.spec.stored
     plans = [None] if stored else [None, *(QuantPlan(QuantConfig("affine", bits)) for bits in (8, 6, 4, 3))]
     floor = 0
     for plan in plans:
@@ -178,7 +178,7 @@ def _largest(est: MemoryEstimate, setup: Setup, machine: Machine) -> Setup | Non
 def _reason(est: MemoryEstimate, found: MemoryEstimate, machine: Machine) -> str:
     place = f"{size_text(found.total_nbytes)} of the {size_text(machine.free_nbytes)} of {machine.label}"
     if found.setup.plan is None:
-        if any(layer.stored for layer in est.spec.layers):
+        if est.spec.stored:
             return f"the weights are quantized already; a step takes {place}."
         return f"16-bit weights fit ({place}), so there is no rounding error to train around and nothing to dequantize."
     one = replace(found.setup.train, batch_size=1, grad_checkpoint=True)

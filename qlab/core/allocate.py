@@ -7,7 +7,7 @@ import numpy as np
 from qlab.errors import ConfigError
 
 
-def allocate(cost: np.ndarray, nbytes: np.ndarray, budget_nbytes: float) -> np.ndarray:
+def allocate(cost: np.ndarray, nbytes: np.ndarray, weights: int, bits_per_weight: float) -> np.ndarray:
     """Pick one option per layer so that the sum of costs is small and the sum of bytes is within the budget.
 
     Lagrangian relaxation (each layer takes its least cost + λ·bytes, λ by bisection), then what is left of the budget is
@@ -17,19 +17,24 @@ def allocate(cost: np.ndarray, nbytes: np.ndarray, budget_nbytes: float) -> np.n
     Args:
         cost: float ``(S, L)``, cost of each option for each layer; NaN or inf where there is none.
         nbytes: float ``(S, L)``, its bytes.
-        budget_nbytes: for all layers together.
+        weights: of all layers together.
+        bits_per_weight: the budget, over all of them.
 
     Returns:
         int ``(L,)``, the option of each layer.
 
     Raises:
-        ConfigError: even the smallest options do not fit; the message gives the smallest budget.
+        ConfigError: the budget is no number, or even the smallest options do not fit; the message gives the smallest budget.
     """
+    if isinstance(bits_per_weight, bool) or not isinstance(bits_per_weight, (int, float)) or not bits_per_weight > 0:
+        raise ConfigError(f"bits_per_weight={bits_per_weight!r} is not legal; it is a number above 0.")
+    budget_nbytes = bits_per_weight * weights / 8
     cost = np.where(np.isfinite(cost), cost, np.inf).astype(np.float64)
     columns = np.arange(cost.shape[1])
     smallest = np.where(np.isfinite(cost), nbytes, np.inf).min(0).sum()
     if smallest > budget_nbytes:
-        raise ConfigError(f"A budget of {budget_nbytes / 1e9:.4f} GB is below the smallest storage, {smallest / 1e9:.4f} GB.")
+        least = 8 * smallest / weights
+        raise ConfigError(f"bits_per_weight={bits_per_weight!r} is below the smallest storage of these layers, {least:.3f}.")
 
     def at(price: float) -> np.ndarray:
         return (cost + price * nbytes).argmin(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 
 from qlab.core.config import QuantConfig, QuantPlan
@@ -19,6 +20,15 @@ def code_line(plan: QuantPlan, solver: str = "rtn") -> str:
     for path, config in plan.overrides.items():
         lines.append(f'q.set("{path}", {_arguments(config) if config else "bits=None"})')
     return "\n".join(lines)
+
+
+def base_code(source: str, plan: QuantPlan | None, solver: str) -> str:
+    """Return the lines that write a model of a source to the folder ``base``, stored by a plan or, without one, as it came."""
+    lines = ["import qlab", "", f"model = qlab.load({json.dumps(source)})"]
+    if plan is None:
+        return "\n".join([*lines, 'model.save("base")'])
+    text = "" if solver == "rtn" else "  # with the calibration text of then, if it was your own"
+    return "\n".join([*lines, code_line(plan, solver), f'q.quantize().save("base"){text}'])
 
 
 def setup_code(plan: QuantPlan | None, adapter: LoRAConfig, train: TrainConfig) -> str:

@@ -11,9 +11,10 @@ from types import MappingProxyType
 
 from qlab import registry
 from qlab.core.scheme import Scheme
-from qlab.errors import ConfigError
+from qlab.errors import ConfigError, named
 
 
+@named
 @dataclass(frozen=True)
 class QuantConfig:
     """Storage of one weight.
@@ -73,6 +74,7 @@ def stock_config(mode: str, bits: int, group_size: int) -> QuantConfig:
     return QuantConfig(mode if mode in names else next(iter(names), mode), bits, group_size)
 
 
+@named
 @dataclass(frozen=True)
 class QuantPlan:
     """Storage of every layer of a model.
@@ -86,6 +88,9 @@ class QuantPlan:
     overrides: Mapping[str, QuantConfig | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for path, config in self.overrides.items():
+            if config is not None and not isinstance(config, QuantConfig):
+                raise ConfigError(f"overrides[{path!r}]={config!r} is not legal; it is a QuantConfig, or None.")
         object.__setattr__(self, "overrides", MappingProxyType(dict(sorted(self.overrides.items()))))
 
     def config_for(self, path: str) -> QuantConfig | None:
@@ -98,6 +103,12 @@ class QuantPlan:
         if config != self.default:
             overrides[path] = config
         return QuantPlan(self.default, overrides)
+
+    @property
+    def label(self) -> str:
+        """Short name, such as ``affine 4-bit g64`` or ``affine 4-bit g64 (2 layers otherwise)``."""
+        count = len(self.overrides)
+        return self.default.label + (f" ({count} layer{'s' * (count > 1)} otherwise)" if count else "")
 
     def __hash__(self) -> int:
         return hash((self.default, tuple(self.overrides.items())))

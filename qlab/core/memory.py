@@ -18,6 +18,7 @@ from qlab.core.panel import Machine
 from qlab.core.parts import PARTS
 from qlab.core.spec import ModelSpec
 from qlab.core.training import LoRAConfig, TrainConfig
+from qlab.core.wide import wide
 from qlab.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -300,16 +301,14 @@ class EstimateTable:
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         names = [name for name in PARTS if any(est.parts[name] for est in self.rows)]
-        head = ["model", "weights as", "adapter", "batch", *names, "total", "verdict"]
+        head = ["model", "weights as", "adapter", "batch", "total", "verdict", *names]  # a narrow page shows the first
         rows = []
         for est in self.rows:
             train, adapter = est.setup.train, est.setup.adapter
             batch = f"{train.batch_size}×{train.max_seq_length}" + (" ckpt" if train.grad_checkpoint else "")
+            whole = [size_text(est.total_nbytes), est.verdict().word]
             sizes = [size_text(est.parts[name]) for name in names]
-            rows.append(
-                [est.spec.name, est.setup.label, f"{adapter.kind} r{adapter.rank}", batch, *sizes]
-                + [size_text(est.total_nbytes), est.verdict().word]
-            )
+            rows.append([est.spec.name, est.setup.label, f"{adapter.kind} r{adapter.rank}", batch, *whole, *sizes])
         return head, rows
 
     def __repr__(self) -> str:
@@ -320,4 +319,4 @@ class EstimateTable:
     def _repr_html_(self) -> str:
         head, rows = self._cells()
         body = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows)
-        return f"<table><thead><tr>{''.join(f'<th>{c}</th>' for c in head)}</tr></thead><tbody>{body}</tbody></table>"
+        return wide(f"<table><thead><tr>{''.join(f'<th>{c}</th>' for c in head)}</tr></thead><tbody>{body}</tbody></table>")

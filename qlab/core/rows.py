@@ -9,8 +9,24 @@ from hashlib import sha256
 from math import isfinite
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from qlab.errors import DataError
+
+
+def foreign(tokens: ArrayLike, vocabulary: int | None) -> str:
+    """Say which token a model does not know: MLX would look it up in foreign memory. Empty if it knows all.
+
+    Args:
+        tokens: integers ``(T,)``.
+        vocabulary: tokens that the model knows; None is not checked.
+    """
+    if vocabulary is None:
+        return ""
+    found = np.asarray(tokens)
+    wrong = found[(found < 0) | (found >= vocabulary)]
+    words = f"is none of the model's, 0 to {vocabulary - 1}; the tokenizer knows more than the model"
+    return f"token {wrong[0]} {words}" if wrong.size else ""
 
 
 @dataclass(frozen=True, eq=False)

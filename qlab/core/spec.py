@@ -98,6 +98,11 @@ class ModelSpec:
         return self.by_path[path]
 
     @cached_property
+    def stored(self) -> str:
+        """How the first quantized layer is stored, such as ``affine 4-bit g64``; empty if none is quantized."""
+        return next((layer.stored for layer in self.layers if layer.stored), "")
+
+    @cached_property
     def vocabulary(self) -> int | None:
         """Tokens that the model knows: rows of its largest embedding; None if no layer is one."""
         return max((layer.shape[0] for layer in self.layers if layer.kind == "embedding"), default=None)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from qlab.core.wide import wide
 from qlab.errors import ConfigError, nearest
 
 TARGETS = {
@@ -167,12 +168,14 @@ class Survival:
         worst = self.worst(_ROWS)
         rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in _cells(layer))}</tr>" for layer in worst)
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        return (
-            f"<p><b>{html.escape(self.model)}</b> · {html.escape(self.adapter)} · share of the change that survives a fuse</p>"
-            f"<table>{totals}</table>{f'<ul>{notes}</ul>' if notes else ''}"
+        table = (
             f"<table><thead><tr><th>worst {len(worst)} of {len(self.layers)} layers</th><th>stored as</th><th>‖D‖/‖W‖</th>"
             f"<th>‖E‖/‖D‖</th><th>ρ 16</th><th>ρ 8</th><th>ρ base</th><th>codes changed</th></tr></thead>"
             f"<tbody>{rows}</tbody></table>"
+        )
+        return (
+            f"<p><b>{html.escape(self.model)}</b> · {html.escape(self.adapter)} · share of the change that survives a fuse</p>"
+            f"<table>{totals}</table>{f'<ul>{notes}</ul>' if notes else ''}{wide(table)}"
         )
 
 

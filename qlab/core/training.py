@@ -100,6 +100,16 @@ class LoRAConfig:
         _number("alpha", alpha, "a number other than 0", lambda x: x != 0)
         return replace(self, scale=alpha / (sqrt(self.rank) if self.rslora else self.rank))
 
+    def scaled(self, alpha: float | None, scale: float | None) -> LoRAConfig:
+        """Return the same adapter with this alpha or this scale; with neither, as it is.
+
+        Raises:
+            ConfigError: both are given.
+        """
+        if alpha is not None and scale is not None:
+            raise ConfigError(f"alpha={alpha!r} and scale={scale!r} say the same thing twice; give one of them.")
+        return self.with_alpha(alpha) if alpha is not None else self if scale is None else replace(self, scale=scale)
+
     @property
     def itemsize(self) -> int:
         """Bytes of one number of the factors."""

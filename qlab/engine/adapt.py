@@ -32,6 +32,8 @@ def fresh(module: nn.Module, spec: ModelSpec, lora: LoRAConfig, seed: int) -> di
     Raises:
         ConfigError, LayerNotFoundError: the adapter does not fit the model.
     """
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed={seed!r} is not legal; it is a whole number, 0 or more.")
     later = mx.random.randint(0, 2**31 - 1).item()  # the state cannot be put back, only sown anew
     try:
         mx.random.seed(seed)

@@ -8,11 +8,8 @@ weights: only what layers there are.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from math import isclose
 from pathlib import Path
@@ -26,8 +23,9 @@ from qlab.core.training import LoRAConfig
 from qlab.engine import peft_files
 from qlab.engine.adapt import checked, expected
 from qlab.engine.adapter_targets import SettingError, layers_of, mlx_obstacle, mlx_targets, reached, said
+from qlab.engine.folder import write_folder
 from qlab.engine.load import check_safetensors
-from qlab.errors import ConfigError, LoadError, QlabError, SaveError, nearest
+from qlab.errors import ConfigError, LoadError, QlabError, nearest
 
 Arrays = dict[str, mx.array]
 FORMATS = ("mlx", "peft")
@@ -47,7 +45,7 @@ def save_adapter(
     *,
     format: str = "mlx",
     model_type: str | None = None,
-    extra: Mapping[str, Any] | None = None,
+    unsaved: tuple[str, str] = ("", ""),
 ) -> str:
     """Write an adapter folder, whole or not at all.
 
@@ -59,7 +57,8 @@ def save_adapter(
         base_name: hub id or folder of the base, for whoever opens the adapter.
         format: ``mlx`` (``mlx_lm.load(base, adapter_path=path)``) or ``peft``.
         model_type: of the base's config.json; with it the answer says whether PEFT's names are known to fit.
-        extra: more to keep in the block ``qlab``; must be JSON.
+        unsaved: if the base is not what stands at ``base_name``: what it is, and the Python that writes it to a folder. The
+            answer and a README then say so.
 
     Returns:
         Who can open it, in words.
@@ -73,65 +72,40 @@ def save_adapter(
         raise ConfigError(f"format={format!r} is not legal; choose one of {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
     arrays = checked(parameters, expected(spec, lora))
     if format == "mlx":
-        config, note = _mlx_config(lora, spec, base_name)
+        config, note = _mlx_config(lora, spec, base_name, unsaved[0])
     else:
         config, arrays, note = peft_files.to_peft(arrays, lora, spec, base_name, model_type)
-    block = {"adapter": asdict(lora), "base": base_name, "model": spec.name, **(extra or {})}
-    try:
-        # PEFT warns of settings that it does not know, so there the block stands beside the arrays
-        inside = {"format": "pt", "qlab": json.dumps(block)} if format == "peft" else {"format": "mlx"}
-        text = json.dumps(config if format == "peft" else {**config, "qlab": block}, indent=2)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"extra= cannot be written as JSON: {error}.") from None
+        if unsaved[0]:
+            note += f" It was trained on {unsaved[0]}; a.fuse(rest=16).save('model') writes what was trained as one model."
+    block = {"adapter": asdict(lora), "base": base_name, "model": spec.name, "trained_on": unsaved[0]}
+    # PEFT warns of settings that it does not know, so there the block stands beside the arrays
+    inside = {"format": "pt", "qlab": json.dumps(block)} if format == "peft" else {"format": "mlx"}
+    text = json.dumps(config if format == "peft" else {**config, "qlab": block}, indent=2)
 
     def fill(folder: Path) -> None:
         mx.save_safetensors(str(folder / _WEIGHTS[format]), arrays, inside)
         (folder / _SETTINGS).write_text(text)
+        if unsaved[1]:
+            again = f"These lines make the base again, in the folder `base`:\n\n```python\n{unsaved[1]}\n```\n"
+            (folder / "README.md").write_text(f"# An adapter of {base_name}\n\n{note}\n\n{again}", encoding="utf-8")
 
-    _write_folder(Path(path).expanduser(), fill)
+    write_folder(path, fill, _OURS)
     return note
-
-
-def _write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a new folder and put it in the place of the old one."""
-    if path.is_dir():
-        others = sorted({file.name for file in path.iterdir()} - _OURS)
-        if others:
-            raise SaveError(f"{path} holds other files too ({', '.join(others[:_SHOWN])}); give the name of a new folder.")
-    elif path.exists():
-        raise SaveError(f"{path} is a file; give the name of a folder.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            made, old = Path(folder) / "made", Path(folder) / "old"
-            made.mkdir()
-            fill(made)
-            for file in made.iterdir():  # a rename may otherwise outlive what it names
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
-            if path.exists():
-                path.rename(old)
-            try:
-                made.rename(path)
-            except OSError:
-                if old.exists():
-                    old.rename(path)
-                raise
-    except (OSError, RuntimeError) as error:
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise SaveError(f"{path} was not written ({error}); {free / 1e9:.2f} GB are free there.") from error
 
 
 # --- mlx-lm's layout --------------------------------------------------------------------------------------------------
 
 
-def _mlx_config(lora: LoRAConfig, spec: ModelSpec, base_name: str) -> tuple[dict[str, Any], str]:
+def _mlx_config(lora: LoRAConfig, spec: ModelSpec, base_name: str, unsaved: str) -> tuple[dict[str, Any], str]:
     num_layers, keys = mlx_targets(lora, spec)
     settings = {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout, "keys": keys}
     config = {"fine_tune_type": lora.kind, "model": base_name, "num_layers": num_layers, "lora_parameters": settings}
     obstacle = mlx_obstacle(lora, spec)
     if obstacle:
         return config, f"Saved in mlx-lm's layout, but stock mlx-lm cannot open it: {obstacle}. qlab can."
+    if unsaved:
+        opened = "a.base.save('base') writes it, and mlx_lm.load('base', adapter_path=…) opens what was trained"
+        return config, f"Saved in mlx-lm's layout. It was trained on {unsaved}, which is in no folder yet: {opened}."
     return config, f"Saved in mlx-lm's layout; mlx_lm.load({base_name!r}, adapter_path=…) and qlab open it."
 
 
@@ -165,7 +139,8 @@ def load_adapter(path: Path, spec: ModelSpec) -> tuple[LoRAConfig, Arrays, tuple
     try:
         lora, found, notes = (peft_files.from_peft if kind == "peft" else _from_mlx)(config, arrays, spec)
         lora, found, more = _same_dtype(_own(lora, block, spec), found)
-        return lora, checked(found, expected(spec, lora)), (*notes, *more)
+        base = block.get("trained_on") if isinstance(block, dict) else ""
+        return lora, checked(found, expected(spec, lora)), (*notes, *more, *([f"It was trained on {base}."] if base else []))
     except (SettingError, re.error) as error:
         raise LoadError(f"{path / _SETTINGS}: {error}") from None
     except QlabError as error:

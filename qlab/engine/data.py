@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from qlab.core.rows import DataReport, Row, Rows, Shown
+from qlab.core.rows import DataReport, Row, Rows, Shown, foreign
 from qlab.core.training import TrainConfig
 from qlab.engine.conversation import Fault, a, messages, tools
 from qlab.engine.feed import Feed
 from qlab.engine.masks import Chats, MaskError
-from qlab.engine.source import Text, listed, numbered, rows_of
+from qlab.engine.source import Text, numbered, rows_of
 from qlab.errors import DataError, nearest
 
 _KEYS = ("text", "prompt", "completion", "messages", "tools")
+_SHOWN = 20  # faults listed in one error
 _BEYOND = 24  # tokens kept, for the eye, of those cut off
 _INPUTS, _OUTPUTS = ("instruction", "question", "query", "input"), ("output", "answer", "response")
 
@@ -45,12 +46,12 @@ def read(data: Any, tokenizer: Any, config: TrainConfig, vocabulary: int | None 
         DataError: names every row that cannot be used, its key and what is wrong.
     """
     if isinstance(data, Rows):
-        _refuse([(row.number, fault) for row in data if (fault := _foreign(row, vocabulary))], len(data))
+        _refuse([(row.number, fault) for row in data if (fault := foreign(row.tokens, vocabulary))], len(data))
         return data
     source = rows_of(data)
     if isinstance(source, Text):
         found = _running(source, tokenizer, config.max_seq_length)
-        if fault := next(filter(None, (_foreign(row, vocabulary) for row in found)), ""):
+        if fault := next(filter(None, (foreign(row.tokens, vocabulary) for row in found)), ""):
             raise DataError(f"The text cannot be used: {fault}.")
         return found
     maker = _Maker(tokenizer, config.mask_prompt)
@@ -63,8 +64,8 @@ def read(data: Any, tokenizer: Any, config: TrainConfig, vocabulary: int | None 
             faults.append((number, str(fault)))
             continue
         row = _row(number, tokens, mask, config.max_seq_length)
-        if fault := _foreign(row, vocabulary):
-            faults.append((number, str(fault)))
+        if fault := foreign(row.tokens, vocabulary):
+            faults.append((number, fault))
         elif row.mask.any():
             rows.append(row)
             kinds.add(kind)
@@ -84,7 +85,9 @@ def _refuse(faults: list[tuple[int, str]], count: int) -> None:
     for number, fault in faults:
         same.setdefault(fault, []).append(number)
     if faults:
-        raise DataError(listed(f"{len(faults)} of {count} rows cannot be used", [f"{_rows(n)}: {f}" for f, n in same.items()]))
+        lines = [f"- {_rows(numbers)}: {fault}" for fault, numbers in same.items()]
+        more = [f"… and {len(lines) - _SHOWN} more."] if len(lines) > _SHOWN else []
+        raise DataError("\n".join([f"{len(faults)} of {count} rows cannot be used:", *lines[:_SHOWN], *more]))
 
 
 def _rows(numbers: list[int]) -> str:
@@ -92,16 +95,6 @@ def _rows(numbers: list[int]) -> str:
         return f"row {numbers[0]}"
     first, more = ", ".join(map(str, numbers[:5])), len(numbers) - 5
     return f"rows {first} and {more} more" if more > 0 else f"rows {first}"
-
-
-def _foreign(row: Row, vocabulary: int | None) -> str:
-    """Say which token the model does not know; empty if it knows all."""
-    wrong = row.tokens[(row.tokens < 0) | (row.tokens >= vocabulary)] if vocabulary is not None else row.tokens[:0]
-    if not wrong.size:
-        return ""
-    return (
-        f"token {wrong[0]} is none of the model's {vocabulary} (0 to {vocabulary - 1}); the tokenizer knows more than the model"
-    )
 
 
 def _row(number: int, tokens: list[int], mask: list[int], longest: int) -> Row:
@@ -147,6 +140,8 @@ class _Maker:
     def make(self, row: Any) -> Made:
         if isinstance(row, str):
             row = {"text": row}
+        if isinstance(row, Fault):  # of the line that it should stand in
+            raise row
         if not isinstance(row, Mapping):
             raise Fault(f"it is {a(row)}, not a dict or a string")
         # data frames hold NaN where there is nothing

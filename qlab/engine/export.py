@@ -7,8 +7,6 @@ Knows no error and no panel.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,16 @@ from qlab.core.config import QuantConfig, QuantPlan
 from qlab.core.panel import Progress
 from qlab.core.spec import LayerSpec, ModelSpec
 from qlab.engine.experts import PackedExperts
+from qlab.engine.folder import write_folder
 from qlab.engine.linear import Packed, PackedEmbedding, PackedLinear, dense_layer, weight_of
 from qlab.engine.skeleton import skeleton
 from qlab.engine.surgery import module_at, put_module, twin
-from qlab.errors import ConfigError, SaveError, WeightsError
+from qlab.errors import ConfigError, WeightsError
+
+_OWN = (  # what a model's folder may hold and still be replaced
+    "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "vocab.*",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates", "README.md",
+)  # fmt: skip
 
 
 def chosen(spec: ModelSpec, plan: QuantPlan) -> dict[str, QuantConfig]:
@@ -173,7 +177,7 @@ def save(path: Path, module: nn.Module, tokenizer: Any, config: dict[str, Any], 
     """Write a model folder, whole or not at all.
 
     Args:
-        path: of the folder; an existing folder is replaced only when the new one is complete.
+        path: of the folder; an existing one is replaced if it is empty or holds a model and nothing else.
         module: the model.
         tokenizer: mlx-lm's wrapper.
         config: contents of config.json before quantization.
@@ -183,27 +187,18 @@ def save(path: Path, module: nn.Module, tokenizer: Any, config: dict[str, Any], 
         One sentence: who can open the folder.
 
     Raises:
-        SaveError: the disk is full or the place cannot be written; what stood there is untouched.
+        SaveError: the disk is full, or the place cannot be written or holds other files; what stood there is untouched.
     """
     from mlx_lm.utils import save_config, save_model
 
     facts, foreign = _facts(module, config, plan)
-    path = path.expanduser()
-    if path.is_file():
-        raise SaveError(f"{path} is a file; give the name of a folder.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            made = Path(folder) / "model"
-            save_model(made, module)
-            save_config(facts, made / "config.json")
-            tokenizer.save_pretrained(made)
-            if path.exists():
-                path.rename(Path(folder) / "old")
-            made.rename(path)
-    except (OSError, RuntimeError) as error:
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise SaveError(f"{path} was not written ({error}); {free / 1e9:.2f} GB are free there.") from error
+
+    def fill(folder: Path) -> None:
+        save_model(folder, module)
+        save_config(facts, folder / "config.json")
+        tokenizer.save_pretrained(folder)
+
+    write_folder(path, fill, _OWN)
     if foreign:
         return f"Saved in qlab's own layout ({', '.join(sorted(foreign))} is not known to mlx-lm); open it with qlab.load."
     return "Saved as an mlx-lm folder; mlx_lm.load and qlab.load open it."

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from qlab.core.rows import foreign
 from qlab.engine.job import finished
 from qlab.engine.stack import Stack
 from qlab.engine.surgery import twin
@@ -99,10 +100,8 @@ def prompt_tokens(tokenizer: Any, prompt: str, vocabulary: int | None = None) ->
         tokens = list(tokenizer.encode(prompt))
     if not tokens:
         raise ConfigError("The prompt is empty, and an answer needs a token to begin with; give a word at least.")
-    if vocabulary is not None and max(tokens) >= vocabulary:
-        raise ConfigError(
-            f"The prompt has token {max(tokens)}, and the model knows 0 to {vocabulary - 1}; its tokenizer knows more."
-        )
+    if fault := foreign(tokens, vocabulary):
+        raise ConfigError(f"The prompt cannot be used: {fault}.")
     return tokens
 
 

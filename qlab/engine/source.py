@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlab.engine.conversation import a
+from qlab.engine.conversation import Fault, a
 from qlab.errors import DataError, nearest
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-SHOWN = 20  # faults listed in one error
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _LISTED = "give a list of dicts or strings, a datasets set, a data frame, or a path"
 
@@ -23,18 +22,19 @@ class Text(str):
     """Running text, to be cut into rows as long as they may be."""
 
 
-def rows_of(data: Any) -> Iterable[Any] | Text:
-    """Return the rows of any data, unchecked, or running text.
+def rows_of(data: Any, plain: bool = False) -> Iterable[Any] | Text:
+    """Return the rows of any data, unchecked, or running text. In place of a line that cannot be read stands its ``Fault``.
 
     Args:
         data: a list or other iterable of strings and dicts; a ``datasets`` set; a data frame; a dict of columns; a path of a
             ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.txt`` file; or text.
+        plain: whether a file of another kind is text, too.
 
     Raises:
-        DataError: it is none of these, or a file is missing, empty, of another kind or broken; names each broken line.
+        DataError: it is none of these, or a file is missing, empty, of another kind or broken as a whole.
     """
-    if isinstance(data, Path) or isinstance(data, str) and _is_path(data):
-        return _file(Path(data).expanduser())
+    if (path := path_of(data)) is not None:
+        return _file(path, plain)
     if isinstance(data, str):
         if not data.strip():
             raise DataError("The text is empty; give at least a few sentences.")
@@ -48,6 +48,11 @@ def rows_of(data: Any) -> Iterable[Any] | Text:
     if not isinstance(data, Iterable) or isinstance(data, (bytes, bytearray, set, frozenset)):
         raise DataError(f"The data is {a(data)}; {_LISTED}.")
     return data
+
+
+def path_of(data: Any) -> Path | None:
+    """Return the path that data is read from, if it is one."""
+    return Path(data).expanduser() if isinstance(data, Path) or isinstance(data, str) and _is_path(data) else None
 
 
 def _is_path(text: str) -> bool:
@@ -86,7 +91,7 @@ def _without_none(value: Any) -> Any:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def _file(path: Path) -> Iterable[Any] | Text:
+def _file(path: Path, plain: bool) -> Iterable[Any] | Text:
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in KINDS)
         raise DataError(f"{path} is a folder; give one file of it{': ' if inside else ''}{', '.join(inside[:8])}.")
@@ -94,6 +99,8 @@ def _file(path: Path) -> Iterable[Any] | Text:
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"There is no file {str(path)!r}.{nearest(path.name, beside)}")
     kind = path.suffix.lower()
+    if kind not in KINDS and plain:
+        kind = ".txt"
     if kind not in KINDS:
         raise DataError(f"{path.name} is not read here; give a file of one of the kinds {', '.join(KINDS)}.")
     try:
@@ -133,30 +140,26 @@ def _json(name: str, text: str) -> list[Any]:
 
 
 def _jsonl(name: str, text: str) -> list[Any]:
-    rows, faults = [], []
+    rows = []
     for number, line in enumerate(text.split("\n"), 1):  # other line breaks are allowed inside JSON strings
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except ValueError as error:
-                faults.append(f"line {number}: {error}")
-    if faults:
-        raise DataError(listed(f"{len(faults)} lines of {name} are not JSON", faults))
+            except json.JSONDecodeError as error:
+                rows.append(Fault(f"line {number} of {name} is not JSON: {error.msg} at column {error.colno}"))
     return rows
 
 
 def _csv(name: str, text: str) -> list[Any]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows, faults = [], []
+    rows: list[Any] = []
     try:
         for row in reader:
-            if None in row or None in row.values():
-                faults.append(f"line {reader.line_num}: it has not as many cells as the {len(reader.fieldnames or ())} columns")
-            rows.append(row)
+            whole = None not in row and None not in row.values()
+            columns = f"has not as many cells as the {len(reader.fieldnames or ())} columns"
+            rows.append(row if whole else Fault(f"line {reader.line_num} of {name} {columns}"))
     except csv.Error as error:
-        faults.append(f"line {reader.line_num}: {error}")
-    if faults:
-        raise DataError(listed(f"{len(faults)} lines of {name} cannot be read", faults))
+        rows.append(Fault(f"line {reader.reader.line_num} of {name} cannot be read, nor what follows: {error}"))
     return rows
 
 
@@ -165,12 +168,6 @@ def _txt(name: str, text: str) -> Text:
 
 
 _READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".txt": _txt}
-
-
-def listed(what: str, faults: list[str]) -> str:
-    """Return an error that shows the first faults, and says how many more there are."""
-    more = f"\n… and {len(faults) - SHOWN} more." if len(faults) > SHOWN else ""
-    return f"{what}:\n" + "\n".join(f"- {fault}" for fault in faults[:SHOWN]) + more
 
 
 def numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:

@@ -40,8 +40,7 @@ class Sweep:
     def follow(self, setup: Setup) -> None:
         """Take up other overrides or another rank than the slider has; formulas stay."""
         spec, plan, lora = self._forecast.spec, setup.plan, setup.adapter
-        stored = any(layer.stored for layer in spec.layers)
-        modes = () if stored else registry.shelf("schemes").values()
+        modes = () if spec.stored else registry.shelf("schemes").values()
         configs = (None, *(QuantConfig(s.name, b, g) for s in modes for b in s.bits for g in s.group_sizes))
         if plan and plan.default not in configs:
             configs = (*configs, plan.default)

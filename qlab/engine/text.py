@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
 
+from qlab.core.rows import foreign
+from qlab.engine.conversation import Fault, a
 from qlab.engine.evaluate import token_batches
 from qlab.engine.load import ASSETS
-from qlab.errors import ConfigError, DataError
+from qlab.engine.source import Text, numbered, path_of, rows_of
+from qlab.errors import DataError
 
 ROW_TOKENS = 128
 _KEYS = ("text", "content", "prompt")
@@ -25,27 +27,28 @@ def read_text(source: Any, embedded: str, limit: int) -> tuple[str, str]:
         limit: characters to read.
 
     Raises:
-        ConfigError: there is no text in it; names the row and its keys.
+        DataError: there is no text in it; names the row and its keys.
     """
     if source is None:
         return (ASSETS / embedded).read_text(encoding="utf-8")[:limit], "embedded text"
-    if isinstance(source, Path) or (isinstance(source, str) and len(source) < 1024 and Path(source).is_file()):
-        return Path(source).read_text(encoding="utf-8")[:limit], Path(source).name
-    text = source if isinstance(source, str) else _join(_rows(source), limit)
+    found, path = rows_of(source, plain=True), path_of(source)
+    text = found if isinstance(found, Text) else _join(_rows(found), limit)
     if not text.strip():
-        raise ConfigError("The text is empty; give at least a few sentences.")
-    return text[:limit], "your text"
+        raise DataError("The text is empty; give at least a few sentences.")
+    return text[:limit], path.name if path is not None else "your text"
 
 
 def _rows(source: Iterable[Any]) -> Iterator[str]:
-    for number, row in enumerate(source):
+    for number, row in numbered(source):
         if isinstance(row, str):
             yield row
             continue
-        key = next((k for k in _KEYS if isinstance(row, dict) and isinstance(row.get(k), str)), None)
+        if isinstance(row, Fault):  # of the line that it should stand in
+            raise DataError(f"Row {number} cannot be used: {row}.")
+        key = next((k for k in _KEYS if isinstance(row, Mapping) and isinstance(row.get(k), str)), None)
         if key is None:
-            held = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-            raise ConfigError(f"Row {number} has no text: it needs a string under {_KEYS[0]!r}, but has {held}.")
+            held = ", ".join(map(repr, row)) if isinstance(row, Mapping) else a(row)
+            raise DataError(f"Row {number} has no text: it needs a string under {_KEYS[0]!r}, but has {held}.")
         yield row[key]
 
 
@@ -72,15 +75,14 @@ def batches(
         vocabulary: tokens that the model knows; None is not checked.
 
     Raises:
-        ConfigError: the text is empty or has fewer than two tokens.
-        DataError: the tokenizer makes a token that the model does not know.
+        DataError: there is no text, it has fewer than two tokens, or one that the model does not know.
     """
     text, words = read_text(source, embedded, 16 * tokens)
     ids = tokenizer.encode(text, add_special_tokens=False)[:tokens]
-    if vocabulary is not None and ids and max(ids) >= vocabulary:  # MLX would read foreign memory
-        raise DataError(f"The text has token {max(ids)}, and the model knows 0 to {vocabulary - 1}; its tokenizer knows more.")
+    if fault := foreign(ids, vocabulary):
+        raise DataError(f"The text cannot be used: {fault}.")
     first = tokenizer.bos_token_id
     rows = token_batches(ids, ROW_TOKENS, tokens, [] if first is None else [first])
     if not rows:
-        raise ConfigError("The text has fewer than two tokens; give at least a few sentences.")
+        raise DataError("The text has fewer than two tokens; give at least a few sentences.")
     return rows, f"{words}, {sum(row.size for row in rows)} tokens"

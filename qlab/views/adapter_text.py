@@ -10,6 +10,7 @@ import math
 
 from qlab.core.adapter_panel import AdapterState, LayerAdapter
 from qlab.core.budget import size_text
+from qlab.core.wide import wide
 from qlab.views.adapter import ESM, STYLES, payload
 from qlab.views.wire import document
 
@@ -39,15 +40,16 @@ def html(state: AdapterState) -> str:
     note = f"<p>{_html.escape(state.obstacle)}</p>" if state.obstacle else ""
     optimizer, nbytes = state.optimizer
     whole = report.nbytes * 2 + round(report.size * nbytes)
+    table = (
+        f"<table><thead><tr><th>{len(rows)} of {len(report.layers)} layers, {words}{old}</th><th>trainable</th>"
+        f"<th>weight error</th><th>rank {lora.rank} recovers of it, without data</th><th>of that white noise would give</th>"
+        f"<th>of the output error, with qera, held out</th><th></th></tr></thead><tbody>{body}</tbody></table>"
+    )
     return (
         f"<div><p><b>{_html.escape(lora.kind)}</b> on <b>{_html.escape(state.spec.name)}</b>, {_html.escape(state.storage)} · "
         f"rank <b>{lora.rank}</b> · alpha {lora.alpha:g} (scale {lora.scale:g}) · <b>{report.size:,}</b> trainable numbers, "
         f"{100 * report.share:.2f} % of the model · adapter {size_text(report.nbytes)}, with gradients and {optimizer} "
-        f"{size_text(whole)}{start}</p>"
-        f"<table><thead><tr><th>{len(rows)} of {len(report.layers)} layers, {words}{old}</th><th>trainable</th>"
-        f"<th>weight error</th><th>rank {lora.rank} recovers of it, without data</th><th>of that white noise would give</th>"
-        f"<th>of the output error, with qera, held out</th><th></th></tr></thead><tbody>{body}</tbody></table>"
-        f"{note}<pre>{_html.escape(state.code)}</pre></div>"
+        f"{size_text(whole)}{start}</p>{wide(table)}{note}<pre>{_html.escape(state.code)}</pre></div>"
     )
 
 

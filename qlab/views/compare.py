@@ -10,6 +10,7 @@ from typing import Any
 
 from qlab.core.budget import size_text
 from qlab.core.compare import CompareReport, SchemePoint
+from qlab.core.wide import wide
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,14 @@ def html(report: CompareReport) -> str:
     """Return a table, the smallest first; schemes on the front are bold, others name what dominates them."""
     rows = "".join(_row(point) for point in report.points)
     picture = base64.b64encode(svg(report).encode()).decode()
+    table = (
+        f"<table><thead><tr><th>scheme</th><th>bits/weight</th><th>size</th><th>{_html.escape(report.measure)}</th>"
+        f"<th>dominated by</th><th>layers left out</th></tr></thead><tbody>{rows}</tbody></table>"
+    )
     return (
         f'<img alt="bits per weight against {_html.escape(report.measure)}" src="data:image/svg+xml;base64,{picture}"/>'
         f"<p><b>{_html.escape(report.model)}</b>: {len(report.front)} of {len(report.points)} schemes are worth having; the "
-        f"others are no smaller and no better than one of them.</p><table><thead><tr><th>scheme</th><th>bits/weight</th>"
-        f"<th>size</th><th>{_html.escape(report.measure)}</th><th>dominated by</th><th>layers left out</th></tr></thead>"
-        f"<tbody>{rows}</tbody></table>"
+        f"others are no smaller and no better than one of them.</p>{wide(table)}"
     )
 
 

@@ -10,6 +10,7 @@ from itertools import groupby
 import numpy as np
 
 from qlab.core.rows import DataReport, Shown
+from qlab.core.wide import wide
 
 _TOKENS = 320  # of a row that are shown
 _BINS = 10
@@ -122,7 +123,8 @@ def html(report: DataReport) -> str:
     """Return tables and styled text, which untrusted notebooks and code hosts show too."""
     lost = "".join(f"<li>{_html.escape(line)}</li>" for line in dropped(report))
     if lost:
-        lost = f"<details open><summary>{len(report.rows.dropped):,} rows dropped</summary><ul>{lost}</ul></details>"
+        count = len(report.rows.dropped)
+        lost = f"<details open><summary>{count:,} row{'s' * (count > 1)} dropped</summary><ul>{lost}</ul></details>"
     rows = "".join(_row(shown, opened=n < 2) for n, shown in enumerate(report.shown))
     return (
         f"<div><p><b>{_html.escape(headline(report))}</b><br>{_html.escape(batches(report))}</p>"
@@ -169,4 +171,4 @@ def _bars(counts: list[tuple[str, int]]) -> str:
         f"<div style='background-color:#4c78a8;height:10px;width:{round(260 * count / top)}px'></div></td></tr>"
         for span, count in counts
     )
-    return f"<table><thead><tr><th>tokens</th><th>rows</th><th></th></tr></thead><tbody>{cells}</tbody></table>"
+    return wide(f"<table><thead><tr><th>tokens</th><th>rows</th><th></th></tr></thead><tbody>{cells}</tbody></table>")

@@ -93,7 +93,7 @@ def _meta(state: EstimateState) -> dict[str, Any]:
         "params": state.spec.size,
         "blocks": state.blocks,
         "context": state.context,
-        "stored": any(layer.stored for layer in state.spec.layers),
+        "stored": bool(state.spec.stored),
         "parts": [[name, text, name in INPUTS] for name, text in PARTS.items()],
         "phases": list(PHASES),
         "chunks": CHUNKS,

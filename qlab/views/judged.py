@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlab.core.judge import Column, JudgeReport, Sample
+from qlab.core.wide import wide
 
 _BAR = 90  # pixels
 _LEFT = "style='text-align:left;vertical-align:top'"
@@ -67,10 +68,8 @@ def html(report: JudgeReport) -> str:
     verdict = "".join(f"<p>{_html.escape(sentence)}</p>" for sentence in report.verdict)
     head = "".join(f"<th {_LEFT}>{_html.escape(column.name)}</th>" for column in report.columns)
     rows = "".join(_line(report, line) for line in report.table())
-    return (
-        f"<div>{verdict}<table><thead><tr><th {_LEFT}></th>{head}</tr></thead><tbody>{rows}</tbody></table>"
-        f"{_samples(report)}{_small_print(report)}</div>"
-    )
+    table = f"<table><thead><tr><th {_LEFT}></th>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"<div>{verdict}{wide(table)}{_samples(report)}{_small_print(report)}</div>"
 
 
 def _line(report: JudgeReport, line: tuple[str, ...]) -> str:
@@ -103,7 +102,7 @@ def _samples(report: JudgeReport) -> str:
     expected = any(sample.expected is not None for sample in report.samples)
     rows = "".join(_sample(sample, expected) for sample in report.samples)
     right = f"<th {_LEFT}>expected</th>" if expected else ""
-    return f"<table><thead><tr><th {_LEFT}>prompt</th>{head}{right}</tr></thead><tbody>{rows}</tbody></table>"
+    return wide(f"<table><thead><tr><th {_LEFT}>prompt</th>{head}{right}</tr></thead><tbody>{rows}</tbody></table>")
 
 
 def _sample(sample: Sample, expected: bool) -> str:

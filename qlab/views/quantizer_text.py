@@ -11,6 +11,7 @@ import math
 from qlab.core.budget import size_text
 from qlab.core.panel import PanelState
 from qlab.core.report import LayerError, QuantReport, report_of
+from qlab.core.wide import wide
 from qlab.views.quantizer import ESM, payload
 from qlab.views.wire import document
 
@@ -45,14 +46,16 @@ def html(state: PanelState) -> str:
     measure = "predicted ΔKL" if predicted else "weight error (which does not rank layers by their effect on the output)"
     skipped = "".join(f"<li>{_html.escape(x.path)}: {_html.escape(x.note)}, {size_text(x.nbytes)}</li>" for x in report.skipped)
     left_out = f"<details><summary>{len(report.skipped)} layers cannot be quantized</summary><ul>{skipped}</ul></details>"
+    table = (
+        f"<table><thead><tr><th>worst {len(worst)} of {len(report.layers)} layers by {measure}</th><th>stored as</th>"
+        f"<th>weight error</th><th>SQNR</th><th>ΔKL, nats/token</th><th>size</th><th></th></tr></thead>"
+        f"<tbody>{rows}</tbody></table>"
+    )
     return (
         f"<div><p><b>{_html.escape(state.spec.name)}</b> · {_html.escape(state.plan.default.label)} · "
         f"<b>{report.bits_per_weight:.2f}</b> bits/weight · {size_text(report.nbytes_before)} → "
         f"<b>{size_text(report.nbytes)}</b> ({report.nbytes_before / report.nbytes:.2f}× smaller)"
-        f"{_kl_text(report)}</p>"
-        f"<table><thead><tr><th>worst {len(worst)} of {len(report.layers)} layers by {measure}</th><th>stored as</th>"
-        f"<th>weight error</th><th>SQNR</th><th>ΔKL, nats/token</th><th>size</th><th></th></tr></thead>"
-        f"<tbody>{rows}</tbody></table>{left_out if skipped else ''}<pre>{_html.escape(state.code)}</pre></div>"
+        f"{_kl_text(report)}</p>{wide(table)}{left_out if skipped else ''}<pre>{_html.escape(state.code)}</pre></div>"
     )
 
 

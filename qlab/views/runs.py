@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html as _html
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,16 +12,14 @@ import numpy as np
 
 from qlab.core.budget import size_text
 from qlab.core.run import RunReport, StepEvent
+from qlab.core.wide import wide
 from qlab.errors import ConfigError
 from qlab.views import run_words as words
 from qlab.views.chart import DASHES, PALETTE, Line, image
 from qlab.views.curve import LOSS, SMOOTH, VAL, Curve
 
 _POINTS = 300  # of each curve: pictures are saved with the notebook
-_HEAD = (
-    "", "model", "storage", "adapter", "status", "steps", "loss", "best validation", "tokens/s", "predicted peak",
-    "measured peak",
-)  # fmt: skip
+_HEAD = ("run", "storage", "adapter", "steps", "loss", "best validation", "tokens/s", "peak (predicted)")
 
 
 @dataclass(frozen=True)
@@ -93,12 +92,14 @@ class Runs:
         head = "".join(f"<th style='text-align:left'>{_html.escape(name)}</th>" for name in _HEAD)
         rows = []
         for n, cells in enumerate(self._cells()):
-            swatch = f"<b style='color:{PALETTE[n % len(PALETTE)]}'>{_html.escape(cells[0])}</b>"
-            shown = "".join(f"<td style='text-align:left'>{_html.escape(cell)}</td>" for cell in cells[1:])
+            number, model = cells[0].split(" ", 1)
+            swatch = f"<b style='color:{PALETTE[n % len(PALETTE)]}'>{number}</b> {_html.escape(model)}"
+            shown = "".join(f"<td style='text-align:left'>{_unbroken(cell)}</td>" for cell in cells[1:])
             rows.append(
                 f"<tr title='{_html.escape(self.reports[n].path)}'><td style='text-align:left'>{swatch}</td>{shown}</tr>"
             )
-        return f"<div>{self._picture()}<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        return f"<div>{self._picture()}{wide(table)}</div>"
 
     def _labels(self) -> list[str]:
         """Name runs by number and by what tells them apart."""
@@ -117,14 +118,13 @@ class Runs:
         rows = []
         for n, (name, report) in enumerate(self._named()):
             star = " ★" if n == self.best and len(self) > 1 else ""
-            status = f"{words.ICONS.get(report.status, '○')} {report.status}"
+            steps = f"{words.count_text(report.steps)} of {words.count_text(report.iters)}"
             rows.append(
                 (
-                    name, report.model, report.storage, report.adapter, status,
-                    f"{words.count_text(report.steps)} of {words.count_text(report.iters)}", words.loss_text(report.loss),
+                    f"{name} {report.model}", report.storage, report.adapter,
+                    f"{words.ICONS.get(report.status, '○')} {report.status}, {steps}", words.loss_text(report.loss),
                     words.best_text(report) + star, words.speed_text(report.tokens_per_second).replace(" tokens/s", ""),
-                    size_text(report.predicted_nbytes) if report.predicted_nbytes else words.NOTHING,
-                    size_text(report.peak_nbytes) if report.peak_nbytes else words.NOTHING,
+                    f"{_size(report.peak_nbytes)} ({_size(report.predicted_nbytes)})",
                 )
             )  # fmt: skip
         return rows
@@ -143,6 +143,16 @@ class Runs:
         if not lines:
             return ""
         return image(tuple(lines), "step", "loss, nats per target token; line: training, smoothed; ◇: validation", height=320)
+
+
+def _size(nbytes: int) -> str:
+    return size_text(nbytes) if nbytes else words.NOTHING
+
+
+def _unbroken(cell: str) -> str:
+    """Escape a cell; one of two parts is broken between them if the page is narrow."""
+    parts = re.split(r"(?<=,) | (?=\()", _html.escape(cell))
+    return " ".join(f"<span style='white-space:nowrap'>{part}</span>" for part in parts) if len(parts) > 1 else parts[0]
 
 
 def _rows(history: tuple[StepEvent, ...], limit: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import html as _html
 import numpy as np
 
 from qlab.core.run import RunState, StepEvent
+from qlab.core.wide import wide
 from qlab.views import run_words as words
 from qlab.views.chart import PALETTE, Line, image
 from qlab.views.curve import LOSS, SMOOTH, VAL, Curve
@@ -79,9 +80,8 @@ def _voices(state: RunState) -> str:
         f"<td>{'' if first == last else f'step {last[0]}: {_html.escape(last[1])}'}</td></tr>"
         for prompt, first, last in voices
     )
-    return (
-        f"<table><thead><tr><th>prompt</th><th>first answer</th><th>answer now</th></tr></thead><tbody>{rows}</tbody></table>"
-    )
+    head = "<tr><th>prompt</th><th>first answer</th><th>answer now</th></tr>"
+    return wide(f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>")
 
 
 def page(state: RunState) -> str:

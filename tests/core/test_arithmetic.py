@@ -42,7 +42,7 @@ def test_allocation_is_near_the_best_of_all_and_within_the_budget():
         nbytes = np.sort(rng.integers(1, 50, (4, 6)), axis=0).astype(float)
         cost = np.sort(rng.lognormal(0, 2, (4, 6)), axis=0)[::-1]
         budget = rng.uniform(nbytes[0].sum(), nbytes[-1].sum())
-        option = allocate(cost, nbytes, budget)
+        option = allocate(cost, nbytes, 8, budget)
         columns = np.arange(6)
         assert nbytes[option, columns].sum() <= budget
         best = min(
@@ -57,9 +57,12 @@ def test_allocation_is_near_the_best_of_all_and_within_the_budget():
 def test_allocation_leaves_out_what_is_not_known_and_refuses_the_impossible():
     cost = np.array([[1.0, np.nan], [0.5, 0.1]])
     nbytes = np.array([[1.0, 1.0], [2.0, 2.0]])
-    assert list(allocate(cost, nbytes, 3)) == [0, 1]
+    assert list(allocate(cost, nbytes, 8, 3)) == [0, 1]
     with pytest.raises(ConfigError, match="below the smallest"):
-        allocate(cost, nbytes, 2)
+        allocate(cost, nbytes, 8, 2)
+    for wrong in ("4", None, True, float("nan"), 0):
+        with pytest.raises(ConfigError, match="bits_per_weight=.* is not legal"):
+            allocate(cost, nbytes, 8, wrong)
 
 
 def test_plan_drops_an_override_that_equals_the_default_and_is_a_value():

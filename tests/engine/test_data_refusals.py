@@ -105,13 +105,13 @@ def test_data_is_refused(demo, name):
 FILES = {
     "empty.jsonl": (b"", "empty.jsonl is empty"),
     "empty.txt": (b"  \n", "empty.txt is empty"),
-    "broken.jsonl": (b'{"text": "a"}\n{"text": \n\n{x}\n', "2 lines of broken.jsonl are not JSON:\n- line 2: "),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n\n{x}\n', "2 of 3 rows cannot be used:\n- row 1: line 2 of broken.jsonl is not JSON: Expecting value at column 10\n- row 2: line 4 "),
     "broken.json": (b'[{"text": "a"}', "broken.json is not JSON"),
     "lines.json": (b'{"text": "a"}\n{"text": "b"}\n', "It holds several rows, one a line: name it .jsonl"),
     "scalar.json": (b'"text"', "scalar.json holds a str; it must hold a list of rows"),
     "latin1.jsonl": ('{"text": "é"}'.encode("latin-1"), "latin1.jsonl is not UTF-8 text: byte 10 is 0xe9"),
-    "ragged.csv": (b"prompt,completion\na,b\nc\n", "ragged.csv cannot be read:\n- line 3: it has not as many cells"),
-    "quotes.csv": (b'text\n"a"b\n', "quotes.csv cannot be read"),
+    "ragged.csv": (b"prompt,completion\na,b\nc\n", "- row 1: line 3 of ragged.csv has not as many cells as the 2 columns"),
+    "quotes.csv": (b'text\n"a"b\n', "line 2 of quotes.csv cannot be read"),
     "broken.parquet": (b"PAR1 no", "broken.parquet is not a Parquet file"),
     "rows.xlsx": (b"x", "rows.xlsx is not read here; give a file of one of the kinds .jsonl"),
 }  # fmt: skip
@@ -156,6 +156,26 @@ def test_all_faults_are_told_at_once_and_the_list_stays_short(demo):
     assert lines[20].startswith("- row 19: ") and "tex19" in lines[20]
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_lines_that_cannot_be_read_are_told_with_all_other_faults(demo, tmp_path, name):
+    jsonl = '{"text": 1}\n{"text"\n{"txt": "a"}\n\n{"text": "fine"}\nnull\n'
+    (tmp_path / name).write_text({"rows.jsonl": jsonl, "rows.csv": "txt,prompt\na,\na\n,\nc,b\n"}[name])
+    told = {
+        "rows.jsonl": [
+            "4 of 5",
+            "row 0: 'text' is an int",
+            "row 1: line 2 of",
+            "row 2: it has 'txt'",
+            "row 4: it is nothing, not a dict",
+        ],
+        "rows.csv": ["4 of 4", "rows 0, 2, 3: 'completion' is missing", "row 1: line 3 of"],
+    }[name]
+    with pytest.raises(DataError) as error:
+        read(tmp_path / name, demo.tokenizer, TrainConfig())
+    assert [words for words in told if words not in str(error.value)] == []
+    assert len(str(error.value).splitlines()) == len(told)
+
+
 def test_what_is_wrong_with_many_rows_is_said_once(demo):
     rows = [{"text": i} for i in range(50)]
     with pytest.raises(DataError) as error:
@@ -177,11 +197,9 @@ def test_a_source_that_fails_says_at_which_row(demo):
 
 
 def test_a_token_that_the_model_does_not_know_is_refused_with_its_row(demo):
-    with pytest.raises(
-        DataError, match=r"1 of 3 rows cannot be used:\n- row 1: token \d+ is none of the model's 300 \(0 to 299\)"
-    ):
+    with pytest.raises(DataError, match=r"1 of 3 rows cannot be used:\n- row 1: token \d+ is none of the model's, 0 to 299"):
         read(["a b", {"text": "fine"}, "a b"], demo.tokenizer, TrainConfig(), 300)
-    with pytest.raises(DataError, match=r"The text cannot be used: token \d+ is none of the model's 3 \(0 to 2\)"):
+    with pytest.raises(DataError, match=r"The text cannot be used: token \d+ is none of the model's, 0 to 2;"):
         read("Some running text, in which every token is far too high.", demo.tokenizer, TrainConfig(), 3)
     rows = read(["fine"], demo.tokenizer, TrainConfig(), demo.spec.vocabulary)
     assert read(rows, demo.tokenizer, TrainConfig(), demo.spec.vocabulary) is rows

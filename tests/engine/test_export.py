@@ -113,6 +113,10 @@ def test_failed_save_leaves_what_was_there(demo, tmp_path, monkeypatch):
         demo.save(target)
     assert sorted((p.name, p.stat().st_mtime_ns) for p in target.iterdir()) == before
     assert os.listdir(tmp_path) == ["m"]
+    (target / "thesis.tex").write_text("all there is")
+    with pytest.raises(SaveError, match=r"holds other files too \(thesis.tex\); give the name of a new folder"):
+        demo.save(target)
+    assert (target / "thesis.tex").read_text() == "all there is"
     (tmp_path / "file").write_text("x")
     with pytest.raises(SaveError, match="is a file"):
         demo.save(tmp_path / "file")

@@ -1,7 +1,8 @@
-"""Every notebook runs from top to bottom, and none is committed with widget state."""
+"""Every notebook runs from top to bottom and leaves nothing to commit, and none is committed with widget state."""
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import nbformat
@@ -28,6 +29,9 @@ def test_notebook_runs(path, tmp_path):
     )
     client.execute()
     assert not [out for cell in notebook.cells for out in cell.get("outputs", ()) if out.get("name") == "stderr"]
+    ignored = (FOLDER.parent / ".gitignore").read_text().splitlines()
+    left = [f"{made.name}/" if made.is_dir() else made.name for made in tmp_path.iterdir()]
+    assert not [name for name in left if not any(fnmatchcase(name, x) or fnmatchcase(f"notebooks/{name}", x) for x in ignored)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

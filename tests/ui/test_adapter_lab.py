@@ -39,7 +39,7 @@ def printed(page, text: str) -> None:
     )
 
 
-def test_rank_targets_start_and_quantizer(notebook):
+def test_rank_targets_start_quantizer_and_a_narrow_page(notebook):
     page = notebook(
         "adapter",
         [OPEN, "print(a.rank, a.keys)", "a.rank = 4", "q.bits = 2", "a.init = 'qera'\nprint(len(a.parameters), a.init)",
@@ -49,6 +49,12 @@ def test_rank_targets_start_and_quantizer(notebook):
     run_cell(page, 0)
     wait_until_measured(page)
     shot(page, "adapter_light")
+    page.set_viewport_size({"width": 760, "height": 950})
+    shot(page, "adapter_narrow")
+    assert page.evaluate(
+        "(e => e.scrollWidth <= e.clientWidth + 1 && e.clientWidth < 700)(document.querySelector('.qlab-adapter'))"
+    )
+    page.set_viewport_size({"width": 1100, "height": 950})
     code = page.locator(".qlab-adapter .qlab-code pre").first
     before = heights(page)
     slider = page.locator(".qlab-adapter .qlab-rank").first
@@ -85,13 +91,3 @@ def test_rank_targets_start_and_quantizer(notebook):
     expect(code).to_contain_text('init="qera"')
     assert not page.locator(".qlab-stale").count()
     assert page.foreign == [] and page.errors == []
-
-
-def test_narrow(notebook):
-    page = notebook("adapter_narrow", [OPEN], width=760)
-    page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
-    run_cell(page, 0)
-    wait_until_measured(page)
-    shot(page, "adapter_narrow")
-    assert page.evaluate("(e => e.scrollWidth <= e.clientWidth + 1)(document.querySelector('.qlab-adapter'))")
-    assert page.errors == []

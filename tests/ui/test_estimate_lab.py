@@ -10,7 +10,8 @@ from tests.ui.conftest import KERNEL, SHOTS, run_cell
 
 expect.set_options(timeout=60_000)
 CLEAN = "import os, tempfile\nos.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp()\n"  # bands as where nothing was measured yet
-OPEN = CLEAN + "import qlab\nmodel = qlab.load('demo')\nq = qlab.Quantizer(model)\nq.close()\nest = qlab.estimate(q)\nest"
+OPEN = CLEAN + "import qlab\nmodel = qlab.load('demo')\nq = qlab.Quantizer(model)\nq.close()\n"
+OPEN += "est = qlab.estimate(q, train=qlab.TrainConfig(max_seq_length=128))\nest"
 LLAMA = f"""{CLEAN}import qlab
 config = dict(model_type="llama", hidden_size=8192, num_hidden_layers=80, intermediate_size=28672, num_attention_heads=64,
     num_key_value_heads=8, rms_norm_eps=1e-5, vocab_size=32000, tie_word_embeddings=False, max_position_embeddings=4096,

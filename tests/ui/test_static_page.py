@@ -10,7 +10,9 @@ import pytest
 import qlab
 from qlab.core.code import code_line
 from qlab.core.config import QuantConfig, QuantPlan
+from qlab.views.judged import Judged
 from qlab.views.quantizer_text import page as page_of
+from tests.views.test_runs import judged, runs
 
 PATH = "model.layers.0.mlp.down_proj"
 HEIGHTS = "[...document.querySelectorAll('.qlab-bar')].map(r => +r.getAttribute('height'))"
@@ -46,6 +48,26 @@ def opened(chromium, tmp_path, state):
     yield open_
     for context in contexts:
         context.close()
+
+
+TABLES = {
+    "runs": runs,
+    "estimates": lambda: qlab.estimate("demo", [None, QuantConfig()]),
+    "preview of a fuse": lambda: qlab.Adapter(qlab.load("demo"), rank=1, num_layers=1).preview(),
+    "judgement": lambda: Judged(judged()),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_wide_table_scrolls_within_itself_and_leaves_a_narrow_page_as_it_is(name, chromium):
+    shown = TABLES[name]()
+    page = chromium.new_page(viewport={"width": 320, "height": 700})
+    page.set_content(f"<style>body {{ margin: 0 }} td, th {{ padding: 6px }}</style>{shown._repr_html_()}")
+    page.evaluate("document.querySelectorAll('img').forEach(e => e.remove())")  # JupyterLab makes them as narrow as the page
+    widest = page.evaluate("Math.max(...[...document.querySelectorAll('table')].map(e => e.offsetWidth))")
+    assert widest > 320  # else it proves nothing
+    assert page.evaluate("document.documentElement.scrollWidth") == 320
+    page.close()
 
 
 def code_of(page) -> str:

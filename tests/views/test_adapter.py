@@ -42,7 +42,7 @@ def found(path: str) -> Recovery:
 
 def state(**changes) -> AdapterState:
     recoveries = {layer.path: found(layer.path) for layer in SPEC.layers[1:]}
-    return replace(AdapterState(SPEC, LoRAConfig(rank=8), "affine 4-bit g64", KINDS, recoveries, source="q"), **changes)
+    return replace(AdapterState(SPEC, LoRAConfig(rank=8), "affine 4-bit g64", recoveries, source="q", kinds=KINDS), **changes)
 
 
 def test_panel_is_small_and_loads_nothing_from_the_network():
