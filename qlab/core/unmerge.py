@@ -5,7 +5,6 @@ Follows how MLX 0.32 builds a graph (``mlx/ops.cpp``, ``mlx/transforms.cpp``). K
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 from qlab.core.graph import Array, Graph, Node
@@ -24,40 +23,6 @@ def unmerged(graph: Graph, loss: int | None = None) -> Graph:
         loss: id of the array that gradients start from: the way forward is what it follows from. None if there is no way back.
     """
     return _Unmerging(graph, loss).run()
-
-
-def with_adapters(graph: Graph) -> Graph:
-    """Return a graph whose adapted products have a gradient of their own (``engine/linear.adapted_product``).
-
-    - Two products that were added up, the gradients by what a layer read, become one that adds the smaller on its way.
-    - A large product that adds a small one is followed by what such a function puts behind it.
-
-    Args:
-        graph: as it was read, the gradients made by differentiation.
-    """
-    makers = {node.outputs[0]: node for node in graph.nodes if node.name == "Matmul"}
-    readers = Counter(a for node in graph.nodes for a in node.inputs) + Counter(graph.outputs)
-    nodes: list[Node] = []
-    merged: set[int] = set()
-    for node in graph.nodes:
-        parts = [makers[a] for a in node.inputs if a in makers and readers[a] == 1]
-        if node.name == "Add" and len(parts) == 2:
-            small, large = sorted(parts, key=lambda part: graph.arrays[part.inputs[0]].shape[-1])
-            merged.add(large.outputs[0])
-            nodes.append(Node("AddMM", (*large.inputs, *small.outputs), node.outputs))
-        elif node.name == "AddMM" and node.inputs[2] in makers:
-            outer = makers[node.inputs[2]]
-            inner = makers[outer.inputs[0]]
-            plain, cut = (graph.add(graph.arrays[node.outputs[0]]) for _ in range(2))
-            nodes += [replace(node, outputs=(plain,)), Node("StopGradient", (plain,), (cut,))]
-            nodes.append(Node("CustomTransforms", (node.inputs[0], inner.inputs[1], outer.inputs[1], cut), node.outputs))
-        else:
-            nodes.append(node)
-    made = Graph()  # without the arrays that nobody makes any more
-    made.inputs = [made.add(graph.arrays[a]) for a in graph.inputs]
-    left = replace(graph, nodes=[node for node in nodes if node.outputs[0] not in merged])
-    made.outputs = made.then(left, made.inputs, {})
-    return made
 
 
 class _Unmerging:

@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from qlab.core import low_rank
 from qlab.core.graph import Array, Graph, Node
-from qlab.core.unmerge import with_adapters
+from qlab.core.handwritten import MARK, handwritten
 from qlab.engine import activation, linear
 from qlab.errors import UnsupportedError
 
@@ -35,7 +35,7 @@ def read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], rol
         try:
             with _stand_ins(replaced):
                 graph = _read(fun, arrays, roles)
-            return with_adapters(graph) if "CustomTransforms" in replaced else graph
+            return handwritten(graph) if "CustomTransforms" in replaced else graph
         except UnsupportedError as error:
             found = {name for name in _STAND_INS if name in str(error)} - replaced
             if not found:
@@ -79,15 +79,16 @@ def _routed(x: mx.array, weights: mx.array, indices: mx.array, sorted_indices: b
 def _adapted(
     layer: nn.Module, x: mx.array, first: mx.array, second: mx.array, scale: float, shared: mx.array | None, keep: bool
 ) -> mx.array:
-    """The same without a gradient of its own; ``with_adapters`` makes of its graph what it would have been with it."""
+    """The same without a gradient of its own; ``handwritten`` makes of its graph what it would have been with it."""
     weight = linear.weight_of(layer, x.dtype) if shared is None else shared
     rows = x.reshape(-1, x.shape[-1])
     return mx.addmm((rows @ first) @ second, rows, weight.T).reshape(*x.shape[:-1], second.shape[-1])
 
 
 def _gated(gate: mx.array, x: mx.array) -> mx.array:
-    """A product keeps both, and makes an array for the output and one for each gradient."""
-    return gate * x
+    """A product keeps both and makes an array for the output and one for each gradient; see ``handwritten``."""
+    shape = (1,) * (MARK - gate.ndim) + gate.shape
+    return (gate.reshape(shape) * x.reshape(shape)).reshape(gate.shape)
 
 
 # functions that need the same arrays as those whose operation cannot be read, by the operation
