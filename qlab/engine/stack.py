@@ -6,8 +6,10 @@ The model's own forward pass is run with its blocks replaced by stand-ins, so ma
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -52,6 +54,8 @@ class Stack:
         self.path = _path(module)
         self.blocks_held: Any = module_at(module, self.path)
         self.blocks: list[nn.Module] = list(self.blocks_held)
+        for block in self.blocks:
+            block.__class__ = _without_checkpoints(type(block), type(block).__call__)
 
     def before(self, tokens: mx.array, segments: mx.array | None = None) -> tuple[mx.array, list[tuple[tuple, dict]]]:
         """Return the first block's input, and the other arguments of every block.
@@ -130,6 +134,18 @@ class Stack:
             yield self.module
         finally:
             put_module(self.module, self.path, self.blocks)  # type: ignore
+
+
+@cache
+def _without_checkpoints(kind: type, call: Callable[..., Any]) -> type:
+    """Return a class of blocks as it was before mlx-lm's ``grad_checkpoint`` changed it, for the rest of the process.
+
+    Its function leaves arrays of a trace behind in the block; here a step knows itself what it computes again.
+    """
+    original = call
+    while getattr(original, "__module__", "") == "mlx_lm.tuner.trainer":
+        original = inspect.getclosurevars(original).nonlocals["fn"]
+    return kind if original is call else type(kind.__name__, (kind,), {"__call__": original, "__module__": kind.__module__})
 
 
 def run(module: nn.Module, tokens: mx.array, segments: mx.array | None) -> mx.array:

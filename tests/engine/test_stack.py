@@ -7,7 +7,9 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine.stack import Stack
+from qlab.engine.step import Compute, attach, make_step
 from qlab.engine.surgery import module_at
 from qlab.errors import UnsupportedError
 from tests.tiny import ARCHITECTURES, on_mlx, tiny
@@ -148,3 +150,30 @@ def test_blocks_that_are_not_called_once_each_with_one_hidden_state_are_refused(
     with pytest.raises(UnsupportedError, match=match):
         stack.before(mx.array([[1, 2, 3]]))
     assert all(a is b for a, b in zip(blocks(stack), stack.blocks, strict=True))
+
+
+@on_mlx
+def test_blocks_whose_class_mlx_lm_has_changed_for_checkpoints_are_stepped_through_all_the_same():
+    from mlx_lm.models.llama import TransformerBlock
+    from mlx_lm.tuner.trainer import grad_checkpoint
+
+    module, spec = tiny()
+    train = TrainConfig(batch_size=2, max_seq_length=11, grad_checkpoint=True)
+
+    def grads():
+        mx.random.seed(5)
+        step = make_step(attach(module, spec, LoRAConfig(rank=2), Compute(None, False), True), train)
+        found = step(step.parameters, tokens(), mx.ones((2, 11), mx.int32))
+        assert step.how == "stepped" and len({type(block) for block in step._stack.blocks}) == 1
+        mx.eval(found)
+        return found
+
+    expected, plain = grads(), TransformerBlock.__call__
+    try:
+        grad_checkpoint(module.layers[0])
+        found = grads()
+        assert type(module.layers[0]) is TransformerBlock and TransformerBlock.__call__ is not plain  # mlx-lm's is left
+    finally:
+        TransformerBlock.__call__ = plain
+    assert found.loss.item() == expected.loss.item()
+    assert all(mx.array_equal(found.grads[path], expected.grads[path]) for path in expected.grads)
