@@ -2,7 +2,8 @@
 
 Out of MLX's operations a look-up writes and reads a float32 array of the weight's size on its way, and MLX's own kernel for
 affine codes on CUDA writes two weights a thread, a quarter of what the memory could take. A kernel is used only if its
-numbers are those of MLX's operations, bit for bit. Knows no scheme and no model.
+numbers are those of MLX's operations, bit for bit. On a CPU codes that do not divide a byte are looked up. Knows no scheme and
+no model.
 """
 
 from __future__ import annotations
@@ -142,7 +143,33 @@ def lookup(table: np.ndarray) -> Unpack:
 
 def _affine(codes: mx.array, arrays: Sequence[mx.array], bits: int, group_size: int, dtype: mx.Dtype) -> mx.array:
     scales, biases = arrays
-    return mx.dequantize(codes, scales, biases, group_size, bits, dtype=dtype)
+    if bits not in _AT_ONCE or mx.default_device() != mx.cpu:
+        return mx.dequantize(codes, scales, biases, group_size, bits, dtype=dtype)
+    values = _looked_up(codes, bits).astype(dtype).reshape(*codes.shape[:-1], -1, group_size)
+    return (values * scales[..., None] + biases[..., None]).reshape(*codes.shape[:-1], -1)
+
+
+_AT_ONCE = {3: 4, 5: 2, 6: 2}  # codes looked up at once, of bits that do not divide a byte
+
+
+def _looked_up(codes: mx.array, bits: int) -> mx.array:
+    """Return such codes as float32 numbers. MLX's CPU goes bit by bit: five times as slow, in three times the memory."""
+    width = bits * _AT_ONCE[bits]
+    count = 5 if bits == 5 else 3  # bytes after which codes begin with a byte again
+    parts = codes.view(mx.uint8).reshape(*codes.shape[:-1], -1, count).astype(mx.uint16)
+    found = []
+    for at in range(0, 8 * count, width):
+        low, high = parts[..., at // 8] >> at % 8, parts[..., at // 8 + 1] & (2 ** (width + at % 8 - 8) - 1)
+        found.append(low | high << (8 - at % 8))
+    return mx.take(mx.array(_numbers(bits)), mx.stack(found, -1), axis=0).view(mx.float32).reshape(*codes.shape[:-1], -1)
+
+
+@cache
+def _numbers(bits: int) -> np.ndarray:
+    """Every run of codes that is looked up at once, as numbers: one uint64 holds two of them."""
+    count = _AT_ONCE[bits]
+    runs = np.arange(2 ** (bits * count))[:, None] >> bits * np.arange(count) & (2**bits - 1)
+    return np.squeeze(runs.astype(np.float32).view(np.uint64))
 
 
 affine = Unpack(

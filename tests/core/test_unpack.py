@@ -57,6 +57,16 @@ def test_both_ways_of_affine_codes_give_the_same_numbers_and_odd_bits_go_mlxs_wa
     assert len(calls) == (bits != 3)
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize("bits", [3, 5, 6])
+@pytest.mark.parametrize("shape", [(6, 256), (3, 5, 96), (7, 32)], ids=str)
+@on_mlx
+def test_codes_that_do_not_divide_a_byte_are_mlxs_numbers_bit_for_bit(shape, bits, dtype):
+    codes, *arrays = mx.quantize(mx.random.normal(shape).astype(dtype), 32, bits)
+    found = affine(codes, arrays, bits, 32, dtype)
+    assert found.dtype == dtype and mx.array_equal(found, mx.dequantize(codes, *arrays, 32, bits))
+
+
 @pytest.mark.parametrize("way", [affine, lookup(TABLE)], ids=lambda way: way.name)
 @on_mlx
 def test_a_kernel_is_used_only_if_its_numbers_are_right(way):
