@@ -248,10 +248,8 @@ def weight_of(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
         return layer.weight if dtype is None else layer.weight.astype(dtype)
     own = layer.scales.dtype if mx.issubdtype(layer.scales.dtype, mx.floating) else mx.bfloat16
     dtype, biases = dtype or own, layer.get("biases")
-    if layer.mode == "affine" and dtype in (
-        own,
-        mx.float32,
-    ):  # products with the codes do not round to the scales' dtype either
+    # in float32 nothing is rounded to the scales' dtype on the way, as in MLX's products with codes
+    if layer.mode == "affine" and dtype in (own, mx.float32):
         arrays = [array.astype(dtype) for array in (layer.scales, biases)]
         return affine(layer.weight, arrays, layer.bits, layer.group_size, dtype)
     return mx.dequantize(layer.weight, layer.scales, biases, layer.group_size, layer.bits, layer.mode, dtype=dtype)
