@@ -67,7 +67,7 @@ def test_a_kernel_is_used_only_if_its_numbers_are_right(way):
     assert way.agrees(right, 4, mx.float32)
     assert not way.agrees(kernel(wrong=1.001), 4, mx.float32)
     assert not way.agrees(broken, 4, mx.float32)
-    assert unpack.kernel_of(way, 4, mx.float32, mx.cpu) is None
+    assert unpack.kernel_of(way, 4, mx.float32, False) is None
 
 
 @on_mlx
@@ -76,8 +76,8 @@ def test_the_kernel_for_metal_is_one_function_of_its_three_inputs(monkeypatch):
     made = []
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(unpack.Unpack, "agrees", lambda *_: True)
-    assert unpack.kernel_of.__wrapped__(affine, 4, mx.bfloat16, mx.gpu) is None  # MLX's own serves there
-    fused = unpack.kernel_of.__wrapped__(lookup(TABLE), 4, mx.bfloat16, mx.gpu)
+    assert unpack.kernel_of.__wrapped__(affine, 4, mx.bfloat16, True) is None  # MLX's own serves there
+    fused = unpack.kernel_of.__wrapped__(lookup(TABLE), 4, mx.bfloat16, True)
     monkeypatch.undo()
     monkeypatch.setattr(unpack, "kernel_of", lambda *_: fused)
     run = lambda codes, scales: lookup(TABLE)(codes, [scales], 4, 64, mx.bfloat16)  # noqa: E731
