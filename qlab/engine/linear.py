@@ -248,8 +248,8 @@ def weight_of(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
         return layer.weight if dtype is None else layer.weight.astype(dtype)
     own = layer.scales.dtype if mx.issubdtype(layer.scales.dtype, mx.floating) else mx.bfloat16
     dtype, biases = dtype or own, layer.get("biases")
-    if layer.mode == "affine" and dtype == own:
-        return affine(layer.weight, [layer.scales, biases], layer.bits, layer.group_size, dtype)
+    if layer.mode == "affine" and dtype in (own, mx.float32):  # MLX would round to the scales' dtype on the way to float32
+        return affine(layer.weight, [layer.scales.astype(dtype), biases.astype(dtype)], layer.bits, layer.group_size, dtype)
     return mx.dequantize(layer.weight, layer.scales, biases, layer.group_size, layer.bits, layer.mode, dtype=dtype)
 
 
