@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import permutations
 
 from qlab.core.graph import Graph, Node
 
@@ -38,13 +39,16 @@ def _adapted(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
     """Products that stand for an adapted layer's."""
     nodes = list(nodes)
     makers = {node.outputs[0]: node for node in nodes if node.name == "Matmul"}
+    thin = {a: node.inputs[0] for a, node in makers.items()}
     readers = Counter(a for node in nodes for a in node.inputs) + Counter(graph.outputs)
     made: list[Node] = []
     merged: set[int] = set()
     for node in nodes:
-        parts = [makers[a] for a in node.inputs if a in makers and readers[a] == 1]
-        if node.name == "Add" and len(parts) == 2:
-            small, large = sorted(parts, key=lambda part: graph.arrays[part.inputs[0]].shape[-1])
+        parts = [makers[a] for a in node.inputs if a in makers and readers[a] == 1] if node.name == "Add" else []
+        # the smaller multiplies what was made thin of what the larger multiplies
+        pairs = [pair for pair in permutations(parts, 2) if thin.get(pair[0].inputs[0]) == pair[1].inputs[0]]
+        if pairs:
+            small, large = pairs[0]
             merged.add(large.outputs[0])
             made.append(Node("AddMM", (*large.inputs, *small.outputs), node.outputs))
         elif node.name == "AddMM" and node.inputs[2] in makers:

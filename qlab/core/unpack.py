@@ -72,7 +72,7 @@ class Unpack:
             group_size: weights that share a number, a multiple of 32.
             dtype: of what is returned, ``(…, in)``.
         """
-        kernel = kernel_of(self, bits, dtype) if codes.size and 32 % bits == 0 else None
+        kernel = kernel_of(self, bits, dtype, mx.default_device() == mx.gpu) if codes.size and 32 % bits == 0 else None
         if kernel is None:
             return self.plain(codes, arrays, bits, group_size, dtype)
         return self.fused(kernel, codes, arrays, bits, group_size, dtype)
@@ -104,9 +104,9 @@ class Unpack:
 
 
 @cache
-def kernel_of(unpack: Unpack, bits: int, dtype: mx.Dtype) -> Kernel | None:
-    """Return the kernel of this back end, if there is one and its numbers are right."""
-    if mx.default_device() == mx.cpu:
+def kernel_of(unpack: Unpack, bits: int, dtype: mx.Dtype, gpu: bool) -> Kernel | None:
+    """Return the kernel of MLX's default device, a GPU or not, if there is one and its numbers are right."""
+    if not gpu:
         return None
     name = "metal" if mx.metal.is_available() else "cuda"
     if name not in unpack.backends:

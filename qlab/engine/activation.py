@@ -27,7 +27,7 @@ def _back(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx
     gate, x = primals
     # the same gate, but as two arrays: what is read by both and by the way forward would be kept, and fused with none
     (one,), (two,) = mx.depends([gate], [cotangent]), mx.depends([gate], [cotangent, x])
-    return _by_gate(one, x, cotangent), _forward(two, cotangent)
+    return _by_gate(one, x, cotangent).astype(gate.dtype), _forward(two, cotangent).astype(x.dtype)
 
 
 @partial(mx.compile, shapeless=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from qlab.core.graph import Array, Node
 from qlab.core.handwritten import MARK, handwritten
 from tests.core.test_graph import graph
@@ -16,16 +18,17 @@ ADAPTED = [
 ]  # fmt: skip
 
 
-def adapted():
+def adapted(thin: int = 2):
     made = graph([8] * 13, ADAPTED, [7, 12], {0: "weights"})
     made.inputs = [0, 2, 3, 4]
-    for thin in (5, 9):
-        made.arrays[thin] = Array((1, 2), 4)
+    for inner in (5, 9):
+        made.arrays[inner] = Array((1, thin), 4)
     return made
 
 
-def test_gradients_by_the_input_of_an_adapted_product_are_added_within_the_larger_product():
-    found = handwritten(adapted())
+@pytest.mark.parametrize("thin", [2, 8, 9])
+def test_gradients_by_the_input_of_an_adapted_product_are_added_within_the_product_of_the_weight(thin):
+    found = handwritten(adapted(thin))
     assert names(found) == [
         "AsType", "Matmul", "Matmul", "AddMM", "StopGradient", "CustomTransforms", "Exp", "Matmul", "Matmul", "AddMM",
     ]  # fmt: skip
@@ -36,10 +39,11 @@ def test_gradients_by_the_input_of_an_adapted_product_are_added_within_the_large
 
 
 def test_a_sum_of_other_things_stays_a_sum():
-    nodes = [Node("Matmul", (0, 1), (2,)), Node("Exp", (0,), (3,)), Node("Add", (2, 3), (4,))]
-    made = graph([8] * 5, nodes, [4])
-    made.inputs = [0, 1]
-    assert names(handwritten(made)) == ["Matmul", "Exp", "Add"]
+    for other in (Node("Exp", (0,), (3,)), Node("Matmul", (1, 1), (3,))):
+        nodes = [Node("Matmul", (0, 1), (2,)), other, Node("Add", (2, 3), (4,))]
+        made = graph([8] * 5, nodes, [4])
+        made.inputs = [0, 1]
+        assert names(handwritten(made)) == ["Matmul", other.name, "Add"]
 
 
 # gate 0, x 1 and slope 2; each as a marked array (3, 4, 5); 3 · 4 → 6 → h 7; 5 · 4 → 8 → by the gate 9; 5 · 3 → 10 → by x 11

@@ -77,18 +77,17 @@ def test_a_kernel_is_used_only_if_its_numbers_are_right(way):
     assert way.agrees(right, 4, mx.float32)
     assert not way.agrees(kernel(wrong=1.001), 4, mx.float32)
     assert not way.agrees(broken, 4, mx.float32)
-    assert unpack.kernel_of(way, 4, mx.float32) is None or mx.default_device() != mx.cpu
+    assert unpack.kernel_of(way, 4, mx.float32, False) is None
 
 
 @on_mlx
 def test_the_kernel_for_metal_is_one_function_of_its_three_inputs(monkeypatch):
     """There is no such device here: what MLX makes of the source is looked at instead."""
     made = []
-    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(unpack.Unpack, "agrees", lambda *_: True)
-    assert unpack.kernel_of.__wrapped__(affine, 4, mx.bfloat16) is None  # MLX's own serves there
-    fused = unpack.kernel_of.__wrapped__(lookup(TABLE), 4, mx.bfloat16)
+    assert unpack.kernel_of.__wrapped__(affine, 4, mx.bfloat16, True) is None  # MLX's own serves there
+    fused = unpack.kernel_of.__wrapped__(lookup(TABLE), 4, mx.bfloat16, True)
     monkeypatch.undo()
     monkeypatch.setattr(unpack, "kernel_of", lambda *_: fused)
     run = lambda codes, scales: lookup(TABLE)(codes, [scales], 4, 64, mx.bfloat16)  # noqa: E731
@@ -104,3 +103,16 @@ def test_the_kernel_for_metal_is_one_function_of_its_three_inputs(monkeypatch):
         "thread_position_in_grid",
     ):
         assert part in source, source
+
+
+@on_mlx
+def test_who_turns_to_another_device_is_not_served_by_the_kernel_of_the_one_before(monkeypatch):
+    way, on_gpu = lookup(TABLE), []
+    codes, scales = mx.zeros((4, 32), mx.uint32), mx.zeros((4, 4))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(unpack.Unpack, "agrees", lambda *_: True)
+    monkeypatch.setattr(unpack.Unpack, "fused", lambda *_: on_gpu.append(True))
+    for device, calls in ((mx.cpu, 0), (mx.gpu, 1), (mx.cpu, 1)):
+        monkeypatch.setattr(mx, "default_device", lambda device=device: mx.Device(device, 0))
+        way(codes, [scales], 4, 64, mx.float32)
+        assert len(on_gpu) == calls

@@ -33,6 +33,14 @@ def test_value_and_gradients_are_those_of_mlx_lms(dtype, compiled):
         assert mx.abs(found.astype(mx.float32) - wanted).max().item() < tolerance * mx.abs(wanted).max().item()
 
 
+@pytest.mark.parametrize("dtypes", [(mx.bfloat16, mx.float32), (mx.float32, mx.bfloat16)], ids=str)
+@on_mlx
+def test_each_gradient_has_the_dtype_of_what_it_belongs_to(dtypes):
+    gate, x, _ = (array.astype(dtype) for array, dtype in zip(given(), (*dtypes, mx.float32), strict=True))
+    (y,), slopes = mx.vjp(swiglu, [gate, x], [given()[2]])
+    assert (y.dtype, *(slope.dtype for slope in slopes)) == (mx.float32, *dtypes)
+
+
 @on_mlx
 def test_models_call_it_within_and_mlx_lms_own_again_behind_also_after_an_error():
     from mlx_lm.models import llama

@@ -55,7 +55,7 @@ def test_every_architecture_has_an_estimate(name, checkpoint):
     length = 20 if name == "mamba" else 96  # its steps grow with the length
     setup = Setup(None, LoRAConfig(rank=4), TrainConfig(**{**TRAIN, "max_seq_length": length}, grad_checkpoint=checkpoint))
     one, two = (forecast.estimate(setup, MACHINE, level) for level in ("formula", "traced"))
-    assert two.level == "traced" and one.level in ("formula", "traced")
+    assert two.level == "traced" and one.level == ("traced" if name == "mamba" else "formula")
     assert (one.level == "formula") == (not one.notes)
     assert one.total_nbytes == pytest.approx(two.total_nbytes, rel=0.12)
     assert one.exact_nbytes == two.exact_nbytes == sum(forecast.inputs(setup).values())

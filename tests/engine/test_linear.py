@@ -44,6 +44,20 @@ def far(found: mx.array, expected: mx.array) -> float:
     return (mx.abs(found.astype(mx.float32) - expected).max() / mx.abs(expected).max()).item()
 
 
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize("storage", STORAGES[1:], ids=label)
+@on_mlx
+def test_a_weight_stored_from_16_bits_is_not_rounded_to_them_on_its_way_to_float32(storage, dtype):
+    weight = mx.random.normal((OUT, WIDTH), key=mx.random.key(3)).astype(dtype)
+    plain = nn.Linear(WIDTH, OUT, bias=False)
+    plain.weight = weight
+    layer = quantized_layer(plain, "x", storage, "rtn", None)
+    wanted = storage.scheme.dequantize(storage.scheme.quantize(weight, storage), storage, mx.float32)
+    assert mx.array_equal(linear.weight_of(layer, mx.float32), wanted)
+    x, _ = x_and_cotangent()
+    assert far(Frozen(layer, None, True)(x), Frozen(layer, None, False)(x)) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("storage", STORAGES, ids=label)
 @on_mlx
