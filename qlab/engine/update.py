@@ -39,7 +39,7 @@ class Gathered(NamedTuple):
     """A step's sums as the update takes them.
 
     Attributes:
-        grads: joined, in the dtype in which they came.
+        grads: as parameters are kept, in the dtype in which they came.
         norm: global norm of them, float32.
         loss: as in ``Sums``.
         count: as in ``Sums``.
@@ -130,8 +130,12 @@ class Update:
         return {name: made[name] for name in names}
 
     def _join(self, grads: Arrays) -> tuple[Arrays, mx.array]:
-        joined = self._layout.vectors(grads)
-        return joined, mx.sqrt(sum((total(vector, mx.square) for vector in joined.values()), mx.array(0.0)))
+        if self._whole:
+            grads = self._layout.vectors(grads)
+            squares = [total(vector, mx.square) for vector in grads.values()]
+        else:
+            squares = [mx.square(grad.astype(mx.float32)).sum() for grad in grads.values()]
+        return grads, mx.sqrt(sum(squares, mx.array(0.0)))
 
     def _apply(
         self, parameters: Arrays, state: Arrays, gathered: Gathered, learning_rate: mx.array
@@ -140,8 +144,7 @@ class Update:
         share = 1 / mx.maximum(count, 1)
         norm, loss = norm * share, loss * share
         factor = share * mx.minimum(self._most / mx.maximum(norm, 1e-12), 1) if self._most else share
-        slopes = grads if self._whole else self._layout.views(grads)
-        mean = {name: (slope.astype(mx.float32) * factor).astype(parameters[name].dtype) for name, slope in slopes.items()}
+        mean = {name: (grad.astype(mx.float32) * factor).astype(parameters[name].dtype) for name, grad in grads.items()}
         self._optimizer.state = tree_unflatten([*{**state, "learning_rate": learning_rate}.items()])
         pairs = self._optimizer.apply_gradients(tree_unflatten(list(mean.items())), tree_unflatten(list(parameters.items())))
         new, after = dict(tree_flatten(pairs)), dict(tree_flatten(self._optimizer.state))
