@@ -44,8 +44,9 @@ class _Unmerging:
             if node.inputs and plain and all(graph.arrays[a].size == 1 for a in sides) and asked.isdisjoint(node.outputs):
                 self.numbers.update(node.outputs)
         thin = {node.outputs[0]: node.inputs[0] for node in graph.nodes if node.name == "Matmul"}
-        self.inner = {thin.get(node.inputs[2]) for node in graph.nodes if node.name == "AddMM"}  # what adapters make of x
-        self.taken: set[int] = {a for a in self.inner if a is not None}
+        added = (node.inputs[2] for node in graph.nodes if node.name == "AddMM")
+        self.inner = {thin[a] for a in added if a in thin}  # what adapters make of x
+        self.taken = set(self.inner)
         self.products: dict[int, int] = {}  # what a product with a made weight was given, by what it gives
 
     def run(self) -> Graph:

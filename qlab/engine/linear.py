@@ -144,7 +144,7 @@ class Frozen(nn.Module):
 
     def worth(self, dtype: mx.Dtype) -> mx.array | None:
         """Return the dense weight, lazily, if products in ``dtype`` are to be made from one that is not stored so."""
-        if not self._dequantize or not is_quantized(self.layer) and self.layer.weight.dtype == dtype:
+        if not self._dequantize or is_stored_in(self.layer, dtype):
             return None
         return weight_of(self.layer, dtype)
 
@@ -170,7 +170,7 @@ def product(layer: nn.Module, x: mx.array) -> mx.array:
         layer: dense, one of MLX's quantized layers, or a packed one.
         x: ``(…, in)``; the product is made in its dtype.
     """
-    if not is_quantized(layer) and layer.weight.dtype == x.dtype:
+    if is_stored_in(layer, x.dtype):
         return x @ layer.weight.T
 
     @mx.custom_function
@@ -201,7 +201,7 @@ def adapted_product(
         shared: the dense weight, if there is one already.
         keep: whether the dense weight may live from forward to backward.
     """
-    if shared is None and (keep or not is_quantized(layer) and layer.weight.dtype == x.dtype):
+    if shared is None and (keep or is_stored_in(layer, x.dtype)):
         shared = weight_of(layer, x.dtype)
 
     def times(rows: mx.array, factor: mx.array) -> mx.array:
@@ -258,6 +258,11 @@ def weight_of(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
 def is_quantized(layer: nn.Module) -> bool:
     """Whether a layer's weight is stored in codes."""
     return isinstance(layer, Packed) or "scales" in layer
+
+
+def is_stored_in(layer: nn.Module, dtype: mx.Dtype) -> bool:
+    """Whether a layer's weight is there as numbers of this dtype, so that none need be made."""
+    return not is_quantized(layer) and layer.weight.dtype == dtype
 
 
 def dense_layer(layer: nn.Module, weight: mx.array) -> nn.Module:

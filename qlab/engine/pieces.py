@@ -23,7 +23,7 @@ from qlab.engine.linear import Frozen
 from qlab.engine.loss import Arrays, nats_and_slope
 from qlab.engine.reading import read
 from qlab.engine.stack import Stack
-from qlab.engine.stepped import CHUNKS, halves
+from qlab.engine.stepped import CHUNKS, between_halves
 from qlab.engine.trace import compiled, updated
 
 Function = Callable[..., list[mx.array]]
@@ -84,11 +84,10 @@ class Pieces:
             cotangent, *own = self._block(i, True, kinds[i], [kept.pop(), cotangent], calls[i])
             found = dict(zip(names, own, strict=True))
             grads |= found
-            sooner, later = halves(self.window)
-            first = first_back(self.stack.blocks[i], self._own[i][:-1], names)
-            if first:
-                self._ask(*(found.pop(name) for name in first), window=sooner)
-            self._ask(cotangent, *found.values(), window=later)
+            half = first_back(self.stack.blocks[i], self._own[i][:-1], names)
+            if half:
+                self._ask(*(found.pop(name) for name in half), window=between_halves(self.window))
+            self._ask(cotangent, *found.values())
         if embeds:
             grads |= self._into(outer, cotangent, grads, batch)
         count = self._given(mx.array(0.0), "batch")
@@ -182,8 +181,7 @@ class Pieces:
         cotangent, total, *weights = self._piece("dense", dense, self._outer(), False)
         sums = [self._piece(("zeros", n), lambda n=n: [mx.zeros_like(self.trained[n])], [], False)[0] for n in outer]
         lent = list(zip(weights, examples, strict=True))
-        if weights:
-            self._ask(*weights, window=1)
+        self._ask(*weights, window=1)
         for start in range(0, count, size):
             part = min(size, count - start)  # a short last chunk is padded a little, and never the peak
             where = self._given(mx.zeros(part, mx.int32), "batch")

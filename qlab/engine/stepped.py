@@ -111,9 +111,8 @@ class Stepped:
             cotangent, *own = kind.back(block, call, kept.pop(), cotangent)
             found = dict(zip(block.trained, own, strict=True))
             grads |= found
-            sooner, later = halves(self.window)
-            flight.add(sooner, *(found.pop(path) for path in block.first))
-            flight.add(later, cotangent, *found.values())
+            flight.add(between_halves(self.window), *(found.pop(path) for path in block.first))
+            flight.add(self.window, cotangent, *found.values())
         self._set(parameters)
         if self._end.embeds:
             names = self._outside
@@ -179,12 +178,12 @@ class Stepped:
             holder[key] = array
 
 
-def halves(window: int) -> tuple[int, int]:
-    """Return how many halves of ways back may be in flight after a first and after a second half, itself included.
+def between_halves(window: int) -> int:
+    """Return the window that holds between the two halves of a way back: for its own first half no block waits.
 
-    As many as blocks on the way forward: a half holds as much as they do. Between its own two halves no block waits.
+    A half holds as much as a block on the way forward, and counts as one.
     """
-    return max(window, 2), window
+    return max(window, 2)
 
 
 class _Flight:

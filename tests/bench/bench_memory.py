@@ -17,7 +17,7 @@ from qlab.core.memory import Setup
 from qlab.core.training import LoRAConfig, TrainConfig
 from qlab.engine.export import quantize
 from qlab.engine.forecast import Forecast, measured_peak
-from qlab.engine.job import mlx_call
+from qlab.engine.job import finished, mlx_call
 from qlab.engine.record import SHIPPED
 from qlab.engine.skeleton import skeleton
 from tests.models import smollm2
@@ -68,14 +68,7 @@ def rows(name: str, module, pairs):
     steps = 6 if forecast.spec.size < 5e7 else 2  # each stands elsewhere among MLX's tasks, and the worst place counts
     for storage, numbers in pairs:
         plan = QuantPlan(STORAGES[storage]) if STORAGES[storage] else None
-        made = module
-        if plan:
-            work = quantize(module, forecast.spec, plan, "rtn", {})
-            try:
-                while True:
-                    next(work)
-            except StopIteration as end:
-                made = end.value
+        made = finished(quantize(module, forecast.spec, plan, "rtn", {})) if plan else module
         for number in numbers:
             rank, batch, tokens, checkpoint, adapted, chunk = SETTINGS[number]
             adapter = LoRAConfig(rank=rank, num_layers=min(adapted, blocks))
