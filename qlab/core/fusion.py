@@ -21,9 +21,26 @@ FUSABLE = {
 }  # fmt: skip
 
 
+_ALONE = {"Depends", "CustomTransforms"}  # never taken for equal, as is nothing without inputs (Primitive::is_equivalent)
+
+
 def fused(graph: Graph) -> Graph:
     """Return the graph as it is after compilation; what it asks for and what it is given stay."""
-    return _Fusion(graph).run()
+    return _Fusion(_merged(graph)).run()
+
+
+def _merged(graph: Graph) -> Graph:
+    """Make one of what is equal. Reading has done so in each graph, but not in graphs that were put together."""
+    made, new, known = replace(graph, nodes=[]), {}, {}
+    for node in graph.nodes:
+        node = replace(node, inputs=tuple(new.get(a, a) for a in node.inputs))
+        look = (node.name, node.inputs, repr(node.arguments), tuple(graph.arrays[a].shape for a in node.outputs))
+        if node.inputs and node.name not in _ALONE and known.setdefault(look, node) is not node:
+            new.update(zip(node.outputs, known[look].outputs, strict=True))
+        else:
+            made.nodes.append(node)
+    made.outputs = [new.get(a, a) for a in graph.outputs]
+    return made
 
 
 class _Fusion:

@@ -81,6 +81,18 @@ class Graph:
         self.arrays[len(self.arrays)] = array
         return len(self.arrays) - 1
 
+    def needed(self) -> Graph:
+        """Return a copy without what nobody asks for."""
+        asked, nodes = set(self.outputs), []
+        for node in reversed(self.nodes):
+            if not asked.isdisjoint(node.outputs):
+                asked.update(node.inputs)
+                nodes.append(node)
+        made = Graph()
+        made.inputs = [made.add(self.arrays[a]) for a in self.inputs]
+        made.outputs = made.then(replace(self, nodes=nodes[::-1]), made.inputs, {})
+        return made
+
     def then(self, piece: Graph, inputs: Iterable[int], constants: dict[int, int], role: str = "") -> list[int]:
         """Go on with a copy of another computation; return the ids of its outputs.
 

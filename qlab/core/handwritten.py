@@ -1,90 +1,133 @@
 """Functions with a gradient of their own, put back into a graph that was read without them: they cannot be read.
 
-Stand-ins took their places (``engine/reading.py``), and differentiation made their gradients. Knows no framework.
+A stand-in took the place of each (``engine/gradient.py``): every array that it reads is summed to one number and spread over
+``(number of the call, number of the array, 1, …)``, which is then turned round; slopes on the way back are turned the other
+way. By these turns the stand-ins are found, and what is read and made by them. Knows no framework.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from itertools import permutations
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from qlab.core.graph import Graph, Node
 
-MARK = 8  # axes by which the stand-in of a gated activation is known; no model has so many
+AXES = 12  # by which a stand-in's arrays are known; no model has so many
+FIRST = 2  # what numbers of calls and arrays are counted from: an axis of 1 would not tell
 
 
-def handwritten(graph: Graph) -> Graph:
-    """Return a graph in which adapted products and gated activations have gradients of their own.
+@dataclass(frozen=True)
+class Halves:
+    """Such a function.
 
-    - Two products that were added up, the gradients by what a layer read, become one that adds the smaller on its way
-      (``engine/linear.adapted_product``).
-    - The gradients of a gated activation read the gate twice, each time as an array of its own
-      (``engine/activation.swiglu``).
-    - Behind such a function stands what holds on to all that it was given.
+    Attributes:
+        forward: graph of the way forward, from given and closed arrays.
+        backward: graph of its gradients by the given arrays, from a slope, and given and closed arrays.
+        given: number of arrays with a gradient.
+    """
+
+    forward: Graph
+    backward: Graph
+    given: int
+
+
+@dataclass
+class _Found:
+    """Ids of what a stand-in reads and makes; -1 for what nobody needed."""
+
+    reads: dict[int, int] = field(default_factory=dict)
+    makes: int = -1
+    slope: int = -1
+    gradients: dict[int, int] = field(default_factory=dict)
+
+
+def handwritten(graph: Graph, calls: Sequence[Halves]) -> Graph:
+    """Return a graph in which functions stand in the places of their stand-ins.
+
+    Behind the way forward stands what MLX puts there: it holds on to all that it was given until a gradient is made.
 
     Args:
         graph: as it was read.
+        calls: the functions, in the order in which they were called.
     """
-    graph = replace(graph, arrays=dict(graph.arrays))
-    graph.nodes = _adapted(graph, _gated(graph, graph.nodes))
-    made = Graph()  # without the arrays that nobody makes any more
-    made.inputs = [made.add(graph.arrays[a]) for a in graph.inputs]
-    made.outputs = made.then(graph, made.inputs, {})
-    return made
+    found = _Stands(graph, len(calls)).found
+    ends = {each.makes: (n, True) for n, each in enumerate(found)}
+    ends |= {a: (n, False) for n, each in enumerate(found) for a in each.gradients.values()}
+    made, new, constants = Graph(), {}, {}
+    for a, array in graph.arrays.items():
+        if a in graph.inputs or array.role == "constant":
+            new[a] = made.add(array)
+    for node in graph.nodes:
+        if node.outputs[0] in new:
+            continue
+        if node.outputs[0] in ends:
+            n, forward = ends[node.outputs[0]]
+            call, own = calls[n], found[n]
+            reads = [new[own.reads[i]] for i in sorted(own.reads)]
+            if forward:
+                (last,) = made.then(call.forward, reads, constants.setdefault((n, forward), {}))
+                new[own.makes] = _behind(made, last, reads[: call.given])
+            else:
+                back = made.then(call.backward, [new[own.slope], *reads], constants.setdefault((n, forward), {}))
+                new |= {a: back[i] for i, a in own.gradients.items()}
+        elif not any(_is_marked(graph, a) for a in (*node.inputs, *node.outputs)):
+            new |= {a: made.add(graph.arrays[a]) for a in node.outputs}
+            made.nodes.append(
+                replace(node, inputs=tuple(new[a] for a in node.inputs), outputs=tuple(new[a] for a in node.outputs))
+            )
+    made.inputs, made.outputs = [new[a] for a in graph.inputs], [new[a] for a in graph.outputs]
+    return made.needed()
 
 
-def _adapted(graph: Graph, nodes: Iterable[Node]) -> list[Node]:
-    """Products that stand for an adapted layer's."""
-    nodes = list(nodes)
-    makers = {node.outputs[0]: node for node in nodes if node.name == "Matmul"}
-    thin = {a: node.inputs[0] for a, node in makers.items()}
-    readers = Counter(a for node in nodes for a in node.inputs) + Counter(graph.outputs)
-    made: list[Node] = []
-    merged: set[int] = set()
-    for node in nodes:
-        parts = [makers[a] for a in node.inputs if a in makers and readers[a] == 1] if node.name == "Add" else []
-        # the smaller multiplies what was made thin of what the larger multiplies
-        pairs = [pair for pair in permutations(parts, 2) if thin.get(pair[0].inputs[0]) == pair[1].inputs[0]]
-        if pairs:
-            small, large = pairs[0]
-            merged.add(large.outputs[0])
-            made.append(Node("AddMM", (*large.inputs, *small.outputs), node.outputs))
-        elif node.name == "AddMM" and node.inputs[2] in makers:
-            outer = makers[node.inputs[2]]
-            given = node.inputs[0], makers[outer.inputs[0]].inputs[1], outer.inputs[1]
-            made += _behind(graph, node, given)
-        else:
-            made.append(node)
-    return [node for node in made if node.outputs[0] not in merged]
+def _behind(graph: Graph, last: int, given: Sequence[int]) -> int:
+    """Add what MLX puts behind such a function; return the id of its output."""
+    cut, whole = graph.add(graph.arrays[last]), graph.add(graph.arrays[last])
+    graph.nodes += [Node("StopGradient", (last,), (cut,)), Node("CustomTransforms", (*given, cut), (whole,))]
+    return whole
 
 
-def _gated(graph: Graph, nodes: list[Node]) -> Iterator[Node]:
-    """Products of marked arrays, which stand for a gated activation and its gradients."""
-    marked = {a for a, array in graph.arrays.items() if len(array.shape) == MARK}
-    plain = {node.outputs[0]: node.inputs[0] for node in nodes if node.outputs[0] in marked and len(node.inputs) == 1}
-    after = {node.inputs[0]: node.outputs[0] for node in nodes if node.inputs and node.inputs[0] in marked}
-    pairs: dict[int, tuple[int, int, bool]] = {}  # gate, what it is multiplied by, and which of both this is
-    for node in nodes:
-        if marked.isdisjoint((*node.inputs, *node.outputs)):
-            yield node
-        elif len(node.inputs) == 2:
-            made, known = (after[node.outputs[0]],), [a for a in node.inputs if a in pairs]
-            if not known:
-                gate, x = (plain[a] for a in node.inputs)
-                pairs |= {node.inputs[0]: (gate, x, True), node.inputs[1]: (gate, x, False)}
-                yield from _behind(graph, Node("Multiply", (gate, x), made), (gate, x))
-                continue
-            gate, x, is_gate = pairs[known[0]]
-            slope = plain[next(a for a in node.inputs if a != known[0])]
-            own = graph.add(graph.arrays[gate])
-            yield Node("Depends", (gate, slope, x) if is_gate else (gate, slope), (own,))
-            yield Node("Multiply", (own, slope), made) if is_gate else Node("Select", (own, x, slope), made)
+def _is_marked(graph: Graph, a: int) -> bool:
+    return len(graph.arrays[a].shape) == AXES
 
 
-def _behind(graph: Graph, node: Node, given: tuple[int, ...]) -> list[Node]:
-    """An operation, and what a function with a gradient of its own puts behind it."""
-    whole, cut = (graph.add(graph.arrays[node.outputs[0]]) for _ in range(2))
-    held = Node("CustomTransforms", (*given, cut), node.outputs)
-    return [replace(node, outputs=(whole,)), Node("StopGradient", (whole,), (cut,)), held]
+class _Stands:
+    """Finds the stand-ins."""
+
+    def __init__(self, graph: Graph, calls: int) -> None:
+        self.graph, self.makers = graph, graph.makers()
+        self.found = [_Found() for _ in range(calls)]
+        self.readers: dict[int, list[int]] = {}
+        turns = []
+        for node in graph.nodes:
+            for a in node.inputs:
+                self.readers.setdefault(a, []).append(node.outputs[0])
+            if node.name == "Transpose" and _is_marked(graph, node.inputs[0]):
+                turns.append((graph.arrays[node.inputs[0]].shape, node.inputs[0], node.outputs[0]))
+        self.forward = {after for shape, _, after in turns if shape[0] > 1}
+        self.back = {before for shape, before, _ in turns if shape[0] == 1}
+        for shape, before, after in turns:
+            (source,) = set(self._sources(before))
+            end = max(self._ends(after), default=-1)
+            if shape[0] > 1:
+                own = self.found[shape[0] - FIRST]
+                own.reads[shape[1] - FIRST], own.makes = source, end
+            else:
+                own = self.found[shape[-1] - FIRST]
+                own.slope, own.gradients[shape[-2] - FIRST] = source, end
+
+    def _sources(self, a: int) -> Iterator[int]:
+        """Plain arrays that a marked one follows from, without numbers, and without what the way forward made."""
+        if not _is_marked(self.graph, a):
+            if self.graph.arrays[a].role != "constant":
+                yield a
+        elif a not in self.forward and a in self.makers:
+            for x in self.graph.nodes[self.makers[a]].inputs:
+                yield from self._sources(x)
+
+    def _ends(self, a: int) -> Iterator[int]:
+        """The plain array that follows from a marked one before any slope does, if it is needed."""
+        if not _is_marked(self.graph, a):
+            yield a
+        elif a not in self.back:
+            for x in self.readers.get(a, ()):
+                yield from self._ends(x)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import mlx.core as mx
 
 from qlab.core.low_rank import routed
-from qlab.engine.linear import Frozen, Packed, tied
+from qlab.engine.gradient import with_gradient
+from qlab.engine.linear import Frozen, Packed, arrays_of, having, tied
 
 
 class PackedExperts(Packed):
@@ -27,16 +28,16 @@ class PackedExperts(Packed):
         return y + self["bias"][indices][..., None, :] if "bias" in self else y
 
     def _product(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
-        @mx.custom_function
-        def apply(x: mx.array) -> mx.array:
-            return routed(x, self.dense(x.dtype), indices, sorted_indices)
+        names, arrays = arrays_of(self)
 
-        @apply.vjp
-        def backward(x, cotangent, _):
-            dense = tied(self, cotangent).dense(x.dtype)
-            return mx.vjp(lambda x: [routed(x, dense, indices, sorted_indices)], [x], [cotangent])[1][0]
+        def forward(x: mx.array, indices: mx.array, *arrays: mx.array) -> mx.array:
+            return routed(x, having(self, names, arrays).dense(x.dtype), indices, sorted_indices)
 
-        return apply(x)
+        def backward(slope: mx.array, x: mx.array, indices: mx.array, *arrays: mx.array) -> list[mx.array]:
+            dense = tied(having(self, names, arrays), slope).dense(x.dtype)
+            return mx.vjp(lambda x: [routed(x, dense, indices, sorted_indices)], [x], [slope])[1]
+
+        return with_gradient(forward, backward, [x], [indices, *arrays])
 
 
 class FrozenExperts(Frozen):

@@ -47,9 +47,9 @@ _SAMPLE = 3  # blocks of each kind in the step that the formula is read from
 _REMEMBERED = 48  # formulas kept
 
 
-def usual_compute(traced: bool = False) -> Compute:
+def usual_compute() -> Compute:
     """Return how frozen layers are computed here: Metal has a fast quantized product, others dequantize."""
-    return Compute(mx.float32 if wants_float32() else None, dequantize=backend() != "metal", traced=traced)
+    return Compute(mx.float32 if wants_float32() else None, dequantize=backend() != "metal")
 
 
 def runahead() -> Runahead:
@@ -264,7 +264,7 @@ class Forecast:
         made, train = stored(module, configs), setup.train
         if self._plain(setup):  # as make_step does
             train = replace(train, grad_checkpoint=False, loss_chunk=0)
-        work = attach(made, describe(made, self.spec.name), setup.adapter, usual_compute(traced=True), train.grad_checkpoint)
+        work = attach(made, describe(made, self.spec.name), setup.adapter, usual_compute(), train.grad_checkpoint)
         try:
             if not train.grad_checkpoint:
                 return whole(work, train)

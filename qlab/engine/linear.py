@@ -7,7 +7,7 @@ Knows no model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ import mlx.nn as nn
 from qlab.core.config import QuantConfig
 from qlab.core.low_rank import onto
 from qlab.core.unpack import affine
+from qlab.engine.gradient import with_gradient
 
 
 class Packed(nn.Module):
@@ -173,16 +174,16 @@ def product(layer: nn.Module, x: mx.array) -> mx.array:
     if is_stored_in(layer, x.dtype):
         return x @ layer.weight.T
 
-    @mx.custom_function
-    def apply(x: mx.array) -> mx.array:
-        return x @ weight_of(layer, x.dtype).T
+    names, arrays = arrays_of(layer)
 
-    @apply.vjp
-    def backward(primals, cotangent, _):
-        # tied to the cotangent, or compile would merge this dequantization with the forward one and keep it alive
-        return cotangent @ weight_of(tied(layer, cotangent), cotangent.dtype)
+    def forward(x: mx.array, *arrays: mx.array) -> mx.array:
+        return x @ weight_of(having(layer, names, arrays), x.dtype).T
 
-    return apply(x)
+    def backward(slope: mx.array, _: mx.array, *arrays: mx.array) -> list[mx.array]:
+        # tied to the slope, or compile would merge this dequantization with the forward one and keep it alive
+        return [slope @ weight_of(tied(having(layer, names, arrays), slope), slope.dtype)]
+
+    return with_gradient(forward, backward, [x], arrays)
 
 
 def adapted_product(
@@ -203,31 +204,46 @@ def adapted_product(
     """
     if shared is None and (keep or is_stored_in(layer, x.dtype)):
         shared = weight_of(layer, x.dtype)
+    names, arrays = arrays_of(layer) if shared is None else ([], [shared])
 
-    def times(rows: mx.array, factor: mx.array) -> mx.array:
+    def weight(arrays: Sequence[mx.array], to: mx.array | None) -> mx.array:
+        if shared is not None:
+            return arrays[0]
+        own = having(layer, names, arrays)
+        return weight_of(own if to is None else tied(own, to), x.dtype)
+
+    def times(rows: mx.array, factor: mx.array, first: mx.array) -> mx.array:
         # nothing times a row of A is added, for its shape: so the product itself is scaled
         return mx.addmm(first[:1], rows, factor, alpha=scale, beta=0.0)
 
-    @mx.custom_function
-    def apply(x: mx.array, first: mx.array, second: mx.array) -> mx.array:
-        return mx.addmm(times(x, first) @ second, x, (weight_of(layer, x.dtype) if shared is None else shared).T)
+    def forward(x: mx.array, first: mx.array, second: mx.array, *arrays: mx.array) -> mx.array:
+        return mx.addmm(times(x, first, first) @ second, x, weight(arrays, None).T)
 
-    @apply.vjp
-    def backward(primals, cotangent, _):
-        x, first, second = primals
-        slope = times(cotangent, second.T)
-        weight = weight_of(tied(layer, cotangent), x.dtype) if shared is None else shared
-        return mx.addmm(slope @ first.T, cotangent, weight), x.T @ slope, times(x, first).T @ cotangent
+    def backward(slope: mx.array, x: mx.array, first: mx.array, second: mx.array, *arrays: mx.array) -> list[mx.array]:
+        thin = times(slope, second.T, first)
+        by_x = mx.addmm(thin @ first.T, slope, weight(arrays, slope))
+        return [by_x, x.T @ thin, times(x, first, first).T @ slope]
 
     rows = x.reshape(-1, x.shape[-1])
-    return apply(rows, first, second).reshape(*x.shape[:-1], second.shape[-1])
+    return with_gradient(forward, backward, [rows, first, second], arrays).reshape(*x.shape[:-1], second.shape[-1])
 
 
 def tied(layer: nn.Module, to: mx.array) -> nn.Module:
     """Return a layer whose arrays are read only once ``to`` is there."""
+    names, arrays = arrays_of(layer)
+    return having(layer, names, mx.depends(arrays, [to]))
+
+
+def arrays_of(layer: nn.Module) -> tuple[list[str], list[mx.array]]:
+    """Return a layer's own arrays and their names."""
+    found = {name: value for name, value in layer.items() if isinstance(value, mx.array)}
+    return list(found), list(found.values())
+
+
+def having(layer: nn.Module, names: Sequence[str], arrays: Sequence[mx.array]) -> nn.Module:
+    """Return a layer with other arrays."""
     made = copy.copy(layer)
-    names = [name for name, value in layer.items() if isinstance(value, mx.array)]
-    for name, array in zip(names, mx.depends([layer[name] for name in names], [to]), strict=True):
+    for name, array in zip(names, arrays, strict=True):
         made[name] = array
     return made
 

@@ -17,10 +17,10 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from qlab.core.graph import Array, Graph
 from qlab.core.training import TrainConfig
 from qlab.core.unmerge import unmerged
-from qlab.engine.activation import frugal, users
 from qlab.engine.block import arrays_of, first_back, followers
 from qlab.engine.linear import Frozen
 from qlab.engine.loss import Arrays, nats_and_slope
+from qlab.engine.patches import patched, users
 from qlab.engine.reading import read
 from qlab.engine.stack import Stack
 from qlab.engine.stepped import CHUNKS, between_halves
@@ -141,7 +141,8 @@ class Pieces:
         def run(*all_: mx.array) -> list[mx.array]:
             mine, rest = list(all_[count : count + len(names)]), all_[count + len(names) :]
             if not back:
-                return [apply(all_[0], mine, rest)]
+                with patched(self.users, forward=True):
+                    return [apply(all_[0], mine, rest)]
 
             def forward(h: mx.array, *trained: mx.array) -> list[mx.array]:
                 new = list(mine)
@@ -149,7 +150,7 @@ class Pieces:
                     new[n] = array
                 return [apply(h, new, rest)]
 
-            with frugal(self.users):
+            with patched(self.users):
                 return mx.vjp(forward, [all_[0], *(mine[n] for n in chosen)], [all_[1]])[1]
 
         look = tuple((name, a.shape, a.dtype) for name, a in arrays.items())

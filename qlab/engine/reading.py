@@ -10,12 +10,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from qlab.core import low_rank
 from qlab.core.graph import Array, Graph, Node
-from qlab.core.handwritten import MARK, handwritten
-from qlab.engine import activation, linear
+from qlab.core.handwritten import Halves, handwritten
+from qlab.engine.gradient import Call, met
 from qlab.errors import UnsupportedError
 
 
@@ -33,14 +32,21 @@ def read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], rol
     replaced: set[str] = set()
     while True:
         try:
-            with _stand_ins(replaced):
+            with _stand_ins(replaced), met() as calls:
                 graph = _read(fun, arrays, roles)
-            return handwritten(graph) if "CustomTransforms" in replaced else graph
+            return handwritten(graph, [_halves(call) for call in calls]) if calls else graph
         except UnsupportedError as error:
             found = {name for name in _STAND_INS if name in str(error)} - replaced
             if not found:
                 raise
             replaced |= found
+
+
+def _halves(call: Call) -> Halves:
+    """Read both halves of a function with a gradient of its own."""
+    given, closed, (made,) = ([mx.zeros(*look) for look in looks] for looks in (call.given, call.closed, [call.made]))
+    forward = read(lambda *arrays: [call.forward(*arrays)], [*given, *closed])
+    return Halves(forward, read(lambda *arrays: list(call.backward(*arrays)), [made, *given, *closed]), len(given))
 
 
 def _read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], roles: Sequence[str] | None) -> Graph:
@@ -76,26 +82,10 @@ def _routed(x: mx.array, weights: mx.array, indices: mx.array, sorted_indices: b
     return mx.gather_mm(x, weights.swapaxes(-1, -2), rhs_indices=indices)
 
 
-def _adapted(
-    layer: nn.Module, x: mx.array, first: mx.array, second: mx.array, scale: float, shared: mx.array | None, keep: bool
-) -> mx.array:
-    """The same without a gradient of its own; ``handwritten`` makes of its graph what it would have been with it."""
-    weight = linear.weight_of(layer, x.dtype) if shared is None else shared
-    rows = x.reshape(-1, x.shape[-1])
-    return mx.addmm((rows @ first) @ second, rows, weight.T).reshape(*x.shape[:-1], second.shape[-1])
-
-
-def _gated(gate: mx.array, x: mx.array) -> mx.array:
-    """A product keeps both and makes an array for the output and one for each gradient; see ``handwritten``."""
-    shape = (1,) * (MARK - gate.ndim) + gate.shape
-    return (gate.reshape(shape) * x.reshape(shape)).reshape(gate.shape)
-
-
 # functions that need the same arrays as those whose operation cannot be read, by the operation
 _STAND_INS: dict[str, list[tuple[Any, str, Callable[..., mx.array]]]] = {
     "ScaledDotProductAttention": [(mx.fast, "scaled_dot_product_attention", _attend)],  # CUDA's
     "CrossEntropy": [(mx.fast, "cross_entropy", _entropy)],  # CUDA's
-    "CustomTransforms": [(linear, "adapted_product", _adapted), (activation, "swiglu", _gated)],
     "SegmentedMM": [(low_rank, "routed", _routed)],  # the gradient by the factors of experts
 }
 
@@ -128,7 +118,7 @@ class _Reader:
                 self._note(name, array.shape, array.dtype, "constant")
         elif kind == "primitive":
             sides = [tuple(self._note(*item) for item in record[side]) for side in ("inputs", "outputs")]
-            arguments = tuple(record["arguments"]) if record["name"] == "Transpose" else ()
+            arguments = tuple(record["arguments"]) if record["name"] == "Transpose" else tuple(map(str, record["arguments"]))
             self.graph.nodes.append(Node(record["name"], *sides, arguments))
 
     def _note(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype, role: str = "") -> int:

@@ -18,10 +18,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from qlab.core.spec import ModelSpec
 from qlab.core.training import LoRAConfig, TrainConfig
-from qlab.engine.activation import frugal, users
 from qlab.engine.experts import FrozenExperts
 from qlab.engine.linear import Frozen
 from qlab.engine.loss import Arrays, Given, Sums, given, nats, nats_and_slope
+from qlab.engine.patches import patched, users
 from qlab.engine.segments import takes_batches
 from qlab.engine.stack import Stack, run
 from qlab.engine.stepped import Stepped
@@ -36,12 +36,10 @@ class Compute:
     Attributes:
         dtype: of the activations; None leaves the model's own.
         dequantize: whether products are made from dequantized weights, or by MLX's quantized kernels.
-        traced: whether the graph will be read instead of run, so that it must hold nothing that cannot be read.
     """
 
     dtype: mx.Dtype | None
     dequantize: bool
-    traced: bool = False
 
 
 def attach(module: nn.Module, spec: ModelSpec, lora: LoRAConfig | None, compute: Compute, checkpoint: bool) -> nn.Module:
@@ -62,7 +60,7 @@ def attach(module: nn.Module, spec: ModelSpec, lora: LoRAConfig | None, compute:
     def make(path: str, layer: nn.Module) -> nn.Module:
         if compute.dequantize or compute.dtype is not None or path in targets:
             frozen = FrozenExperts if spec[path].kind == "switch" else Frozen
-            layer = frozen(layer, compute.dtype, compute.dequantize, keep=checkpoint or compute.traced)
+            layer = frozen(layer, compute.dtype, compute.dequantize, keep=checkpoint)
         return lora.adapter.make(layer, spec[path].shape, lora) if path in targets else layer  # type: ignore
 
     made = map_layers(module, [layer.path for layer in spec.layers], make)
@@ -73,7 +71,7 @@ def attach(module: nn.Module, spec: ModelSpec, lora: LoRAConfig | None, compute:
 
 
 class Step:
-    """Loss and gradients of a model as one lazy graph.
+    """Loss and gradients of a model as one lazy graph, which is compiled on a CPU.
 
     Args:
         module: what ``attach`` returned; nobody else may use it.
@@ -83,7 +81,7 @@ class Step:
         parameters: trainable arrays by path.
         how: ``whole`` or ``checkpointed``.
         notes: how it is computed and why, in words.
-        traces: compiled; always 0.
+        traces: compiled so far: on a CPU one for each shape, elsewhere none.
 
     Raises:
         UnsupportedError: checkpoints or a chunked loss are wanted, and the model cannot be taken apart.
@@ -101,6 +99,7 @@ class Step:
         self._keys = [path for path, _ in tree_flatten(module.parameters()) if path.endswith("dropout_key")]
         self._users = users(module)
         self._drops: Arrays = {}  # the key of each layer, for the batch at hand
+        self._compiled = mx.compile(self._trace)  # a CPU computes exponentials fast only where they are compiled
 
     def __call__(
         self,
@@ -119,17 +118,31 @@ class Step:
             key: of the random generator, for dropout; the same key drops the same inputs. Needed if there is dropout.
             segments: ``(batch, length)``, 1, 2, … for the packed rows in a row, 0 for padding; None if rows are not packed.
         """
+        drops: Arrays = {}
         if self._keys:
             if key is None:
                 raise ValueError("Dropout needs a key, a new one for every batch.")
-            self._drops = dict(zip(self._keys, mx.random.split(key, len(self._keys)), strict=True))
-            self._set(self._drops)
+            drops = dict(zip(self._keys, mx.random.split(key, len(self._keys)), strict=True))
+        compute = self._compiled if mx.default_device() == mx.cpu else self._compute
+        try:
+            return Sums(*compute(parameters, drops, tokens, mask, segments))
+        finally:
+            self._set(drops | parameters)
+
+    def _trace(self, *given: Any) -> tuple[mx.array, Arrays, mx.array]:
+        self.traces += 1
+        return self._compute(*given)
+
+    def _compute(
+        self, parameters: Arrays, drops: Arrays, tokens: mx.array, mask: mx.array, segments: mx.array | None
+    ) -> tuple[mx.array, Arrays, mx.array]:
+        self._drops = drops
+        self._set(drops)
         batch = given(tokens, mask, segments)
-        with frugal(self._users):
+        with patched(self._users):
             how = self._checkpointed if self.config.grad_checkpoint else self._whole
             loss, grads = how(parameters, batch)
-        self._set(parameters)
-        return Sums(loss, grads, batch.weights.sum())
+        return loss, grads, batch.weights.sum()
 
     def _whole(self, parameters: Arrays, batch: Given) -> tuple[mx.array, Arrays]:
         targets, weights = batch.targets, batch.weights

@@ -18,12 +18,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from qlab.core.training import TrainConfig
-from qlab.engine.activation import frugal, users
 from qlab.engine.block import Block, Piece, followers
 from qlab.engine.device import backend
 from qlab.engine.flat import cast
 from qlab.engine.linear import Frozen
 from qlab.engine.loss import Arrays, Given, Sums, given, nats_and_slope
+from qlab.engine.patches import patched, users
 from qlab.engine.stack import Stack
 
 # blocks in flight that pay, from the fewest on (docs/adr/0006-layer-stepped.md); a single one is a third slower on a GPU
@@ -44,7 +44,7 @@ class Stepped:
         how: ``stepped``.
         notes: how it is computed, in words.
         traces: functions compiled so far: a few for each kind of block and each shape.
-        users: see ``activation.users``.
+        users: see ``patches.users``.
 
     Raises:
         UnsupportedError: the model has no list of blocks. Whether it is no more than its blocks, ``make_step`` checks.
@@ -228,7 +228,8 @@ class _Kind:
 
     def _run(self, x: mx.array, arrays: list[mx.array], others: list[mx.array]) -> mx.array:
         self._step.traces += 1
-        return self._apply(x, arrays, others)
+        with patched(self._step.users, forward=True):
+            return self._apply(x, arrays, others)
 
     def _way_back(self, x: mx.array, cotangent: mx.array, arrays: list[mx.array], others: list[mx.array]) -> list[mx.array]:
         self._step.traces += 1
@@ -240,7 +241,7 @@ class _Kind:
                 all_[n] = array
             return [self._apply(h, all_, others)]
 
-        with frugal(self._step.users):
+        with patched(self._step.users):
             return mx.vjp(run, [x, *(arrays[n] for n in chosen)], [cotangent])[1]
 
     def _apply(self, x: mx.array, arrays: list[mx.array], others: list[mx.array]) -> mx.array:

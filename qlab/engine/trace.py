@@ -115,7 +115,7 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
         graph = read(run, [*frozen.values(), *step.parameters.values(), batch, batch, mx.random.key(0)], roles)
     finally:
         module.update(tree_unflatten(list(frozen.items())))
-    graph = unmerged(graph, graph.outputs[0])
+    graph = compiled(graph).needed() if backend() == "cpu" else unmerged(graph, graph.outputs[0])
     loss, count, *grads = graph.outputs
     updated(graph, train, step.parameters, graph.inputs[len(frozen) : -3], [*grads, loss, count])
     graph.rounds.append(tuple(graph.outputs))
