@@ -17,18 +17,19 @@ _BIT = 2.0**23  # the lowest bit of a float32's exponent
 _MOST = 104.0  # beyond it everything is 0 or infinite
 
 
-def exp(x: mx.array) -> mx.array:
-    """Return e to the power of x.
+def exp(x: mx.array, less: float | mx.array = 0.0) -> mx.array:
+    """Return e to the power of x − less.
 
     Args:
         x: of any shape. In float32 on a CPU what is beyond 88.3 gives infinity, and what is below −87.7 gives 0.
+        less: is taken away from x first, without making an array of the difference.
     """
-    return _exp(x, 1) if is_slow(x) else mx.exp(x)
+    return _exp(x, less, 1) if is_slow(x) else mx.exp(x - less)
 
 
 def sigmoid(x: mx.array) -> mx.array:
     """Return 1 / (1 + e to the power of −x)."""
-    return 1 / (1 + _exp(x, -1)) if is_slow(x) else mx.sigmoid(x)
+    return 1 / (1 + _exp(x, 0.0, -1)) if is_slow(x) else mx.sigmoid(x)
 
 
 def is_slow(x: mx.array) -> bool:
@@ -36,26 +37,27 @@ def is_slow(x: mx.array) -> bool:
     return x.dtype == mx.float32 and mx.default_device() == mx.cpu
 
 
-def _exp(x: mx.array, sign: int) -> mx.array:
-    """Return e to the power of ±x, as 2 to the power of an integer k times e to the power of the rest.
+def _exp(x: mx.array, less: float | mx.array, sign: int) -> mx.array:
+    """Return e to the power of ±(x − less), as 2 to the power of an integer k times e to the power of the rest.
 
-    Compilation ends at a view. So k is computed twice, each time in other operations, or it would be an array of its own; and
-    the rest, which is read many times, is made an array by two views of nothing.
+    Compilation ends at a view. So k is computed twice, the second time from x as if that were another array, or it would be an
+    array of its own; and the rest, which is read many times, is made one by two views of nothing.
     """
-    power, rest = _power(x, sign).view(mx.float32), _rest(x, sign)
-    return _product(rest.view(mx.int32).view(mx.float32), power)
+    power = _power(x, less, sign)
+    rest = _rest(mx.depends([x], [power])[0], less, sign)
+    return _product(rest.view(mx.int32).view(mx.float32), power.view(mx.float32))
 
 
 @partial(mx.compile, shapeless=True)
-def _power(x: mx.array, sign: int) -> mx.array:
+def _power(x: mx.array, less: float | mx.array, sign: int) -> mx.array:
     """The bits of 2 to the power of k, 0 and infinity beyond the ends."""
-    bits = (x * (sign * _LOG2_E * _BIT) + _ROUND * _BIT) - (_ROUND - 127) * _BIT
+    bits = ((x - less) * (sign * _LOG2_E * _BIT) + _ROUND * _BIT) - (_ROUND - 127) * _BIT
     return mx.minimum(mx.maximum(bits, 0.0), 255 * _BIT).astype(mx.int32)
 
 
 @partial(mx.compile, shapeless=True)
-def _rest(x: mx.array, sign: int) -> mx.array:
-    x = mx.minimum(mx.maximum(x, -_MOST), _MOST)
+def _rest(x: mx.array, less: float | mx.array, sign: int) -> mx.array:
+    x = mx.minimum(mx.maximum(x - less, -_MOST), _MOST)
     k = (x * _LOG2_E + _ROUND) - _ROUND
     rest = (x - k * _LN2[0]) - k * _LN2[1]
     return rest if sign > 0 else -rest

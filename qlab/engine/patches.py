@@ -12,16 +12,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qlab.engine.activation import swiglu
+from qlab.engine.attention import attention
 
 Users = list[tuple[ModuleType, str, Callable[..., Any]]]
 
 
 def users(module: nn.Module) -> Users:
     """Return where a model's layers call a function of mlx-lm's that qlab has, too: Python module, name, qlab's."""
-    from mlx_lm.models import activations
+    from mlx_lm.models import activations, base
 
     found = {sys.modules[type(layer).__module__] for layer in module.modules()}
-    ours = [("swiglu", activations.swiglu, swiglu)]
+    name = "scaled_dot_product_attention"
+    ours = [("swiglu", activations.swiglu, swiglu), (name, getattr(base, name), attention)]
     return [(each, name, own) for each in found for name, stock, own in ours if vars(each).get(name) is stock]
 
 
