@@ -36,8 +36,8 @@ def attention(
         values: ``(batch, groups, others, any)``.
         cache: as the model hands it on.
         scale: of the products of queries and keys.
-        mask: ``causal``, or what can be broadcast to ``(batch, heads, length, others)``: true where a position is seen, or numbers
-            that are added.
+        mask: ``causal``, or what can be broadcast to ``(batch, heads, length, others)``: true where a position is seen, or
+            numbers that are added.
         sinks: see there.
     """
     plain = all(a.ndim == 4 and is_slow(a) for a in (queries, keys, values))
@@ -50,15 +50,10 @@ def attention(
     hard = mask is not None and (not isinstance(mask, mx.array) or mask.dtype == mx.bool_)
     how = _Attention(scale, heads // groups, max(n for n in range(1, _PIECES + 1) if groups % n == 0), hard)
     given = [queries, keys, values]
-    if mask is None:
-        return with_gradient(how.forward, how.backward, given)
     if not isinstance(mask, mx.array):
-        length, others = queries.shape[2], keys.shape[2]
-        mask = mx.arange(others - length, others)[:, None] >= mx.arange(others)
+        return with_gradient(how.forward, how.backward, given)
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    if hard:
-        return with_gradient(how.forward, lambda *a: how.backward(*a)[:3], given, [mask])
-    return with_gradient(how.forward, how.backward, [*given, mask])
+    return with_gradient(how.forward, how.backward, [*given, *([] if hard else [mask])], [mask] if hard else [])
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class _Attention:
         scale: of the scores.
         served: heads that a group serves.
         pieces: in how many it is computed, some groups each.
-        hard: whether a mask says what is seen, instead of being added.
+        hard: whether a mask says what is seen, instead of being added; without one, no position sees a later one.
     """
 
     scale: float
@@ -80,20 +75,19 @@ class _Attention:
     def forward(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:
         """Return the output, ``(batch, heads, length, any)``."""
         made: list[mx.array] = []
-        for q_, k_, v_, mask_ in self._cut(mask, q, k, v):
+        for q_, k_, v_, mask_ in self._cut(self._seen(mask, q, k), q, k, v):
             (k_,) = mx.depends([k_], made[-1:])  # one piece after the other
             _, each, share, _ = self._softmax(q_, k_, mask_)
             made.append(((each @ v_) * share).reshape(*q_.shape[:-1], v.shape[-1]))
         return mx.concatenate(made, 1)
 
-    def backward(
-        self, slope: mx.array, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None
-    ) -> list[mx.array]:
+    def backward(self, slope: mx.array, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> list[mx.array]:
         """Return the gradients by queries, keys, values and what is added to the scores.
 
         Dao et al. 2022, arXiv:2205.14135, appendix B.2, the division by the sums left to what has no length squared.
         """
         made: list[list[mx.array]] = []
+        mask = self._seen(mask, q, k)
         for q_, k_, v_, slope_, mask_ in self._cut(mask, q, k, v, slope):
             # nothing may be computed before the slope is there, or it would be kept since the way forward
             q_, k_, v_ = mx.depends([q_, k_, v_], [slope, *(made[-1][:1] if made else [])])
@@ -113,6 +107,13 @@ class _Attention:
             return found
         parts = [each[3] for each in made]
         return [*found, sum(parts[1:], parts[0]) if mask.shape[1] == 1 else mx.concatenate(parts, 1)]
+
+    def _seen(self, mask: mx.array | None, q: mx.array, k: mx.array) -> mx.array | None:
+        """Return the mask; one that only says that no position sees a later one is made anew rather than kept."""
+        if mask is not None or not self.hard:
+            return mask
+        length, others = q.shape[2], k.shape[2]
+        return (mx.arange(others - length, others)[:, None] >= mx.arange(others))[None, None]
 
     def _cut(self, mask: mx.array | None, *arrays: mx.array) -> Iterator[list[Any]]:
         """Return what each piece reads, the numbers that are added to its scores last."""

@@ -24,7 +24,12 @@ def on_cpu():
 
 def given(size: str, length: int, others: int, width: int = 8, out: int = 5) -> list[mx.array]:
     batch, heads, groups = SIZES[size]
-    shapes = [(batch, heads, length, width), (batch, groups, others, width), (batch, groups, others, out), (batch, heads, length, out)]
+    shapes = [
+        (batch, heads, length, width),
+        (batch, groups, others, width),
+        (batch, groups, others, out),
+        (batch, heads, length, out),
+    ]
     return [2 * mx.random.normal(shape, key=mx.random.key(n)) for n, shape in enumerate(shapes)]
 
 
