@@ -124,10 +124,12 @@ class Step:
                 raise ValueError("Dropout needs a key, a new one for every batch.")
             drops = dict(zip(self._keys, mx.random.split(key, len(self._keys)), strict=True))
         compute = self._compiled if mx.default_device() == mx.cpu else self._compute
+        ordered = {path: parameters[path] for path in self.parameters}  # another order would be compiled anew
         try:
-            return Sums(*compute(parameters, drops, tokens, mask, segments))
+            loss, grads, count = compute(ordered, drops, tokens, mask, segments)
         finally:
             self._set(drops | parameters)
+        return Sums(loss, {path: grads[path] for path in parameters}, count)
 
     def _trace(self, *given: Any) -> tuple[mx.array, Arrays, mx.array]:
         self.traces += 1

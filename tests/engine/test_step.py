@@ -342,3 +342,13 @@ def test_attaching_leaves_the_model_as_trainable_as_it_was():
     before = len(tree_flatten(module.trainable_parameters()))
     attach(module, spec, LoRAConfig(rank=4), Compute(None, True), False)
     assert before == len(tree_flatten(module.trainable_parameters())) > 0
+
+
+@on_mlx
+def test_another_order_of_the_parameters_is_kept_and_not_compiled_anew():
+    module, spec = tiny()
+    step = Step(attach(module, spec, LoRAConfig(rank=2), Compute(mx.float32, True), False), TrainConfig())
+    tokens = mx.arange(12).reshape(2, 6)
+    for parameters in (step.parameters, dict(reversed(step.parameters.items()))):
+        assert list(step(parameters, tokens, mx.ones_like(tokens)).grads) == list(parameters)
+    assert step.traces == (1 if mx.default_device() == mx.cpu else 0)
