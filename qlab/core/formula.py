@@ -2,7 +2,7 @@
 
 Which arrays exist at a moment does not depend on how large they are. So two traces of the same step at different sizes tell
 each array's bytes as a multiple of a product such as ``batch · tokens²``, and every moment becomes a row of coefficients;
-what each further block adds is the difference between a step of three blocks and one of two. Knows no framework.
+what each further block adds is the difference between a step of four blocks and one of three. Knows no framework.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ _DRAIN = 110  # operations after which what the loss left behind has landed
 _DEGREE = 4
 _RANK = tuple(int(name == "rank") for name in QUANTITIES)
 _TRAINED = ("adapter", "optimizer", "gradients")  # roles of what grows with the rank, nearly so where all of it is one vector
-_GRID = ((1, 4, 32), (17, 65, 257, 1025, 8193), (2, 16, 256), (64, 512))  # sizes at which a moment must win to be kept
+_GRID = (
+    (1, 4, 32),
+    (17, 65, 257, 513, 1025, 2049, 8193),
+    (2, 16, 256),
+    (64, 512),
+)  # sizes at which a moment must win to be kept
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from qlab.errors import ConfigError, UnsupportedError
 # CUDA's set by eight steps on one H100 (docs/guide/memory_accuracy.md), Metal's read, not measured
 _TASK, _TASKS = {"cpu": 10, "cuda": 27, "metal": 40}, 11
 Look = tuple[tuple, ...]  # role, shape, present storage, chosen storage and whether it is adapted, of each layer
-_SAMPLE = 3  # blocks of each kind in the step that the formula is read from
+_SAMPLE = 4  # blocks of each kind in the step that the formula is read from
 _REMEMBERED = 48  # formulas kept
 
 

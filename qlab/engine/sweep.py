@@ -21,7 +21,7 @@ from qlab.engine.forecast import Forecast
 from qlab.errors import ConfigError
 
 _KEPT = 40  # formulas that the browser holds
-_FEW = 4  # from so many blocks of a sort on, a formula holds for any number of them
+_FEW = 5  # from so many blocks of a sort on, a formula holds for any number of them
 
 
 class Sweep:
@@ -130,8 +130,8 @@ class Sweep:
 
 
 def _plain(look: tuple) -> tuple:
-    """What a layer's storage means for a step: how it is made into numbers, not how many share a scale."""
-    return tuple(tuple((x.mode, x.bits) if isinstance(x, QuantConfig) else x for x in layer) for layer in look)
+    """What a layer's storage means for a step: how it is made into numbers, scales on their way included."""
+    return tuple(tuple((x.mode, x.bits, x.group_size) if isinstance(x, QuantConfig) else x for x in layer) for layer in look)
 
 
 def _trained_nbytes(

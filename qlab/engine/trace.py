@@ -97,7 +97,8 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
         UnsupportedError: the step cannot be built for this model, or cannot be read.
     """
     step = Step(module, train)
-    _mark(step)
+    if backend() != "cpu":
+        _mark(step)
     frozen = {path: array for path, array in tree_flatten(module.parameters()) if path not in step.parameters}
     batch = mx.zeros((train.batch_size, train.max_seq_length), mx.int32)
     roles = ["weights"] * len(frozen) + ["adapter"] * len(step.parameters) + ["batch"] * 3
@@ -124,7 +125,10 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
 
 
 def _mark(step: Step) -> None:
-    """Keep the two passes behind the blocks, one for the loss and one for its gradients, from being merged by reading."""
+    """Keep the two passes behind the blocks, one for the loss and one for its gradients, from being merged by reading.
+
+    Compilation would merge them, too.
+    """
     if step.stack is None:
         return
     after, numbers = step.stack.after, itertools.count()
