@@ -40,9 +40,11 @@ class Layout:
         self._ends = {n: list(accumulate(prod(s) for _, s in places))[:-1] for n, places in self._places.items()}
 
     def vectors(self, arrays: Arrays) -> Arrays:
-        """Return the arrays joined, in their own dtype; nothing is copied of what was handed out as views of vectors."""
+        """Return the arrays joined, in their own dtype; nothing is copied of what is joined, or was handed out as views."""
         if isinstance(arrays, Joined) and arrays.layout is self:
             return arrays.vectors
+        if arrays.keys() == self.dtypes.keys():
+            return arrays
         return {name: mx.concatenate([arrays[path].reshape(-1) for path, _ in places]) for name, places in self._places.items()}
 
     def views(self, vectors: Arrays) -> Arrays:

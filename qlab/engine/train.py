@@ -204,7 +204,9 @@ def _one_update(task: Task, state: TrainState, rate: float) -> Generator[Progres
             _measured(task)
             seconds += time.perf_counter() - began
             yield Progress("training", i + 1, count)
-    gathered = task.update.gather(task.ranks.total(sums))
+    if task.ranks.size > 1:  # as one vector: hundreds of small arrays would take longer to send than to sum
+        sums = task.ranks.total(sums._replace(grads=task.update.kept(sums.grads)))
+    gathered = task.update.gather(sums)
     del sums, found  # or each gradient would be there twice
     mx.eval(gathered)
     new = task.update(state.parameters, state.optimizer, gathered, mx.array(rate, mx.float32))

@@ -84,6 +84,9 @@ class Update:
         """Join the gradients, lazily.
 
         Who computes this, and lets go of the sums, has neither them nor squares in memory while the update makes new arrays.
+
+        Args:
+            sums: over all batches of the step; its gradients may be as ``kept`` returns them.
         """
         return Gathered(*self._gather(sums.grads), sums.loss, sums.count)
 
@@ -101,7 +104,7 @@ class Update:
         return Updated(self.by_path(kept), *rest)
 
     def kept(self, parameters: Arrays) -> Arrays:
-        """Return parameters as the optimizer takes them: in vectors, if it takes each number by itself."""
+        """Return parameters, or their gradients, as the optimizer takes them: in vectors, if it takes each number by itself."""
         return self._layout.vectors(parameters) if self._whole else parameters
 
     def by_path(self, kept: Arrays) -> Arrays:
@@ -131,7 +134,7 @@ class Update:
 
     def _join(self, grads: Arrays) -> tuple[Arrays, mx.array]:
         if self._whole:
-            grads = self._layout.vectors(grads)
+            grads = self.kept(grads)
             squares = [total(vector, mx.square) for vector in grads.values()]
         else:
             squares = [mx.square(grad.astype(mx.float32)).sum() for grad in grads.values()]
