@@ -24,7 +24,9 @@ QUANTITIES = ("batch", "tokens", "length", "rank", "chunk", "rest")
 """rows; positions of a row with a target; positions of a row; rank; positions in a chunk of the loss; in its last chunk."""
 
 CHUNKS = 4  # a loss in more chunks than this needs what one in this many needs
-_SIZES = ((3, 113, 5), (5, 239, 7))  # batch, tokens, rank of the two traces: their ratios must tell products apart
+# batch, tokens, rank of the two traces: their ratios must tell products apart, and no number be a size of something else;
+# tokens in tiles of 128, as a GPU's attention takes them
+_SIZES = ((3, 384, 5), (5, 1408, 7))
 _DRAIN = 110  # operations after which what the loss left behind has landed
 _DEGREE = 4
 _RANK = tuple(int(name == "rank") for name in QUANTITIES)
