@@ -7,6 +7,7 @@ turns on shape, storage, number of tokens and device; the gradients are the same
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -31,6 +32,7 @@ _BUDGET_S = 2.0  # of all trials of a run together
 _REPEATS = 3
 _FEW = 32  # tokens of a first, short trial
 _HOPELESS = 3.0  # times slower in the short trial: not tried at full length
+_FAR = 0.05  # of the norm: a kernel whose numbers are further from those of the dequantized weights is not used
 _NOISE = 1.05  # a kernel must be faster by this much: dequantizing once serves the way back, too
 _FILE = "products.json"
 
@@ -63,6 +65,8 @@ def choose_compute(
         return Compute(dtype, product == "dequantize"), (f"product of the base: {product}, as asked",)
     times, tried = _times(module, kernels, tokens, dtype)
     costs = [sum(times[look][n] * len(layers) for look, layers in kernels.items()) for n in (0, 1)]
+    if math.isinf(costs[0]):
+        return Compute(dtype, True), ("product of the base: dequantized, for MLX's kernel gives other numbers here",)
     dequantize = not costs[0] * _NOISE < costs[1]
     first, other = ("dequantized", "by kernel") if dequantize else ("by kernel", "dequantized")
     ratio = max(costs) / max(min(costs), 1e-12)
@@ -104,9 +108,14 @@ def _times(module: nn.Module, looks: dict, tokens: int, dtype: mx.Dtype | None) 
 
 
 def _race(layer: nn.Module, shape: tuple[int, ...], tokens: int, dtype: mx.Dtype | None, budget_s: float) -> list:
-    """Return the seconds of a product and its way back by kernel and dequantized; the hopeless one by extrapolation."""
+    """Return the seconds of a product and its way back by kernel and dequantized; the hopeless one by extrapolation.
+
+    A kernel that is wrong never ends.
+    """
     wide = dtype or layer.scales.dtype
     wide = wide if mx.issubdtype(wide, mx.floating) else mx.bfloat16
+    if not _agree(layer, shape, dtype, wide):
+        return [math.inf, 0.0, False]
     runs = [_product(Frozen(layer, dtype, dequantize), shape, wide) for dequantize in (False, True)]
     few = min(_FEW, tokens)
     for run in runs:
@@ -120,6 +129,13 @@ def _race(layer: nn.Module, shape: tuple[int, ...], tokens: int, dtype: mx.Dtype
     if slow == 0 and short[0] > _HOPELESS * short[1]:
         return [short[0] * tokens / few, _median(runs[1], tokens, end), True]
     return [*(_median(run, tokens, end) for run in runs), False]
+
+
+def _agree(layer: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype | None, wide: mx.Dtype) -> bool:
+    """Whether the kernel multiplies by the weights that are stored: on CUDA MLX 0.32.4 was seen not to, in float32."""
+    x = mx.random.normal((_FEW, shape[-1]), key=mx.random.key(0)).astype(wide)
+    kernel, dense = (Frozen(layer, dtype, dequantize)(x).astype(mx.float32) for dequantize in (False, True))
+    return (mx.linalg.norm(kernel - dense) <= _FAR * mx.linalg.norm(dense)).item()
 
 
 def _product(layer: Frozen, shape: tuple[int, ...], dtype: mx.Dtype) -> Callable[[int], None]:

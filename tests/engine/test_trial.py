@@ -6,6 +6,7 @@ import json
 import time
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from qlab.core.config import QuantConfig
@@ -118,6 +119,17 @@ def test_it_may_be_overruled(raced, product):
 def test_a_storage_without_kernel_needs_no_trial(raced, mode):
     compute, notes = on_mlx(choose_compute)(*base(mode), 64)
     assert compute.dequantize and raced[0] == [] and bool(notes) == (mode is not None)
+
+
+@on_mlx
+def test_a_kernel_with_other_numbers_is_never_used_however_fast(monkeypatch):
+    given = base()
+    monkeypatch.setattr(
+        nn.QuantizedLinear, "__call__", lambda self, x: mx.zeros((*x.shape[:-1], self.weight.shape[0]), x.dtype)
+    )
+    for _ in range(2):  # found, and remembered
+        compute, notes = choose_compute(*given, 64)
+        assert compute.dequantize and "other numbers" in notes[0]
 
 
 @on_mlx
