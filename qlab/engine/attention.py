@@ -12,8 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from qlab.engine.device import backend
 from qlab.engine.exponential import exp, is_slow
 from qlab.engine.gradient import with_gradient
+from qlab.engine.tiles import whole_tiles
 
 _LOWEST = mx.finfo(mx.float32).min
 _PIECES = 8  # at most: they are smaller, so faster, and more of them are more to compile
@@ -45,7 +47,8 @@ def attention(
     if not (plain and known) or sinks is not None or hasattr(cache, "bits"):
         from mlx_lm.models.base import scaled_dot_product_attention as stock
 
-        return stock(queries, keys, values, cache, scale, mask, sinks)
+        given = whole_tiles(queries, keys, values, mask) if backend() == "cuda" else (queries, keys, values, mask)
+        return stock(*given[:3], cache, scale, given[3], sinks)[:, :, : queries.shape[2]]
     heads, groups = queries.shape[1], keys.shape[1]
     hard = mask is not None and (not isinstance(mask, mx.array) or mask.dtype == mx.bool_)
     how = _Attention(scale, heads // groups, max(n for n in range(1, _PIECES + 1) if groups % n == 0), hard)

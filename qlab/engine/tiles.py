@@ -11,31 +11,24 @@ _WORTH = 256  # tokens from which on the copies cost less than the squares (docs
 _WIDEST = 128  # head that cuDNN takes (supports_sdpa_cudnn)
 
 
-def in_tiles(
-    queries: mx.array, keys: mx.array, values: mx.array, *, mask: mx.array | str | None = None, **others: Any
-) -> mx.array:
-    """Return ``mx.fast.scaled_dot_product_attention``, computed at a length that is a multiple of a tile.
+def whole_tiles(queries: mx.array, keys: mx.array, values: mx.array, mask: Any) -> tuple[mx.array, mx.array, mx.array, Any]:
+    """Return what attention reads at a length that is a multiple of a tile, what is added behind everything being seen by nothing.
 
-    What is added comes behind everything, so nothing sees it; where a mask does not say that, nothing is added.
+    Where a mask does not say what is seen, or it is not worth it, nothing is added.
 
     Args:
         queries: ``(batch, heads, length, width)``.
         keys: ``(batch, groups, length, width)``.
-        values: ``(batch, groups, length, its width)``.
-        mask: ``causal`` or an array ``(…, length, length)``, bool or to be added.
-        others: scale, sinks.
-
-    Returns:
-        ``(batch, heads, length, width of the values)``.
+        values: ``(batch, groups, length, any)``.
+        mask: ``causal`` or an array ``(…, length, length)``, bool or to be added; anything else leaves all as it is.
     """
-    length = queries.shape[2]
+    length, widest = queries.shape[2], max(queries.shape[-1], values.shape[-1])
     more = -length % TILE
-    hidden = isinstance(mask, mx.array) and mask.shape[-2:] == (length, length) or mask == "causal"
-    wide = max(queries.shape[-1], values.shape[-1]) > _WIDEST
-    if more and hidden and not wide and length >= _WORTH and keys.shape[2] == length:
-        queries, keys, values = (mx.pad(array, [(0, 0), (0, 0), (0, more), (0, 0)]) for array in (queries, keys, values))
-        mask = _longer(mask, more) if isinstance(mask, mx.array) else mask
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, mask=mask, **others)[:, :, :length]
+    sees = isinstance(mask, mx.array) and mask.shape[-2:] == (length, length) or isinstance(mask, str) and mask == "causal"
+    if not (more and sees and length >= _WORTH and widest <= _WIDEST and keys.shape[2] == length):
+        return queries, keys, values, mask
+    queries, keys, values = (mx.pad(array, [(0, 0), (0, 0), (0, more), (0, 0)]) for array in (queries, keys, values))
+    return queries, keys, values, _longer(mask, more) if isinstance(mask, mx.array) else mask
 
 
 def _longer(mask: mx.array, more: int) -> mx.array:
