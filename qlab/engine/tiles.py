@@ -12,7 +12,7 @@ _WIDEST = 128  # head that cuDNN takes (supports_sdpa_cudnn)
 
 
 def whole_tiles(queries: mx.array, keys: mx.array, values: mx.array, mask: Any) -> tuple[mx.array, mx.array, mx.array, Any]:
-    """Return what attention reads at a length that is a multiple of a tile, what is added behind everything being seen by nothing.
+    """Return what attention reads at a length that is a multiple of a tile, what is added behind being seen by nothing.
 
     Where a mask does not say what is seen, or it is not worth it, nothing is added.
 
