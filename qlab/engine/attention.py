@@ -30,7 +30,9 @@ def attention(
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """Do what ``mlx_lm.models.base.scaled_dot_product_attention`` does; what is not written out here is left to it.
+    """Do what ``mlx_lm.models.base.scaled_dot_product_attention`` does.
+
+    What is not written out here is left to it, on CUDA in whole tiles.
 
     Args:
         queries: ``(batch, heads, length, width)``.
