@@ -24,9 +24,9 @@ QUANTITIES = ("batch", "tokens", "length", "rank", "chunk", "rest")
 """rows; positions of a row with a target; positions of a row; rank; positions in a chunk of the loss; in its last chunk."""
 
 CHUNKS = 4  # a loss in more chunks than this needs what one in this many needs
-# batch, tokens, rank of the two traces: their ratios must tell products apart, and no number be a size of something else;
-# tokens in tiles of 128, as a GPU's attention takes them
-_SIZES = ((3, 384, 5), (5, 1408, 7))
+# batch, tokens, rank of the two traces: their ratios must tell products apart, and no number be a size of something else
+_SIZES = ((3, 113, 5), (5, 239, 7))
+_IN_TILES = ((4, 384, 5), (7, 640, 6))  # the same where only tokens in tiles of 128 are computed as most tokens are
 _DRAIN = 110  # operations after which what the loss left behind has landed
 _DEGREE = 4
 _RANK = tuple(int(name == "rank") for name in QUANTITIES)
@@ -54,15 +54,16 @@ class Reference:
         return sizes(self.batch, self.tokens + 1, self.rank, self.chunk)
 
 
-def references(chunks: int, widest: int = 7) -> tuple[Reference, Reference]:
+def references(chunks: int, widest: int = 7, tiles: bool = False) -> tuple[Reference, Reference]:
     """Return the sizes of the two traces of a step.
 
     Args:
         chunks: in how many the loss is made; 0 is at once.
         widest: the largest rank that is legal.
+        tiles: whether tokens are computed in tiles.
     """
-    made = []
-    for (batch, tokens, rank), share, most in zip(_SIZES, (0.4, 0.9), (max(widest - 1, 1), widest), strict=True):
+    made, chosen = [], _IN_TILES if tiles else _SIZES
+    for (batch, tokens, rank), share, most in zip(chosen, (0.4, 0.9), (max(widest - 1, 1), widest), strict=True):
         rank = min(rank, most)
         chunk = ceil(batch * tokens / (chunks - 1 + share)) if chunks > 1 else chunks * batch * tokens
         made.append(Reference(batch, tokens, rank, chunk))

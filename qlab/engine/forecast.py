@@ -213,7 +213,8 @@ class Forecast:
         return groups, outside
 
     def _made(self, setup: Setup, groups: list[list[int]], several: int) -> Formula:
-        refs = references(several, min(min(x.shape[-2:]) for x in setup.adapter.targets(self.spec)))
+        widest = min(min(x.shape[-2:]) for x in setup.adapter.targets(self.spec))
+        refs = references(several, widest, tiles=backend() == "cuda")  # engine/tiles.py
         few = [group[-_SAMPLE:] for group in groups]
         try:
             one, two = (self._graph(setup, sum(few, []), ref) for ref in refs)

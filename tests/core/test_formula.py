@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 
 from qlab.core.formula import CHUNKS, QUANTITIES, chunks, references, sizes
 from qlab.core.memory import Setup
 from qlab.core.training import LoRAConfig, TrainConfig
+from qlab.engine import forecast as forecasts
 from qlab.engine.forecast import Forecast
 from tests.tiny import on_mlx, tiny
 
@@ -24,17 +26,30 @@ def test_more_chunks_than_a_few_are_a_few():
     assert [chunks(1, n * 10 + 1, 10) for n in (1, 2, 4, 5, 900)] == [1, 2, 4, CHUNKS, CHUNKS]
 
 
+@pytest.mark.parametrize("tiles", [False, True], ids=["", "tiles"])
 @pytest.mark.parametrize("several", [0, 1, 2, CHUNKS])
 @pytest.mark.parametrize("widest", [1, 2, 4, 7, 4096])
-def test_references_have_the_chunks_and_ranks_that_are_legal(several, widest):
-    for ref in references(several, widest):
+def test_references_have_the_chunks_and_ranks_that_are_legal(several, widest, tiles):
+    for ref in references(several, widest, tiles):
+        assert ref.tokens % 128 == 0 or not tiles
         assert 1 <= ref.rank <= widest
         assert chunks(ref.batch, ref.tokens + 1, ref.chunk) == max(several, 1)
 
 
+@pytest.mark.parametrize("tiles", [False, True])
+def test_ratios_of_references_tell_products_apart(tiles):
+    one, two = (np.array(ref.sizes, float)[:4] for ref in references(0, 4096, tiles))
+    powers = [p for p in itertools.product(range(3), repeat=4) if 0 < sum(p) <= 4]
+    found = {round(float(np.prod((two / one) ** p)), 6) for p in powers}
+    assert len(found) == len(powers)
+
+
 @pytest.mark.parametrize("checkpoint", [True, False])
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
 @on_mlx
-def test_a_formula_of_few_blocks_tells_of_many_blocks_and_other_sizes(checkpoint):
+def test_a_formula_of_few_blocks_tells_of_many_blocks_and_other_sizes(checkpoint, name, monkeypatch):
+    if name == "cuda":
+        monkeypatch.setattr(forecasts, "backend", lambda: name)
     module, _ = tiny(num_hidden_layers=9)
     forecast = Forecast(module, "tiny", None, True)
     for (batch, length), (rank, count), chunk in itertools.product([(1, 400), (6, 100)], [(2, -1), (16, 5)], [0, 64]):
