@@ -107,7 +107,9 @@ class Graph:
             if array.role == "constant" and a not in new:
                 new[a] = constants[a] if a in constants else constants.setdefault(a, self.add(array))
         for node in piece.nodes:
-            new.update({a: self.add(replace(piece.arrays[a], role=role)) for a in node.outputs})
-            ids = [tuple(new[a] for a in side) for side in (node.inputs, node.outputs)]
-            self.nodes.append(replace(node, inputs=ids[0], outputs=ids[1]))
+            for a in node.outputs:
+                array = piece.arrays[a]
+                new[a] = self.add(array if array.role == role else replace(array, role=role))
+            ids = (tuple([new[a] for a in side]) for side in (node.inputs, node.outputs))
+            self.nodes.append(Node(node.name, *ids, node.arguments))
         return [new[a] for a in piece.outputs]
