@@ -8,7 +8,7 @@ way. By these turns the stand-ins are found, and what is read and made by them. 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from qlab.core.graph import Graph, Node
 
@@ -72,9 +72,8 @@ def handwritten(graph: Graph, calls: Sequence[Halves]) -> Graph:
                 new |= {a: back[i] for i, a in own.gradients.items()}
         elif not any(_is_marked(graph, a) for a in (*node.inputs, *node.outputs)):
             new |= {a: made.add(graph.arrays[a]) for a in node.outputs}
-            made.nodes.append(
-                replace(node, inputs=tuple(new[a] for a in node.inputs), outputs=tuple(new[a] for a in node.outputs))
-            )
+            sides = (tuple([new[a] for a in side]) for side in (node.inputs, node.outputs))
+            made.nodes.append(Node(node.name, *sides, node.arguments))
     made.inputs, made.outputs = [new[a] for a in graph.inputs], [new[a] for a in graph.outputs]
     return made.needed()
 

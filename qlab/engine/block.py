@@ -53,7 +53,7 @@ class Piece:
 
     def _look(self, node: Any, path: str, without: Any) -> Hashable:
         if not isinstance(node, (dict, list)):
-            return _plain(node)
+            return plain(node)
         found: list[Hashable] = [type(node)]
         for key, value in sorted(node.items()) if isinstance(node, dict) else enumerate(node):
             if isinstance(value, mx.array):
@@ -65,7 +65,7 @@ class Piece:
             if key in _NUMBERS:
                 self.numbered = True
             elif key != "_no_grad":
-                found.append((key, _plain(value)))
+                found.append((key, plain(value)))
         return tuple(found)
 
 
@@ -116,10 +116,10 @@ def first_back(block: nn.Module, path: str, trained: list[str]) -> list[str]:
     return parts[-1] if len(parts) > 1 else []
 
 
-def _plain(value: Any) -> Hashable:
+def plain(value: Any) -> Hashable:
     """Something equal for equal values: itself if it can be, otherwise its identity."""
     if isinstance(value, (list, tuple)):
-        return tuple(map(_plain, value))
+        return tuple(map(plain, value))
     try:
         hash(value)
     except TypeError:

@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from qlab.core import low_rank
 from qlab.core.graph import Array, Graph, Node
 from qlab.core.handwritten import Halves, handwritten
+from qlab.engine.block import Piece, plain
 from qlab.engine.gradient import Call, met
 from qlab.errors import UnsupportedError
 
@@ -34,7 +37,8 @@ def read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], rol
         try:
             with _stand_ins(replaced), met() as calls:
                 graph = _read(fun, arrays, roles)
-            return handwritten(graph, [_halves(call) for call in calls]) if calls else graph
+            known: dict[Hashable, Halves] = {}
+            return handwritten(graph, [_halves(call, known) for call in calls]) if calls else graph
         except UnsupportedError as error:
             found = {name for name in _STAND_INS if name in str(error)} - replaced
             if not found:
@@ -42,8 +46,30 @@ def read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], rol
             replaced |= found
 
 
-def _halves(call: Call) -> Halves:
-    """Read both halves of a function with a gradient of its own."""
+def _halves(call: Call, known: dict[Hashable, Halves]) -> Halves:
+    """Read both halves of a function with a gradient of its own; those of calls that are alike are read once."""
+    look = _form([call.forward, call.backward, call.given, call.closed, call.made])
+    if look not in known:
+        known[look] = _read_halves(call)
+    return known[look]
+
+
+def _form(value: Any) -> Hashable:
+    """Something equal for values that make the same graph: of a function, its code and the forms of what it has enclosed."""
+    if isinstance(value, mx.array):
+        return value.shape, str(value.dtype)
+    if isinstance(value, nn.Module):
+        return Piece(value).form
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_form, value))
+    if isinstance(value, MethodType):
+        return _form(value.__func__), _form(value.__self__)
+    if isinstance(value, FunctionType):
+        return value.__code__, _form(value.__defaults__), tuple(_form(cell.cell_contents) for cell in value.__closure__ or ())
+    return plain(value)
+
+
+def _read_halves(call: Call) -> Halves:
     given, closed, (made,) = ([mx.zeros(*look) for look in looks] for looks in (call.given, call.closed, [call.made]))
     forward = read(lambda *arrays: [call.forward(*arrays)], [*given, *closed])
     return Halves(forward, read(lambda *arrays: list(call.backward(*arrays)), [made, *given, *closed]), len(given))
