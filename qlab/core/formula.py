@@ -2,7 +2,7 @@
 
 Which arrays exist at a moment does not depend on how large they are. So two traces of the same step at different sizes tell
 each array's bytes as a multiple of a product such as ``batch · tokens²``, and every moment becomes a row of coefficients;
-what each further block adds is the difference between a step of four blocks and one of three. Knows no framework.
+what each further block adds is the difference between a step of some blocks and one of one less. Knows no framework.
 """
 
 from __future__ import annotations
