@@ -110,6 +110,6 @@ class Graph:
             for a in node.outputs:
                 array = piece.arrays[a]
                 new[a] = self.add(array if array.role == role else replace(array, role=role))
-            ids = (tuple([new[a] for a in side]) for side in (node.inputs, node.outputs))
-            self.nodes.append(Node(node.name, *ids, node.arguments))
+            inner, outer = (tuple([new[a] for a in side]) for side in (node.inputs, node.outputs))
+            self.nodes.append(Node(node.name, inner, outer, node.arguments))
         return [new[a] for a in piece.outputs]

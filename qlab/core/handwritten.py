@@ -72,8 +72,8 @@ def handwritten(graph: Graph, calls: Sequence[Halves]) -> Graph:
                 new |= {a: back[i] for i, a in own.gradients.items()}
         elif not any(_is_marked(graph, a) for a in (*node.inputs, *node.outputs)):
             new |= {a: made.add(graph.arrays[a]) for a in node.outputs}
-            sides = (tuple([new[a] for a in side]) for side in (node.inputs, node.outputs))
-            made.nodes.append(Node(node.name, *sides, node.arguments))
+            inner, outer = (tuple([new[a] for a in side]) for side in (node.inputs, node.outputs))
+            made.nodes.append(Node(node.name, inner, outer, node.arguments))
     made.inputs, made.outputs = [new[a] for a in graph.inputs], [new[a] for a in graph.outputs]
     return made.needed()
 
