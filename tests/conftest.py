@@ -28,6 +28,17 @@ def smollm2_path():
         pytest.skip(str(error))
 
 
+@pytest.fixture
+def on_cpu():
+    """MLX computes on its CPU within, also where there is a GPU."""
+    import mlx.core as mx
+
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_record(tmp_path_factory):
     """Peaks measured by tests are not this machine's."""

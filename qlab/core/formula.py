@@ -31,12 +31,8 @@ _DRAIN = 110  # operations after which what the loss left behind has landed
 _DEGREE = 4
 _RANK = tuple(int(name == "rank") for name in QUANTITIES)
 _TRAINED = ("adapter", "optimizer", "gradients")  # roles of what grows with the rank, nearly so where all of it is one vector
-_GRID = (
-    (1, 4, 32),
-    (17, 65, 257, 513, 1025, 2049, 8193),
-    (2, 16, 256),
-    (64, 512),
-)  # sizes at which a moment must win to be kept
+# sizes at which a moment must win to be kept
+_GRID = ((1, 4, 32), (17, 65, 257, 513, 1025, 2049, 8193), (2, 16, 256), (64, 512))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -48,6 +48,10 @@ class Node:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     arguments: tuple = ()
+
+    def renamed(self, new: Mapping[int, int]) -> Node:
+        """Return the same operation on other arrays, by the ids of its own."""
+        return Node(self.name, tuple([new[a] for a in self.inputs]), tuple([new[a] for a in self.outputs]), self.arguments)
 
 
 @dataclass
@@ -110,6 +114,5 @@ class Graph:
             for a in node.outputs:
                 array = piece.arrays[a]
                 new[a] = self.add(array if array.role == role else replace(array, role=role))
-            inner, outer = (tuple([new[a] for a in side]) for side in (node.inputs, node.outputs))
-            self.nodes.append(Node(node.name, inner, outer, node.arguments))
+            self.nodes.append(node.renamed(new))
         return [new[a] for a in piece.outputs]

@@ -53,9 +53,9 @@ def handwritten(graph: Graph, calls: Sequence[Halves]) -> Graph:
     found = _Stands(graph, len(calls)).found
     ends = {each.makes: (n, True) for n, each in enumerate(found)}
     ends |= {a: (n, False) for n, each in enumerate(found) for a in each.gradients.values()}
-    made, new, constants = Graph(), {}, {}
+    made, new, inputs = Graph(), {}, set(graph.inputs)
     for a, array in graph.arrays.items():
-        if a in graph.inputs or array.role == "constant":
+        if a in inputs or array.role == "constant":
             new[a] = made.add(array)
     for node in graph.nodes:
         if node.outputs[0] in new:
@@ -65,15 +65,14 @@ def handwritten(graph: Graph, calls: Sequence[Halves]) -> Graph:
             call, own = calls[n], found[n]
             reads = [new[own.reads[i]] for i in sorted(own.reads)]
             if forward:
-                (last,) = made.then(call.forward, reads, constants.setdefault((n, forward), {}))
+                (last,) = made.then(call.forward, reads, {})
                 new[own.makes] = _behind(made, last, reads[: call.given])
             else:
-                back = made.then(call.backward, [new[own.slope], *reads], constants.setdefault((n, forward), {}))
+                back = made.then(call.backward, [new[own.slope], *reads], {})
                 new |= {a: back[i] for i, a in own.gradients.items()}
         elif not any(_is_marked(graph, a) for a in (*node.inputs, *node.outputs)):
             new |= {a: made.add(graph.arrays[a]) for a in node.outputs}
-            inner, outer = (tuple([new[a] for a in side]) for side in (node.inputs, node.outputs))
-            made.nodes.append(Node(node.name, inner, outer, node.arguments))
+            made.nodes.append(node.renamed(new))
     made.inputs, made.outputs = [new[a] for a in graph.inputs], [new[a] for a in graph.outputs]
     return made.needed()
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from qlab.core.low_rank import routed
 from qlab.engine.gradient import with_gradient
-from qlab.engine.linear import Frozen, Packed, arrays_of, having, tied
+from qlab.engine.linear import Frozen, Packed, having, own_arrays, tied
 
 
 class PackedExperts(Packed):
@@ -28,7 +28,7 @@ class PackedExperts(Packed):
         return y + self["bias"][indices][..., None, :] if "bias" in self else y
 
     def _product(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
-        names, arrays = arrays_of(self)
+        names, arrays = own_arrays(self)
 
         def forward(x: mx.array, indices: mx.array, *arrays: mx.array) -> mx.array:
             return routed(x, having(self, names, arrays).dense(x.dtype), indices, sorted_indices)

@@ -43,7 +43,7 @@ from qlab.errors import ConfigError, UnsupportedError
 # CUDA's set by eight steps on one H100 (docs/guide/memory_accuracy.md), Metal's read, not measured
 _TASK, _TASKS = {"cpu": 10, "cuda": 27, "metal": 40}, 11
 Look = tuple[tuple, ...]  # role, shape, present storage, chosen storage and whether it is adapted, of each layer
-_SAMPLE = {True: 3, False: 4}  # blocks of each kind in the step that a formula is read from, with checkpoints and without
+SAMPLE = {True: 3, False: 4}  # blocks of each kind in the step that a formula is read from, with checkpoints and without
 _REMEMBERED = 48  # formulas kept
 
 
@@ -175,7 +175,7 @@ class Forecast:
         """Return the formula of a setup's kind of step; it is made at its first use."""
         train, adapter, (groups, outside) = setup.train, setup.adapter, self.looks(setup)
         several = chunks(train.batch_size, train.max_seq_length, train.loss_chunk) if train.loss_chunk else 0
-        most = _SAMPLE[train.grad_checkpoint]
+        most = SAMPLE[train.grad_checkpoint]
         few = tuple((look, min(len(group), most), len(group) > most) for look, group in groups.items())
         key = (few, outside, adapter.kind, adapter.dtype, adapter.dropout > 0, train.optimizer, train.grad_checkpoint,
                train.window, train.grad_accumulation_steps > 1, train.pack, several)  # fmt: skip
@@ -216,7 +216,7 @@ class Forecast:
     def _made(self, setup: Setup, groups: list[list[int]], several: int) -> Formula:
         widest = min(min(x.shape[-2:]) for x in setup.adapter.targets(self.spec))
         refs = references(several, widest, tiles=backend() == "cuda")  # engine/tiles.py
-        most = _SAMPLE[setup.train.grad_checkpoint]
+        most = SAMPLE[setup.train.grad_checkpoint]
         few = [group[-most:] for group in groups]
         try:
             one, two = (self._graph(setup, sum(few, []), ref) for ref in refs)

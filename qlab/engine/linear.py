@@ -174,7 +174,7 @@ def product(layer: nn.Module, x: mx.array) -> mx.array:
     if is_stored_in(layer, x.dtype):
         return x @ layer.weight.T
 
-    names, arrays = arrays_of(layer)
+    names, arrays = own_arrays(layer)
 
     def forward(x: mx.array, *arrays: mx.array) -> mx.array:
         return x @ weight_of(having(layer, names, arrays), x.dtype).T
@@ -204,7 +204,7 @@ def adapted_product(
     """
     if shared is None and (keep or is_stored_in(layer, x.dtype)):
         shared = weight_of(layer, x.dtype)
-    names, arrays = arrays_of(layer) if shared is None else ([], [shared])
+    names, arrays = own_arrays(layer) if shared is None else ([], [shared])
 
     def weight(arrays: Sequence[mx.array], to: mx.array | None) -> mx.array:
         if shared is not None:
@@ -230,11 +230,11 @@ def adapted_product(
 
 def tied(layer: nn.Module, to: mx.array) -> nn.Module:
     """Return a layer whose arrays are read only once ``to`` is there."""
-    names, arrays = arrays_of(layer)
+    names, arrays = own_arrays(layer)
     return having(layer, names, mx.depends(arrays, [to]))
 
 
-def arrays_of(layer: nn.Module) -> tuple[list[str], list[mx.array]]:
+def own_arrays(layer: nn.Module) -> tuple[list[str], list[mx.array]]:
     """Return a layer's own arrays and their names."""
     found = {name: value for name, value in layer.items() if isinstance(value, mx.array)}
     return list(found), list(found.values())

@@ -70,6 +70,7 @@ def _form(value: Any) -> Hashable:
 
 
 def _read_halves(call: Call) -> Halves:
+    """Read them for arrays that look like those of the call."""
     given, closed, (made,) = ([mx.zeros(*look) for look in looks] for looks in (call.given, call.closed, [call.made]))
     forward = read(lambda *arrays: [call.forward(*arrays)], [*given, *closed])
     return Halves(forward, read(lambda *arrays: list(call.backward(*arrays)), [made, *given, *closed]), len(given))

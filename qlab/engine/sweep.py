@@ -17,11 +17,11 @@ from qlab.core.estimate_panel import Reach, rank_stops, step_name
 from qlab.core.formula import CHUNKS, Formula
 from qlab.core.memory import Setup
 from qlab.core.spec import LayerSpec
-from qlab.engine.forecast import Forecast
+from qlab.engine.forecast import SAMPLE, Forecast
 from qlab.errors import ConfigError
 
 _KEPT = 40  # formulas that the browser holds
-_FEW = 5  # from so many blocks of a sort on, a formula holds for any number of them
+_FEW = max(SAMPLE.values()) + 1  # from so many blocks of a sort on, a formula holds for any number of them
 
 
 class Sweep:

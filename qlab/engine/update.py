@@ -133,8 +133,8 @@ class Update:
         return {name: made[name] for name in names}
 
     def _join(self, grads: Arrays) -> tuple[Arrays, mx.array]:
+        grads = self.kept(grads)
         if self._whole:
-            grads = self.kept(grads)
             squares = [total(vector, mx.square) for vector in grads.values()]
         else:
             squares = [mx.square(grad.astype(mx.float32)).sum() for grad in grads.values()]

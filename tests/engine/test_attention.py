@@ -14,12 +14,7 @@ SIZES = {"one head": (1, 1, 1), "a group": (2, 4, 1), "groups": (2, 6, 3), "many
 LENGTHS = pytest.mark.parametrize("length, others", [(7, 7), (4, 9), (1, 5)])
 
 
-@pytest.fixture(autouse=True)
-def on_cpu():
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(before)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def given(size: str, length: int, others: int, width: int = 8, out: int = 5) -> list[mx.array]:

@@ -15,12 +15,7 @@ WAYS = pytest.mark.parametrize(
 ENDS = [float("-inf"), -1e38, -1000.0, -104.0, -90.0, 0.0, -0.0, 88.4, 104.0, 1e38, float("inf"), float("nan")]
 
 
-@pytest.fixture(autouse=True)
-def on_cpu():
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(before)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @WAYS
