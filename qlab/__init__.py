@@ -1,7 +1,7 @@
 """qlab: a notebook-native laboratory for quantized LLMs on MLX.
 
 The door: public names are resolved at first use, so that importing qlab loads neither MLX nor widgets. On Linux the one
-thing done at import is to load OpenBLAS, which must happen before MLX is imported (``qlab.engine.blas``).
+thing done at import is to load OpenBLAS, which must happen before MLX is imported (``qlab.runtime.blas``).
 """
 
 from __future__ import annotations
@@ -9,29 +9,29 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from qlab.engine import blas as _blas
+from qlab.runtime import blas as _blas
 
 __version__ = "0.1.0"
 
 _blas.preload()
 
 _HOME = {
-    "load": "qlab.model",
-    "Model": "qlab.model",
-    "Quantizer": "qlab.quantizer",
-    "Adapter": "qlab.adapter",
-    "Trainer": "qlab.trainer",
-    "runs": "qlab.trainer",
-    "QuantConfig": "qlab.core.config",
-    "QuantPlan": "qlab.core.config",
-    "QuantReport": "qlab.core.report",
+    "load": "qlab.lab.model",
+    "Model": "qlab.lab.model",
+    "Quantizer": "qlab.lab.quantizer",
+    "Adapter": "qlab.lab.adapter",
+    "Trainer": "qlab.lab.trainer",
+    "runs": "qlab.lab.trainer",
+    "QuantConfig": "qlab.core.config.quant",
+    "QuantPlan": "qlab.core.config.quant",
+    "QuantReport": "qlab.core.quantize.report",
     "QlabError": "qlab.errors",
-    "estimate": "qlab.estimation",
-    "LoRAConfig": "qlab.core.training",
-    "TrainConfig": "qlab.core.training",
-    "MemoryEstimate": "qlab.core.memory",
-    "doctor": "qlab.engine.device",
-    "reporters": "qlab.engine.reporters",
+    "estimate": "qlab.lab.estimation",
+    "LoRAConfig": "qlab.core.config.lora",
+    "TrainConfig": "qlab.core.config.train",
+    "MemoryEstimate": "qlab.core.memory.estimate",
+    "doctor": "qlab.runtime.doctor",
+    "reporters": "qlab.engine.train.reporters",
     "register": "qlab.registry",
 }
 __all__ = [*_HOME, "__version__"]

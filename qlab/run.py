@@ -18,24 +18,26 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from qlab import __version__
-from qlab.adapter import Adapter
-from qlab.carry import facts_of, ready
-from qlab.core.memory import MemoryEstimate
-from qlab.core.run import StepEvent, summary
-from qlab.engine import checkpoint, prepare, run_file, run_folder
-from qlab.engine.checkpoint import TrainState
-from qlab.engine.feed import Feed
-from qlab.engine.job import mlx_call
-from qlab.engine.parallel import Ranks, joined
-from qlab.engine.run_folder import RunFacts
-from qlab.engine.session import Made
-from qlab.engine.train import Task, train_steps
+from qlab.core.memory.estimate import MemoryEstimate
+from qlab.core.train.events import StepEvent
+from qlab.core.train.report import summary
+from qlab.engine.data.batches import Feed
+from qlab.engine.train import checkpoint, run_file, run_folder
+from qlab.engine.train import setup as prepare
+from qlab.engine.train.checkpoint import TrainState
+from qlab.engine.train.distributed import Ranks, joined
+from qlab.engine.train.loop import Task, train_steps
+from qlab.engine.train.run_folder import RunFacts
+from qlab.engine.train.session import Made
 from qlab.errors import ConfigError, QlabError, RankError
-from qlab.estimation import estimate, roomy
-from qlab.quantizer import Quantizer
-from qlab.rebuild import source_of
-from qlab.trainer import Trainer
-from qlab.views import run_words as words
+from qlab.lab.adapter import Adapter
+from qlab.lab.estimation import estimate, roomy
+from qlab.lab.quantizer import Quantizer
+from qlab.lab.resume import source_of
+from qlab.lab.run_setup import facts_of, ready
+from qlab.lab.trainer import Trainer
+from qlab.runtime.job import mlx_call
+from qlab.views.trainer import words
 
 _EVERY_S = 1.0  # between lines, unless there is something to tell
 _GRACE_S = 120  # that a step may take to end once it shall; then nothing is waited for

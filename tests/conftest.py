@@ -42,7 +42,7 @@ def on_cpu():
 @pytest.fixture(scope="session", autouse=True)
 def own_record(tmp_path_factory):
     """Peaks measured by tests are not this machine's."""
-    from qlab.engine import record
+    from qlab.runtime import peaks as record
 
     folder, kept = tmp_path_factory.mktemp("record"), record.cache_folder
     record.cache_folder = lambda: folder

@@ -29,10 +29,10 @@ import comm  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import psutil  # noqa: E402
 
-from qlab.engine import record  # noqa: E402
-from qlab.engine.job import mlx_call  # noqa: E402
-from qlab.engine.load import Loaded  # noqa: E402
-from qlab.model import Model  # noqa: E402
+from qlab.runtime import peaks as record
+from qlab.runtime.job import mlx_call
+from qlab.engine.io.loaded import Loaded
+from qlab.lab.model import Model
 from tests.tiny import settings, tiny  # noqa: E402
 
 ROWS = [{"text": f"Row {n}: the {word} of the house was very {word}."} for n, word in enumerate(["tall", "kind", "odd"] * 10)]

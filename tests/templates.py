@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from qlab.engine.gguf_tokenizer import tokenizer
-from qlab.engine.job import mlx_call
+from qlab.engine.io.gguf_tokenizer import tokenizer
+from qlab.runtime.job import mlx_call
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

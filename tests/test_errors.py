@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 
 import qlab
-from qlab.errors import ConfigError, DataError, LayerNotFoundError, LoadError, SaveError
+from qlab.errors import ConfigError
+from qlab.errors import DataError
+from qlab.errors import LayerNotFoundError
+from qlab.errors import LoadError
+from qlab.errors import SaveError
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,13 @@ import numpy as np
 import pytest
 import yaml
 
-from qlab.engine import checkpoint, run_file, run_folder
-from qlab.engine.job import mlx_call
+from qlab.engine.train import checkpoint
+from qlab.engine.train import run_file
+from qlab.engine.train import run_folder
+from qlab.runtime.job import mlx_call
 from qlab.errors import ConfigError
-from qlab.run import _adapter, main
+from qlab.run import _adapter
+from qlab.run import main
 from tests.ring import QUIET, ROOT, launch
 
 ROWS = [{"text": f"Row {n}: the {word} of the house was very {word}."} for n, word in enumerate(["tall", "kind", "odd"] * 10)]

@@ -9,12 +9,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from qlab.core.config import QuantConfig, QuantPlan
-from qlab.core.spec import ModelSpec
-from qlab.engine.export import quantize
-from qlab.engine.job import mlx_call
-from qlab.engine.skeleton import describe, skeleton
-from qlab.engine.surgery import module_at
+from qlab.core.config.quant import QuantConfig
+from qlab.core.config.quant import QuantPlan
+from qlab.core.config.spec import ModelSpec
+from qlab.engine.quantize.quantize import quantize
+from qlab.runtime.job import mlx_call
+from qlab.engine.models.skeleton import describe
+from qlab.engine.models.skeleton import skeleton
+from qlab.engine.models.surgery import module_at
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, "num_attention_heads": 4,

@@ -12,9 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from qlab.core.adapter import AdapterKind
-from qlab.core.low_rank import LowRank, Shapes, factors, kind_of
-from qlab.core.training import LoRAConfig
+from qlab.core.config.lora import AdapterKind, LoRAConfig
+from qlab.nn.low_rank import LowRank, Shapes, factors, kind_of
 
 
 class DoRALayer(LowRank):

@@ -11,9 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from qlab.core.adapter import AdapterKind
-from qlab.core.low_rank import LowRank, factors, kind_of, onto
-from qlab.core.training import LoRAConfig
+from qlab.core.config.lora import AdapterKind, LoRAConfig
+from qlab.nn.low_rank import LowRank, factors, kind_of
+from qlab.ops.matmul import onto
 
 
 class LoRALayer(LowRank):

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from qlab.core.optimizer import OptimizerKind
+from qlab.core.config.train import OptimizerKind
 
 
 class AdamW(OptimizerKind):

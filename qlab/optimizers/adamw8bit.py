@@ -16,8 +16,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from qlab.core.dynamic import dynamic_map, search_table
-from qlab.core.optimizer import OptimizerKind
+from qlab.core.config.train import OptimizerKind
+from qlab.ops.dynamic_map import dynamic_map, search_table
 
 _BLOCK = 256
 _LEAST = 4096  # numbers in a tensor from which on its moments are rounded

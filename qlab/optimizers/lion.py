@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.optimizers as optim
 
-from qlab.core.optimizer import OptimizerKind
+from qlab.core.config.train import OptimizerKind
 
 
 class Lion(OptimizerKind):

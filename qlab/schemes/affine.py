@@ -6,9 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from qlab.core.config import QuantConfig
-from qlab.core.scheme import Layout, Scheme
-from qlab.core.unpack import affine
+from qlab.core.config.quant import Layout, QuantConfig, Scheme
+from qlab.ops.unpack import affine
 
 
 class Affine(Scheme):

@@ -12,10 +12,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from qlab.core.config import QuantConfig
-from qlab.core.dynamic import dynamic_map
-from qlab.core.scheme import Layout, Scheme
-from qlab.core.unpack import lookup
+from qlab.core.config.quant import Layout, QuantConfig, Scheme
+from qlab.ops.dynamic_map import dynamic_map
+from qlab.ops.unpack import lookup
 
 _TABLE = np.array(
     [-1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

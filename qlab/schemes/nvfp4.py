@@ -6,8 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from qlab.core.config import QuantConfig
-from qlab.core.scheme import Layout, Scheme
+from qlab.core.config.quant import Layout, QuantConfig, Scheme
 
 _FULL = 448.0 * 6.0  # largest E4M3 scale times largest E2M1 element
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlab.core.config import QuantConfig
-from qlab.core.solver import Solver
+from qlab.core.config.quant import QuantConfig
+from qlab.core.config.solver import Solver
 
 
 class Rtn(Solver):

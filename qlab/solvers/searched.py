@@ -6,10 +6,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from qlab.core.config import QuantConfig
-from qlab.core.packing import pack
-from qlab.core.solver import Solver
+from qlab.core.config.quant import QuantConfig
+from qlab.core.config.solver import Solver
 from qlab.errors import ConfigError
+from qlab.ops.packing import pack
 
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
 _REFITS = 2

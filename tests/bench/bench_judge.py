@@ -14,14 +14,15 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from qlab.adapter import Adapter
-from qlab.core.judge import COLUMNS
-from qlab.core.training import TrainConfig
-from qlab.engine.adapt import twin_with
-from qlab.engine.job import Job, mlx_call
-from qlab.engine.judge import judge
-from qlab.engine.teacher import remember
-from qlab.trainer import Trainer
+from qlab.lab.adapter import Adapter
+from qlab.core.evaluate.judge import COLUMNS
+from qlab.core.config.train import TrainConfig
+from qlab.engine.adapt.attach import twin_with
+from qlab.runtime.job import Job
+from qlab.runtime.job import mlx_call
+from qlab.engine.evaluate.judge import judge
+from qlab.engine.evaluate.teacher import remember
+from qlab.lab.trainer import Trainer
 
 REPEATS = 3
 GOLDEN = [{"prompt": f"The {word}", "expected": "statement"} for word in ("import", "return", "global", "del")]

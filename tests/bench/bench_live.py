@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qlab.engine.session import _TICK_S
+from qlab.engine.train.session import _TICK_S
 from tests.ui.conftest import FLAGS, browser_path, opened, run_cell, served
 
 PAIRS = 30

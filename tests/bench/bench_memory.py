@@ -12,14 +12,18 @@ import qlab
 
 import numpy as np
 
-from qlab.core.config import QuantConfig, QuantPlan
-from qlab.core.memory import Setup
-from qlab.core.training import LoRAConfig, TrainConfig
-from qlab.engine.export import quantize
-from qlab.engine.forecast import Forecast, measured_peak
-from qlab.engine.job import finished, mlx_call
-from qlab.engine.record import SHIPPED
-from qlab.engine.skeleton import skeleton
+from qlab.core.config.quant import QuantConfig
+from qlab.core.config.quant import QuantPlan
+from qlab.core.memory.setup import Setup
+from qlab.core.config.lora import LoRAConfig
+from qlab.core.config.train import TrainConfig
+from qlab.engine.quantize.quantize import quantize
+from qlab.engine.memory.forecast import Forecast
+from qlab.engine.memory.forecast import measured_peak
+from qlab.runtime.job import finished
+from qlab.runtime.job import mlx_call
+from qlab.runtime.peaks import SHIPPED
+from qlab.engine.models.skeleton import skeleton
 from tests.models import smollm2
 
 STORAGES = {

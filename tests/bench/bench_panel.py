@@ -16,14 +16,18 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from qlab.core.config import QuantConfig
-from qlab.engine.job import Job, mlx_call
-from qlab.engine.linear import weight_of
-from qlab.engine.measure import Measurer, all_configs
-from qlab.engine.skeleton import describe, skeleton
-from qlab.engine.surgery import module_at
-from qlab.model import load
-from qlab.views.quantizer import CSS, ESM
+from qlab.core.config.quant import QuantConfig
+from qlab.runtime.job import Job
+from qlab.runtime.job import mlx_call
+from qlab.nn.linear import weight_of
+from qlab.engine.quantize.measurer import Measurer
+from qlab.engine.quantize.measurer import all_configs
+from qlab.engine.models.skeleton import describe
+from qlab.engine.models.skeleton import skeleton
+from qlab.engine.models.surgery import module_at
+from qlab.lab.model import load
+from qlab.views.shared.wire import CSS
+from qlab.views.quantizer.widget import ESM
 from tests.bench.degrid import degrid
 from tests.models import smollm2
 from tests.ui.conftest import FLAGS, browser_path
@@ -107,10 +111,11 @@ def paint(name: str, spec, measurer: Measurer) -> None:
     """Time from a slider's input event to the painted frame, in Chromium."""
     from playwright.sync_api import sync_playwright
 
-    from qlab.core.panel import Machine, PanelState
-    from qlab.core.config import QuantPlan
+    from qlab.core.machine import Machine
+    from qlab.core.panels.quantizer import PanelState
+    from qlab.core.config.quant import QuantPlan
     from qlab import registry
-    from qlab.views.quantizer_text import page
+    from qlab.views.quantizer.static import page
 
     modes = tuple(
         (s.name, s.title, s.bits, s.group_sizes, s.default_bits, s.default_group_size)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import qlab  # noqa: F401, I001  OpenBLAS before mlx
 import numpy as np
 
-from qlab.core.config import QuantConfig, QuantPlan
-from qlab.engine.job import Job, mlx_call
-from qlab.model import load
+from qlab.core.config.quant import QuantConfig
+from qlab.core.config.quant import QuantPlan
+from qlab.runtime.job import Job
+from qlab.runtime.job import mlx_call
+from qlab.lab.model import load
 from tests.bench.degrid import degrid
 from tests.models import smollm2
 

@@ -15,17 +15,23 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from qlab.core.config import QuantConfig, QuantPlan
-from qlab.core.training import LoRAConfig
-from qlab.engine.evaluate import evaluate
-from qlab.engine.export import quantize
-from qlab.engine.inputs import passing, texts
-from qlab.engine.job import Job, mlx_call
-from qlab.engine.linear import weight_of
-from qlab.engine.start import STARTS, recovery, start
-from qlab.engine.step import Compute, attach
-from qlab.engine.surgery import module_at
-from qlab.model import load
+from qlab.core.config.quant import QuantConfig
+from qlab.core.config.quant import QuantPlan
+from qlab.core.config.lora import LoRAConfig
+from qlab.engine.evaluate.divergence import evaluate
+from qlab.engine.quantize.quantize import quantize
+from qlab.engine.adapt.activations import passing
+from qlab.engine.adapt.activations import texts
+from qlab.runtime.job import Job
+from qlab.runtime.job import mlx_call
+from qlab.nn.linear import weight_of
+from qlab.engine.adapt.init import STARTS
+from qlab.engine.adapt.init import recovery
+from qlab.engine.adapt.init import start
+from qlab.nn.frozen import Compute
+from qlab.engine.adapt.attach import attach
+from qlab.engine.models.surgery import module_at
+from qlab.lab.model import load
 from tests.bench.degrid import degrid
 from tests.models import smollm2
 
@@ -92,7 +98,7 @@ def main(bits_tried: tuple[int, ...] = (4, 3)) -> None:
 
 def noise(found):
     """Ranks and shares that white noise of the same shape would give."""
-    from qlab.core.recovery import GRID
+    from qlab.core.adapt.recovery import GRID
 
     known = np.isfinite(found.noise_weight)
     return np.array(GRID)[known], found.noise_weight[known]

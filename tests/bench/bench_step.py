@@ -69,18 +69,20 @@ def ours(how: str, batch: int, length: int, steps: int) -> dict:
     import time
 
     import qlab
-    from qlab.core.training import LoRAConfig, TrainConfig
-    from qlab.engine.job import mlx_call
+    from qlab.core.config.lora import LoRAConfig
+    from qlab.core.config.train import TrainConfig
+    from qlab.runtime.job import mlx_call
 
     model = qlab.load(str(FOLDER))
 
     def run() -> dict:
         import mlx.core as mx
 
-        from qlab.engine.skeleton import describe
-        from qlab.engine.step import attach, make_step
-        from qlab.engine.trial import choose_compute
-        from qlab.engine.update import Update
+        from qlab.engine.models.skeleton import describe
+        from qlab.engine.adapt.attach import attach
+        from qlab.engine.step.choose import make_step
+        from qlab.engine.step.product_trial import choose_compute
+        from qlab.engine.train.update import Update
 
         spec, lora, again = describe(model.module, "x"), LoRAConfig(rank=RANK), how == "stepped"
         train = TrainConfig(batch_size=batch, max_seq_length=length, grad_checkpoint=again, learning_rate=1e-5)
@@ -115,7 +117,7 @@ def main() -> None:
     if sys.argv[1:2] == ["one"]:
         way, batch, length, steps = sys.argv[2], *map(int, sys.argv[3:6])
         if way == "stock, OpenBLAS":
-            from qlab.engine import blas
+            from qlab.runtime import blas
 
             blas.preload()
         made = stock(batch, length, steps) if way.startswith("stock") else ours(way, batch, length, steps)

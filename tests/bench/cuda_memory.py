@@ -19,15 +19,18 @@ import qlab
 import mlx.core as mx
 import mlx.nn as nn
 
-from qlab.core.config import QuantConfig
-from qlab.core.memory import Setup
-from qlab.core.training import LoRAConfig, TrainConfig
-from qlab.engine.device import backend
-from qlab.engine.forecast import Forecast, measured_peak
-from qlab.engine.job import mlx_call
-from qlab.engine.skeleton import describe, skeleton
-from qlab.engine.surgery import map_layers
-from qlab.engine.trace import stored
+from qlab.core.config.quant import QuantConfig
+from qlab.core.memory.setup import Setup
+from qlab.core.config.lora import LoRAConfig
+from qlab.core.config.train import TrainConfig
+from qlab.runtime.device import backend
+from qlab.engine.memory.forecast import Forecast
+from qlab.engine.memory.forecast import measured_peak
+from qlab.runtime.job import mlx_call
+from qlab.engine.models.skeleton import describe
+from qlab.engine.models.skeleton import skeleton
+from qlab.engine.models.surgery import map_layers
+from qlab.engine.models.lazy_storage import stored
 from qlab.errors import UnsupportedError
 
 _LLAMA = dict(

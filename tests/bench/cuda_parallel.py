@@ -13,16 +13,18 @@ import qlab  # noqa: F401
 
 import mlx.core as mx
 
-from qlab.core.config import QuantConfig
-from qlab.core.run import StepEvent
-from qlab.core.training import LoRAConfig, TrainConfig
-from qlab.engine.adapt import fresh
-from qlab.engine.feed import Feed
-from qlab.engine.job import mlx_call
-from qlab.engine.parallel import joined
-from qlab.engine.prepare import check_shared, make_task
-from qlab.engine.skeleton import describe
-from qlab.engine.train import train_steps
+from qlab.core.config.quant import QuantConfig
+from qlab.core.train.events import StepEvent
+from qlab.core.config.lora import LoRAConfig
+from qlab.core.config.train import TrainConfig
+from qlab.engine.adapt.parameters import fresh
+from qlab.engine.data.batches import Feed
+from qlab.runtime.job import mlx_call
+from qlab.engine.train.distributed import joined
+from qlab.engine.train.setup import check_shared
+from qlab.engine.train.setup import make_task
+from qlab.engine.models.skeleton import describe
+from qlab.engine.train.loop import train_steps
 from tests.bench.cuda_step import RANK, SHAPES, random_model, random_rows
 
 _WARM = 4  # steps that are not counted

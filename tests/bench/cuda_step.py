@@ -20,15 +20,18 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from qlab.core.config import QuantConfig
-from qlab.core.rows import Row, Rows
-from qlab.core.training import LoRAConfig, TrainConfig
-from qlab.engine.adapt import fresh
-from qlab.engine.export import stored_layer
-from qlab.engine.feed import Feed
-from qlab.engine.prepare import make_task
-from qlab.engine.skeleton import describe, skeleton
-from qlab.engine.train import train_steps
+from qlab.core.config.quant import QuantConfig
+from qlab.core.train.rows import Row
+from qlab.core.train.rows import Rows
+from qlab.core.config.lora import LoRAConfig
+from qlab.core.config.train import TrainConfig
+from qlab.engine.adapt.parameters import fresh
+from qlab.nn.stored import stored_layer
+from qlab.engine.data.batches import Feed
+from qlab.engine.train.setup import make_task
+from qlab.engine.models.skeleton import describe
+from qlab.engine.models.skeleton import skeleton
+from qlab.engine.train.loop import train_steps
 
 _LLAMA = dict(model_type="llama", rms_norm_eps=1e-5, rope_theta=5e5, max_position_embeddings=8192, torch_dtype="bfloat16")
 SHAPES = {

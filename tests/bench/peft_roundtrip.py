@@ -3,7 +3,7 @@
     .venv/bin/python -m tests.bench.peft_roundtrip --torch OTHER/bin/python
 
 where OTHER is an environment with torch, transformers and peft (CPU versions will do); it needs no qlab, and qlab needs none
-of them. ``tests/engine/test_adapter_files.py`` checks the same against PEFT's documented forward, without torch.
+of them. ``tests/engine/adapt/test_files.py`` checks the same against PEFT's documented forward, without torch.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def write(folder: Path) -> None:
     import numpy as np
     from mlx.utils import tree_flatten
 
-    from qlab.core.training import LoRAConfig
-    from qlab.engine.adapt import twin_with
-    from qlab.engine.adapter_files import save_adapter
-    from qlab.engine.peft_files import SAME_NAMES
-    from tests.engine.test_adapter_files import stirred
+    from qlab.core.config.lora import LoRAConfig
+    from qlab.engine.adapt.attach import twin_with
+    from qlab.engine.adapt.files import save_adapter
+    from qlab.engine.adapt.peft import SAME_NAMES
+    from tests.engine.adapt.test_files import stirred
     from tests.tiny import ARCHITECTURES, settings, tiny
 
     module, spec = tiny()
@@ -124,8 +124,8 @@ def read(folder: Path) -> None:
     import mlx.core as mx
     import numpy as np
 
-    from qlab.engine.adapt import twin_with
-    from qlab.engine.adapter_files import load_adapter
+    from qlab.engine.adapt.attach import twin_with
+    from qlab.engine.adapt.files import load_adapter
     from tests.tiny import tiny
 
     module, spec = tiny()
@@ -151,7 +151,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.check:
         return check(args.check)
-    from qlab.engine.job import mlx_call
+    from qlab.runtime.job import mlx_call
 
     with tempfile.TemporaryDirectory() as folder:
         mlx_call(write, Path(folder))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qlab import registry
-from qlab.core.config import QuantConfig
+from qlab.core.config.quant import QuantConfig
 from qlab.errors import ConfigError
 
 CONFIGS = [

@@ -8,9 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qlab.core.config import QuantConfig
-from qlab.core.dynamic import dynamic_map
-from qlab.schemes.nf4 import _grow, _shrink
+from qlab.core.config.quant import QuantConfig
+from qlab.ops.dynamic_map import dynamic_map
+from qlab.schemes.nf4 import _grow
+from qlab.schemes.nf4 import _shrink
 from tests.schemes import reference
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "nf4.npz")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from playwright.sync_api import expect
 
 import qlab
-from qlab.views.estimate_text import page as page_of
+from qlab.views.estimate.static import page as page_of
 from tests.ui.conftest import KERNEL, SHOTS, run_cell
 
 expect.set_options(timeout=60_000)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import qlab
-from qlab.core.code import code_line
-from qlab.core.config import QuantConfig, QuantPlan
-from qlab.views.judged import Judged
-from qlab.views.quantizer_text import page as page_of
-from tests.views.test_runs import judged, runs
+from qlab.core.config.code import code_line
+from qlab.core.config.quant import QuantConfig
+from qlab.core.config.quant import QuantPlan
+from qlab.views.cards.judged import Judged
+from qlab.views.quantizer.static import page as page_of
+from tests.views.cards.test_runs import judged, runs
 
 PATH = "model.layers.0.mlp.down_proj"
 HEIGHTS = "[...document.querySelectorAll('.qlab-bar')].map(r => +r.getAttribute('height'))"

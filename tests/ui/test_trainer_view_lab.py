@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from qlab.views.trainer_text import page as page_of
+from qlab.views.trainer.static import page as page_of
 from tests.ui.conftest import KERNEL, SHOTS, run_cell
 from tests.views.runs import VOICES, events, run_state
 

@@ -6,7 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from qlab.core.run import Mark, RunReport, RunState, StepEvent, Voice, seconds_left, summary
+from qlab.core.train.events import Mark
+from qlab.core.train.report import RunReport
+from qlab.core.panels.trainer import RunState
+from qlab.core.train.events import StepEvent
+from qlab.core.train.events import Voice
+from qlab.core.train.report import seconds_left
+from qlab.core.train.report import summary
 
 REPORT = RunReport(
     name="demo-20260101-120000", model="SmolLM2-135M", storage="affine 4-bit g64", adapter="lora r8", status="running", steps=0,

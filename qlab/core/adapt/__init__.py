@@ -1,0 +1,1 @@
+"""What an adapter recovers, and how much of it a merge retains."""

@@ -1,0 +1,1 @@
+"""What may be asked: quantization, adapter, training; specs of models; code that pastes back."""

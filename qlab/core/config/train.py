@@ -1,0 +1,131 @@
+"""What an optimizer must declare and do. The optimizers themselves are files in ``optimizers/``. Knows no model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from qlab import registry
+from qlab.core.config.legal import _choice, _flag, _number, _whole
+from qlab.errors import named
+
+
+class OptimizerKind(ABC):
+    """How parameters are changed by gradients. One instance per kind stands on the shelf.
+
+    Attributes:
+        name: the ``optimizer`` that a user types.
+        title: one line that says what it is.
+        elementwise: whether each number is updated by itself, with state of the parameter's own shape. Then all parameters
+            are updated as one vector, to the same bits; False is always right.
+    """
+
+    name: str
+    title: str
+    elementwise: bool = False
+
+    @abstractmethod
+    def state_nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
+        """Bytes kept from step to step for one parameter.
+
+        Args:
+            shape: of the parameter.
+            itemsize: bytes of one of its numbers.
+        """
+
+    @abstractmethod
+    def make(self, learning_rate: float, weight_decay: float = 0.0) -> Any:
+        """Return an ``mlx.optimizers.Optimizer``; decay is decoupled from the gradient."""
+
+
+LR_SCHEDULES = ("constant", "linear", "cosine")
+ON_NONFINITE = ("skip", "stop")
+
+
+@named
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Args:
+        iters: optimizer steps.
+        epochs: passes through the rows; replaces ``iters`` if given.
+        batch_size: rows that pass the model at once.
+        max_seq_length: tokens in the longest row; longer ones are cut.
+        learning_rate: of the optimizer, once warm.
+        lr_schedule: ``constant``, ``linear`` (to 0) or ``cosine`` (to 0).
+        warmup: steps in which the learning rate rises from 0.
+        optimizer: a file on the shelf ``optimizers``.
+        weight_decay: share of each parameter taken off per step and unit of learning rate.
+        max_grad_norm: gradients are scaled down to this global norm; 0 leaves them as they are.
+        grad_checkpoint: keep only the input of each block, and compute the rest again on the way back.
+        window: blocks in flight at once, with ``grad_checkpoint``: more are faster on a GPU and take more memory, for the same
+            numbers. 0 leaves it to qlab: a run takes as many as pay and fit.
+        grad_accumulation_steps: batches that make one optimizer step.
+        loss_chunk: tokens whose logits exist at once; 0 means all.
+        mask_prompt: whether only answers are targets (completions, or what the assistant says); text rows are whole targets.
+        pack: whether several rows share one, none seeing another.
+        steps_per_eval: steps between validations; 0 is every quarter of an epoch.
+        val_batches: batches of a validation; −1 means all rows held out.
+        early_stop: validations without a better loss after which the run ends; 0 means never.
+        steps_per_save: steps between checkpoints.
+        on_nonfinite: what to do when loss or gradient is no number: ``skip`` leaves the step out and goes on, ``stop`` ends
+            the run; the adapter keeps its last good state either way.
+        seed: of everything drawn: order of rows, dropout, the adapter's start.
+
+    Raises:
+        ConfigError: a value is not legal.
+    """
+
+    iters: int = 200
+    epochs: float | None = None
+    batch_size: int = 4
+    max_seq_length: int = 512
+    learning_rate: float = 1e-4
+    lr_schedule: str = "constant"
+    warmup: int = 0
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    grad_checkpoint: bool = False
+    window: int = 0
+    grad_accumulation_steps: int = 1
+    loss_chunk: int = 512
+    mask_prompt: bool = True
+    pack: bool = False
+    steps_per_eval: int = 0
+    val_batches: int = 25
+    early_stop: int = 0
+    steps_per_save: int = 100
+    on_nonfinite: str = "skip"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("iters", "batch_size", "grad_accumulation_steps", "steps_per_save"):
+            _whole(name, getattr(self, name), 1)
+        for name in ("window", "loss_chunk", "warmup", "steps_per_eval", "early_stop", "seed"):
+            _whole(name, getattr(self, name), 0)
+        _whole("max_seq_length", self.max_seq_length, 2)
+        if self.val_batches != -1:
+            _whole("val_batches", self.val_batches, 1)
+        for name in ("grad_checkpoint", "mask_prompt", "pack"):
+            _flag(name, getattr(self, name))
+        _choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        _choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        _number("learning_rate", self.learning_rate, "a number above 0", lambda x: x > 0)
+        if self.epochs is not None:
+            _number("epochs", self.epochs, "a number above 0, or None", lambda x: x > 0)
+        for name in ("weight_decay", "max_grad_norm"):
+            _number(name, getattr(self, name), "a number, 0 or more", lambda x: x >= 0)
+        _ = self.kind
+
+    @property
+    def kind(self) -> OptimizerKind:
+        """The optimizer on the shelf that this config names."""
+        return registry.get("optimizers", self.optimizer)
+
+    @property
+    def tokens(self) -> int:
+        """Positions that pass the model at once."""
+        return self.batch_size * self.max_seq_length

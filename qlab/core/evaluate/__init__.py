@@ -1,0 +1,1 @@
+"""Judgements with errors and intervals."""

@@ -1,0 +1,1 @@
+"""A step as a graph: read, put together, ordered, simulated, and turned into formulas."""

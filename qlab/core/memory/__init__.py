@@ -1,0 +1,1 @@
+"""Estimates of memory, what they are asked of, and what to change."""

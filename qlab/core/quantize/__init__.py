@@ -1,0 +1,1 @@
+"""Errors of layers as tables and reports; allocation; comparison."""

@@ -1,0 +1,1 @@
+"""Rows, events and reports of a training run."""

@@ -1,8 +1,0 @@
-"""Tables that may be wider than the page. Knows not what is in them."""
-
-from __future__ import annotations
-
-
-def wide(table: str) -> str:
-    """Return an html table that scrolls within itself where the page is narrower, so that the page stays as it is."""
-    return f"<div style='overflow-x:auto'>{table}</div>"

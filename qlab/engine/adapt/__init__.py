@@ -1,0 +1,1 @@
+"""Adapters: attached, started, fused, and their files."""

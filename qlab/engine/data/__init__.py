@@ -1,0 +1,1 @@
+"""Anything with rows → tokens and targets → batches by number."""

@@ -1,0 +1,1 @@
+"""Side by side with the full model: loss, KL, answers."""

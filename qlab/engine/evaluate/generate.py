@@ -1,0 +1,96 @@
+"""Prompts → tokens → answers."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qlab.core.train.rows import foreign
+from qlab.errors import ConfigError
+from qlab.runtime.job import finished
+
+_PREFILL = 512  # tokens of a prompt that pass at once
+
+
+def prompt_tokens(tokenizer: Any, prompt: str, vocabulary: int | None = None) -> list[int]:
+    """Return the tokens of a prompt: a user's turn, where the tokenizer has a chat template.
+
+    Args:
+        tokenizer: mlx-lm's wrapper.
+        prompt: a question, or a text to go on with.
+        vocabulary: tokens that the model knows; MLX would look up others in foreign memory. None is not checked.
+
+    Raises:
+        ConfigError: it is no text, holds no token, or one that the model does not know.
+    """
+    if not isinstance(prompt, str):
+        raise ConfigError(f"prompt={prompt!r} is not legal; it is text.")
+    if tokenizer.chat_template is not None:
+        tokens = list(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True))
+    else:
+        tokens = list(tokenizer.encode(prompt))
+    if not tokens:
+        raise ConfigError("The prompt is empty, and an answer needs a token to begin with; give a word at least.")
+    if fault := foreign(tokens, vocabulary):
+        raise ConfigError(f"The prompt cannot be used: {fault}.")
+    return tokens
+
+
+def checked_prompts(tokenizer: Any, prompts: Any, vocabulary: int | None) -> tuple[str, ...]:
+    """Return one prompt or several, if a model can answer them.
+
+    Raises:
+        ConfigError: see ``prompt_tokens``.
+    """
+    found = (prompts,) if isinstance(prompts, str) or not isinstance(prompts, Iterable) else tuple(prompts)
+    for prompt in found:
+        prompt_tokens(tokenizer, prompt, vocabulary)
+    return found
+
+
+def answer(
+    module: nn.Module, tokenizer: Any, prompt: str, max_tokens: int, vocabulary: int | None = None
+) -> Generator[int, None, str]:
+    """Write the most likely continuation, a token at a time. The wired limit stays as it is.
+
+    Args:
+        module: an mlx-lm model, dropout off.
+        tokenizer: mlx-lm's wrapper.
+        prompt: see ``prompt_tokens``.
+        max_tokens: tokens to write at most.
+        vocabulary: see ``prompt_tokens``.
+
+    Yields:
+        The number of tokens written.
+
+    Raises:
+        ConfigError: see ``prompt_tokens``.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    tokens, cache = prompt_tokens(tokenizer, prompt, vocabulary), make_prompt_cache(module)
+    for start in range(0, len(tokens) - 1, _PREFILL):
+        module(mx.array([tokens[start : min(start + _PREFILL, len(tokens) - 1)]]), cache=cache)
+        mx.eval([layer.state for layer in cache])  # the logits are never computed
+    last, written = tokens[-1], []
+    while len(written) < max_tokens:
+        last = module(mx.array([[last]]), cache=cache)[0, -1].argmax().item()
+        if last in tokenizer.eos_token_ids:
+            break
+        written.append(last)
+        yield len(written)
+    return tokenizer.decode(written)
+
+
+def reply(module: nn.Module, tokenizer: Any, prompt: str, max_tokens: int, vocabulary: int | None = None) -> str:
+    """Return what ``answer`` writes.
+
+    Raises:
+        ConfigError: see ``prompt_tokens``; or ``max_tokens`` is no number above 0.
+    """
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ConfigError(f"max_tokens={max_tokens!r} is not legal; it is a whole number, 1 or more.")
+    return finished(answer(module, tokenizer, prompt, max_tokens, vocabulary))

@@ -1,0 +1,1 @@
+"""The peak of a step, before it is run."""

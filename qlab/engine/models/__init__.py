@@ -1,0 +1,1 @@
+"""Modules in memory: skeletons, blocks, surgery."""

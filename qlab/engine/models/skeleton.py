@@ -1,0 +1,130 @@
+"""What a model is made of: from a module tree or from a config alone, without touching a weight.
+
+Works for every architecture that mlx-lm has, because it asks the modules. Knows no error and no plan.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from qlab import registry
+from qlab.core.config.quant import stock_config
+from qlab.core.config.spec import LayerSpec, ModelSpec
+from qlab.engine.models.surgery import cast
+from qlab.errors import LoadError, nearest
+from qlab.nn.experts import PackedExperts
+from qlab.nn.linear import Packed, PackedEmbedding, PackedLinear, is_quantized
+
+
+def describe(module: nn.Module, name: str) -> ModelSpec:
+    """Return the spec of a model; no array is evaluated.
+
+    Args:
+        module: an mlx-lm model, dense, quantized or lazy.
+        name: what to call it.
+    """
+    paths = [(path, leaf) for path, leaf in module.named_modules() if _kind(leaf)]
+    order = {path: i for i, (path, _) in enumerate(tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module))}
+    paths.sort(key=lambda item: order.get(item[0], len(order)))
+    tied = not any(path.split(".")[-1] == "lm_head" for path, _ in paths)
+    layers = tuple(_layer(path, leaf, tied) for path, leaf in paths)
+    held = {f"{path}.{name}" for path, leaf in paths for name in _weight_arrays(leaf)}
+    other = [array for key, array in tree_flatten(module.parameters()) if key not in held]
+    return ModelSpec(name, layers, sum(a.nbytes for a in other), sum(a.size for a in other))
+
+
+def skeleton(config: dict[str, Any]) -> nn.Module:
+    """Build mlx-lm's model from a config dict, lazily: paths, shapes and dtypes of a model that need not exist.
+
+    Args:
+        config: the contents of a ``config.json``; ``torch_dtype`` or ``dtype`` names the checkpoint's dtype.
+
+    Raises:
+        LoadError: unknown architecture, or a config that its class refuses.
+    """
+    model_class, args_class = model_classes(config)
+    try:
+        module = model_class(args_class.from_dict(config))
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise LoadError(f"The config does not describe a {config['model_type']!r} model: {error}.") from error
+    text = config.get("text_config") or {}
+    wanted = config.get("torch_dtype") or config.get("dtype") or text.get("torch_dtype") or text.get("dtype")
+    return cast(module, getattr(mx, str(wanted or "bfloat16"), mx.bfloat16))
+
+
+def model_classes(config: dict[str, Any]) -> tuple[type, type]:
+    """Return mlx-lm's model class and arguments class for a config.
+
+    Raises:
+        LoadError: no ``model_type``, or one that mlx-lm does not have; names the nearest.
+    """
+    import pkgutil
+
+    from mlx_lm import models
+    from mlx_lm.utils import _get_classes
+
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise LoadError("config.json has no model_type, so this is not a model that mlx-lm could open.")
+    try:
+        return _get_classes(config)
+    except ValueError:
+        known = [info.name for info in pkgutil.iter_modules(models.__path__)]
+        raise LoadError(f"Unknown architecture {kind!r}: mlx-lm has no such model_type.{nearest(kind, known)}") from None
+
+
+def _kind(leaf: nn.Module) -> str | None:
+    if isinstance(leaf, (nn.Linear, nn.QuantizedLinear, PackedLinear)):
+        return "linear"
+    if isinstance(leaf, (nn.Embedding, nn.QuantizedEmbedding, PackedEmbedding)):
+        return "embedding"
+    if isinstance(leaf, PackedExperts) or type(leaf).__name__ in ("SwitchLinear", "QuantizedSwitchLinear"):
+        return "switch"
+    return None
+
+
+def _weight_arrays(leaf: nn.Module) -> list[str]:
+    """Names of a layer's parameters that hold its weight (not its bias)."""
+    return [name for name, value in leaf.items() if isinstance(value, mx.array) and name != "bias"]
+
+
+def _layer(path: str, leaf: nn.Module, tied: bool) -> LayerSpec:
+    kind = _kind(leaf)
+    nbytes = sum(leaf[name].nbytes for name in _weight_arrays(leaf))
+    shape, dtype = _logical(leaf)
+    groups = {g for scheme in registry.shelf("schemes").values() for g in scheme.group_sizes if g >= 32}
+    obstacle = None
+    if all(shape[-1] % group for group in groups):
+        obstacle = f"input width {shape[-1]} is not a multiple of 32, the smallest group"
+    return LayerSpec(
+        path=path,
+        kind=kind or "linear",
+        shape=shape,
+        dtype=str(dtype).removeprefix("mlx.core."),
+        itemsize=dtype.size,
+        nbytes=nbytes,
+        stored=_stored(leaf),
+        tied=tied and kind == "embedding",
+        obstacle=obstacle,
+    )
+
+
+def _logical(leaf: nn.Module) -> tuple[tuple[int, ...], mx.Dtype]:
+    """Shape of the weight as numbers, and the dtype that dequantizing gives."""
+    if isinstance(leaf, Packed):
+        return leaf.shape, leaf.dtype
+    if not is_quantized(leaf):
+        return leaf.weight.shape, leaf.weight.dtype
+    packed = leaf.weight.shape
+    dtype = leaf.scales.dtype if mx.issubdtype(leaf.scales.dtype, mx.floating) else mx.bfloat16
+    return (*packed[:-1], packed[-1] * 32 // leaf.bits), dtype
+
+
+def _stored(leaf: nn.Module) -> str | None:
+    if isinstance(leaf, Packed):
+        return leaf.config.label
+    return stock_config(leaf.mode, leaf.bits, leaf.group_size).label if is_quantized(leaf) else None

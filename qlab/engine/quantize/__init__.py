@@ -1,0 +1,1 @@
+"""Errors of every layer, what they cost in nats, and quantized models."""

@@ -1,0 +1,1 @@
+"""The loop, its runs on disk, and several processes that make one run."""

@@ -1,0 +1,210 @@
+"""What a training run needs to go on, on disk: written whole or not at all, so that the last one always opens.
+
+A checkpoint is a folder that stock mlx-lm opens as an adapter; beside the adapter lie the optimizer's state and the run's.
+Everything else that a step depends on (rows, dropout, learning rate) follows from the config and the step's number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from qlab.core.train.events import Mark, StepEvent
+from qlab.engine.io.loaded import check_safetensors
+from qlab.engine.step.loss import Arrays
+from qlab.errors import LoadError, SaveError
+
+_KEPT = 2  # of the checkpoints to go on from; the best one is kept besides
+
+
+@dataclass
+class TrainState:
+    """Where a run stands.
+
+    Attributes:
+        parameters: trainable arrays by path.
+        optimizer: its arrays by path.
+        learning_rate: base rate in force.
+        step: optimizer steps done.
+        seconds: spent in steps.
+        tokens: that passed the model, padding not counted.
+        best_val_loss: lowest validation loss so far.
+        best_step: where it was.
+        stale: validations since then.
+        skipped: steps left out in a row, because they were no numbers.
+        history: every event so far.
+    """
+
+    parameters: Arrays
+    optimizer: Arrays
+    learning_rate: float
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    best_val_loss: float = inf
+    best_step: int = 0
+    stale: int = 0
+    skipped: int = 0
+    history: list[StepEvent] = field(default_factory=list)
+
+
+def read_parameters(path: Path) -> Arrays:
+    """Read the trainable arrays of a checkpoint, evaluated.
+
+    Raises:
+        LoadError: the file is missing or cut short.
+    """
+    file = path / "adapters.safetensors"
+    if not file.is_file():
+        raise LoadError(f"{path} has no adapters.safetensors.")
+    check_safetensors(file)
+    found = mx.load(str(file))
+    mx.eval(found)
+    return found  # type: ignore
+
+
+_PLAIN = [f.name for f in fields(TrainState) if f.name not in ("parameters", "optimizer", "history")]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: of the run; made at the first checkpoint.
+        write_adapter: writes an adapter folder from trainable arrays by path.
+    """
+
+    def __init__(self, folder: Path, write_adapter: Callable[[Path, Arrays], Any]) -> None:
+        self.folder, self._write_adapter = folder, write_adapter
+
+    def save(self, state: TrainState) -> Path:
+        """Write a checkpoint to go on from; of older ones the last is kept.
+
+        Raises:
+            SaveError: the disk is full or the place cannot be written; what stood there is untouched.
+        """
+        return self._write("step", state, whole=True, kept=_KEPT)
+
+    def save_best(self, state: TrainState) -> Path:
+        """Write the adapter with the best validation loss; the one before is removed.
+
+        Raises:
+            SaveError: as above.
+        """
+        return self._write("best", state, whole=False, kept=1)
+
+    def _write(self, kind: str, state: TrainState, whole: bool, kept: int) -> Path:
+        final = self.folder / f"{kind}-{state.step:06d}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as folder:
+                made = Path(folder) / "made"
+                self._write_adapter(made, state.parameters)
+                if whole:
+                    mx.save_safetensors(str(made / "optimizer.safetensors"), state.optimizer)
+                    (made / "state.json").write_text(json.dumps(_facts(state)))
+                for file in made.iterdir():
+                    _sync(file)
+                if final.exists():
+                    final.rename(Path(folder) / "old")
+                made.rename(final)
+                _sync(self.folder)
+        except (OSError, RuntimeError) as error:
+            error = error.__cause__ or error if isinstance(error, SaveError) else error  # place and room are said once
+            free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
+            raise SaveError(f"{final} was not written ({error}); {free / 1e9:.2f} GB are free there.") from error
+        found = sorted(self.folder.glob(f"{kind}-*"))
+        end = found.index(final) + 1  # what comes later is of a course that was left: it was resumed here
+        for old in [*found[: max(end - kept, 0)], *found[end:]]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or a folder's entries to the disk: a rename may otherwise outlive what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _facts(state: TrainState) -> dict[str, Any]:
+    return {**{name: getattr(state, name) for name in _PLAIN}, "history": [asdict(event) for event in state.history]}
+
+
+def latest(folder: Path) -> Path:
+    """Return the newest checkpoint of a run that opens.
+
+    Args:
+        folder: of the run, or of one of its checkpoints.
+
+    Raises:
+        LoadError: there is none.
+    """
+    if (folder / "state.json").is_file():
+        _read(folder)
+        return folder
+    if not folder.exists():
+        raise LoadError(f"{folder} does not exist; give the folder of a run.")
+    found = sorted(folder.glob("step-*"), reverse=True)
+    for path in found:
+        try:
+            _read(path)
+            return path
+        except LoadError:
+            continue  # cut short by something other than us; an older one will do
+    raise LoadError(f"{folder} holds no checkpoint that opens" + (f" ({len(found)} are broken)." if found else "."))
+
+
+def best(folder: Path) -> Path:
+    """Return the adapter with the best validation loss of a run.
+
+    Raises:
+        LoadError: there is none.
+    """
+    found = sorted(folder.glob("best-*"))
+    if not found:
+        raise LoadError(f"{folder} holds no best adapter: no validation was made.")
+    return found[-1]
+
+
+def load(path: Path, parameters: Arrays) -> TrainState:
+    """Read a checkpoint.
+
+    Args:
+        path: of its folder.
+        parameters: of the adapter that it was made of, read from the same folder.
+
+    Raises:
+        LoadError: a file is missing or cut short, or the optimizer's state is not that of these parameters.
+    """
+    facts, optimizer = _read(path)
+    state = TrainState(parameters, optimizer, **facts)
+    mx.eval(state.parameters, state.optimizer)
+    return state
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Arrays]:
+    for name in ("adapters.safetensors", "optimizer.safetensors"):
+        if not (path / name).is_file():
+            raise LoadError(f"{path} has no {name}, so it is not a whole checkpoint.")
+        check_safetensors(path / name)
+    try:
+        found = json.loads((path / "state.json").read_text())
+        if missing := [name for name in [*_PLAIN, "history"] if name not in found]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        marked = [{**event, "marks": tuple(Mark(**mark) for mark in event["marks"])} for event in found["history"]]
+        facts = {**{name: found[name] for name in _PLAIN}, "history": [StepEvent(**event) for event in marked]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LoadError(f"{path / 'state.json'} cannot be read: {error}.") from error
+    return facts, mx.load(str(path / "optimizer.safetensors"))

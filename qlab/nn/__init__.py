@@ -1,0 +1,1 @@
+"""Layers: linear, experts, low rank, stored."""

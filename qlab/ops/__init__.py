@@ -1,0 +1,1 @@
+"""Functions of arrays, with gradients of their own."""

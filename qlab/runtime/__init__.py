@@ -1,0 +1,1 @@
+"""The MLX thread, devices, limits, files and caches."""

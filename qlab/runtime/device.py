@@ -1,0 +1,56 @@
+"""What this machine is: its back end, its memory, its versions, and what is wrong with it in plain words.
+
+Knows no model.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from qlab.core.machine import Machine
+
+
+def backend() -> str:
+    """Name of MLX's back end: ``metal``, ``cuda`` or ``cpu``. Runs on the MLX thread."""
+    import mlx.core as mx
+
+    if mx.default_device() == mx.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def wants_float32() -> bool:
+    """Whether products should be computed in float32: off the GPU, 16-bit products have no fast kernel."""
+    return sys.platform.startswith("linux") and backend() == "cpu"
+
+
+def machine() -> Machine:
+    """Return the memory that a model must fit into. Runs on the MLX thread.
+
+    On Metal, what the system recommends as working set less what MLX holds now; on CUDA the card's free memory; otherwise
+    the available RAM.
+    """
+    import mlx.core as mx
+
+    name = backend()
+    info = mx.device_info() if name != "cpu" else {}
+    total, free = ram()
+    if name == "metal":
+        total = int(info.get("max_recommended_working_set_size", total))
+        free = min(max(total - mx.get_active_memory(), 0), free or total)
+    elif name == "cuda":
+        total = int(info.get("total_memory", total))
+        free = int(info.get("free_memory", total))
+    return Machine(f"this machine ({name}, {total / 1e9:.1f} GB)", total, free)
+
+
+def ram() -> tuple[int, int]:
+    """Physical memory and the part available, in bytes; all of it where the system does not say."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/proc/meminfo") as lines:
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = total
+    return total, free

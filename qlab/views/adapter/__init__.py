@@ -1,0 +1,1 @@
+"""The adapter panel: live and static."""

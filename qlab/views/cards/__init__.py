@@ -1,0 +1,1 @@
+"""Cards: comparison, data, judgement, runs."""

@@ -1,0 +1,122 @@
+"""The judgement card: full precision, quantized, and quantized + adapter side by side. Sees a report, never a model."""
+
+from __future__ import annotations
+
+import html as _html
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from qlab.core.display import wide
+from qlab.core.evaluate.judge import Column, JudgeReport, Sample
+
+_BAR = 90  # pixels
+_LEFT = "style='text-align:left;vertical-align:top'"
+_TEXT = "style='text-align:left;vertical-align:top;white-space:pre-wrap;max-width:320px'"
+# measures with a bar under the number, so that three columns are compared at a glance: (line of the table, value, its error)
+_DRAWN = {
+    "perplexity": (lambda c: c.perplexity, lambda c: c.perplexity_se),
+    "token accuracy": (lambda c: c.token_accuracy, lambda c: c.token_accuracy_se),
+    "KL to full precision, nats": (lambda c: c.kl_nats, lambda c: c.kl_nats_se),
+    "top-token flips": (lambda c: c.flips, lambda c: c.flips_se),
+    "golden set (95 %)": (lambda c: c.golden_score, lambda c: c.golden_se),
+}
+_BETTER = {"token accuracy": "more is better", "golden set (95 %)": "more is better"}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A judgement as a cell shows it: one card.
+
+    Attributes:
+        report: the figures.
+    """
+
+    report: JudgeReport
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The models; the unquantized one first."""
+        return self.report.columns
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """Answers to prompts."""
+        return self.report.samples
+
+    def __getitem__(self, name: str) -> Column:
+        return self.report[name]
+
+    def to_pandas(self) -> Any:
+        """Return a data frame, a row a model."""
+        return self.report.to_pandas()
+
+    def __repr__(self) -> str:
+        samples = [
+            f"\n> {sample.prompt}\n"
+            + "\n".join(f"  {column.name}: {text}" for column, text in zip(self.columns, sample.texts, strict=False))
+            for sample in self.samples
+        ]
+        return "\n".join([repr(self.report), *samples])
+
+    def _repr_html_(self) -> str:
+        return html(self.report)
+
+
+def html(report: JudgeReport) -> str:
+    """Return the card: what changed in words, a line a measure with bars, then the answers to the same prompts."""
+    verdict = "".join(f"<p>{_html.escape(sentence)}</p>" for sentence in report.verdict)
+    head = "".join(f"<th {_LEFT}>{_html.escape(column.name)}</th>" for column in report.columns)
+    rows = "".join(_line(report, line) for line in report.table())
+    table = f"<table><thead><tr><th {_LEFT}></th>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"<div>{verdict}{wide(table)}{_samples(report)}{_small_print(report)}</div>"
+
+
+def _line(report: JudgeReport, line: tuple[str, ...]) -> str:
+    title, drawn = line[0], _DRAWN.get(line[0])
+    values = [drawn[0](column) for column in report.columns] if drawn else []
+    errors = [drawn[1](column) for column in report.columns] if drawn else []
+    top = max((value for value in values if math.isfinite(value)), default=0) or 1.0
+    cells = []
+    for n, text in enumerate(line[1:]):
+        bar = _bar(values[n] / top, errors[n] / top) if drawn and math.isfinite(values[n]) else ""
+        cells.append(f"<td {_LEFT}>{_html.escape(text)}{bar}</td>")
+    better = f"<br><small style='font-weight:400'>{_BETTER.get(title, 'less is better')}</small>"
+    return f"<tr><th {_LEFT}>{_html.escape(title)}{better}</th>{''.join(cells)}</tr>"
+
+
+def _bar(share: float, error: float) -> str:
+    """Draw a bar from styled blocks, since untrusted notebooks drop SVG; its paler end is one standard error wide."""
+    width = max(1, round(_BAR * share))
+    spread = 0 if not math.isfinite(error) else round(_BAR * error)
+    return (
+        f"<div style='display:flex;height:6px'><div style='background:#4c78a8;width:{width}px'></div>"
+        f"<div style='background:#4c78a8;opacity:.35;width:{min(spread, _BAR)}px'></div></div>"
+    )
+
+
+def _samples(report: JudgeReport) -> str:
+    if not report.samples:
+        return ""
+    head = "".join(f"<th {_LEFT}>{_html.escape(column.name)}</th>" for column in report.columns)
+    expected = any(sample.expected is not None for sample in report.samples)
+    rows = "".join(_sample(sample, expected) for sample in report.samples)
+    right = f"<th {_LEFT}>expected</th>" if expected else ""
+    return wide(f"<table><thead><tr><th {_LEFT}>prompt</th>{head}{right}</tr></thead><tbody>{rows}</tbody></table>")
+
+
+def _sample(sample: Sample, expected: bool) -> str:
+    marks = [f"<b>{'✓' if s == 1 else '✕' if s == 0 else f'{s:.0%}'}</b> " for s in sample.scores] or [""] * len(sample.texts)
+    answers = "".join(f"<td {_TEXT}>{mark}{_html.escape(text)}</td>" for mark, text in zip(marks, sample.texts, strict=True))
+    right = f"<td {_TEXT}>{_html.escape(sample.expected or '')}</td>" if expected else ""
+    return f"<tr><td {_TEXT}>{_html.escape(sample.prompt)}</td>{answers}{right}</tr>"
+
+
+def _small_print(report: JudgeReport) -> str:
+    lines = []
+    if report.rows:
+        rows = f"{report.targets} target tokens in {report.rows} rows"
+        lines.append(f"{rows}; ± and the pale end of a bar are one standard error, a row being one draw.")
+    if report.teacher:
+        lines.append(f"Predictions at full precision: {report.teacher}; floor of the KL {report.floor_nats:.2g} nats.")
+    return "".join(f"<p><small>{_html.escape(line)}</small></p>" for line in [*lines, *report.notes])

@@ -1,0 +1,1 @@
+"""The estimate panel: live and static."""

@@ -1,0 +1,1 @@
+"""The quantizer panel: live and static."""

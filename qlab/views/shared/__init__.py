@@ -1,0 +1,1 @@
+"""What every view is made of: the wire, charts, the panel script and its styles."""

@@ -1,0 +1,1 @@
+"""The trainer panel: live and static."""
