@@ -1,7 +1,8 @@
 """qlab: a notebook-native laboratory for quantized LLMs on MLX.
 
-The door: public names are resolved at first use, so that importing qlab loads neither MLX nor widgets. On Linux the one
-thing done at import is to load OpenBLAS, which must happen before MLX is imported (``qlab.runtime.blas``).
+The door: public names are resolved at first use, so that importing qlab loads neither MLX nor
+widgets. On Linux the one thing done at import is to load OpenBLAS, which must happen before MLX is
+imported (``qlab.runtime.blas``).
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def __getattr__(name: str) -> Any:
 
         raise AttributeError(f"qlab has no attribute {name!r}.{nearest(name, _HOME)}")
     home = importlib.import_module(_HOME[name])
-    value = home if name == "reporters" else getattr(home, name)  # the one room that is public as a whole
+    value = (
+        home if name == "reporters" else getattr(home, name)
+    )  # the one room that is public as a whole
     globals()[name] = value
     return value
 

@@ -64,9 +64,13 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 
 def named(cls: type[T]) -> type[T]:
-    """Let a class refuse an argument that it does not know with the nearest that it knows, as a file's key is refused."""
+    """Let a class refuse an argument that it does not know with the nearest that it knows, as a
+    file's key is refused.
+    """
     make = cls.__init__
-    legal = tuple(name for name in signature(make).parameters if name != "self" and not name.startswith("_"))
+    legal = tuple(
+        name for name in signature(make).parameters if name != "self" and not name.startswith("_")
+    )
 
     @wraps(make)
     def init(self: Any, *args: Any, **settings: Any) -> None:
@@ -81,10 +85,17 @@ def named(cls: type[T]) -> type[T]:
 
 
 def sealed(cls: type[T]) -> type[T]:
-    """Let a class refuse to set, on an object once made, a public attribute that it has not: a typo would be lost."""
+    """Let a class refuse to set, on an object once made, a public attribute that it has not.
+
+    A typo would be lost.
+    """
     make, put = cls.__init__, cls.__setattr__
     # its own methods are called, not set; traitlets sets inherited ones
-    legal = {name for name in dir(cls) if name not in vars(cls) or hasattr(getattr_static(cls, name), "__set__")}
+    legal = {
+        name
+        for name in dir(cls)
+        if name not in vars(cls) or hasattr(getattr_static(cls, name), "__set__")
+    }
 
     @wraps(make)
     def init(self: Any, *args: Any, **settings: Any) -> None:

@@ -1,7 +1,9 @@
-"""Shelves: a file dropped on one (``schemes/``, ``solvers/``, …) is found; a cell may register its own kind.
+"""Shelves: a file dropped on one (``schemes/``, ``solvers/``, …) is found.
 
-Knows the names of the shelves, not what stands on them. A shelf file ends with ``SHELF = (object, …)``,
-each object with a unique ``name``.
+A cell may register its own kind.
+
+Knows the names of the shelves, not what stands on them. A shelf file ends with ``SHELF = (object,
+…)``, each object with a unique ``name``.
 """
 
 from __future__ import annotations
@@ -12,7 +14,12 @@ from typing import Any
 
 from qlab.errors import ConfigError, nearest
 
-_WORDS = {"schemes": "mode", "solvers": "solver", "adapters": "kind of adapter", "optimizers": "optimizer"}
+_WORDS = {
+    "schemes": "mode",
+    "solvers": "solver",
+    "adapters": "kind of adapter",
+    "optimizers": "optimizer",
+}
 SHELVES = tuple(_WORDS)
 _found: dict[str, dict[str, Any]] = {}
 
@@ -34,7 +41,9 @@ def shelf(kind: str) -> dict[str, Any]:
         for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda i: i.name):
             for item in importlib.import_module(f"qlab.{kind}.{info.name}").SHELF:
                 if item.name in objects:
-                    raise ConfigError(f"Two objects on the shelf {kind!r} are called {item.name!r}.")
+                    raise ConfigError(
+                        f"Two objects on the shelf {kind!r} are called {item.name!r}."
+                    )
                 objects[item.name] = item
         _found[kind] = objects
     return _found[kind]
@@ -49,7 +58,9 @@ def get(kind: str, name: str) -> Any:
     objects = shelf(kind)
     if not isinstance(name, str) or name not in objects:
         word = _WORDS[kind]
-        raise ConfigError(f"Unknown {word} {name!r}; choose one of {', '.join(objects)}.{nearest(name, objects)}")
+        raise ConfigError(
+            f"Unknown {word} {name!r}; choose one of {', '.join(objects)}.{nearest(name, objects)}"
+        )
     return objects[name]
 
 
@@ -58,7 +69,8 @@ def register(kind: str, item: Any) -> Any:
 
     Args:
         kind: ``"schemes"``, ``"solvers"``, ``"adapters"`` or ``"optimizers"``.
-        item: an instance of ``Scheme``, ``Solver``, ``AdapterKind`` or ``OptimizerKind`` (``qlab.core``).
+        item: an instance of ``Scheme``, ``Solver``, ``AdapterKind`` or ``OptimizerKind``
+            (``qlab.core``).
 
     Returns:
         The object, so that the call can be an expression.

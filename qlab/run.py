@@ -1,7 +1,10 @@
-"""``python -m qlab.run FILE | FOLDER``: a run without a notebook, in one process or in several that ``mlx.launch`` starts.
+"""``python -m qlab.run FILE | FOLDER``.
 
-A file, as ``Trainer.to_yaml`` writes it, starts a run; the folder of a run goes on from its last checkpoint. The first process
-writes and speaks. What fails before the first step in one process ends all of them. Wiring only.
+A run without a notebook, in one process or in several that ``mlx.launch`` starts.
+
+A file, as ``Trainer.to_yaml`` writes it, starts a run; the folder of a run goes on from its last
+checkpoint. The first process writes and speaks. What fails before the first step in one process
+ends all of them. Wiring only.
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ def main(arguments: list[str], out: TextIO = sys.stdout, err: TextIO = sys.stder
         err: where a process tells what ended it.
 
     Returns:
-        What the process exits with: 0 at the end of the run, 1 after an error, 2 for other arguments.
+        What the process exits with: 0 at the end of the run, 1 after an error, 2 for other
+        arguments.
     """
     if len(arguments) != 1 or arguments[0].startswith("-"):
         err.write("usage: [mlx.launch -n N] python -m qlab.run FILE.yaml | FOLDER\n")
@@ -82,10 +86,17 @@ def _run(path: Path, ranks: Ranks, say: Callable[[str], None]) -> None:
     parameters = mlx_call(ranks.from_first, opened.trainer.adapter.parameters)
     predicted = _together(ranks, lambda: _foreseen(opened, ranks.size))
     window = predicted.setup.train.window
-    task, state, notes = _together(ranks, lambda: mlx_call(_made, opened, parameters, ranks, window, say))
+    task, state, notes = _together(
+        ranks, lambda: mlx_call(_made, opened, parameters, ranks, window, say)
+    )
     report = replace(opened.trainer.report, predicted_nbytes=predicted.total_nbytes)
-    head = (*words.summary(report)[:3], ("data", prepare.describe(opened.feed, opened.trainer.held)))
-    each = f"processes: {ranks.size}, {words.memory_text(report)}{' each' if ranks.size > 1 else ''}"
+    head = (
+        *words.summary(report)[:3],
+        ("data", prepare.describe(opened.feed, opened.trainer.held)),
+    )
+    each = (
+        f"processes: {ranks.size}, {words.memory_text(report)}{' each' if ranks.size > 1 else ''}"
+    )
     for line in (*map(": ".join, head), each, *notes):
         say(line)
     try:
@@ -93,8 +104,12 @@ def _run(path: Path, ranks: Ranks, say: Callable[[str], None]) -> None:
     except RankError as error:
         if not ranks.first:
             raise
-        raise RankError(f"{error} What was learned is kept: python -m qlab.run {report.path} goes on.") from None
-    report = replace(report, status="stopped" if reason else "done", **summary(tuple(state.history)))
+        raise RankError(
+            f"{error} What was learned is kept: python -m qlab.run {report.path} goes on."
+        ) from None
+    report = replace(
+        report, status="stopped" if reason else "done", **summary(tuple(state.history))
+    )
     for line in (*filter(None, [reason]), *map(": ".join, words.summary(report)[3:])):
         say(line)
 
@@ -132,19 +147,27 @@ class _Opened:
 
 
 def _digest(folder: Path) -> str:
-    return " ".join(f"{file.name} {sha256(file.read_bytes()).hexdigest()}" for file in sorted(folder.glob("*.safetensors")))
+    return " ".join(
+        f"{file.name} {sha256(file.read_bytes()).hexdigest()}"
+        for file in sorted(folder.glob("*.safetensors"))
+    )
 
 
 def _opened(path: Path, size: int) -> _Opened:
     found = checkpoint.latest(path) if path.is_dir() else None
     trainer = _resumed(found, size) if found else _begun(run_file.read(path), size)
-    facts = mlx_call(facts_of, trainer.adapter.base, trainer.adapter.config, trainer.config, trainer.prompts)
+    facts = mlx_call(
+        facts_of, trainer.adapter.base, trainer.adapter.config, trainer.config, trainer.prompts
+    )
     return _Opened(trainer, facts, Feed(trainer.rows, trainer.config), found)
 
 
 def _foreseen(opened: _Opened, size: int) -> MemoryEstimate:
     """Return the memory that each process will take."""
-    adapter, train = opened.trainer.adapter, prepare.largest(opened.trainer.config, opened.feed, size)
+    adapter, train = (
+        opened.trainer.adapter,
+        prepare.largest(opened.trainer.config, opened.feed, size),
+    )
     return roomy(estimate(adapter.base, adapter=adapter.config, train=train))
 
 
@@ -160,13 +183,19 @@ def _begun(file: run_file.RunFile, size: int) -> Trainer:
     facts, data, val = file.facts, file.data, file.val
     prepare.check_shared(facts.train, size)
     if file.path and (Path(file.path).expanduser() / "run.json").exists():
-        raise ConfigError(f"path={file.path!r} holds a run: python -m qlab.run {file.path} goes on; or give another path.")
+        raise ConfigError(
+            f"path={file.path!r} holds a run: python -m qlab.run {file.path} goes on; or give another path."
+        )
     if (Path(data).expanduser() / "rows.npz").is_file():
         if val is not None:
-            raise ConfigError(f"val={val!r} is not legal with data={data!r}: that run's folder says which rows are held out.")
+            raise ConfigError(
+                f"val={val!r} is not legal with data={data!r}: that run's folder says which rows are held out."
+            )
         _, data, val = run_folder.read(Path(data).expanduser())
         val = val or 0
-    return Trainer(_adapter(facts, file), data, facts.train, val=val, path=file.path, prompts=facts.prompts)
+    return Trainer(
+        _adapter(facts, file), data, facts.train, val=val, path=file.path, prompts=facts.prompts
+    )
 
 
 def _adapter(facts: RunFacts, file: run_file.RunFile | None = None) -> Adapter:
@@ -179,7 +208,9 @@ def _adapter(facts: RunFacts, file: run_file.RunFile | None = None) -> Adapter:
     return Adapter(source, seed=seed, **facts.lora.__dict__)
 
 
-def _made(opened: _Opened, parameters: Any, ranks: Ranks, window: int, say: Callable[[str], None]) -> Made:
+def _made(
+    opened: _Opened, parameters: Any, ranks: Ranks, window: int, say: Callable[[str], None]
+) -> Made:
     """Make the run ready; on the MLX thread."""
     trainer, facts, base = opened.trainer, opened.facts, opened.trainer.adapter.base
     heard: set[int] = set()
@@ -206,7 +237,10 @@ def _together(ranks: Ranks, work: Callable[[], T]) -> T:
         made = work()
     except Exception as caught:
         error = caught
-    told = mlx_call(ranks.agreed, f"rank {ranks.rank}: {str(error) or type(error).__name__}" if error is not None else "")
+    told = mlx_call(
+        ranks.agreed,
+        f"rank {ranks.rank}: {str(error) or type(error).__name__}" if error is not None else "",
+    )
     if not told:
         return made  # type: ignore
     if error is not None and (ranks.size == 1 or not isinstance(error, QlabError)):
@@ -241,13 +275,20 @@ def _train(task: Task, state: TrainState, say: Callable[[str], None]) -> str:
 def _line(event: StepEvent, iters: int) -> str:
     parts = [f"step {event.step}/{iters}", f"loss {words.loss_text(event.loss)}"]
     parts += [f"val {words.loss_text(event.val_loss)}"] if event.val_loss is not None else []
-    parts += [words.speed_text(event.tokens_per_second), f"{event.peak_nbytes / 1e9:.2f} GB"] if event.step else []
+    parts += (
+        [words.speed_text(event.tokens_per_second), f"{event.peak_nbytes / 1e9:.2f} GB"]
+        if event.step
+        else []
+    )
     return " · ".join([*parts, *(mark.text for mark in event.marks)])
 
 
 @contextmanager
 def _signals(task: Task) -> Iterator[None]:
-    """Within, an interrupt ends the run after the present step, in all processes; a second one ends this process at once."""
+    """Within, an interrupt ends the run after the present step, in all processes.
+
+    A second one ends this process at once.
+    """
 
     def told(number: int, frame: Any) -> None:
         task.wanted_end = f"Stopped by {signal.Signals(number).name}."

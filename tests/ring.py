@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def launch(arguments: list[list], folder: Path, timeout_s: float = 60) -> list[tuple[int, str, str]]:
+def launch(
+    arguments: list[list], folder: Path, timeout_s: float = 60
+) -> list[tuple[int, str, str]]:
     """Run Python in several processes, with arguments for each; return exit code, output and errors of each."""
     free = [socket.create_server(("127.0.0.1", 0)) for _ in arguments]
     hosts = [[f"127.0.0.1:{server.getsockname()[1]}"] for server in free]
@@ -22,11 +24,20 @@ def launch(arguments: list[list], folder: Path, timeout_s: float = 60) -> list[t
         server.close()
     started = [
         subprocess.Popen(
-            [sys.executable, *map(str, own)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, **QUIET, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(folder / "hosts.json")},
+            [sys.executable, *map(str, own)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                **QUIET,
+                "MLX_RANK": str(rank),
+                "MLX_HOSTFILE": str(folder / "hosts.json"),
+            },
         )
         for rank, own in enumerate(arguments)
-    ]  # fmt: skip
+    ]
     try:
         said = [process.communicate(timeout=timeout_s) for process in started]
     finally:

@@ -35,8 +35,18 @@ from qlab.engine.io.loaded import Loaded
 from qlab.lab.model import Model
 from tests.tiny import settings, tiny  # noqa: E402
 
-ROWS = [{"text": f"Row {n}: the {word} of the house was very {word}."} for n, word in enumerate(["tall", "kind", "odd"] * 10)]
-CONFIG = qlab.TrainConfig(iters=1000, batch_size=1, max_seq_length=8, learning_rate=1e-3, steps_per_eval=50, steps_per_save=100)
+ROWS = [
+    {"text": f"Row {n}: the {word} of the house was very {word}."}
+    for n, word in enumerate(["tall", "kind", "odd"] * 10)
+]
+CONFIG = qlab.TrainConfig(
+    iters=1000,
+    batch_size=1,
+    max_seq_length=8,
+    learning_rate=1e-3,
+    steps_per_eval=50,
+    steps_per_save=100,
+)
 SMALL = {"rank": 4, "num_layers": 1, "keys": ["q_proj", "v_proj"]}
 RATES = (1e-3, 5e-4, 2e-3, 1e-4)
 EARLY = 10  # the step after which nothing may grow any more
@@ -49,7 +59,9 @@ class Comm(comm.base_comm.BaseComm):
 
     def publish_msg(self, msg_type, data=None, metadata=None, buffers=None, **_) -> None:
         text = json.dumps(data, allow_nan=False)  # as the kernel sends it
-        Comm.largest = max(Comm.largest, len(text) + sum(len(memoryview(buffer)) for buffer in buffers or ()))
+        Comm.largest = max(
+            Comm.largest, len(text) + sum(len(memoryview(buffer)) for buffer in buffers or ())
+        )
 
 
 def intend(shown: Any, **intent: Any) -> None:
@@ -67,7 +79,9 @@ def until(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.005)
 
 
-def again_and_again(work: Callable[[], Any], pause: float, over: threading.Event, faults: list[str]) -> threading.Thread:
+def again_and_again(
+    work: Callable[[], Any], pause: float, over: threading.Event, faults: list[str]
+) -> threading.Thread:
     """Do something in a thread of its own until it is over."""
 
     def loop() -> None:
@@ -109,7 +123,9 @@ def storm(rng: random.Random, t: Any, q: Any, held: Any, free: Any) -> None:
         intend(t, op="learning_rate", value=-1.0)  # is refused
     elif kind == "quantizer":
         for _ in range(8):
-            mode, bits, group = rng.choice((("affine", 3, 32), ("affine", 4, 64), ("affine", 7, 64), ("mxfp4", 4, 32)))
+            mode, bits, group = rng.choice(
+                (("affine", 3, 32), ("affine", 4, 64), ("affine", 7, 64), ("mxfp4", 4, 32))
+            )
             intend(q, op="set", mode=mode, bits=bits, group_size=group)
             time.sleep(0.01)
     elif kind == "adapter":
@@ -132,10 +148,14 @@ def main() -> None:
     asked: list[str] = []
     tokenizer = qlab.load("demo").tokenizer
     size = {"vocab_size": len(tokenizer)}  # small, since only the steps of others are of interest
-    q = qlab.Quantizer(Model(Loaded(tiny(**size)[0], tokenizer, settings("llama", **size), "tiny")), bits=4)
+    q = qlab.Quantizer(
+        Model(Loaded(tiny(**size)[0], tokenizer, settings("llama", **size), "tiny")), bits=4
+    )
     held, free = qlab.Adapter(q, **SMALL), qlab.Adapter(q, **SMALL)
     with tempfile.TemporaryDirectory() as folder:
-        record.cache_folder = lambda: Path(folder)  # peaks of so small a model are not this machine's
+        record.cache_folder = lambda: Path(
+            folder
+        )  # peaks of so small a model are not this machine's
         t = qlab.Trainer(held, ROWS, CONFIG, val=3, path=f"{folder}/disturbed", prompts="The")
         panels = (q, held, free)
         for shown in (t, *panels):
@@ -148,8 +168,15 @@ def main() -> None:
         intend(t, op="resume")
         threads = [
             again_and_again(lambda: asked.append(t.generate("The house", 2)), 0.1, over, faults),
-            again_and_again(lambda: (repr(t), t._repr_html_(), t.history, repr(qlab.runs())), 0.2, over, faults),
-            again_and_again(lambda: (t.state(), t.report, t.data, q.state(), free.state(), repr(held)), 0.05, over, faults),
+            again_and_again(
+                lambda: (repr(t), t._repr_html_(), t.history, repr(qlab.runs())), 0.2, over, faults
+            ),
+            again_and_again(
+                lambda: (t.state(), t.report, t.data, q.state(), free.state(), repr(held)),
+                0.05,
+                over,
+                faults,
+            ),
         ]
         half = 0
         while t.status in ("running", "paused"):
@@ -184,7 +211,9 @@ def main() -> None:
         "answered": [voice.text for voice in voices if voice.prompt == "The house"][1:-1],
         "steps": [event.step for event in t.events],
         "rates": sorted(set(rates)),
-        "curves": [[repr((e.loss, e.grad_norm, e.val_loss)) for e in run.events] for run in (t, again)],
+        "curves": [
+            [repr((e.loss, e.grad_norm, e.val_loss)) for e in run.events] for run in (t, again)
+        ],
         "shown": {key: shown[key] for key in ("status", "steps", "error")},
         "largest": Comm.largest,
         "threads": [thread.name for thread in threading.enumerate()],

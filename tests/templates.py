@@ -91,20 +91,30 @@ MEASURED = (
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
 _MARKS = {
-    CHATML: ("<|im_end|>", "<|im_start|>"), THINKING: ("<|im_end|>", "<|im_start|>"), GENERATION: ("<|im_end|>", "<|im_start|>"),
+    CHATML: ("<|im_end|>", "<|im_start|>"),
+    THINKING: ("<|im_end|>", "<|im_start|>"),
+    GENERATION: ("<|im_end|>", "<|im_start|>"),
     LLAMA3: ("<|eot_id|>", "<|eom_id|>", "<|start_header_id|>", "<|end_header_id|>"),
-    OPENED: ("<|end|>", "<|user|>", "<|assistant|>"), INST: ("</s>",), SHIFTING: ("</s>",),
-    COUNTED: ("<|im_end|>", "<|im_start|>"), COUNTED_OPENED: ("<|end|>", "<|user|>", "<|assistant|>"), PLAIN: ("</s>",),
-    LATE: ("</s>",), MODE: ("<|im_end|>", "<|im_start|>"), MEASURED: ("<|return|>", "<|end|>", "<|start|>"),
+    OPENED: ("<|end|>", "<|user|>", "<|assistant|>"),
+    INST: ("</s>",),
+    SHIFTING: ("</s>",),
+    COUNTED: ("<|im_end|>", "<|im_start|>"),
+    COUNTED_OPENED: ("<|end|>", "<|user|>", "<|assistant|>"),
+    PLAIN: ("</s>",),
+    LATE: ("</s>",),
+    MODE: ("<|im_end|>", "<|im_start|>"),
+    MEASURED: ("<|return|>", "<|end|>", "<|start|>"),
     RETURN: ("<|return|>", "<|end|>", "<|start|>", "<|message|>"),
-}  # fmt: skip
+}
 
 
 def speaking(plain: Any, template: str) -> TokenizerWrapper:
     """Return a tokenizer with a chat template, and the marks of it as tokens."""
     inner = copy.deepcopy(plain._tokenizer)
     marks = _MARKS[template]
-    inner.add_special_tokens({"eos_token": marks[0], "bos_token": "<s>", "additional_special_tokens": list(marks[1:])})
+    inner.add_special_tokens(
+        {"eos_token": marks[0], "bos_token": "<s>", "additional_special_tokens": list(marks[1:])}
+    )
     inner.add_tokens(["<think>", "</think>"])
     inner.chat_template = template
     return TokenizerWrapper(inner)

@@ -17,9 +17,17 @@ def held(demo, tmp_path_factory):
     """What a notebook holds, by name."""
     quantizer = qlab.Quantizer(demo)
     adapter = qlab.Adapter(quantizer)
-    trainer = qlab.Trainer(adapter, ["A row of text."] * 4, val=0, path=tmp_path_factory.mktemp("runs") / "run")
+    trainer = qlab.Trainer(
+        adapter, ["A row of text."] * 4, val=0, path=tmp_path_factory.mktemp("runs") / "run"
+    )
     live = qlab.estimate(quantizer)._panel(qlab.estimate(quantizer))
-    yield {"quantizer": quantizer, "adapter": adapter, "trainer": trainer, "model": demo, "estimate": live}
+    yield {
+        "quantizer": quantizer,
+        "adapter": adapter,
+        "trainer": trainer,
+        "model": demo,
+        "estimate": live,
+    }
     for one in (trainer, adapter, quantizer, live):
         one.close()
 
@@ -51,16 +59,33 @@ def test_what_can_be_set_still_can(held):
     with quantizer.hold_trait_notifications():  # traitlets sets a method of the object for a while
         quantizer.mode = "mxfp4"
     adapter._own = 1
-    assert (quantizer.mode, adapter.scale, trainer.learning_rate, adapter._own) == ("mxfp4", 1.0, 1e-3, 1)
+    assert (quantizer.mode, adapter.scale, trainer.learning_rate, adapter._own) == (
+        "mxfp4",
+        1.0,
+        1e-3,
+        1,
+    )
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda held: qlab.Quantizer(held["model"], bit=4), "Quantizer: 'bit' is no setting. Did you mean 'bits'"),
-        (lambda held: qlab.Adapter(held["model"], lora_alpha=16), "'lora_alpha' is no setting. Did you mean 'alpha'"),
-        (lambda held: qlab.Trainer(held["adapter"], ["a"], prompt="b"), "Did you mean 'prompts'.* prompts, callbacks.$"),
-        (lambda held: qlab.Quantizer("demo"), "model='demo' is not legal; give what qlab.load returned"),
+        (
+            lambda held: qlab.Quantizer(held["model"], bit=4),
+            "Quantizer: 'bit' is no setting. Did you mean 'bits'",
+        ),
+        (
+            lambda held: qlab.Adapter(held["model"], lora_alpha=16),
+            "'lora_alpha' is no setting. Did you mean 'alpha'",
+        ),
+        (
+            lambda held: qlab.Trainer(held["adapter"], ["a"], prompt="b"),
+            "Did you mean 'prompts'.* prompts, callbacks.$",
+        ),
+        (
+            lambda held: qlab.Quantizer("demo"),
+            "model='demo' is not legal; give what qlab.load returned",
+        ),
         (lambda held: held["quantizer"].predict(5), "The data is an int; give a list"),
         (lambda held: held["quantizer"].predict("corpus.txt"), "There is no file 'corpus.txt'"),
         (

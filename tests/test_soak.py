@@ -11,8 +11,12 @@ import pytest
 
 from tests.soak import CONFIG, RATES
 
-ADAPTERS = 4 * 3_600  # bytes of a few copies of the adapter: one more or less is alive while a run stands between two steps
-FIRST_USE = 160_000_000  # bytes that libraries, threads and a first look at other storages take once
+ADAPTERS = (
+    4 * 3_600
+)  # bytes of a few copies of the adapter: one more or less is alive while a run stands between two steps
+FIRST_USE = (
+    160_000_000  # bytes that libraries, threads and a first look at other storages take once
+)
 GROWTH = 16_000_000  # bytes: 500 steps of history, and what the allocator scatters
 
 
@@ -20,7 +24,10 @@ GROWTH = 16_000_000  # bytes: 500 steps of history, and what the allocator scatt
 def soaked():
     """What ``tests/soak.py`` found, and its process."""
     done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-m", "tests.soak"], capture_output=True, text=True, timeout=600
+        [sys.executable, "-X", "faulthandler", "-m", "tests.soak"],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -31,7 +38,11 @@ def soaked():
 def test_every_step_is_made_once_and_told_in_order(soaked):
     found, _ = soaked
     assert found["steps"] == list(range(CONFIG.iters + 1))
-    assert found["faults"] == [] and found["shown"] == {"status": "done", "steps": CONFIG.iters, "error": ""}
+    assert found["faults"] == [] and found["shown"] == {
+        "status": "done",
+        "steps": CONFIG.iters,
+        "error": "",
+    }
     assert found["answered"] == found["asked"]
 
 

@@ -27,11 +27,23 @@ import numpy as np
 HELD_OUT = "persuasion"
 END = "<|endoftext|>"
 SHAPE = dict(
-    model_type="llama", vocab_size=2048, hidden_size=256, intermediate_size=512, num_hidden_layers=8,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=512, rms_norm_eps=1e-5,
-    rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, architectures=["LlamaForCausalLM"],
+    model_type="llama",
+    vocab_size=2048,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+    bos_token_id=0,
+    eos_token_id=0,
+    architectures=["LlamaForCausalLM"],
     torch_dtype="bfloat16",
-)  # fmt: skip
+)
 
 
 def novels(data: Path, out: Path) -> None:
@@ -39,7 +51,9 @@ def novels(data: Path, out: Path) -> None:
     import rdata
 
     def read(blob: bytes):
-        return rdata.conversion.convert(rdata.parser.parse_data(zlib.decompress(blob, 47)))  # 47: gzip or zlib
+        return rdata.conversion.convert(
+            rdata.parser.parse_data(zlib.decompress(blob, 47))
+        )  # 47: gzip or zlib
 
     out.mkdir(parents=True, exist_ok=True)
     index = read((data / "Rdata.rdx").read_bytes())
@@ -53,7 +67,11 @@ def paragraphs(lines: list[str]) -> str:
     """Join wrapped lines into paragraphs; drop title, chapter headings and emphasis marks."""
     blocks = re.split(r"\n\s*\n", "\n".join(line.rstrip() for line in lines))
     joined = [re.sub(r"\s+", " ", block).strip().replace("_", "") for block in blocks]
-    prose = [b for b in joined if len(b) > 40 and not re.match(r"(?i)(chapter|volume|by jane|finis|the end)\b", b)]
+    prose = [
+        b
+        for b in joined
+        if len(b) > 40 and not re.match(r"(?i)(chapter|volume|by jane|finis|the end)\b", b)
+    ]
     return "\n\n".join(prose) + "\n"
 
 
@@ -66,7 +84,9 @@ def make_tokenizer(texts: list[str]):
     made.decoder = decoders.ByteLevel()
     made.post_processor = processors.ByteLevel(trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=2048, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
     made.train_from_iterator(texts, trainer)
     return made
 
@@ -90,7 +110,9 @@ def build(dropout: float):
         for name in ("o_proj", "down_proj"):  # residual branches start small, as in GPT-2
             layer = block.self_attn[name] if name == "o_proj" else block.mlp[name]
             layer.weight = layer.weight / math.sqrt(2 * SHAPE["num_hidden_layers"])
-    model.model.embed_tokens.weight = model.model.embed_tokens.weight * (0.02 * math.sqrt(SHAPE["hidden_size"]))
+    model.model.embed_tokens.weight = model.model.embed_tokens.weight * (
+        0.02 * math.sqrt(SHAPE["hidden_size"])
+    )
     mx.eval(model.parameters())
     return model
 
@@ -128,7 +150,11 @@ def train(folder: Path, out: Path, args: argparse.Namespace) -> None:
     model = build(args.dropout)
     average = tree_map(lambda a: mx.array(a), model.parameters())
     schedule = optim.join_schedules(
-        [optim.linear_schedule(0, args.lr, 200), optim.cosine_decay(args.lr, args.steps - 200, args.lr * 0.02)], [200]
+        [
+            optim.linear_schedule(0, args.lr, 200),
+            optim.cosine_decay(args.lr, args.steps - 200, args.lr * 0.02),
+        ],
+        [200],
     )
     optimizer = optim.AdamW(schedule, betas=[0.9, 0.95], weight_decay=args.weight_decay)
     optimizer.init(model.trainable_parameters())
@@ -150,7 +176,9 @@ def train(folder: Path, out: Path, args: argparse.Namespace) -> None:
     best, start = math.inf, time.perf_counter()
     for i in range(1, args.steps + 1):
         tokens = variants[rng.integers(len(variants))]
-        at = rng.integers(0, len(tokens) - args.length - 1, args.batch)[:, None] + np.arange(args.length + 1)
+        at = rng.integers(0, len(tokens) - args.length - 1, args.batch)[:, None] + np.arange(
+            args.length + 1
+        )
         rows = mx.array(tokens[at])
         value, average = step(rows[:, :-1], rows[:, 1:], average)
         mx.eval(value, average, state)
@@ -204,7 +232,9 @@ def save(model, tokenizer, out: Path) -> None:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["novels", "train"])
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)

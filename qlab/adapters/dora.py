@@ -1,9 +1,12 @@
-"""DoRA: ``W = m · (W0 + scale·ΔW) / ‖W0 + scale·ΔW‖``, the norm taken row by row: direction and magnitude learned apart.
+"""DoRA: ``W = m · (W0 + scale·ΔW) / ‖W0 + scale·ΔW‖``, the norm taken row by row.
 
-Source: Liu et al. 2024 (arXiv:2402.09353), equation 5; the norm gets no gradient (section 4.3). Names and shapes as mlx-lm
-stores them, ``m`` ``(out,)``. No weight is ever built: ‖W0 + s·BA‖² = ‖W0‖² + 2s·⟨W0, BA⟩ + s²·‖BA‖² needs the product of
-the base with as many rows as the rank, so every storage of the base serves, and nothing dense is kept for the way back.
-The experts of a mixture have lengths of their own, ``m`` ``(experts, out)``; mlx-lm has no such layer.
+Direction and magnitude learned apart.
+
+Source: Liu et al. 2024 (arXiv:2402.09353), equation 5; the norm gets no gradient (section 4.3).
+Names and shapes as mlx-lm stores them, ``m`` ``(out,)``. No weight is ever built: ‖W0 + s·BA‖² =
+‖W0‖² + 2s·⟨W0, BA⟩ + s²·‖BA‖² needs the product of the base with as many rows as the rank, so every
+storage of the base serves, and nothing dense is kept for the way back. The experts of a mixture
+have lengths of their own, ``m`` ``(experts, out)``; mlx-lm has no such layer.
 """
 
 from __future__ import annotations
@@ -30,9 +33,13 @@ class DoRALayer(LowRank):
     def __call__(self, x: mx.array) -> mx.array:
         a, b = _constant(self.lora_a), _constant(self.lora_b)
         crossed = self._without_bias(self.base(a.T)) * b  # (rank, out)
-        gain = self._gain(self.base_square, self.m, crossed.sum(0), ((a.T @ a) @ b * b).sum(0)).astype(x.dtype)
+        gain = self._gain(
+            self.base_square, self.m, crossed.sum(0), ((a.T @ a) @ b * b).sum(0)
+        ).astype(x.dtype)
         y = self.base(x)
-        return _lengthened(y, self._without_bias(y), self.inner(x) @ self.lora_b.astype(x.dtype), gain)
+        return _lengthened(
+            y, self._without_bias(y), self.inner(x) @ self.lora_b.astype(x.dtype), gain
+        )
 
     def _gain(self, start: mx.array, m: mx.array, crossed: mx.array, squared: mx.array) -> mx.array:
         """M divided by the rows' norms, from ‖W0‖², ⟨W0, BA⟩ and ‖BA‖² of every row, float32."""
@@ -54,7 +61,8 @@ class DoRAEmbedding(DoRALayer):
         z = self.added_rows(tokens, y.dtype)
         square = mx.square((y + z).astype(mx.float32)).sum(-1)
         start = mx.square(y.astype(mx.float32)).sum(-1)
-        # measured from what the base says here, so that rounding of its output is no change of length
+        # measured from what the base says here, so that rounding of its output is no change of
+        # length
         square = self.base_square[tokens] + (square - start)
         norm = mx.sqrt(mx.stop_gradient(mx.maximum(square, _TINY)))
         gain = (self.m[tokens].astype(mx.float32) / norm)[..., None].astype(y.dtype)
@@ -64,7 +72,9 @@ class DoRAEmbedding(DoRALayer):
         """Multiply by the transposed embedding."""
         a, b = _constant(self.lora_a), _constant(self.lora_b)
         crossed = self.base.as_linear(b) * a.T  # (rank, tokens)
-        gain = self._gain(self.base_square, self.m, crossed.sum(0), (a @ (b @ b.T) * a).sum(-1)).astype(x.dtype)
+        gain = self._gain(
+            self.base_square, self.m, crossed.sum(0), (a @ (b @ b.T) * a).sum(-1)
+        ).astype(x.dtype)
         y = self.base.as_linear(x)
         return _lengthened(y, y, self.inner_head(x) @ self.lora_a.T.astype(x.dtype), gain)
 
@@ -77,9 +87,13 @@ class DoRAExperts(DoRALayer):
         few = indices.size < len(self.base_square)
         experts = indices.flatten() if few else mx.arange(len(self.base_square))
         a, b = _constant(self.lora_a)[experts], _constant(self.lora_b)[experts].swapaxes(-1, -2)
-        crossed = self._without_bias(self.base(a, experts, sorted_indices=not few), experts) * b  # (experts, rank, out)
+        crossed = (
+            self._without_bias(self.base(a, experts, sorted_indices=not few), experts) * b
+        )  # (experts, rank, out)
         squared = ((a @ a.swapaxes(-1, -2)) @ b * b).sum(-2)
-        gain = self._gain(self.base_square[experts], self.m[experts], crossed.sum(-2), squared).astype(x.dtype)
+        gain = self._gain(
+            self.base_square[experts], self.m[experts], crossed.sum(-2), squared
+        ).astype(x.dtype)
         gain = gain.reshape(*indices.shape, -1) if few else gain[indices]
         y = self.base(x, indices, sorted_indices=sorted_indices)
         added = self.added_experts(x, indices, sorted_indices)
@@ -91,7 +105,10 @@ def _constant(factor: mx.array) -> mx.array:
 
 
 def _lengthened(y: mx.array, plain: mx.array, added: mx.array, gain: mx.array) -> mx.array:
-    """Return gain·(plain + added), and the bias that y has besides; a gain of 1 leaves the base's own output."""
+    """Return gain·(plain + added), and the bias that y has besides.
+
+    A gain of 1 leaves the base's own output.
+    """
     return y + (gain - 1) * plain + gain * added
 
 
@@ -102,7 +119,9 @@ class DoRA(AdapterKind):
     title = "DoRA: low-rank directions, and the length of every row"
     adapts = ("linear", "embedding", "switch")
 
-    def shapes(self, shape: tuple[int, ...], rank: int, kind: str = "linear") -> dict[str, tuple[int, ...]]:
+    def shapes(
+        self, shape: tuple[int, ...], rank: int, kind: str = "linear"
+    ) -> dict[str, tuple[int, ...]]:
         return {**factors(shape, rank, kind), "m": shape[:-1]}
 
     def make(self, base: Any, shape: tuple[int, ...], config: LoRAConfig) -> Any:

@@ -1,8 +1,9 @@
 """LoRA: ``y = base(x) + scale · (x·A)·B``, A ``(in, rank)`` drawn, B ``(rank, out)`` zero at first.
 
-Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1; shapes and names as mlx-lm stores them. On an embedding A is
-``(tokens, rank)`` and B ``(rank, width)``: the factors of the weight itself, not of its transpose. The experts of a mixture
-have factors of their own, A ``(experts, rank, in)`` and B ``(experts, out, rank)``.
+Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1; shapes and names as mlx-lm stores them. On
+an embedding A is ``(tokens, rank)`` and B ``(rank, width)``: the factors of the weight itself, not
+of its transpose. The experts of a mixture have factors of their own, A ``(experts, rank, in)`` and
+B ``(experts, out, rank)``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ class LoRALayer(LowRank):
     def __call__(self, x: mx.array) -> mx.array:
         if self.drops:
             return onto(self.base(x), self.inner(x), self.lora_b)
-        return self.base.adapted(x, self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype), self.scale)
+        return self.base.adapted(
+            x, self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype), self.scale
+        )
 
 
 class LoRAEmbedding(LowRank):
@@ -52,7 +55,9 @@ class LoRA(AdapterKind):
     title = "LoRA: a product of two thin matrices, added"
     adapts = ("linear", "embedding", "switch")
 
-    def shapes(self, shape: tuple[int, ...], rank: int, kind: str = "linear") -> dict[str, tuple[int, ...]]:
+    def shapes(
+        self, shape: tuple[int, ...], rank: int, kind: str = "linear"
+    ) -> dict[str, tuple[int, ...]]:
         return factors(shape, rank, kind)
 
     def make(self, base: Any, shape: tuple[int, ...], config: LoRAConfig) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 def wide(table: str) -> str:
-    """Return an html table that scrolls within itself where the page is narrower, so that the page stays as it is."""
+    """Return an html table that scrolls within itself where the page is narrower, so that the page
+    stays as it is.
+    """
     return f"<div style='overflow-x:auto'>{table}</div>"
 
 

@@ -26,7 +26,10 @@ class Machine:
 
 _GIB = 2**30
 _CARD_SHARE = 0.97  # what a driver leaves of a card
-_MAC_SHARES = ((36, 2 / 3), (float("inf"), 3 / 4))  # recommended working set of unified memory, by GiB (Apple's defaults)
+_MAC_SHARES = (
+    (36, 2 / 3),
+    (float("inf"), 3 / 4),
+)  # recommended working set of unified memory, by GiB (Apple's defaults)
 _UNITS = {"gb": 1e9, "gib": _GIB, "mb": 1e6, "mib": 2**20}
 _FORM = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(gb|gib|mb|mib)\s*(mac|card)?\s*", re.IGNORECASE)
 
@@ -35,8 +38,9 @@ def budget(wanted: float | int | str | Machine) -> Machine:
     """Return a budget as a machine.
 
     Args:
-        wanted: bytes; a machine; or a name: ``"16 GB Mac"`` (its default working set: two thirds of the memory, three
-            quarters from 36 GB on), ``"24 GB card"`` (less what a driver keeps), ``"10 GB"`` (exactly that).
+        wanted: bytes; a machine; or a name: ``"16 GB Mac"`` (its default working set: two thirds of
+            the memory, three quarters from 36 GB on), ``"24 GB card"`` (less what a driver keeps),
+            ``"10 GB"`` (exactly that).
 
     Raises:
         ConfigError: none of these, or not above zero.
@@ -46,7 +50,9 @@ def budget(wanted: float | int | str | Machine) -> Machine:
     if isinstance(wanted, str):
         found = _FORM.fullmatch(wanted)
         if not found:
-            raise ConfigError(f'budget={wanted!r} is not legal; write "16 GB Mac", "24 GB card", "10 GB" or a number of bytes.')
+            raise ConfigError(
+                f'budget={wanted!r} is not legal; write "16 GB Mac", "24 GB card", "10 GB" or a number of bytes.'
+            )
         amount, unit, kind = float(found[1]), found[2].lower(), (found[3] or "").lower()
         nbytes = amount * _UNITS[unit]
         if kind == "mac":
@@ -57,7 +63,9 @@ def budget(wanted: float | int | str | Machine) -> Machine:
     elif isinstance(wanted, (int, float)) and not isinstance(wanted, bool):
         nbytes, label = wanted, size_text(max(wanted, 0))
     else:
-        raise ConfigError(f"budget={wanted!r} is not legal; give bytes, a machine, or a name such as '16 GB Mac'.")
+        raise ConfigError(
+            f"budget={wanted!r} is not legal; give bytes, a machine, or a name such as '16 GB Mac'."
+        )
     if not 0 < nbytes < float("inf"):
         raise ConfigError(f"budget={wanted!r} is not legal; it must be above 0 bytes.")
     return Machine(label, int(nbytes), int(nbytes))
@@ -74,7 +82,9 @@ def foreign(machine: Machine, backend: str) -> tuple[str, ...]:
     own = {"mac": "metal", "card": "cuda"}.get((found[3] or "").lower() if found else "", backend)
     if own == backend:
         return ()
-    return (f"{machine.label} is only the limit: the step is foreseen as this machine's back end ({backend}) takes it.",)
+    return (
+        f"{machine.label} is only the limit: the step is foreseen as this machine's back end ({backend}) takes it.",
+    )
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,8 @@ class Verdict:
     """Whether something fits.
 
     Attributes:
-        word: ``fits`` (even at the upper end of the band), ``tight`` (the expected value does, the upper end does not) or
-            ``does not fit``.
+        word: ``fits`` (even at the upper end of the band), ``tight`` (the expected value does, the
+            upper end does not) or ``does not fit``.
         margin_nbytes: budget less expected peak; negative where it does not fit.
         reason: one sentence.
         machine: the budget.
@@ -116,7 +126,9 @@ def verdict(expected: int, high: int, largest: str, machine: Machine) -> Verdict
         reason = f"{size_text(expected)} of {size_text(free)}, {size_text(margin)} to spare"
         return Verdict("fits", margin, f"{reason}.", machine)
     if expected <= free:
-        reason = f"{size_text(expected)} of {size_text(free)}, but it may take up to {size_text(high)}"
+        reason = (
+            f"{size_text(expected)} of {size_text(free)}, but it may take up to {size_text(high)}"
+        )
         return Verdict("tight", margin, f"{reason}.", machine)
     busy = ""
     if expected <= machine.total_nbytes:

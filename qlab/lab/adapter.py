@@ -1,4 +1,7 @@
-"""``Adapter``: small trainable changes of a frozen model, chosen by traits, sliders or code. Wiring only."""
+"""``Adapter``: small trainable changes of a frozen model, chosen by traits, sliders or code.
+
+Wiring only.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +48,12 @@ class Adapter(AdapterChoice):
     The traits and the sliders are one state in both directions. The model itself never changes.
 
     Args:
-        source: a model, or a ``Quantizer``: then its quantized model is adapted, and follows its sliders until the adapter
-            is trained.
+        source: a model, or a ``Quantizer``: then its quantized model is adapted, and follows its
+            sliders until the adapter is trained.
         kind: on the shelf of adapters; this and what follows is as in ``LoRAConfig``.
         rank: inner width of the change.
-        alpha: scale × rank (with ``rslora`` scale × √rank); give alpha or scale. The default is 2 × rank.
+        alpha: scale × rank (with ``rslora`` scale × √rank); give alpha or scale. The default is 2 ×
+            rank.
         scale: factor of the change.
         dropout: share of the adapter's inputs that a training step drops.
         keys: layers to adapt, by name or glob; None is every linear layer, those of experts too.
@@ -57,7 +61,8 @@ class Adapter(AdapterChoice):
         init: how the change begins.
         rslora: whether alpha is divided by √rank instead of rank.
         dtype: of the adapter's numbers.
-        text: for ``diagonal`` and ``qera``; a path, a string, rows, or a ``datasets`` set. None is the embedded text.
+        text: for ``diagonal`` and ``qera``; a path, a string, rows, or a ``datasets`` set. None is
+            the embedded text.
         seed: of what is drawn.
 
     Raises:
@@ -66,13 +71,26 @@ class Adapter(AdapterChoice):
     """
 
     def __init__(
-        self, source: Model | Quantizer, kind: str = "lora", rank: int = 8, alpha: float | None = None,
-        scale: float | None = None, dropout: float = 0.0, keys: Any = None, num_layers: int = -1, init: str = "default",
-        rslora: bool = False, dtype: str = "float32", text: Any = None, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        source: Model | Quantizer,
+        kind: str = "lora",
+        rank: int = 8,
+        alpha: float | None = None,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        keys: Any = None,
+        num_layers: int = -1,
+        init: str = "default",
+        rslora: bool = False,
+        dtype: str = "float32",
+        text: Any = None,
+        seed: int = 0,
+    ) -> None:
         if not isinstance(source, (Model, Quantizer)):
             raise ConfigError(f"source={source!r} is not legal; give a model or a Quantizer.")
-        first = LoRAConfig(rank, 2.0, dropout, num_layers, keys, kind, dtype, rslora, init).scaled(alpha, scale)
+        first = LoRAConfig(rank, 2.0, dropout, num_layers, keys, kind, dtype, rslora, init).scaled(
+            alpha, scale
+        )
         self._quantizer = source if isinstance(source, Quantizer) else None
         self._model = source.model if isinstance(source, Quantizer) else source
         self._spec, self._held = self._model.spec, Held()
@@ -97,7 +115,7 @@ class Adapter(AdapterChoice):
         """The Python that rebuilds this adapter."""
         return self.state().code
 
-    # --- the models -------------------------------------------------------------------------------------------------
+    # --- the models -------------------------------------------------------------------------------
 
     @property
     def model(self) -> Model:
@@ -106,7 +124,10 @@ class Adapter(AdapterChoice):
 
     @property
     def quantizer(self) -> Quantizer | None:
-        """Whose sliders the base follows; None if there are none, or once the adapter is held on what it was trained on."""
+        """Whose sliders the base follows.
+
+        None if there are none, or once the adapter is held on what it was trained on.
+        """
         return self._quantizer if self._held.pinned is None else None
 
     @property
@@ -130,7 +151,7 @@ class Adapter(AdapterChoice):
         """The model before it was quantized; None if that is not known."""
         return None if self._quantizer is None and self._spec.stored else self._model
 
-    # --- the parameters ---------------------------------------------------------------------------------------------
+    # --- the parameters ---------------------------------------------------------------------------
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -170,7 +191,9 @@ class Adapter(AdapterChoice):
         return bool(self.origin)
 
     def reset(self) -> None:
-        """Go back to the start: trained parameters are dropped, and a quantizer's sliders count again.
+        """Go back to the start.
+
+        Trained parameters are dropped, and a quantizer's sliders count again.
 
         Raises:
             BusyError: a run trains it.
@@ -188,7 +211,7 @@ class Adapter(AdapterChoice):
         self._bases = {}
         return base
 
-    # --- in use -----------------------------------------------------------------------------------------------------
+    # --- in use -----------------------------------------------------------------------------------
 
     @contextmanager
     def disabled(self) -> Iterator[Model]:
@@ -203,7 +226,10 @@ class Adapter(AdapterChoice):
 
     @property
     def module(self) -> Any:
-        """The base with the adapter, ready to run (mlx-lm's model); the bare base while disabled. Blocks."""
+        """The base with the adapter, ready to run (mlx-lm's model); the bare base while disabled.
+
+        Blocks.
+        """
         base = self.base
         if self._off:
             return base.module
@@ -212,16 +238,23 @@ class Adapter(AdapterChoice):
         return self._held.twin(lora, self._key(), make)
 
     def generate(self, prompt: str, max_tokens: int = 64) -> str:
-        """Return the adapted model's most likely continuation (its answer, if it has a chat template)."""
-        return mlx_call(reply, self.module, self._model.tokenizer, prompt, max_tokens, self._spec.vocabulary)
+        """Return the adapted model's most likely continuation (its answer, if it has a chat
+        template).
+        """
+        return mlx_call(
+            reply, self.module, self._model.tokenizer, prompt, max_tokens, self._spec.vocabulary
+        )
 
-    # --- files and fused models ---------------------------------------------------------------------------------------
+    # --- files and fused models -------------------------------------------------------------------
 
     def save(self, path: str | Path, format: str = "mlx") -> str:
-        """Write an adapter folder, whole or not at all; return who can open it and, if need be, how to get its base.
+        """Write an adapter folder, whole or not at all.
+
+        Return who can open it and, if need be, how to get its base.
 
         Args:
-            path: of the folder; an existing one is replaced if it is empty or holds nothing but an adapter.
+            path: of the folder; an existing one is replaced if it is empty or holds nothing but an
+                adapter.
             format: ``mlx`` (``mlx_lm.load(base, adapter_path=path)``) or ``peft``.
 
         Raises:
@@ -239,7 +272,9 @@ class Adapter(AdapterChoice):
         Raises:
             LoadError: the folder is no adapter of this model; names file and key.
         """
-        lora, parameters, notes = mlx_call(load_adapter, Path(path), getattr(source, "model", source).spec)
+        lora, parameters, notes = mlx_call(
+            load_adapter, Path(path), getattr(source, "model", source).spec
+        )
         made = cls(source, dtype=lora.dtype)
         made._take(replace(lora, init="default"))
         made.set_parameters(parameters, str(path))
@@ -255,9 +290,10 @@ class Adapter(AdapterChoice):
         """Return a new model with the adapter in its weights; the base stays. Blocks.
 
         Args:
-            bits: of the adapted layers: 16, 8, or ``base`` for the base's own storage, which may lose most of an adapter:
-                ``preview`` says how much.
-            onto: ``base``, what was trained on, or ``original``, the weights before they were quantized.
+            bits: of the adapted layers: 16, 8, or ``base`` for the base's own storage, which may
+                lose most of an adapter: ``preview`` says how much.
+            onto: ``base``, what was trained on, or ``original``, the weights before they were
+                quantized.
             rest: of the other layers: ``base``, as they are, or 16.
 
         Raises:
@@ -265,9 +301,11 @@ class Adapter(AdapterChoice):
         """
         given, first = self._whole(), self.original and self.original.module
         module = self._jobs.run(lambda: fuse(*given, bits, onto, first, rest))
-        return Model(Loaded(module, self._model.tokenizer, self._model.config, f"{self._model.name} fused"))
+        return Model(
+            Loaded(module, self._model.tokenizer, self._model.config, f"{self._model.name} fused")
+        )
 
-    # --- what a rank recovers ---------------------------------------------------------------------------------------
+    # --- what a rank recovers ---------------------------------------------------------------------
 
     @property
     def report(self) -> AdapterReport:
@@ -288,7 +326,7 @@ class Adapter(AdapterChoice):
         self._jobs.run(lambda: self._survey.measure(self._key(), self.config, text))
         return self.report
 
-    # --- the panel --------------------------------------------------------------------------------------------------
+    # --- the panel --------------------------------------------------------------------------------
 
     @property
     def widget(self) -> Any:
@@ -304,14 +342,22 @@ class Adapter(AdapterChoice):
         found, stale = self._survey.found(self._key())
         plan = self.plan
         return AdapterState(
-            spec=self._spec, config=self.config,
+            spec=self._spec,
+            config=self.config,
             storage=plan.default.label if plan else self._spec.stored or "16-bit",
-            recoveries=found, stale=stale, obstacle=self._obstacle(), origin=self.origin,
-            progress=self._jobs.progress, error=self._jobs.error, source="q" if self._quantizer is not None else "model",
-        )  # fmt: skip
+            recoveries=found,
+            stale=stale,
+            obstacle=self._obstacle(),
+            origin=self.origin,
+            progress=self._jobs.progress,
+            error=self._jobs.error,
+            source="q" if self._quantizer is not None else "model",
+        )
 
     def to_html(self, path: str) -> str:
-        """Write one self-contained file in which the sliders still work, offline and without a kernel; return its path."""
+        """Write one self-contained file in which the sliders still work, offline and without a
+        kernel; return its path.
+        """
         return write_page(path, page(self.state()))
 
     def close(self) -> None:
@@ -335,7 +381,7 @@ class Adapter(AdapterChoice):
     def _display_(self) -> Any:  # marimo
         return self.widget
 
-    # --- within -----------------------------------------------------------------------------------------------------
+    # --- within -----------------------------------------------------------------------------------
 
     def _allow(self, config: LoRAConfig) -> None:
         """Refuse a config that does not fit the model, or that the trained parameters do not fit."""
@@ -345,11 +391,21 @@ class Adapter(AdapterChoice):
         self._held.check(config)
 
     def _obstacle(self) -> str:
-        return "" if self._quantizer is not None else NO_ORIGINAL if self.original is None else NOT_QUANTIZED
+        return (
+            ""
+            if self._quantizer is not None
+            else NO_ORIGINAL
+            if self.original is None
+            else NOT_QUANTIZED
+        )
 
     def _key(self) -> tuple[QuantPlan | None, str]:
         """Storage of the base: what it was trained on, or what is chosen now."""
-        now = (self._quantizer.plan, self._quantizer.solver) if self._quantizer is not None else (self._model.plan, "")
+        now = (
+            (self._quantizer.plan, self._quantizer.solver)
+            if self._quantizer is not None
+            else (self._model.plan, "")
+        )
         return now if self._held.pinned is None else self._held.pinned[0]
 
     def _start(self) -> dict[str, Any]:
@@ -367,7 +423,9 @@ class Adapter(AdapterChoice):
     def _refresh(self) -> None:
         """Measure anew in the background if somebody looks."""
         if self._panel is not None and not self._obstacle():
-            self._jobs.start(lambda: self._survey.measure(self._key(), self.config, self._spec.size <= AUTO_SIZE))
+            self._jobs.start(
+                lambda: self._survey.measure(self._key(), self.config, self._spec.size <= AUTO_SIZE)
+            )
         self._show()
 
     def _on_trait(self, change: Any) -> None:
@@ -380,7 +438,9 @@ class Adapter(AdapterChoice):
             self._refresh()
 
     def _show(self) -> None:
-        with self._lock:  # called by cells, widgets and jobs: an older state must not overtake a newer one
+        with (
+            self._lock
+        ):  # called by cells, widgets and jobs: an older state must not overtake a newer one
             if self._panel is not None:
                 self._panel.show(self.state(), self._ack)
 

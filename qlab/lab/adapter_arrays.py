@@ -1,4 +1,7 @@
-"""The arrays that an adapter has: made at first use, or trained; and the model that runs with them. Knows no traits."""
+"""The arrays that an adapter has: made at first use, or trained; and the model that runs with them.
+
+Knows no traits.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ _SHAPED_BY = ("kind", "rank", "keys", "num_layers", "init", "dtype")  # what arr
 
 
 class Held:
-    """Arrays of one adapter; trained ones stay until they are dropped, and hold the base that they were trained on.
+    """Arrays of one adapter.
+
+    Trained ones stay until they are dropped, and hold the base that they were trained on.
 
     Attributes:
         origin: where trained ones come from, in words; empty until there are some.
@@ -26,8 +31,13 @@ class Held:
         self._arrays: tuple[Any, dict[str, Any]] | None = None  # with what they belong to
         self._twin: tuple[Any, Any] | None = None
 
-    def arrays(self, config: LoRAConfig, stored: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the arrays, by path; made anew if they belong to another config or, with a start of their own, storage."""
+    def arrays(
+        self, config: LoRAConfig, stored: Any, make: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return the arrays, by path.
+
+        Made anew if they belong to another config or, with a start of their own, storage.
+        """
         of, found = self._of(config, stored), self._arrays
         if found is None or found[0] != of:
             found = self._arrays = (of, make())
@@ -40,7 +50,9 @@ class Held:
             found = self._twin = (of, make())
         return found[1]
 
-    def take(self, arrays: dict[str, Any], config: LoRAConfig, pinned: tuple[Any, Any], origin: str) -> None:
+    def take(
+        self, arrays: dict[str, Any], config: LoRAConfig, pinned: tuple[Any, Any], origin: str
+    ) -> None:
         """Take trained arrays."""
         self.pinned, self.origin, self.version = pinned, origin, self.version + 1
         self._arrays = (self._of(config, None), arrays)
@@ -56,9 +68,17 @@ class Held:
         Raises:
             ConfigError: names the setting.
         """
-        if self.origin and (lost := [name for name in _SHAPED_BY if getattr(config, name) != self._arrays[0][name]]):
-            raise ConfigError(f"Another {lost[0]} would lose the parameters ({self.origin}); call reset() first.")
+        if self.origin and (
+            lost := [name for name in _SHAPED_BY if getattr(config, name) != self._arrays[0][name]]
+        ):
+            raise ConfigError(
+                f"Another {lost[0]} would lose the parameters ({self.origin}); call reset() first."
+            )
 
     def _of(self, config: LoRAConfig, stored: Any) -> Any:
         shaped = {name: getattr(config, name) for name in _SHAPED_BY}
-        return shaped if self.origin or config.init == "default" else {**shaped, "of": stored, "scale": config.scale}
+        return (
+            shaped
+            if self.origin or config.init == "default"
+            else {**shaped, "of": stored, "scale": config.scale}
+        )

@@ -1,4 +1,7 @@
-"""Keeps the traits of a quantizer or an adapter and a setup the same, in both directions. Knows no model and shows nothing."""
+"""Keeps the traits of a quantizer or an adapter and a setup the same, in both directions.
+
+Knows no model and shows nothing.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,22 @@ class Link:
 
     def __init__(self, source: Any, storage: bool, size: bool) -> None:
         holder = source if hasattr(source, "bits") else getattr(source, "quantizer", None)
-        self._source, self.storage = source, holder if storage and hasattr(holder, "observe") else None
+        self._source, self.storage = (
+            source,
+            holder if storage and hasattr(holder, "observe") else None,
+        )
         self.adapter = source if size and hasattr(source, "observe") and config_of(source) else None
 
     @property
     def label(self) -> str:
         """What moves along, in a word."""
-        return "quantizer" if self.storage is not None else "adapter" if self.adapter is not None else ""
+        return (
+            "quantizer"
+            if self.storage is not None
+            else "adapter"
+            if self.adapter is not None
+            else ""
+        )
 
     def follow(self, heard: Any) -> None:
         """Call ``heard`` with every change of a trait."""
@@ -50,8 +62,14 @@ class Link:
 
     def pull(self, setup: Setup) -> Setup:
         """Return a setup as the traits have it now."""
-        plan = self._source.plan if self.storage is not None else setup.plan  # a trained adapter stays on its base
-        return replace(setup, plan=plan, adapter=self.adapter.config if self.adapter is not None else setup.adapter)
+        plan = (
+            self._source.plan if self.storage is not None else setup.plan
+        )  # a trained adapter stays on its base
+        return replace(
+            setup,
+            plan=plan,
+            adapter=self.adapter.config if self.adapter is not None else setup.adapter,
+        )
 
     def push(self, setup: Setup) -> None:
         """Set the traits as a setup has them."""
@@ -60,8 +78,16 @@ class Link:
         if self.storage is not None and not held and plan is not None and plan != self.storage.plan:
             with self.storage.hold_trait_notifications():
                 default = plan.default
-                self.storage.mode, self.storage.bits, self.storage.group_size = default.mode, default.bits, default.group_size
+                self.storage.mode, self.storage.bits, self.storage.group_size = (
+                    default.mode,
+                    default.bits,
+                    default.group_size,
+                )
                 self.storage.overrides = dict(plan.overrides)
         if self.adapter is not None and lora != self.adapter.config:
             with self.adapter.hold_trait_notifications():
-                self.adapter.rank, self.adapter.scale, self.adapter.num_layers = lora.rank, lora.scale, lora.num_layers
+                self.adapter.rank, self.adapter.scale, self.adapter.num_layers = (
+                    lora.rank,
+                    lora.scale,
+                    lora.num_layers,
+                )

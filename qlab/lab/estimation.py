@@ -1,4 +1,7 @@
-"""``estimate``: what training will take, before anything is loaded. Wiring only: source → forecast → estimate → panel."""
+"""``estimate``: what training will take, before anything is loaded. Wiring only.
+
+Source → forecast → estimate → panel.
+"""
 
 from __future__ import annotations
 
@@ -57,16 +60,20 @@ def estimate(
     """Foresee the peak memory of training.
 
     Args:
-        model: what ``qlab.load`` returned, a ``Quantizer`` or an ``Adapter`` (their plan and config count), contents of a
-            config.json, the path of one or of its folder, or a hub id. No weights are read.
+        model: what ``qlab.load`` returned, a ``Quantizer`` or an ``Adapter`` (their plan and config
+            count), contents of a config.json, the path of one or of its folder, or a hub id. No
+            weights are read.
         quant: storage of the weights; None leaves them as the config, or the quantizer, has them.
         adapter: None is the adapter's own config, or ``LoRAConfig()``.
         train: None is ``TrainConfig()``.
-        level: ``formula`` (at once), ``traced`` (seconds) or ``measured`` (runs one real step of a loaded model).
-        machine: budget to judge by: a name such as ``"16 GB Mac"``, bytes, or None for this machine's free memory.
+        level: ``formula`` (at once), ``traced`` (seconds) or ``measured`` (runs one real step of a
+            loaded model).
+        machine: budget to judge by: a name such as ``"16 GB Mac"``, bytes, or None for this
+            machine's free memory.
 
     Returns:
-        A ``MemoryEstimate``; where any of the first four is a list, an ``EstimateTable`` of all combinations.
+        A ``MemoryEstimate``; where any of the first four is a list, an ``EstimateTable`` of all
+        combinations.
 
     Raises:
         LoadError: no such model, or of an unknown architecture.
@@ -74,10 +81,19 @@ def estimate(
         LayerNotFoundError: an override or an adapter's key names no layer.
     """
     if level not in LEVELS:
-        raise ConfigError(f"level={level!r} is not legal; choose one of {', '.join(LEVELS)}.{nearest(level, LEVELS)}")
+        raise ConfigError(
+            f"level={level!r} is not legal; choose one of {', '.join(LEVELS)}.{nearest(level, LEVELS)}"
+        )
     given = (model, quant, adapter, train)
-    sources, storages, loras, runs = (list(x) if isinstance(x, (list, tuple)) else [x] for x in given)
-    for name, values in (("model", sources), ("quant", storages), ("adapter", loras), ("train", runs)):
+    sources, storages, loras, runs = (
+        list(x) if isinstance(x, (list, tuple)) else [x] for x in given
+    )
+    for name, values in (
+        ("model", sources),
+        ("quant", storages),
+        ("adapter", loras),
+        ("train", runs),
+    ):
         if not values:
             raise ConfigError(f"{name}=[] is empty; give at least one.")
     rows = []
@@ -86,14 +102,22 @@ def estimate(
         place = _place(forecast) if machine is None else budget(machine)
         for storage, lora, run in product(storages, loras, runs):
             lora_ = lora if lora is not None else config_of(source)
-            setup = Setup(_plan(storage, source), _of(LoRAConfig, lora_, "adapter"), _of(TrainConfig, run, "train"))
+            setup = Setup(
+                _plan(storage, source),
+                _of(LoRAConfig, lora_, "adapter"),
+                _of(TrainConfig, run, "train"),
+            )
             link = Link(source, storage is None, lora is None)
             rows.append(_estimate(forecast, setup, place, level, link))
-    return EstimateTable(tuple(rows)) if any(isinstance(x, (list, tuple)) for x in given) else rows[0]
+    return (
+        EstimateTable(tuple(rows)) if any(isinstance(x, (list, tuple)) for x in given) else rows[0]
+    )
 
 
 def roomy(est: MemoryEstimate) -> MemoryEstimate:
-    """Return an estimate with as many blocks in flight as pay here and fit the estimate's machine, if that is left open."""
+    """Return an estimate with as many blocks in flight as pay here and fit the estimate's machine,
+    if that is left open.
+    """
     train = est.setup.train
     least, *more = WINDOWS[mlx_call(backend)]
     if train.window or not train.grad_checkpoint or not more:
@@ -105,9 +129,13 @@ def roomy(est: MemoryEstimate) -> MemoryEstimate:
     return found
 
 
-def _estimate(forecast: Forecast, setup: Setup, place: Machine, level: str, link: Link) -> MemoryEstimate:
+def _estimate(
+    forecast: Forecast, setup: Setup, place: Machine, level: str, link: Link
+) -> MemoryEstimate:
     est = mlx_call(forecast.estimate, setup, place, level)
-    return _asking(replace(est, notes=(*est.notes, *foreign(place, mlx_call(backend)))), forecast, link)
+    return _asking(
+        replace(est, notes=(*est.notes, *foreign(place, mlx_call(backend)))), forecast, link
+    )
 
 
 def _asking(est: MemoryEstimate, forecast: Forecast, link: Link) -> MemoryEstimate:
@@ -120,7 +148,10 @@ def _asking(est: MemoryEstimate, forecast: Forecast, link: Link) -> MemoryEstima
 
 
 def _forecast(source: Any) -> Forecast:
-    """Return what is known of a source; a second question of the same source finds the formulas of the first."""
+    """Return what is known of a source.
+
+    A second question of the same source finds the formulas of the first.
+    """
     model = getattr(source, "model", source)  # of a quantizer
     if isinstance(model, Model):
         module = model.module  # refuses one that was freed
@@ -128,8 +159,14 @@ def _forecast(source: Any) -> Forecast:
             _LOADED[model] = mlx_call(Forecast, module, model.name, context(model.config), True)
         return _LOADED[model]
     if not isinstance(source, (dict, str, Path)):
-        raise ConfigError(f"model={source!r} is not legal; give a model, a quantizer, a config, a path or a hub id.")
-    return _opened(json.dumps(source, sort_keys=True, default=str) if isinstance(source, dict) else Path(source))
+        raise ConfigError(
+            f"model={source!r} is not legal; give a model, a quantizer, a config, a path or a hub id."
+        )
+    return _opened(
+        json.dumps(source, sort_keys=True, default=str)
+        if isinstance(source, dict)
+        else Path(source)
+    )
 
 
 _LOADED: WeakKeyDictionary[Model, Forecast] = WeakKeyDictionary()
@@ -138,16 +175,23 @@ _LOADED: WeakKeyDictionary[Model, Forecast] = WeakKeyDictionary()
 @lru_cache(maxsize=8)
 def _opened(source: str | Path) -> Forecast:
     def work() -> Forecast:
-        module, name, config, notes = structure(json.loads(source) if isinstance(source, str) else source)
+        module, name, config, notes = structure(
+            json.loads(source) if isinstance(source, str) else source
+        )
         return Forecast(module, name, context(config), False, notes)
 
     return mlx_call(work)
 
 
 def _place(forecast: Forecast) -> Machine:
-    """This machine; what a loaded model holds already counts as free, since the estimate counts it again."""
+    """This machine.
+
+    What a loaded model holds already counts as free, since the estimate counts it again.
+    """
     here = mlx_call(_machine)
-    return replace(here, free_nbytes=min(here.free_nbytes + forecast.held_nbytes, here.total_nbytes))
+    return replace(
+        here, free_nbytes=min(here.free_nbytes + forecast.held_nbytes, here.total_nbytes)
+    )
 
 
 def _plan(storage: Any, source: Any) -> QuantPlan | None:
@@ -170,7 +214,9 @@ def _of(kind: Any, value: Any, name: str) -> Any:
 
 @sealed
 class LiveEstimate:
-    """An estimate whose settings move: by its sliders, or with the quantizer or adapter that it was made of.
+    """An estimate whose settings move.
+
+    By its sliders, or with the quantizer or adapter that it was made of.
 
     Args:
         first: where the sliders stand at first.
@@ -179,7 +225,12 @@ class LiveEstimate:
     """
 
     def __init__(self, first: MemoryEstimate, forecast: Forecast, link: Link) -> None:
-        self._forecast, self._link, self._setup, self._place = forecast, link, first.setup, first.machine
+        self._forecast, self._link, self._setup, self._place = (
+            forecast,
+            link,
+            first.setup,
+            first.machine,
+        )
         self._band = first.band if first.measured_peak is None else first.again(first.setup).band
         self._here, self._backend = _place(forecast), mlx_call(backend)
         named = [budget(name) for name in BUDGETS]
@@ -205,7 +256,11 @@ class LiveEstimate:
         setup = self._setup
         if setup not in self._known:
             self._learn(mlx_call(self._forecast.estimate, setup, self._place))
-        return _asking(replace(self._known[setup], machine=self._place, notes=self._notes), self._forecast, self._link)
+        return _asking(
+            replace(self._known[setup], machine=self._place, notes=self._notes),
+            self._forecast,
+            self._link,
+        )
 
     @property
     def _notes(self) -> tuple[str, ...]:
@@ -220,7 +275,10 @@ class LiveEstimate:
             return self._panel.widget
 
     def state(self) -> EstimateState:
-        """What the panel shows now, as a value. Asks nothing of the MLX thread, which may be waiting to show."""
+        """What the panel shows now, as a value.
+
+        Asks nothing of the MLX thread, which may be waiting to show.
+        """
         setup, place, known = self._setup, self._place, self._known.get(self._setup)
         return EstimateState(
             spec=self._forecast.spec,
@@ -240,7 +298,9 @@ class LiveEstimate:
         )
 
     def to_html(self, path: str) -> str:
-        """Write one self-contained file in which the sliders still work, offline and without a kernel; return its path."""
+        """Write one self-contained file in which the sliders still work, offline and without a
+        kernel; return its path.
+        """
         _ = self.estimate
         self._jobs.run(self._look_around)
         return write_page(path, page(self.state()))
@@ -268,7 +328,7 @@ class LiveEstimate:
     def _display_(self) -> Any:  # marimo
         return self.widget
 
-    # --- within -----------------------------------------------------------------------------------------------------
+    # --- within -----------------------------------------------------------------------------------
 
     def _learn(self, est: MemoryEstimate) -> None:
         known = self._known.get(est.setup)
@@ -276,7 +336,9 @@ class LiveEstimate:
             self._known = {**dict(list(self._known.items())[-_KEPT:]), est.setup: est}
 
     def _work(self, measure: bool = False) -> Generator[Progress, None, None]:
-        """Find all there is to know of the present setup, the quickest first, and then what lies around it."""
+        """Find all there is to know of the present setup, the quickest first, and then what lies
+        around it.
+        """
         setup, place = self._setup, self._place
         yield Progress("reading this kind of step", 0, 1)
         self._learn(self._forecast.estimate(setup, place))
@@ -306,11 +368,15 @@ class LiveEstimate:
             yield Progress("reading nearby settings", number, len(around))
             if time.monotonic() > until:
                 return
-            with suppress(QlabError):  # what this model cannot be is no news until a user asks for it
+            with suppress(
+                QlabError
+            ):  # what this model cannot be is no news until a user asks for it
                 self._sweep.read(other)
 
     def _show(self) -> None:
-        with self._lock:  # called by cells, widgets and jobs: an older state must not overtake a newer one
+        with (
+            self._lock
+        ):  # called by cells, widgets and jobs: an older state must not overtake a newer one
             if self._panel is not None:
                 self._panel.show(self.state(), self._ack)
 
@@ -330,7 +396,9 @@ class LiveEstimate:
         self._ack, self._refused = intent["seq"], ""
         try:
             getattr(self, f"_do_{intent['op']}")(intent)
-        except QlabError as error:  # kept until the next intent: a running job shows states all the time
+        except (
+            QlabError
+        ) as error:  # kept until the next intent: a running job shows states all the time
             self._refused = str(error)
         self._show()
 
@@ -356,7 +424,9 @@ class LiveEstimate:
         self._move(match or wanted.setup(self._setup, blocks))
 
     def _do_budget(self, intent: dict[str, Any]) -> None:
-        place = next((m for m in self._budgets if m.label == intent["name"]), None) or budget(intent["name"])
+        place = next((m for m in self._budgets if m.label == intent["name"]), None) or budget(
+            intent["name"]
+        )
         self._budgets = list({m.label: m for m in (*self._budgets, place)}.values())
         self._place = place
         self._jobs.start(self._work)

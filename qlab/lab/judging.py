@@ -1,4 +1,7 @@
-"""Judges an adapter against the model before it was quantized: full precision, quantized, quantized + adapter. Wiring only."""
+"""Judges an adapter against the model before it was quantized.
+
+Full precision, quantized, quantized + adapter. Wiring only.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,20 @@ from qlab.views.cards.judged import Judged
 
 
 def judged(
-    adapter: Adapter, rows: Rows | None, golden: Iterable[Mapping[str, Any]] = (), match: Any = "exact",
-    prompts: Iterable[str] = (), max_tokens: int = 64, keep: int = KEEP,
-) -> Judged:  # fmt: skip
-    """Judge an adapter on rows it was not trained on, on a golden set, and let it answer prompts; blocks.
+    adapter: Adapter,
+    rows: Rows | None,
+    golden: Iterable[Mapping[str, Any]] = (),
+    match: Any = "exact",
+    prompts: Iterable[str] = (),
+    max_tokens: int = 64,
+    keep: int = KEEP,
+) -> Judged:
+    """Judge an adapter on rows it was not trained on, on a golden set, and let it answer prompts.
 
-    The unquantized model's predictions are kept on disk, so that judging again costs only the others.
+    Blocks.
+
+    The unquantized model's predictions are kept on disk, so that judging again costs only the
+    others.
 
     Args:
         adapter: as it is now.
@@ -32,7 +43,8 @@ def judged(
         match: ``exact``, ``contains`` or a function of answer and expected answer.
         prompts: answered by every model.
         max_tokens: longest answer.
-        keep: tokens of the unquantized model's predictions that are kept at each target; the whole vocabulary is exact.
+        keep: tokens of the unquantized model's predictions that are kept at each target; the whole
+            vocabulary is exact.
 
     Raises:
         ConfigError: there is nothing to judge by, or ``keep`` is no whole number above 0.
@@ -40,18 +52,42 @@ def judged(
     """
     golden, prompts = tuple(golden), tuple([prompts] if isinstance(prompts, str) else prompts)
     if not rows and not golden and not prompts:
-        raise ConfigError("There is nothing to judge by: no rows are held out. Give rows, a golden set or prompts.")
-    base, original, lora, parameters = adapter.base, adapter.original, adapter.config, adapter.parameters
+        raise ConfigError(
+            "There is nothing to judge by: no rows are held out. Give rows, a golden set or prompts."
+        )
+    base, original, lora, parameters = (
+        adapter.base,
+        adapter.original,
+        adapter.config,
+        adapter.parameters,
+    )
 
     def work() -> Generator[Progress, None, JudgeReport]:
         teacher = original.study.full_model() if original is not None else None
-        kept = (yield from remember(teacher, list(rows), keep)) if teacher is not None and rows else None
-        bare = {} if base is original else {COLUMNS[1]: twin_for_rows(base.module, base.spec, None, {})}
+        kept = (
+            (yield from remember(teacher, list(rows), keep))
+            if teacher is not None and rows
+            else None
+        )
+        bare = (
+            {}
+            if base is original
+            else {COLUMNS[1]: twin_for_rows(base.module, base.spec, None, {})}
+        )
         name = COLUMNS[2] if bare else f"{COLUMNS[0]} + adapter"
         students = {**bare, name: twin_for_rows(base.module, base.spec, lora, parameters)}
-        return (yield from judge(
-            teacher, students, list(rows or ()), kept=kept, tokenizer=adapter.model.tokenizer, prompts=prompts, golden=golden,
-            match=match, max_tokens=max_tokens,
-        ))  # fmt: skip
+        return (
+            yield from judge(
+                teacher,
+                students,
+                list(rows or ()),
+                kept=kept,
+                tokenizer=adapter.model.tokenizer,
+                prompts=prompts,
+                golden=golden,
+                match=match,
+                max_tokens=max_tokens,
+            )
+        )
 
     return Judged(Job(work).start().wait())

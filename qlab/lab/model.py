@@ -38,9 +38,13 @@ class Model:
     """
 
     def __init__(
-        self, loaded: Loaded, plan: QuantPlan | None = None, solver: str = "", original: Model | None = None,
+        self,
+        loaded: Loaded,
+        plan: QuantPlan | None = None,
+        solver: str = "",
+        original: Model | None = None,
         source: str = "",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.name, self._module, self.tokenizer = loaded.name, loaded.module, loaded.tokenizer
         self.config, self.notes, self.plan, self.solver = loaded.config, loaded.notes, plan, solver
         self.source = source or (original.source if original else "")
@@ -62,7 +66,10 @@ class Model:
 
     @property
     def original(self) -> Model | None:
-        """The model that this one was quantized from, while something else still holds it; itself if it is not quantized."""
+        """The model that this one was quantized from, while something else still holds it.
+
+        Itself if it is not quantized.
+        """
         if self.plan is None:
             return None if self.spec.stored else self
         return self._original() if self._original else None
@@ -77,29 +84,46 @@ class Model:
 
     @property
     def unsaved(self) -> tuple[str, str]:
-        """If mlx-lm finds this very model nowhere: what it is, and the Python that writes it to a folder."""
-        if self.plan is None and self.source and self.source != "demo" and not self.source.endswith(".gguf"):
+        """If mlx-lm finds this very model nowhere.
+
+        What it is, and the Python that writes it to a folder.
+        """
+        if (
+            self.plan is None
+            and self.source
+            and self.source != "demo"
+            and not self.source.endswith(".gguf")
+        ):
             return "", ""
-        words = f"{self.plan.label} of {self.source or self.name!r}" if self.plan else repr(self.name)
+        words = (
+            f"{self.plan.label} of {self.source or self.name!r}" if self.plan else repr(self.name)
+        )
         return words, base_code(self.source, self.plan, self.solver) if self.source else ""
 
     def save(self, path: str | Path) -> str:
         """Write a model folder, whole or not at all; return a sentence that says who can open it.
 
         Args:
-            path: of the folder; an existing one is replaced if it is empty or holds a model and nothing else.
+            path: of the folder; an existing one is replaced if it is empty or holds a model and
+                nothing else.
 
         Raises:
-            SaveError: the place cannot be written, or holds other files; what stood there is untouched.
+            SaveError: the place cannot be written, or holds other files; what stood there is
+                untouched.
         """
         return mlx_call(_save, Path(path), self.module, self.tokenizer, self.config, self.plan)
 
     def generate(self, prompt: str, max_tokens: int = 64) -> str:
         """Return the model's most likely continuation (its answer, if it has a chat template)."""
-        return mlx_call(reply, self.module, self.tokenizer, prompt, max_tokens, self.spec.vocabulary)
+        return mlx_call(
+            reply, self.module, self.tokenizer, prompt, max_tokens, self.spec.vocabulary
+        )
 
     def free(self) -> str:
-        """Give the memory back; return a sentence that says how much came back, and what may still hold the rest."""
+        """Give the memory back.
+
+        Return a sentence that says how much came back, and what may still hold the rest.
+        """
         held, self._module, self._study = self.spec.nbytes, None, None
         gc.collect()
         return mlx_call(release, held)
@@ -114,13 +138,18 @@ def load(source: str | Path) -> Model:
     """Open a model.
 
     Args:
-        source: ``"demo"`` (embedded, offline), a local folder, a ``.gguf`` file, or a hub id such as
-            ``mlx-community/Qwen3-0.6B-bf16``.
+        source: ``"demo"`` (embedded, offline), a local folder, a ``.gguf`` file, or a hub id such
+            as ``mlx-community/Qwen3-0.6B-bf16``.
 
     Raises:
         LoadError: missing, truncated, not a model, or of an unknown architecture.
     """
     if not isinstance(source, (str, Path)) or not str(source).strip():
-        raise LoadError(f"source={source!r} is not legal; give a folder, a .gguf file, a hub id or 'demo'.")
+        raise LoadError(
+            f"source={source!r} is not legal; give a folder, a .gguf file, a hub id or 'demo'."
+        )
     known = Path(source).expanduser()
-    return Model(mlx_call(_load.load, source), source=str(known.resolve() if known.exists() and source != "demo" else source))
+    return Model(
+        mlx_call(_load.load, source),
+        source=str(known.resolve() if known.exists() and source != "demo" else source),
+    )

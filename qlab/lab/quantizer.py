@@ -1,4 +1,7 @@
-"""``Quantizer``: sliders over the storage of a model, and what it costs. Wiring only: traits ↔ study ↔ panel."""
+"""``Quantizer``: sliders over the storage of a model, and what it costs. Wiring only.
+
+Traits ↔ study ↔ panel.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,11 @@ _KEEP: Any = object()
 @named
 @sealed
 class Quantizer(T.HasTraits):
-    """Storage of a model's weights, chosen by traits, sliders or code, with its error and size at once.
+    """Storage of a model's weights, chosen by traits, sliders or code, with its error and size at
+    once.
 
-    As the last line of a cell it is a panel. The traits and the sliders are one state in both directions.
+    As the last line of a cell it is a panel. The traits and the sliders are one state in both
+    directions.
 
     Args:
         model: what ``qlab.load`` returned.
@@ -47,7 +52,8 @@ class Quantizer(T.HasTraits):
         group_size: weights that share a scale.
         mode: a scheme on the shelf.
         solver: how codes are chosen when quantizing: ``rtn`` or ``searched``.
-        text: for calibration; a path, a string, rows, or a ``datasets`` set. None is the embedded text.
+        text: for calibration; a path, a string, rows, or a ``datasets`` set. None is the embedded
+            text.
 
     Raises:
         ConfigError: unknown mode or solver, or bits or group size that the mode does not have.
@@ -60,9 +66,14 @@ class Quantizer(T.HasTraits):
     overrides = T.Dict()  # by layer path; replaced as a whole, so that who observes it is told
 
     def __init__(
-        self, model: Model, bits: int | None = None, group_size: int | None = None, mode: str = "affine",
-        solver: str = "rtn", text: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: Model,
+        bits: int | None = None,
+        group_size: int | None = None,
+        mode: str = "affine",
+        solver: str = "rtn",
+        text: Any = None,
+    ) -> None:
         if not isinstance(model, Model):
             raise ConfigError(f"model={model!r} is not legal; give what qlab.load returned.")
         first = QuantConfig(mode, bits, group_size)
@@ -76,7 +87,12 @@ class Quantizer(T.HasTraits):
         self._machine = mlx_call(machine)
         super().__init__()
         with self.hold_trait_notifications():
-            self.mode, self.bits, self.group_size, self.solver = first.mode, first.bits, first.group_size, solver
+            self.mode, self.bits, self.group_size, self.solver = (
+                first.mode,
+                first.bits,
+                first.group_size,
+                solver,
+            )
         self.observe(self._on_trait, ["mode", "bits", "group_size", "solver", "overrides"])
         self._jobs.start(self._open)
 
@@ -85,7 +101,7 @@ class Quantizer(T.HasTraits):
         """What is quantized."""
         return self._model
 
-    # --- the choice -------------------------------------------------------------------------------------------------
+    # --- the choice -------------------------------------------------------------------------------
 
     @property
     def config(self) -> QuantConfig:
@@ -102,7 +118,14 @@ class Quantizer(T.HasTraits):
         """The Python that rebuilds this state."""
         return code_line(self.plan, self.solver)
 
-    def set(self, path: str, bits: int | None = _KEEP, *, group_size: int | None = None, mode: str | None = None) -> None:
+    def set(
+        self,
+        path: str,
+        bits: int | None = _KEEP,
+        *,
+        group_size: int | None = None,
+        mode: str | None = None,
+    ) -> None:
         """Give one layer, or all that match a pattern, their own storage.
 
         Args:
@@ -123,7 +146,9 @@ class Quantizer(T.HasTraits):
             config = QuantConfig(mode, self.bits if bits is _KEEP else bits, group_size)
             for found in paths:
                 if reason := self._model.spec[found].refusal(config):
-                    raise ConfigError(f"Layer {found!r} cannot be stored as {config.label}: {reason}.")
+                    raise ConfigError(
+                        f"Layer {found!r} cannot be stored as {config.label}: {reason}."
+                    )
         self._change(dict.fromkeys(paths, config))
 
     def unset(self, path: str = "*") -> None:
@@ -137,10 +162,12 @@ class Quantizer(T.HasTraits):
             self.overrides = {p: c for p, c in self.overrides.items() if p not in dropped}
 
     def allocate(self, bits_per_weight: float) -> QuantPlan:
-        """Choose bits per layer for the least predicted ΔKL under a budget, and set them as overrides.
+        """Choose bits per layer for the least predicted ΔKL under a budget, and set them as
+        overrides.
 
         Args:
-            bits_per_weight: over all weights of the layers that have a prediction; others keep their setting.
+            bits_per_weight: over all weights of the layers that have a prediction; others keep
+                their setting.
 
         Raises:
             ConfigError: even the smallest storage is larger; gives the smallest budget.
@@ -151,21 +178,28 @@ class Quantizer(T.HasTraits):
         table = study.measurer.table
         rows = [i for i, config in enumerate(table.configs) if config.mode == self.mode]
         cost = table.measure("kl_nats")[rows]
-        # the prediction is of second order: where a layer's weights move by half their norm it means nothing
+        # the prediction is of second order: where a layer's weights move by half their norm it
+        # means nothing
         cost[~(table.measure("relative_error")[rows] < RELIABLE_ERROR)] = float("nan")
         columns = [i for i in range(len(spec.layers)) if (cost[:, i] >= 0).any()]
         cost = cost[:, columns]
         weights = sum(spec.layers[i].size for i in columns)
         option = allocate(cost, table.nbytes[rows][:, columns], weights, bits_per_weight)
-        chosen = {spec.layers[c].path: table.configs[rows[o]] for c, o in zip(columns, option, strict=True)}
+        chosen = {
+            spec.layers[c].path: table.configs[rows[o]]
+            for c, o in zip(columns, option, strict=True)
+        }
         self._change(chosen)
         return self.plan
 
-    # --- what it costs ----------------------------------------------------------------------------------------------
+    # --- what it costs ----------------------------------------------------------------------------
 
     @property
     def report(self) -> QuantReport:
-        """Errors and sizes of the current plan: sampled or exact, each layer says which. Waits for the first look."""
+        """Errors and sizes of the current plan: sampled or exact, each layer says which.
+
+        Waits for the first look.
+        """
         report = self._report()
         if any(layer.depth == "unknown" for layer in report.layers):
             self._jobs.run(self._first_look)
@@ -193,7 +227,10 @@ class Quantizer(T.HasTraits):
         return self._report()
 
     def judge(self, text: Any = None, tokens: int = 1024) -> EvalReport:
-        """Measure the current plan and solver end to end on held-out text: KL, perplexity, flips; blocks."""
+        """Measure the current plan and solver end to end on held-out text: KL, perplexity, flips.
+
+        Blocks.
+        """
         return self._jobs.run(lambda: self._model.study.judge(self.plan, self.solver, text, tokens))
 
     def judge_layers(self, count: int = 5) -> dict[str, float]:
@@ -202,7 +239,10 @@ class Quantizer(T.HasTraits):
         return self._jobs.run(lambda: self._model.study.judge_layers(worst, self.plan))
 
     def compare(self) -> Comparison:
-        """Compare every scheme on the shelf, bits per weight against error; blocks until all are sampled."""
+        """Compare every scheme on the shelf, bits per weight against error.
+
+        Blocks until all are sampled.
+        """
         self._jobs.run(lambda: self._model.study.look(self.config))
         return Comparison(compare(self._model.spec, self._model.study.measurer.table))
 
@@ -223,7 +263,7 @@ class Quantizer(T.HasTraits):
         module = self._jobs.run(lambda: model.study.quantize(plan, name, text))
         return Model(Loaded(module, model.tokenizer, model.config, model.name), plan, name, model)
 
-    # --- the panel --------------------------------------------------------------------------------------------------
+    # --- the panel --------------------------------------------------------------------------------
 
     @property
     def widget(self) -> Any:
@@ -255,18 +295,30 @@ class Quantizer(T.HasTraits):
             error=self._jobs.error,
             code=self.code,
             measure=self._measure or ("kl_nats" if calibration else "relative_error"),
-        )  # fmt: skip
+        )
 
     def _judged(self, whole: EvalReport | None) -> tuple[tuple[str, float], ...]:
-        """What was measured end to end of the present plan: true KL by layer, and the plan's own numbers by name."""
+        """What was measured end to end of the present plan.
+
+        True KL by layer, and the plan's own numbers by name.
+        """
         alone = self._model.study.layers_judged
-        found = [(path, kl) for (path, config), kl in alone.items() if self.plan.config_for(path) == config]
+        found = [
+            (path, kl)
+            for (path, config), kl in alone.items()
+            if self.plan.config_for(path) == config
+        ]
         if whole is not None:
-            found += [(name, getattr(whole, name)) for name in ("kl_nats", "perplexity", "perplexity_before")]
+            found += [
+                (name, getattr(whole, name))
+                for name in ("kl_nats", "perplexity", "perplexity_before")
+            ]
         return tuple(found)
 
     def to_html(self, path: str) -> str:
-        """Write one self-contained file in which the sliders still work, offline and without a kernel; return its path."""
+        """Write one self-contained file in which the sliders still work, offline and without a
+        kernel; return its path.
+        """
         return write_page(path, page(self.state()))
 
     def close(self) -> None:
@@ -289,11 +341,13 @@ class Quantizer(T.HasTraits):
     def _display_(self) -> Any:  # marimo
         return self.widget
 
-    # --- within -----------------------------------------------------------------------------------------------------
+    # --- within -----------------------------------------------------------------------------------
 
     @T.validate("mode", "solver")
     def _valid_name(self, proposal: Any) -> str:
-        return registry.get("schemes" if proposal["trait"].name == "mode" else "solvers", proposal["value"]).name
+        return registry.get(
+            "schemes" if proposal["trait"].name == "mode" else "solvers", proposal["value"]
+        ).name
 
     @T.validate("overrides")
     def _valid_overrides(self, proposal: Any) -> Any:
@@ -316,14 +370,18 @@ class Quantizer(T.HasTraits):
     def _check_solver(self, name: str) -> None:
         modes = registry.get("solvers", name).modes
         if modes is not None and self.mode not in modes:
-            raise ConfigError(f"Solver {name!r} fills mode {', '.join(modes)}, not {self.mode!r}; use solver 'rtn'.")
+            raise ConfigError(
+                f"Solver {name!r} fills mode {', '.join(modes)}, not {self.mode!r}; use solver 'rtn'."
+            )
 
     def _matching(self, pattern: str) -> list[str]:
         paths = [layer.path for layer in self._model.spec.layers]
         found = [path for path in paths if isinstance(pattern, str) and fnmatchcase(path, pattern)]
         if not found:
             name = self._model.spec.name
-            raise LayerNotFoundError(f"The model {name!r} has no layer {pattern!r}.{nearest(pattern, paths)}")
+            raise LayerNotFoundError(
+                f"The model {name!r} has no layer {pattern!r}.{nearest(pattern, paths)}"
+            )
         return found
 
     def _change(self, overrides: dict[str, QuantConfig | None]) -> None:
@@ -352,7 +410,9 @@ class Quantizer(T.HasTraits):
         yield from self._model.study.predict(text)
 
     def _show(self) -> None:
-        with self._lock:  # called by cells, widgets and jobs: an older state must not overtake a newer one
+        with (
+            self._lock
+        ):  # called by cells, widgets and jobs: an older state must not overtake a newer one
             if self._panel is not None:
                 self._panel.show(self.state(), self._ack)
 
@@ -383,7 +443,9 @@ class Quantizer(T.HasTraits):
                 self.unset(path)
             return
         wanted = QuantConfig(*config) if config else None
-        self._change(dict.fromkeys((self._model.spec[path].path for path in intent["paths"]), wanted))
+        self._change(
+            dict.fromkeys((self._model.spec[path].path for path in intent["paths"]), wanted)
+        )
 
     def _do_compute(self, intent: dict[str, Any]) -> None:
         study, plan, solver = self._model.study, self.plan, self.solver

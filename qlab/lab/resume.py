@@ -1,4 +1,7 @@
-"""Makes an earlier run again from its folder: its model loaded and quantized as it was, its adapter put on it. Wiring only."""
+"""Makes an earlier run again from its folder.
+
+Its model loaded and quantized as it was, its adapter put on it. Wiring only.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,16 @@ from qlab.lab.model import Model, load
 from qlab.lab.quantizer import Quantizer
 from qlab.runtime.job import mlx_call
 
-_KEPT = ("kind", "rank", "scale", "dropout", "num_layers", "keys", "dtype", "rslora")  # of the adapter; its start is past
+_KEPT = (
+    "kind",
+    "rank",
+    "scale",
+    "dropout",
+    "num_layers",
+    "keys",
+    "dtype",
+    "rslora",
+)  # of the adapter; its start is past
 
 
 class Resume:
@@ -25,8 +37,11 @@ class Resume:
         return kind._from_folder if trainer is None else trainer._go_on
 
 
-def rebuilt(path: str | Path, adapter: Adapter | None) -> tuple[Path, Adapter, run_folder.RunFacts, Rows, Rows | None]:
-    """Return a run's last checkpoint, its adapter with the checkpoint's parameters, and what else it was made of; blocks.
+def rebuilt(
+    path: str | Path, adapter: Adapter | None
+) -> tuple[Path, Adapter, run_folder.RunFacts, Rows, Rows | None]:
+    """Return a run's last checkpoint, its adapter with the checkpoint's parameters, and what else
+    it was made of; blocks.
 
     Args:
         path: of the run, or of one of its checkpoints.
@@ -44,16 +59,22 @@ def rebuilt(path: str | Path, adapter: Adapter | None) -> tuple[Path, Adapter, r
         raise BusyError(f"The run {adapter.run!r} trains this adapter; stop it first.")
     for name in _KEPT:
         if (ours := getattr(adapter.config, name)) != (its := getattr(facts.lora, name)):
-            raise ConfigError(f"The adapter has {name}={ours!r}, and the run in {found.parent} {name}={its!r}.")
+            raise ConfigError(
+                f"The adapter has {name}={ours!r}, and the run in {found.parent} {name}={its!r}."
+            )
     if mlx_call(fingerprint, adapter.base.module) != facts.base:
-        raise ConfigError(f"{adapter.model.name!r} is not the base that the run in {found.parent} was made with.")
+        raise ConfigError(
+            f"{adapter.model.name!r} is not the base that the run in {found.parent} was made with."
+        )
     adapter.set_parameters(mlx_call(checkpoint.read_parameters, found), f"checkpoint {found.name}")
     return found, adapter, facts, rows, held
 
 
 def _adapter(facts: run_folder.RunFacts) -> Adapter:
     if not facts.source:
-        raise ConfigError("The run does not say where its model came from; give resume the adapter.")
+        raise ConfigError(
+            "The run does not say where its model came from; give resume the adapter."
+        )
     return Adapter(source_of(facts), seed=facts.train.seed, **facts.lora.__dict__)
 
 
@@ -70,6 +91,10 @@ def source_of(facts: run_folder.RunFacts) -> Model | Quantizer:
     default = facts.plan.default
     quantizer = Quantizer(model, default.bits, default.group_size, default.mode, facts.solver)
     for layer, own in facts.plan.overrides.items():
-        quantizer.set(layer, own and own.bits, **({"group_size": own.group_size, "mode": own.mode} if own else {}))
+        quantizer.set(
+            layer,
+            own and own.bits,
+            **({"group_size": own.group_size, "mode": own.mode} if own else {}),
+        )
     quantizer.close()  # nobody looks at a panel of it
     return quantizer

@@ -1,4 +1,7 @@
-"""``Trainer``: train an adapter in this kernel, watch it, steer it. Wiring only: adapter + rows → session → panel."""
+"""``Trainer``: train an adapter in this kernel, watch it, steer it. Wiring only.
+
+Adapter + rows → session → panel.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,9 @@ from qlab.views.shared.wire import bundle
 from qlab.views.trainer.static import html, page, text_line
 from qlab.views.trainer.widget import TrainerPanel
 
-_ACTIVE: WeakKeyDictionary[Model, str] = WeakKeyDictionary()  # bases that a run holds, and the run's name
+_ACTIVE: WeakKeyDictionary[Model, str] = (
+    WeakKeyDictionary()
+)  # bases that a run holds, and the run's name
 _RUNS: dict[Path, Any] = {}  # this kernel's, by folder: how they ended, or who makes them
 
 
@@ -51,12 +56,16 @@ class Trainer:
 
     Args:
         adapter: what to train; its base is frozen.
-        data: rows: ``text``, ``prompt`` and ``completion``, or ``messages``; a list, a ``datasets`` set, or a path.
+        data: rows: ``text``, ``prompt`` and ``completion``, or ``messages``; a list, a ``datasets``
+            set, or a path.
         config: None is ``TrainConfig()``.
-        val: rows to judge by, or how many to hold out (a share below 1); None is 5 % (none of fewer than 20 rows), 0 none.
-        path: folder for checkpoints; None is ``runs/<model>-<time>``. Where a run lies already, a number is added.
+        val: rows to judge by, or how many to hold out (a share below 1); None is 5 % (none of fewer
+            than 20 rows), 0 none.
+        path: folder for checkpoints; None is ``runs/<model>-<time>``. Where a run lies already, a
+            number is added.
         prompts: asked at every validation, so that the model's voice can be heard to change.
-        callbacks: called with every ``StepEvent``, on the MLX thread; one that fails is told and called no more.
+        callbacks: called with every ``StepEvent``, on the MLX thread; one that fails is told and
+            called no more.
 
     Raises:
         DataError: rows cannot be used; names each of them.
@@ -66,10 +75,17 @@ class Trainer:
     resume = Resume()
 
     def __init__(
-        self, adapter: Adapter, data: Any, config: TrainConfig | None = None, *, val: Any = None,
-        path: str | Path | None = None, prompts: Iterable[str] = (), callbacks: Iterable[Callable[[StepEvent], Any]] = (),
+        self,
+        adapter: Adapter,
+        data: Any,
+        config: TrainConfig | None = None,
+        *,
+        val: Any = None,
+        path: str | Path | None = None,
+        prompts: Iterable[str] = (),
+        callbacks: Iterable[Callable[[StepEvent], Any]] = (),
         _found: Path | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not isinstance(adapter, Adapter):
             raise ConfigError(f"adapter={adapter!r} is not legal; give a qlab.Adapter.")
         if config is not None and not isinstance(config, TrainConfig):
@@ -82,7 +98,13 @@ class Trainer:
             self.rows, self.held = prepare.held_out(rows, val, config.seed)
         else:
             self.rows, self.held = rows, self._read(val, config)
-        self.path = _found.parent if _found else run_folder.free(path) if path else run_folder.named(model.name)
+        self.path = (
+            _found.parent
+            if _found
+            else run_folder.free(path)
+            if path
+            else run_folder.named(model.name)
+        )
         self._feed = Feed(self.rows, config)
         self._session = Session(self.path.name, config, self._feed, callbacks, self._show)
         # two locks: whoever starts waits for the MLX thread, which must never wait for it to show
@@ -95,7 +117,7 @@ class Trainer:
     def _read(self, data: Any, config: TrainConfig) -> Rows:
         return read(data, self.adapter.model.tokenizer, config, self.adapter.model.spec.vocabulary)
 
-    # --- the run ----------------------------------------------------------------------------------------------------
+    # --- the run ----------------------------------------------------------------------------------
 
     def start(self) -> Trainer:
         """Train in the background, from where the run stands; returns at once.
@@ -108,11 +130,19 @@ class Trainer:
             adapter, name = self.adapter, self.path.name
             base, lora, parameters = adapter.base, adapter.config, adapter.parameters
             if base in _ACTIVE:
-                raise BusyError(f"The run {_ACTIVE[base]!r} trains on this model; stop it first, or load the model again.")
+                raise BusyError(
+                    f"The run {_ACTIVE[base]!r} trains on this model; stop it first, or load the model again."
+                )
             _ = self.estimate
             if not adapter.trained:  # from here on no slider moves the base that is trained on
                 adapter.set_parameters(parameters, self._unlearned)
-            _ACTIVE[base], adapter.run, self._base, self._error, _RUNS[self.path] = name, name, base, "", ref(self)
+            _ACTIVE[base], adapter.run, self._base, self._error, _RUNS[self.path] = (
+                name,
+                name,
+                base,
+                "",
+                ref(self),
+            )
             self._session.start(lambda: self._make(base, lora, parameters), self._ended)
         self._show()
         return self
@@ -146,10 +176,13 @@ class Trainer:
         self._session.stop()
         self._show()
 
-    config = property(lambda self: self._session.config, doc="The run, a ``TrainConfig``; its repr pastes back.")
+    config = property(
+        lambda self: self._session.config, doc="The run, a ``TrainConfig``; its repr pastes back."
+    )
 
     status = property(
-        lambda self: self._session.status, doc="``idle``, ``running``, ``paused``, ``stopped``, ``done``, ``failed``."
+        lambda self: self._session.status,
+        doc="``idle``, ``running``, ``paused``, ``stopped``, ``done``, ``failed``.",
     )
 
     @property
@@ -163,11 +196,16 @@ class Trainer:
         self._show()
 
     @classmethod
-    def _from_folder(cls, path: str | Path, adapter: Adapter | None = None, **settings: Any) -> Trainer:
-        """Make a run again from its folder; ``start`` or ``run`` then goes on from its last checkpoint, bit for bit.
+    def _from_folder(
+        cls, path: str | Path, adapter: Adapter | None = None, **settings: Any
+    ) -> Trainer:
+        """Make a run again from its folder.
+
+        ``start`` or ``run`` then goes on from its last checkpoint, bit for bit.
 
         Args:
-            path: of the run, or of one of its checkpoints; later ones are replaced by the first that is written then.
+            path: of the run, or of one of its checkpoints; later ones are replaced by the first
+                that is written then.
             adapter: to train, on the same base; None loads and quantizes the base anew.
             settings: ``prompts`` and ``callbacks`` as for ``Trainer``.
 
@@ -176,13 +214,23 @@ class Trainer:
             ConfigError: the base is not the one that the run was made with.
         """
         found, adapter, facts, rows, held = rebuilt(path, adapter)
-        return cls(adapter, rows, facts.train, val=held or 0, _found=found, **{"prompts": facts.prompts, **settings})
+        return cls(
+            adapter,
+            rows,
+            facts.train,
+            val=held or 0,
+            _found=found,
+            **{"prompts": facts.prompts, **settings},
+        )
 
-    # --- what comes of it -------------------------------------------------------------------------------------------
+    # --- what comes of it -------------------------------------------------------------------------
 
     @property
     def data(self) -> DataView:
-        """What is trained on, token by token: targets, masked, cut; lengths, padding, duplicates, dropped rows."""
+        """What is trained on, token by token: targets, masked, cut.
+
+        Lengths, padding, duplicates, dropped rows.
+        """
         return DataView(report(self._feed, self.adapter.model.tokenizer, self.held))
 
     @property
@@ -204,28 +252,45 @@ class Trainer:
         plan = self._base.plan if self._base is not None else self.adapter.plan
         stored = plan.default.label if plan else model.spec.stored or "16-bit"
         return RunReport(
-            name=self.path.name, model=model.name, storage=stored, adapter=f"{lora.kind} r{lora.rank}", status=self.status,
-            iters=self._feed.iters, predicted_nbytes=self._predicted[1].total_nbytes if self._predicted else 0,
-            path=str(self.path), notes=tuple(note for note in (session.reason, *session.notes) if note),
+            name=self.path.name,
+            model=model.name,
+            storage=stored,
+            adapter=f"{lora.kind} r{lora.rank}",
+            status=self.status,
+            iters=self._feed.iters,
+            predicted_nbytes=self._predicted[1].total_nbytes if self._predicted else 0,
+            path=str(self.path),
+            notes=tuple(note for note in (session.reason, *session.notes) if note),
             **session.summary.fields(),
-        )  # fmt: skip
+        )
 
     @property
     def estimate(self) -> MemoryEstimate:
-        """Memory that a step with the largest batch will take, foreseen by formula or measured by ``probe``."""
+        """Memory that a step with the largest batch will take, foreseen by formula or measured by
+        ``probe``.
+        """
         adapter, of = self.adapter, (self.adapter.plan, self.adapter.config)
         if self._predicted is None or self._predicted[0] != of:
-            self._predicted = of, self._foreseen(adapter if adapter.model.plan is None and adapter.plan else adapter.model)
+            self._predicted = (
+                of,
+                self._foreseen(
+                    adapter if adapter.model.plan is None and adapter.plan else adapter.model
+                ),
+            )
         return self._predicted[1]
 
     def probe(self) -> MemoryEstimate:
-        """Run one step with the largest batch, take nothing over, and return the memory that it took; blocks.
+        """Run one step with the largest batch, take nothing over, and return the memory that it
+        took; blocks.
 
         Raises:
             BusyError: the run is under way.
         """
         self._check_still()
-        self._predicted = (self.adapter.plan, self.adapter.config), self._foreseen(self.adapter.base, "measured")
+        self._predicted = (
+            (self.adapter.plan, self.adapter.config),
+            self._foreseen(self.adapter.base, "measured"),
+        )
         return self._predicted[1]
 
     def generate(self, prompt: str, max_tokens: int = 64) -> str:
@@ -251,12 +316,15 @@ class Trainer:
         return judged(self.adapter, held, golden, prompts=self.prompts, **settings)
 
     def to_yaml(self, data: str | None = None, model: str | None = None) -> str:
-        """Return the run as a file for ``python -m qlab.run``, or for stock ``mlx_lm.lora --config``.
+        """Return the run as a file for ``python -m qlab.run``, or for stock ``mlx_lm.lora
+        --config``.
 
         Args:
-            data: for mlx-lm: folder with ``train.jsonl`` and ``valid.jsonl``; comments say what mlx-lm does otherwise. None is
-                for ``qlab.run``: the rows are written to the run's folder.
-            model: folder of the base; None is where it was loaded from (for mlx-lm, if it was not quantized here).
+            data: for mlx-lm: folder with ``train.jsonl`` and ``valid.jsonl``; comments say what
+                mlx-lm does otherwise. None is for ``qlab.run``: the rows are written to the run's
+                folder.
+            model: folder of the base; None is where it was loaded from (for mlx-lm, if it was not
+                quantized here).
 
         Raises:
             ConfigError: mlx-lm cannot do that, or the base has no folder.
@@ -273,10 +341,12 @@ class Trainer:
         """
         self._check_still()
         found = checkpoint.best(self.path)
-        self.adapter.set_parameters(mlx_call(checkpoint.read_parameters, found), f"best of {self.path.name}, {found.name}")
+        self.adapter.set_parameters(
+            mlx_call(checkpoint.read_parameters, found), f"best of {self.path.name}, {found.name}"
+        )
         return self.adapter
 
-    # --- the panel --------------------------------------------------------------------------------------------------
+    # --- the panel --------------------------------------------------------------------------------
 
     @property
     def widget(self) -> Any:
@@ -291,11 +361,18 @@ class Trainer:
         events, session = self.events, self._session
         limit = session.task.guard.limit_nbytes - session.task.other_nbytes if session.task else 0
         return RunState(
-            report=self.report, phase=session.phase, history=events, seconds_left=seconds_left(events, self._feed.iters),
-            learning_rate=self.learning_rate, limit_nbytes=limit, active_nbytes=events[-1].active_nbytes if events else 0,
-            voices=self._voices, data=prepare.describe(self._feed, self.held), error=self._error or session.error,
+            report=self.report,
+            phase=session.phase,
+            history=events,
+            seconds_left=seconds_left(events, self._feed.iters),
+            learning_rate=self.learning_rate,
+            limit_nbytes=limit,
+            active_nbytes=events[-1].active_nbytes if events else 0,
+            voices=self._voices,
+            data=prepare.describe(self._feed, self.held),
+            error=self._error or session.error,
             code=train_code(self.config),
-        )  # fmt: skip
+        )
 
     def to_html(self, path: str) -> str:
         """Write the run so far as one self-contained file; return its path."""
@@ -321,15 +398,23 @@ class Trainer:
     def _display_(self) -> Any:  # marimo
         return self.widget
 
-    # --- within -----------------------------------------------------------------------------------------------------
+    # --- within -----------------------------------------------------------------------------------
 
     @property
     def _steps(self) -> int:
         return self._session.state.step if self._session.state is not None else 0
 
     def _foreseen(self, source: Any, level: str = "formula") -> MemoryEstimate:
-        found = roomy(estimate(source, adapter=self.adapter.config, train=prepare.largest(self.config, self._feed)))
-        return found if level == "formula" else estimate(source, None, found.setup.adapter, found.setup.train, level=level)
+        found = roomy(
+            estimate(
+                source, adapter=self.adapter.config, train=prepare.largest(self.config, self._feed)
+            )
+        )
+        return (
+            found
+            if level == "formula"
+            else estimate(source, None, found.setup.adapter, found.setup.train, level=level)
+        )
 
     def _check_still(self) -> None:
         if self._session.active:
@@ -338,7 +423,16 @@ class Trainer:
     def _make(self, base: Model, lora: LoRAConfig, parameters: Any) -> Made:
         """Make the run ready, at its first start; on the MLX thread."""
         config = replace(self.config, window=self.estimate.setup.train.window)
-        given = (base, lora, config, self._feed, self.held, parameters, self.path, lambda _: self._good())
+        given = (
+            base,
+            lora,
+            config,
+            self._feed,
+            self.held,
+            parameters,
+            self.path,
+            lambda _: self._good(),
+        )
         made = ready(*given, found=self._checkpoint)
         if self._checkpoint is None:
             run_folder.check_new(self.path)
@@ -350,7 +444,9 @@ class Trainer:
         self._hand_over()
         if self._session.active:
             for prompt in self.prompts:
-                if (self._steps, prompt) not in {(voice.step, voice.prompt) for voice in self._voices}:
+                if (self._steps, prompt) not in {
+                    (voice.step, voice.prompt) for voice in self._voices
+                }:
                     self._hear(prompt)
 
     def _hear(self, prompt: str, max_tokens: int = 64) -> str:
@@ -361,7 +457,9 @@ class Trainer:
 
     def _hand_over(self) -> None:
         if self._steps:
-            self.adapter.set_parameters(self._session.state.parameters, f"{self.path.name}, step {self._steps}")
+            self.adapter.set_parameters(
+                self._session.state.parameters, f"{self.path.name}, step {self._steps}"
+            )
 
     def _ended(self) -> None:
         _ACTIVE.pop(self._base, None)
@@ -372,12 +470,17 @@ class Trainer:
         _RUNS[self.path] = self.report, self.events  # nothing that holds a model
 
     def _show(self) -> None:
-        with self._lock:  # called by cells, widgets and the job: an older state must not overtake a newer one
+        with (
+            self._lock
+        ):  # called by cells, widgets and the job: an older state must not overtake a newer one
             if self._panel is not None:
                 self._panel.show(self.state(), self._ack)
 
     def _on_intent(self, intent: dict[str, Any]) -> None:
-        """Do what the browser asks; called on a widget thread, so what takes time gets a thread of its own."""
+        """Do what the browser asks.
+
+        Called on a widget thread, so what takes time gets a thread of its own.
+        """
         self._ack, op = intent["seq"], intent["op"]
         if op == "learning_rate":
             self.learning_rate = intent["value"]
@@ -400,5 +503,9 @@ class Trainer:
 def runs() -> Runs:
     """Return this kernel's runs side by side: a table, and their curves."""
     found = [kept() if isinstance(kept, ref) else kept for kept in _RUNS.values()]
-    told = [(run.report, run.events) if isinstance(run, Trainer) else run for run in found if run is not None]
+    told = [
+        (run.report, run.events) if isinstance(run, Trainer) else run
+        for run in found
+        if run is not None
+    ]
     return Runs(tuple(report for report, _ in told), tuple(events for _, events in told))

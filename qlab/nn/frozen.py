@@ -19,12 +19,17 @@ class Frozen(nn.Module):
 
     Args:
         layer: linear or embedding, dense, quantized or packed.
-        dtype: of an embedding's output, and so of the products after it; None leaves the weights' own.
-        dequantize: whether to make the product from the dequantized weight instead of by MLX's quantized kernel.
-        keep: whether the dense weight may live from forward to backward (right within a block that is computed again).
+        dtype: of an embedding's output, and so of the products after it; None leaves the weights'
+            own.
+        dequantize: whether to make the product from the dequantized weight instead of by MLX's
+            quantized kernel.
+        keep: whether the dense weight may live from forward to backward (right within a block that
+            is computed again).
     """
 
-    def __init__(self, layer: nn.Module, dtype: mx.Dtype | None, dequantize: bool, keep: bool = False) -> None:
+    def __init__(
+        self, layer: nn.Module, dtype: mx.Dtype | None, dequantize: bool, keep: bool = False
+    ) -> None:
         super().__init__()
         self.layer, self._compute, self._dequantize, self._keep = layer, dtype, dequantize, keep
         self._shared: mx.array | None = None
@@ -48,7 +53,8 @@ class Frozen(nn.Module):
         return x @ weight_of(self.layer, x.dtype).T if self._keep else product(self.layer, x)
 
     def adapted(self, x: mx.array, first: mx.array, second: mx.array, scale: float) -> mx.array:
-        """Return x·Wᵀ + scale·(x·A)·B and the bias, the small product first, so that the large one adds it on its way.
+        """Return x·Wᵀ + scale·(x·A)·B and the bias, the small product first, so that the large one
+        adds it on its way.
 
         Args:
             x: ``(…, in)``.
@@ -64,7 +70,9 @@ class Frozen(nn.Module):
     @contextmanager
     def once(self, after: mx.array) -> Iterator[None]:
         """Dequantize once, when ``after`` is there, for all products made within."""
-        with self.lent(weight_of(tied(self.layer, after), after.dtype) if self._dequantize else None):
+        with self.lent(
+            weight_of(tied(self.layer, after), after.dtype) if self._dequantize else None
+        ):
             yield
 
     @contextmanager
@@ -82,7 +90,9 @@ class Frozen(nn.Module):
         return hasattr(self.layer, "as_linear")
 
     def worth(self, dtype: mx.Dtype) -> mx.array | None:
-        """Return the dense weight, lazily, if products in ``dtype`` are to be made from one that is not stored so."""
+        """Return the dense weight, lazily, if products in ``dtype`` are to be made from one that is
+        not stored so.
+        """
         if not self._dequantize or is_stored_in(self.layer, dtype):
             return None
         return weight_of(self.layer, dtype)
@@ -103,11 +113,19 @@ class Frozen(nn.Module):
 
 
 def adapted_product(
-    layer: nn.Module, x: mx.array, first: mx.array, second: mx.array, scale: float, shared: mx.array | None, keep: bool
+    layer: nn.Module,
+    x: mx.array,
+    first: mx.array,
+    second: mx.array,
+    scale: float,
+    shared: mx.array | None,
+    keep: bool,
 ) -> mx.array:
-    """Return x·Wᵀ + scale·(x·A)·B of a frozen layer, with a gradient that needs no addition of its own either.
+    """Return x·Wᵀ + scale·(x·A)·B of a frozen layer, with a gradient that needs no addition of its
+    own either.
 
-    Every addition and the scale are part of a product: one by one they cost an H100 a tenth of a step.
+    Every addition and the scale are part of a product: one by one they cost an H100 a tenth of a
+    step.
 
     Args:
         layer: dense, one of MLX's quantized layers, or a packed one.
@@ -135,13 +153,17 @@ def adapted_product(
     def forward(x: mx.array, first: mx.array, second: mx.array, *arrays: mx.array) -> mx.array:
         return mx.addmm(times(x, first, first) @ second, x, weight(arrays, None).T)
 
-    def backward(slope: mx.array, x: mx.array, first: mx.array, second: mx.array, *arrays: mx.array) -> list[mx.array]:
+    def backward(
+        slope: mx.array, x: mx.array, first: mx.array, second: mx.array, *arrays: mx.array
+    ) -> list[mx.array]:
         thin = times(slope, second.T, first)
         by_x = mx.addmm(thin @ first.T, slope, weight(arrays, slope))
         return [by_x, x.T @ thin, times(x, first, first).T @ slope]
 
     rows = x.reshape(-1, x.shape[-1])
-    return with_gradient(forward, backward, [rows, first, second], arrays).reshape(*x.shape[:-1], second.shape[-1])
+    return with_gradient(forward, backward, [rows, first, second], arrays).reshape(
+        *x.shape[:-1], second.shape[-1]
+    )
 
 
 @dataclass(frozen=True)
@@ -150,7 +172,8 @@ class Compute:
 
     Attributes:
         dtype: of the activations; None leaves the model's own.
-        dequantize: whether products are made from dequantized weights, or by MLX's quantized kernels.
+        dequantize: whether products are made from dequantized weights, or by MLX's quantized
+            kernels.
     """
 
     dtype: mx.Dtype | None

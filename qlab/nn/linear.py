@@ -1,7 +1,7 @@
 """The weight of a layer as numbers, and layers for formats that MLX's own kernels do not read.
 
-A packed layer's product dequantizes, and its backward pass dequantizes again instead of keeping the dense weight.
-Knows no model.
+A packed layer's product dequantizes, and its backward pass dequantizes again instead of keeping the
+dense weight. Knows no model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from qlab.ops.unpack import affine
 class Packed(nn.Module):
     """Packed arrays of a scheme, under the names that the scheme gives them, and how to read them."""
 
-    def __init__(self, packed: dict[str, mx.array], config: QuantConfig, shape: tuple[int, ...], dtype: mx.Dtype) -> None:
+    def __init__(
+        self,
+        packed: dict[str, mx.array],
+        config: QuantConfig,
+        shape: tuple[int, ...],
+        dtype: mx.Dtype,
+    ) -> None:
         super().__init__()
         for name, array in packed.items():
             self[name] = array
@@ -47,7 +53,10 @@ class Packed(nn.Module):
         return self.config.scheme.dequantize(self.packed, self.config, dtype or self._dtype)
 
     def product(self, x: mx.array) -> mx.array:
-        """Return x·Ŵᵀ. The gradient of x is recomputed from the packed weight, and the weight gets none."""
+        """Return x·Ŵᵀ.
+
+        The gradient of x is recomputed from the packed weight, and the weight gets none.
+        """
         return product(self, x)
 
     def _extra_repr(self) -> str:
@@ -75,7 +84,9 @@ class PackedEmbedding(Packed):
 
 
 def product(layer: nn.Module, x: mx.array) -> mx.array:
-    """Return x·Wᵀ of a frozen layer; the backward pass dequantizes again instead of keeping the dense weight.
+    """Return x·Wᵀ of a frozen layer.
+
+    The backward pass dequantizes again instead of keeping the dense weight.
 
     Args:
         layer: dense, one of MLX's quantized layers, or a packed one.
@@ -90,7 +101,8 @@ def product(layer: nn.Module, x: mx.array) -> mx.array:
         return x @ weight_of(having(layer, names, arrays), x.dtype).T
 
     def backward(slope: mx.array, _: mx.array, *arrays: mx.array) -> list[mx.array]:
-        # tied to the slope, or compile would merge this dequantization with the forward one and keep it alive
+        # tied to the slope, or compile would merge this dequantization with the forward one and
+        # keep it alive
         return [slope @ weight_of(tied(having(layer, names, arrays), slope), slope.dtype)]
 
     return with_gradient(forward, backward, [x], arrays)
@@ -136,7 +148,9 @@ def weight_of(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
     if layer.mode == "affine" and dtype in (own, mx.float32):
         arrays = [array.astype(dtype) for array in (layer.scales, biases)]
         return affine(layer.weight, arrays, layer.bits, layer.group_size, dtype)
-    return mx.dequantize(layer.weight, layer.scales, biases, layer.group_size, layer.bits, layer.mode, dtype=dtype)
+    return mx.dequantize(
+        layer.weight, layer.scales, biases, layer.group_size, layer.bits, layer.mode, dtype=dtype
+    )
 
 
 def is_quantized(layer: nn.Module) -> bool:

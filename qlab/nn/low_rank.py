@@ -1,7 +1,9 @@
-"""What all low-rank kinds share: two thin factors beside a frozen layer, and the inputs that are dropped on their way.
+"""What all low-rank kinds share.
 
-On a linear layer, an embedding and the experts of a mixture; named and shaped as mlx-lm stores them (``mlx_lm/tuner/lora.py``).
-Knows no model, and not what a kind makes of the product.
+Two thin factors beside a frozen layer, and the inputs that are dropped on their way.
+
+On a linear layer, an embedding and the experts of a mixture; named and shaped as mlx-lm stores them
+(``mlx_lm/tuner/lora.py``). Knows no model, and not what a kind makes of the product.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ def factors(shape: tuple[int, ...], rank: int, kind: str) -> Shapes:
     """Shapes of the two factors of a weight.
 
     Args:
-        shape: ``(out, in)``, of an embedding ``(tokens, width)``, of experts ``(experts, out, in)``.
+        shape: ``(out, in)``, of an embedding ``(tokens, width)``, of experts ``(experts, out,
+            in)``.
         rank: inner width.
         kind: of the layer.
     """
@@ -35,11 +38,19 @@ def factors(shape: tuple[int, ...], rank: int, kind: str) -> Shapes:
 
 def kind_of(base: Any, shape: tuple[int, ...]) -> str:
     """Return what a frozen layer is: ``linear``, ``embedding`` or ``switch``."""
-    return "embedding" if hasattr(base.layer, "as_linear") else "switch" if len(shape) > 2 else "linear"
+    return (
+        "embedding"
+        if hasattr(base.layer, "as_linear")
+        else "switch"
+        if len(shape) > 2
+        else "linear"
+    )
 
 
 class LowRank(nn.Module):
-    """A frozen layer and two factors: the first drawn, the second zero, so that their product is nothing at first.
+    """A frozen layer and two factors.
+
+    The first drawn, the second zero, so that their product is nothing at first.
 
     The factors follow the activations: a float32 factor would make everything after it float32.
 
@@ -49,7 +60,8 @@ class LowRank(nn.Module):
         shapes: what ``factors`` returns.
 
     Attributes:
-        follows: whether nothing but products with activations reads the factors, so that a step may cast them beforehand.
+        follows: whether nothing but products with activations reads the factors, so that a step may
+            cast them beforehand.
     """
 
     follows = True
@@ -74,7 +86,11 @@ class LowRank(nn.Module):
         """Set a share of the numbers to zero while training, and make up for it in the others."""
         if not self.drops:
             return x
-        return x * mx.random.bernoulli(1 - self._dropout, x.shape, self.dropout_key) * (1 / (1 - self._dropout))
+        return (
+            x
+            * mx.random.bernoulli(1 - self._dropout, x.shape, self.dropout_key)
+            * (1 / (1 - self._dropout))
+        )
 
     def inner(self, x: mx.array) -> mx.array:
         """Return scale·x·A of a linear layer, ``(…, rank)``: scaled here, where it is small."""
@@ -90,7 +106,9 @@ class LowRank(nn.Module):
 
     def added_experts(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
         """Return scale·(x·Aᵀ)·Bᵀ, every row of x with the factors of its own expert."""
-        z = self.scale * routed(self.dropped(x), self.lora_a.astype(x.dtype), indices, sorted_indices)
+        z = self.scale * routed(
+            self.dropped(x), self.lora_a.astype(x.dtype), indices, sorted_indices
+        )
         return routed(z, self.lora_b.astype(x.dtype), indices, sorted_indices)
 
     def __getattr__(self, name: str) -> Any:

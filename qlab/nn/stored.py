@@ -13,11 +13,19 @@ from qlab.nn.linear import PackedEmbedding, PackedLinear
 def _class_of(layer: nn.Module) -> str:
     if hasattr(layer, "as_linear"):
         return "embedding"
-    return "switch" if isinstance(layer, PackedExperts) or "Switch" in type(layer).__name__ else "linear"
+    return (
+        "switch"
+        if isinstance(layer, PackedExperts) or "Switch" in type(layer).__name__
+        else "linear"
+    )
 
 
 def stored_layer(
-    packed: dict[str, mx.array], config: QuantConfig, shape: tuple[int, ...], dtype: mx.Dtype, kind: str
+    packed: dict[str, mx.array],
+    config: QuantConfig,
+    shape: tuple[int, ...],
+    dtype: mx.Dtype,
+    kind: str,
 ) -> nn.Module:
     """Return a layer around packed arrays.
 
@@ -34,8 +42,14 @@ def stored_layer(
         return own[kind](packed, config, shape, dtype)
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-    kinds = {"linear": nn.QuantizedLinear, "embedding": nn.QuantizedEmbedding, "switch": QuantizedSwitchLinear}
-    made = kinds[kind].__new__(kinds[kind])  # their own constructors would draw and quantize random weights
+    kinds = {
+        "linear": nn.QuantizedLinear,
+        "embedding": nn.QuantizedEmbedding,
+        "switch": QuantizedSwitchLinear,
+    }
+    made = kinds[kind].__new__(
+        kinds[kind]
+    )  # their own constructors would draw and quantize random weights
     nn.Module.__init__(made)
     made.group_size, made.bits, made.mode = config.group_size, config.bits, mode
     made.biases = None

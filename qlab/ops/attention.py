@@ -1,7 +1,10 @@
-"""Attention for training on a CPU, with a gradient of its own: it keeps queries, keys and values, and nothing as long squared.
+"""Attention for training on a CPU, with a gradient of its own.
 
-MLX's CPU computes attention in steps, the exponentials one at a time, and repeats keys and values for the heads that share
-them. Here the heads of a group are rows of one product, one group after the other. Knows no model, only how mlx-lm calls it.
+It keeps queries, keys and values, and nothing as long squared.
+
+MLX's CPU computes attention in steps, the exponentials one at a time, and repeats keys and values
+for the heads that share them. Here the heads of a group are rows of one product, one group after
+the other. Knows no model, only how mlx-lm calls it.
 """
 
 from __future__ import annotations
@@ -40,25 +43,37 @@ def attention(
         values: ``(batch, groups, others, any)``.
         cache: as the model hands it on.
         scale: of the products of queries and keys.
-        mask: ``causal``, or what can be broadcast to ``(batch, heads, length, others)``: true where a position is seen, or
-            numbers that are added.
+        mask: ``causal``, or what can be broadcast to ``(batch, heads, length, others)``: true where
+            a position is seen, or numbers that are added.
         sinks: see there.
     """
     plain = all(a.ndim == 4 and is_slow(a) for a in (queries, keys, values))
-    known = mask.dtype in (mx.bool_, mx.float32) if isinstance(mask, mx.array) else mask in (None, "causal")
+    known = (
+        mask.dtype in (mx.bool_, mx.float32)
+        if isinstance(mask, mx.array)
+        else mask in (None, "causal")
+    )
     if not (plain and known) or sinks is not None or hasattr(cache, "bits"):
         from mlx_lm.models.base import scaled_dot_product_attention as stock
 
-        given = whole_tiles(queries, keys, values, mask) if backend() == "cuda" else (queries, keys, values, mask)
+        given = (
+            whole_tiles(queries, keys, values, mask)
+            if backend() == "cuda"
+            else (queries, keys, values, mask)
+        )
         return stock(*given[:3], cache, scale, given[3], sinks)[:, :, : queries.shape[2]]
     heads, groups = queries.shape[1], keys.shape[1]
     hard = mask is not None and (not isinstance(mask, mx.array) or mask.dtype == mx.bool_)
-    how = _Attention(scale, heads // groups, max(n for n in range(1, _PIECES + 1) if groups % n == 0), hard)
+    how = _Attention(
+        scale, heads // groups, max(n for n in range(1, _PIECES + 1) if groups % n == 0), hard
+    )
     given = [queries, keys, values]
     if not isinstance(mask, mx.array):
         return with_gradient(how.forward, how.backward, given)
     mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    return with_gradient(how.forward, how.backward, [*given, *([] if hard else [mask])], [mask] if hard else [])
+    return with_gradient(
+        how.forward, how.backward, [*given, *([] if hard else [mask])], [mask] if hard else []
+    )
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,8 @@ class _Attention:
         scale: of the scores.
         served: heads that a group serves.
         pieces: in how many it is computed, some groups each.
-        hard: whether a mask says what is seen, instead of being added; without one, no position sees a later one.
+        hard: whether a mask says what is seen, instead of being added; without one, no position
+            sees a later one.
     """
 
     scale: float
@@ -77,7 +93,9 @@ class _Attention:
     pieces: int
     hard: bool
 
-    def forward(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:
+    def forward(
+        self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None
+    ) -> mx.array:
         """Return the output, ``(batch, heads, length, any)``."""
         made: list[mx.array] = []
         for q_, k_, v_, mask_ in self._cut(self._seen(mask, q, k), q, k, v):
@@ -86,15 +104,19 @@ class _Attention:
             made.append(((each @ v_) * share).reshape(*q_.shape[:-1], v.shape[-1]))
         return mx.concatenate(made, 1)
 
-    def backward(self, slope: mx.array, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> list[mx.array]:
+    def backward(
+        self, slope: mx.array, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None
+    ) -> list[mx.array]:
         """Return the gradients by queries, keys, values and what is added to the scores.
 
-        Dao et al. 2022, arXiv:2205.14135, appendix B.2, the division by the sums left to what has no length squared.
+        Dao et al. 2022, arXiv:2205.14135, appendix B.2, the division by the sums left to what has
+        no length squared.
         """
         made: list[list[mx.array]] = []
         mask = self._seen(mask, q, k)
         for q_, k_, v_, slope_, mask_ in self._cut(mask, q, k, v, slope):
-            # nothing may be computed before the slope is there, or it would be kept since the way forward
+            # nothing may be computed before the slope is there, or it would be kept since the way
+            # forward
             q_, k_, v_ = mx.depends([q_, k_, v_], [slope, *(made[-1][:1] if made else [])])
             rows, each, share, sees = self._softmax(q_, k_, mask_)
             thin = self._folded(slope_) * share
@@ -103,18 +125,32 @@ class _Attention:
             if sees is not None:
                 thin, common = thin * sees, common * sees
             by_score = each * (thin @ v_.swapaxes(-1, -2) - common)
-            made.append([((by_score @ k_) * self.scale).reshape(q_.shape), by_score.swapaxes(-1, -2) @ rows, by_v])
+            made.append(
+                [
+                    ((by_score @ k_) * self.scale).reshape(q_.shape),
+                    by_score.swapaxes(-1, -2) @ rows,
+                    by_v,
+                ]
+            )
             if mask_ is not None and not self.hard:
                 full = by_score.reshape(q_.shape[:-1] + k_.shape[-2:-1])
-                made[-1].append(full.sum([i for i, n in enumerate(mask_.shape) if n == 1], keepdims=True))
+                made[-1].append(
+                    full.sum([i for i, n in enumerate(mask_.shape) if n == 1], keepdims=True)
+                )
         found = [mx.concatenate(parts, 1) for parts in list(zip(*made, strict=True))[:3]]
         if mask is None or self.hard:
             return found
         parts = [each[3] for each in made]
-        return [*found, sum(parts[1:], parts[0]) if mask.shape[1] == 1 else mx.concatenate(parts, 1)]
+        return [
+            *found,
+            sum(parts[1:], parts[0]) if mask.shape[1] == 1 else mx.concatenate(parts, 1),
+        ]
 
     def _seen(self, mask: mx.array | None, q: mx.array, k: mx.array) -> mx.array | None:
-        """Return the mask; one that only says that no position sees a later one is made anew rather than kept."""
+        """Return the mask.
+
+        One that only says that no position sees a later one is made anew rather than kept.
+        """
         if mask is not None or not self.hard:
             return mask
         length, others = q.shape[2], k.shape[2]
@@ -124,16 +160,30 @@ class _Attention:
         """Return what each piece reads, the numbers that are added to its scores last."""
         one = None if mask is None or mask.shape[1] > 1 else self._added(mask)
         for n in range(self.pieces):
-            own = [a[:, n * (a.shape[1] // self.pieces) : (n + 1) * (a.shape[1] // self.pieces)] for a in arrays]
+            own = [
+                a[:, n * (a.shape[1] // self.pieces) : (n + 1) * (a.shape[1] // self.pieces)]
+                for a in arrays
+            ]
             heads = own[0].shape[1]
-            yield [*own, one if mask is None or one is not None else self._added(mask[:, n * heads : (n + 1) * heads])]
+            yield [
+                *own,
+                one
+                if mask is None or one is not None
+                else self._added(mask[:, n * heads : (n + 1) * heads]),
+            ]
 
     def _added(self, mask: mx.array) -> mx.array:
-        """Return what is added to the scores. A row that sees nothing sees everything, as in MLX: no number is infinite."""
+        """Return what is added to the scores. A row that sees nothing sees everything, as in MLX.
+
+        No number is infinite.
+        """
         return mx.where(mask, mx.array(0.0), mx.array(_LOWEST)) if self.hard else mask
 
-    def _softmax(self, q: mx.array, k: mx.array, mask: mx.array | None) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
-        """Return scaled queries, exponentials of the scores, one over their sums, and where a row sees anything if not all do.
+    def _softmax(
+        self, q: mx.array, k: mx.array, mask: mx.array | None
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
+        """Return scaled queries, exponentials of the scores, one over their sums, and where a row
+        sees anything if not all do.
 
         The heads of a group are its rows: ``(batch, groups, heads / groups · length, …)``.
         """

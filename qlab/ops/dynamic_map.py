@@ -1,7 +1,9 @@
-"""The dynamic maps of 8-bit numbers: 256 values over seven decades, finer where they are larger. Pure numpy.
+"""The dynamic maps of 8-bit numbers: 256 values over seven decades, finer where they are larger.
 
-Source: Dettmers et al. 2022 (arXiv:2110.02861, section 2.1), with the values of bitsandbytes' ``create_dynamic_map``, bit for
-bit. Knows neither what is stored in such numbers nor where.
+Pure numpy.
+
+Source: Dettmers et al. 2022 (arXiv:2110.02861, section 2.1), with the values of bitsandbytes'
+``create_dynamic_map``, bit for bit. Knows neither what is stored in such numbers nor where.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ _DECADES = 7
 def dynamic_map(signed: bool) -> np.ndarray:
     """Return the values of the codes, float32 ``(256,)``, rising.
 
-    Decade i of 0…6 has 2^i fractions of 10^(i−6) (signed, on each side of zero) or 2^(i+1) (unsigned); then 0 and 1. The
-    signed map has 0 at code 127 and ends at −0.993 below; the unsigned one has 0 at code 0.
+    Decade i of 0…6 has 2^i fractions of 10^(i−6) (signed, on each side of zero) or 2^(i+1)
+    (unsigned); then 0 and 1. The signed map has 0 at code 127 and ends at −0.993 below; the
+    unsigned one has 0 at code 0.
     """
     found = [np.float32(0), np.float32(1)]
     for i in range(_DECADES):
@@ -31,8 +34,9 @@ def dynamic_map(signed: bool) -> np.ndarray:
 def search_table(signed: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return what finds the code of a number with two look-ups, whatever the number.
 
-    The upper 16 bits of a float32 are the number of a bucket; a bucket holds at most one border between two codes, so
-    the code is ``base[bucket] + (x > edge[bucket])``. Borders lie half-way; a number on one belongs to the lower code.
+    The upper 16 bits of a float32 are the number of a bucket; a bucket holds at most one border
+    between two codes, so the code is ``base[bucket] + (x > edge[bucket])``. Borders lie half-way; a
+    number on one belongs to the lower code.
 
     Returns:
         ``base`` uint8 and ``edge`` float32, ``(65536,)`` each.
@@ -47,7 +51,10 @@ def search_table(signed: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _middles(count: int) -> np.ndarray:
-    """Middles of ``count`` equal parts of 0.1…1, float32, as they follow from ``torch.linspace``: from both ends."""
+    """Middles of ``count`` equal parts of 0.1…1, float32, as they follow from ``torch.linspace``.
+
+    From both ends.
+    """
     k = np.arange(count + 1)
     step = np.float64(np.float32(0.9) / np.float32(count))
     rising, falling = np.float64(np.float32(0.1)) + step * k, 1 - step * (count - k)

@@ -1,7 +1,9 @@
-"""The exponential function out of additions and multiplications, where MLX's own is slow: in float32 on a CPU.
+"""The exponential function out of additions and multiplications, where MLX's own is slow.
 
-MLX's CPU computes one at a time, in 12 ns, compiled or not; this takes 2 ns where it is compiled, and is more exact. It has no
-gradient: for functions that have one of their own. Knows no model.
+In float32 on a CPU.
+
+MLX's CPU computes one at a time, in 12 ns, compiled or not; this takes 2 ns where it is compiled,
+and is more exact. It has no gradient: for functions that have one of their own. Knows no model.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ import mlx.core as mx
 
 _LOG2_E = 1.4426950408889634
 _ROUND = 1.5 * 2.0**23  # added and taken away again, it rounds a float32 to the nearest integer
-_LN2 = (0.693359375, -2.12194440e-4)  # ln 2 in two parts, products of the first being exact (Cody & Waite 1980)
+_LN2 = (
+    0.693359375,
+    -2.12194440e-4,
+)  # ln 2 in two parts, products of the first being exact (Cody & Waite 1980)
 _BIT = 2.0**23  # the lowest bit of a float32's exponent
 _MOST = 104.0  # beyond it everything is 0 or infinite
 
@@ -21,7 +26,8 @@ def exp(x: mx.array, less: float | mx.array = 0.0) -> mx.array:
     """Return e to the power of x − less.
 
     Args:
-        x: of any shape. In float32 on a CPU what is beyond 88.3 gives infinity, and what is below −87.7 gives 0.
+        x: of any shape. In float32 on a CPU what is beyond 88.3 gives infinity, and what is below
+            −87.7 gives 0.
         less: is taken away from x first, without making an array of the difference.
     """
     return _exp(x, less, 1) if is_slow(x) else mx.exp(x - less)
@@ -38,10 +44,12 @@ def is_slow(x: mx.array) -> bool:
 
 
 def _exp(x: mx.array, less: float | mx.array, sign: int) -> mx.array:
-    """Return e to the power of ±(x − less), as 2 to the power of an integer k times e to the power of the rest.
+    """Return e to the power of ±(x − less), as 2 to the power of an integer k times e to the power
+    of the rest.
 
-    Compilation ends at a view. So k is computed twice, the second time from x as if that were another array, or it would be an
-    array of its own; and the rest, which is read many times, is made one by two views of nothing.
+    Compilation ends at a view. So k is computed twice, the second time from x as if that were
+    another array, or it would be an array of its own; and the rest, which is read many times, is
+    made one by two views of nothing.
     """
     power = _power(x, less, sign)
     rest = _rest(mx.depends([x], [power])[0], less, sign)
@@ -65,7 +73,10 @@ def _rest(x: mx.array, less: float | mx.array, sign: int) -> mx.array:
 
 @partial(mx.compile, shapeless=True)
 def _product(rest: mx.array, power: mx.array) -> mx.array:
-    """The exponential's series up to the sixth power, in pairs: what is nested too deeply is not compiled into one."""
+    """The exponential's series up to the sixth power, in pairs.
+
+    What is nested too deeply is not compiled into one.
+    """
     square = rest * rest
     low = (1 + rest) + square * (1 / 2 + rest * (1 / 6))
     return (low + (square * square) * (1 / 24 + rest * (1 / 120) + square * (1 / 720))) * power

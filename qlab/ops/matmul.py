@@ -14,7 +14,9 @@ def routed(x: mx.array, weights: mx.array, indices: mx.array, sorted_indices: bo
         indices: ``(…)``, the expert of every row; a row of x may serve several.
         sorted_indices: whether they ascend.
     """
-    return mx.gather_mm(x, weights.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
+    return mx.gather_mm(
+        x, weights.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices
+    )
 
 
 def onto(y: mx.array, z: mx.array, factor: mx.array) -> mx.array:

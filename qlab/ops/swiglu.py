@@ -1,7 +1,9 @@
-"""A gated activation that keeps nothing but what it reads: on the way back it is computed again, which costs no product.
+"""A gated activation that keeps nothing but what it reads.
 
-Differentiated as it is, it keeps the gate's sigmoid and what follows from it, each as large as the widest activations of a
-model. Knows no model.
+On the way back it is computed again, which costs no product.
+
+Differentiated as it is, it keeps the gate's sigmoid and what follows from it, each as large as the
+widest activations of a model. Knows no model.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from qlab.ops.exponential import is_slow, sigmoid
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """Return silu(gate)·x, as ``mlx_lm.models.activations.swiglu`` does (Shazeer 2020, arXiv:2002.05202)."""
+    """Return silu(gate)·x, as ``mlx_lm.models.activations.swiglu`` does (Shazeer 2020,
+    arXiv:2002.05202).
+    """
     return with_gradient(_forward, _back, [gate, x])
 
 
@@ -30,7 +34,8 @@ def _back(cotangent: mx.array, gate: mx.array, x: mx.array) -> tuple[mx.array, m
         share = sigmoid(own)
         by_gate, by_x = cotangent * x * (share * (1 + own * (1 - share))), cotangent * own * share
     else:
-        # the same gate, but as two arrays: what is read by both and by the way forward would be kept, and fused with none
+        # the same gate, but as two arrays: what is read by both and by the way forward would be
+        # kept, and fused with none
         (one,), (two,) = mx.depends([gate], [cotangent]), mx.depends([gate], [cotangent, x])
         by_gate, by_x = _by_gate(one, x, cotangent), _fused(two, cotangent)
     return by_gate.astype(gate.dtype), by_x.astype(x.dtype)

@@ -25,7 +25,9 @@ class Adafactor(OptimizerKind):
         return itemsize * (prod(shape[:-1]) + prod(shape[:-2]) * shape[-1])
 
     def make(self, learning_rate: float, weight_decay: float = 0.0) -> Any:
-        return optim.Adafactor(learning_rate, weight_decay=weight_decay, relative_step=False, scale_parameter=False)
+        return optim.Adafactor(
+            learning_rate, weight_decay=weight_decay, relative_step=False, scale_parameter=False
+        )
 
 
 SHELF = (Adafactor(),)

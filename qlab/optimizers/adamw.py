@@ -12,7 +12,9 @@ from qlab.core.config.train import OptimizerKind
 
 
 class AdamW(OptimizerKind):
-    """AdamW with bias correction, as the paper has it (MLX's own default leaves the correction out)."""
+    """AdamW with bias correction, as the paper has it (MLX's own default leaves the correction
+    out).
+    """
 
     name = "adamw"
     title = "AdamW: two moments a parameter"
@@ -26,15 +28,24 @@ class AdamW(OptimizerKind):
 
 
 class _Optimizer(optim.AdamW):
-    """MLX's own, bit for bit, but powers of the step are taken once: MLX fuses them into what is done for every number."""
+    """MLX's own, bit for bit, but powers of the step are taken once.
 
-    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+    MLX fuses them into what is done for every number.
+    """
+
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
+    ) -> mx.array:
         rate, (b1, b2) = self.learning_rate.astype(gradient.dtype), self.betas
         corrections = [rate / (1 - b1**self.step), mx.rsqrt(1 - b2**self.step)]
         first, second = mx.depends(corrections, [self.step])  # nothing is fused across this
         m = state["m"] = b1 * state["m"] + (1 - b1) * gradient
         v = state["v"] = b2 * state["v"] + (1 - b2) * mx.square(gradient)
-        move = first.astype(gradient.dtype) * m / (mx.sqrt(v) * second.astype(gradient.dtype) + self.eps)
+        move = (
+            first.astype(gradient.dtype)
+            * m
+            / (mx.sqrt(v) * second.astype(gradient.dtype) + self.eps)
+        )
         return parameter * (1 - rate * self.weight_decay) - move
 
 

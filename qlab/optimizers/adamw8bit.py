@@ -1,10 +1,14 @@
-"""AdamW with both moments in 8 bits: blocks of 256 numbers, scaled, each the nearest value of a dynamic map.
+"""AdamW with both moments in 8 bits.
 
-Source: Dettmers et al. 2022 (arXiv:2110.02861), and bitsandbytes' exact rule (``backends/default/ops.py``; its CPU kernel takes
-a coarse table instead, so its codes differ). As there, the update uses the moments before they are rounded, decay comes before
-the update, as in bitsandbytes' CPU path (its CUDA kernel decays after, a difference of the order of the squared learning
-rate), and small tensors keep float32. One thing is not as there: a second moment above zero never becomes zero.
-Rounded to zero beside a first moment that is not, it would divide by nothing (arXiv:2309.01507, section 4.1).
+Blocks of 256 numbers, scaled, each the nearest value of a dynamic map.
+
+Source: Dettmers et al. 2022 (arXiv:2110.02861), and bitsandbytes' exact rule
+(``backends/default/ops.py``; its CPU kernel takes a coarse table instead, so its codes differ). As
+there, the update uses the moments before they are rounded, decay comes before the update, as in
+bitsandbytes' CPU path (its CUDA kernel decays after, a difference of the order of the squared
+learning rate), and small tensors keep float32. One thing is not as there: a second moment above
+zero never becomes zero. Rounded to zero beside a first moment that is not, it would divide by
+nothing (arXiv:2309.01507, section 4.1).
 """
 
 from __future__ import annotations
@@ -57,7 +61,9 @@ class _Optimizer(optim.Optimizer):
             if not whole:
                 state[f"{name}_scale"] = mx.zeros(-(-parameter.size // _BLOCK), mx.float32)
 
-    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
+    ) -> mx.array:
         slope, rate = gradient.astype(mx.float32), self.learning_rate.astype(mx.float32)
         m, v = (self._read(state, name) for name in ("m", "v"))
         m = self.betas[0] * m + (1 - self.betas[0]) * slope
@@ -66,14 +72,18 @@ class _Optimizer(optim.Optimizer):
         t = self.step.astype(mx.float32)
         corrected, root = (-mx.expm1(t * math.log(beta)) for beta in self.betas)
         move = m / (mx.sqrt(v) / mx.sqrt(root) + self.eps)
-        new = parameter.astype(mx.float32) * (1 - rate * self.weight_decay) - rate / corrected * move
+        new = (
+            parameter.astype(mx.float32) * (1 - rate * self.weight_decay) - rate / corrected * move
+        )
         self._write(state, "m", m)
         self._write(state, "v", v)
         return new.astype(parameter.dtype)
 
     def _read(self, state: dict[str, mx.array], name: str) -> mx.array:
         whole = state[name].dtype == mx.float32
-        return state[name] if whole else self._codes[name].values(state[name], state[f"{name}_scale"])
+        return (
+            state[name] if whole else self._codes[name].values(state[name], state[f"{name}_scale"])
+        )
 
     def _write(self, state: dict[str, mx.array], name: str, values: mx.array) -> None:
         if state[name].dtype == mx.float32:
@@ -83,14 +93,18 @@ class _Optimizer(optim.Optimizer):
 
 
 class _Codes:
-    """Numbers as codes of a dynamic map, in blocks that share a scale; an unsigned number above zero stays above zero.
+    """Numbers as codes of a dynamic map, in blocks that share a scale.
+
+    An unsigned number above zero stays above zero.
 
     Holds the tables once: a compiled step keeps each array that it is given as a constant.
     """
 
     def __init__(self, signed: bool) -> None:
         self._signed = signed
-        self._map, self._base, self._edge = (mx.array(t) for t in (dynamic_map(signed), *search_table(signed)))
+        self._map, self._base, self._edge = (
+            mx.array(t) for t in (dynamic_map(signed), *search_table(signed))
+        )
 
     def values(self, codes: mx.array, scale: mx.array) -> mx.array:
         """Return float32 numbers in the shape of their codes."""
@@ -103,7 +117,9 @@ class _Codes:
         scale = mx.abs(blocks).max(1)
         scaled = blocks * (1 / mx.maximum(scale, _SMALLEST))[:, None]
         bucket = scaled.view(mx.uint32) >> 16
-        codes = mx.take(self._base, bucket) + (scaled > mx.take(self._edge, bucket)).astype(mx.uint8)
+        codes = mx.take(self._base, bucket) + (scaled > mx.take(self._edge, bucket)).astype(
+            mx.uint8
+        )
         if not self._signed:
             codes = mx.maximum(codes, (blocks > 0).astype(mx.uint8))
         return codes.reshape(-1)[: values.size].reshape(values.shape), scale
@@ -116,6 +132,9 @@ def _blocks(values: mx.array) -> mx.array:
 
 SHELF = (
     AdamW8bit("adamw8bit", "AdamW, both moments in 8 bits"),
-    # the name in other libraries' recipes: there moments may move to the host's memory; MLX's memory is the host's
-    AdamW8bit("paged_adamw8bit", "the same as adamw8bit: memory is unified, so there is nothing to page"),
+    # the name in other libraries' recipes: there moments may move to the host's memory; MLX's
+    # memory is the host's
+    AdamW8bit(
+        "paged_adamw8bit", "the same as adamw8bit: memory is unified, so there is nothing to page"
+    ),
 )

@@ -1,4 +1,7 @@
-"""Muon: one momentum, made orthogonal. Source: Jordan et al. 2024, and Moonlight (arXiv:2502.16982)."""
+"""Muon: one momentum, made orthogonal. Source: Jordan et al.
+
+2024, and Moonlight (arXiv:2502.16982).
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,19 @@ from qlab.core.config.train import OptimizerKind
 
 
 class _EachMatrix(optim.Muon):
-    """MLX's own, but each matrix of a stack (the factors of a mixture's experts) is made orthogonal by itself."""
+    """MLX's own, but each matrix of a stack (the factors of a mixture's experts) is made orthogonal
+    by itself.
+    """
 
-    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
+    ) -> mx.array:
         if gradient.ndim < 3:
             return super().apply_single(gradient, parameter, state)
 
-        def one(gradient: mx.array, parameter: mx.array, moment: mx.array) -> tuple[mx.array, mx.array]:
+        def one(
+            gradient: mx.array, parameter: mx.array, moment: mx.array
+        ) -> tuple[mx.array, mx.array]:
             own = {"v": moment}
             return self.apply_single(gradient, parameter, own), own["v"]
 

@@ -1,4 +1,7 @@
-"""Writes a folder whole or not at all, never in the place of what is not of its kind; and pages. Knows not what is in them."""
+"""Writes a folder whole or not at all, never in the place of what is not of its kind; and pages.
+
+Knows not what is in them.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,23 @@ def write_folder(path: Path, fill: Callable[[Path], None], own: Iterable[str]) -
     """Fill a new folder and put it in the place of the old one.
 
     Args:
-        path: of the folder. An existing one is replaced if it is empty or holds nothing but ``own``.
+        path: of the folder. An existing one is replaced if it is empty or holds nothing but
+            ``own``.
         fill: called with an empty folder beside it.
         own: names of what such a folder may hold, or patterns of them.
 
     Raises:
-        SaveError: the place is taken by something else, or cannot be written; what stood there is untouched.
+        SaveError: the place is taken by something else, or cannot be written; what stood there is
+            untouched.
     """
     path = path.expanduser().absolute()
     if path.is_dir():
         names = sorted(file.name for file in path.iterdir() if file.name != ".DS_Store")
         others = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in own)]
         if others:
-            raise SaveError(f"{path} holds other files too ({', '.join(others[:_SHOWN])}); give the name of a new folder.")
+            raise SaveError(
+                f"{path} holds other files too ({', '.join(others[:_SHOWN])}); give the name of a new folder."
+            )
     elif path.exists():
         raise SaveError(f"{path} is a file; give the name of a folder.")
     try:
@@ -39,7 +46,9 @@ def write_folder(path: Path, fill: Callable[[Path], None], own: Iterable[str]) -
             made, old = Path(folder) / "made", Path(folder) / "old"
             made.mkdir()
             fill(made)
-            for file in filter(Path.is_file, made.rglob("*")):  # a rename may otherwise outlive what it names
+            for file in filter(
+                Path.is_file, made.rglob("*")
+            ):  # a rename may otherwise outlive what it names
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
             if path.exists():
@@ -52,7 +61,9 @@ def write_folder(path: Path, fill: Callable[[Path], None], own: Iterable[str]) -
                 raise
     except (OSError, RuntimeError) as error:
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise SaveError(f"{path} was not written ({error}); {free / 1e9:.2f} GB are free there.") from error
+        raise SaveError(
+            f"{path} was not written ({error}); {free / 1e9:.2f} GB are free there."
+        ) from error
 
 
 def write_page(path: str | Path, text: str) -> str:

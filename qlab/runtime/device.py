@@ -1,4 +1,6 @@
-"""What this machine is: its back end, its memory, its versions, and what is wrong with it in plain words.
+"""What this machine is.
+
+Its back end, its memory, its versions, and what is wrong with it in plain words.
 
 Knows no model.
 """
@@ -21,15 +23,18 @@ def backend() -> str:
 
 
 def wants_float32() -> bool:
-    """Whether products should be computed in float32: off the GPU, 16-bit products have no fast kernel."""
+    """Whether products should be computed in float32.
+
+    Off the GPU, 16-bit products have no fast kernel.
+    """
     return sys.platform.startswith("linux") and backend() == "cpu"
 
 
 def machine() -> Machine:
     """Return the memory that a model must fit into. Runs on the MLX thread.
 
-    On Metal, what the system recommends as working set less what MLX holds now; on CUDA the card's free memory; otherwise
-    the available RAM.
+    On Metal, what the system recommends as working set less what MLX holds now; on CUDA the card's
+    free memory; otherwise the available RAM.
     """
     import mlx.core as mx
 
@@ -50,7 +55,9 @@ def ram() -> tuple[int, int]:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         with open("/proc/meminfo") as lines:
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+            free = next(
+                int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+            )
     except (OSError, StopIteration):
         free = total
     return total, free

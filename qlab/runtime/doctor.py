@@ -44,8 +44,12 @@ class DoctorReport:
         return "\n".join([*lines, "", *(self.findings or ("Nothing is wrong.",))])
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{html.escape(n)}</th><td>{html.escape(v)}</td></tr>" for n, v in self.facts)
-        notes = "".join(f"<li>{html.escape(x)}</li>" for x in self.findings or ("Nothing is wrong.",))
+        rows = "".join(
+            f"<tr><th>{html.escape(n)}</th><td>{html.escape(v)}</td></tr>" for n, v in self.facts
+        )
+        notes = "".join(
+            f"<li>{html.escape(x)}</li>" for x in self.findings or ("Nothing is wrong.",)
+        )
         return f"<table>{rows}</table><ul>{notes}</ul>"
 
 
@@ -64,12 +68,18 @@ def doctor() -> DoctorReport:
     ]
     findings = []
     if name == "cpu" and sys.platform.startswith("linux") and gflops < _SLOW_GFLOPS:
-        findings.append(f"Matrix products are slow ({given.reason}). Everything takes up to 40 times longer.")
+        findings.append(
+            f"Matrix products are slow ({given.reason}). Everything takes up to 40 times longer."
+        )
     if place.free_nbytes < _LITTLE_NBYTES:
-        findings.append(f"Only {place.free_nbytes / 1e9:.1f} GB of memory are free: close other programs.")
+        findings.append(
+            f"Only {place.free_nbytes / 1e9:.1f} GB of memory are free: close other programs."
+        )
     for package, version in versions:
         if version == "missing" and package in ("anywidget", "ipywidgets"):
-            findings.append(f"{package} is missing here, so panels show as tables: pip install {package}.")
+            findings.append(
+                f"{package} is missing here, so panels show as tables: pip install {package}."
+            )
     return DoctorReport(tuple(facts), tuple(findings))
 
 

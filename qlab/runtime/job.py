@@ -1,9 +1,9 @@
 """The one MLX thread of the process, and jobs that run on it a step at a time.
 
-MLX's streams belong to the thread that made them, so all MLX work of qlab happens on one long-lived thread; it clears
-its streams when the process ends (otherwise the interpreter aborts). A job is a generator: after each event the thread
-serves whoever else waits, so a long job never blocks a short call, and a stop takes effect within one step.
-Knows no model and shows nothing.
+MLX's streams belong to the thread that made them, so all MLX work of qlab happens on one long-lived
+thread; it clears its streams when the process ends (otherwise the interpreter aborts). A job is a
+generator: after each event the thread serves whoever else waits, so a long job never blocks a short
+call, and a stop takes effect within one step. Knows no model and shows nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class _MLXThread:
         """Queue a call; return its future."""
         future: Future = Future()
         with self._lock:
-            if self._closed:  # objects that the interpreter clears away may still ask; nobody would ever answer
+            if (
+                self._closed
+            ):  # objects that the interpreter clears away may still ask; nobody would ever answer
                 future.set_exception(RuntimeError("The process is ending; MLX is closed."))
                 return future
             if self._thread is None:
@@ -65,7 +67,9 @@ class _MLXThread:
         mx.clear_streams()
 
     def close(self, timeout_s: float = 60.0) -> None:
-        """End the jobs after their present steps, with what they save then, and the thread after the calls that are queued."""
+        """End the jobs after their present steps, with what they save then, and the thread after
+        the calls that are queued.
+        """
         until = time.monotonic() + timeout_s
         for job in list(_active):
             job.stop()
@@ -239,10 +243,13 @@ class Job:
 
 
 class Latest:
-    """One job at a time for one owner: a newer background job stops the older, and a blocking one borrows its place.
+    """One job at a time for one owner.
+
+    A newer background job stops the older, and a blocking one borrows its place.
 
     Args:
-        on_change: called, at most ten times a second while a job runs, whenever ``progress`` or ``error`` has changed.
+        on_change: called, at most ten times a second while a job runs, whenever ``progress`` or
+            ``error`` has changed.
 
     Attributes:
         progress: last event of the running background job, or None.
@@ -261,8 +268,15 @@ class Latest:
         self._job = Job(events, self._event, self._end).start()
 
     def run(self, events: Callable[[], Generator[Any, None, Any]]) -> Any:
-        """Run and wait for the result; what ran in the background is stopped first and started again afterwards."""
-        interrupted = self._job if self._job is not None and self._job.active and not self._job.stopping else None
+        """Run and wait for the result.
+
+        What ran in the background is stopped first and started again afterwards.
+        """
+        interrupted = (
+            self._job
+            if self._job is not None and self._job.active and not self._job.stopping
+            else None
+        )
         self.stop()
         try:
             return Job(events, self._event, lambda _: self._end(None)).start().wait()

@@ -1,7 +1,9 @@
-"""Watches memory while something runs, so that a run ends with its weights saved before the machine is in danger.
+"""Watches memory while something runs, so that a run ends with its weights saved before the machine
+is in danger.
 
-Running out of memory aborts the process, uncatchably, and wiring all of it has brought whole Macs down. So nothing is wired
-here, MLX is held below a limit, and the limits that were found are put back. Knows no model.
+Running out of memory aborts the process, uncatchably, and wiring all of it has brought whole Macs
+down. So nothing is wired here, MLX is held below a limit, and the limits that were found are put
+back. Knows no model.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class Guard:
     def __init__(self, limit_nbytes: int | None = None) -> None:
         place = machine()
         held = mx.get_active_memory() + mx.get_cache_memory()
-        self.limit_nbytes = limit_nbytes or int(_SHARE * min(place.free_nbytes + held, place.total_nbytes))
+        self.limit_nbytes = limit_nbytes or int(
+            _SHARE * min(place.free_nbytes + held, place.total_nbytes)
+        )
 
     def reason(self) -> str:
         """Say why a run must end now; empty while all is well. Frees MLX's cache before it says so."""
@@ -68,7 +72,9 @@ def release(expected_nbytes: int) -> str:
     gc.collect()
     mx.clear_cache()
     after = mx.get_active_memory() + mx.get_cache_memory()
-    text = f"{max(before - after, 0) / 1e9:.3f} GB given back, {after / 1e9:.3f} GB still held by MLX."
+    text = (
+        f"{max(before - after, 0) / 1e9:.3f} GB given back, {after / 1e9:.3f} GB still held by MLX."
+    )
     if after > 0.5 * expected_nbytes:
         text += " Other models, quantizers made from this one, or IPython's Out and _ may hold the rest."
     return text

@@ -8,7 +8,10 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Folder for the renamed library: the user's cache, or a private temporary one if that cannot be written."""
+    """Folder for the renamed library.
+
+    The user's cache, or a private temporary one if that cannot be written.
+    """
     base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     folders = [Path(tempfile.gettempdir()) / f"qlab-{os.getuid()}"]
     if base.is_absolute():  # not so for a user without a home, as in some containers

@@ -1,4 +1,7 @@
-"""A small local file of foreseen and measured peaks, from which this machine's bands come. Knows no model."""
+"""A small local file of foreseen and measured peaks, from which this machine's bands come.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ import numpy as np
 
 from qlab.runtime.paths import cache_folder
 
-# lower and upper end as multiples of what is not exact: `make bench-memory` on the CPU, tests/bench/cuda_memory.py on one H100;
-# Metal was not measured, so its band is wide until a step was
+# lower and upper end as multiples of what is not exact: `make bench-memory` on the CPU,
+# tests/bench/cuda_memory.py on one H100; Metal was not measured, so its band is wide until a step
+# was
 SHIPPED = {"cpu": (0.94, 1.06), "cuda": (0.9, 1.2), "metal": (0.7, 1.3)}
 _ENOUGH = 8  # measurements from which a machine's own band is taken
 _KEPT = 400
@@ -28,7 +32,8 @@ def path() -> Path:
 def add(backend: str, foreseen: int, exact: int, measured: int) -> None:
     """Keep one measurement; a folder that cannot be written is no reason to stop a run.
 
-    The file is replaced whole, so nobody ever reads half of it, and keeps the latest measurements only.
+    The file is replaced whole, so nobody ever reads half of it, and keeps the latest measurements
+    only.
 
     Args:
         backend: ``cpu``, ``cuda`` or ``metal``.
@@ -36,7 +41,12 @@ def add(backend: str, foreseen: int, exact: int, measured: int) -> None:
         exact: bytes of it that are weights, adapter and optimizer.
         measured: peak in bytes.
     """
-    line = {"backend": backend, "foreseen": int(foreseen), "exact": int(exact), "measured": int(measured)}
+    line = {
+        "backend": backend,
+        "foreseen": int(foreseen),
+        "exact": int(exact),
+        "measured": int(measured),
+    }
     if _ratio(line) is None:
         return
     try:
@@ -52,7 +62,11 @@ def add(backend: str, foreseen: int, exact: int, measured: int) -> None:
 
 def band(backend: str) -> tuple[float, float]:
     """Return the lower and upper end, as multiples of the foreseen bytes that are not exact."""
-    ratios = [ratio for line in _lines() if line["backend"] == backend and (ratio := _ratio(line)) is not None]
+    ratios = [
+        ratio
+        for line in _lines()
+        if line["backend"] == backend and (ratio := _ratio(line)) is not None
+    ]
     if len(ratios) < _ENOUGH:
         return SHIPPED[backend]
     low, high = np.quantile(ratios, [0.02, 0.98])
@@ -65,7 +79,9 @@ def _lines() -> list[dict[str, Any]]:
         texts = path().read_text(errors="replace").splitlines()
     except OSError:
         return []
-    return [line for text in texts if (line := _parsed(text)) is not None and _ratio(line) is not None]
+    return [
+        line for text in texts if (line := _parsed(text)) is not None and _ratio(line) is not None
+    ]
 
 
 def _parsed(text: str) -> dict[str, Any] | None:
@@ -77,7 +93,10 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 
 def _ratio(line: dict[str, Any]) -> float | None:
-    """Measured bytes that are not exact as a multiple of those foreseen; None if the line says nothing."""
+    """Measured bytes that are not exact as a multiple of those foreseen.
+
+    None if the line says nothing.
+    """
     sizes = [line.get(name) for name in ("foreseen", "exact", "measured")]
     if not all(isinstance(n, int) and not isinstance(n, bool) for n in sizes):
         return None

@@ -11,7 +11,10 @@ from qlab.ops.unpack import affine
 
 
 class Affine(Scheme):
-    """w ≈ scale·q + bias, q in 0…2^bits−1; zero and the edge of larger magnitude are exact (mlx ``affine_quantize``)."""
+    """w ≈ scale·q + bias, q in 0…2^bits−1.
+
+    Zero and the edge of larger magnitude are exact (mlx ``affine_quantize``).
+    """
 
     name = "affine"
     title = "unsigned integers, scale and bias per group (MLX's default)"
@@ -31,7 +34,8 @@ class Affine(Scheme):
         return {"weight": packed, "scales": scales, "biases": biases}
 
     def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
-        # MLX computes in the scales' dtype; its matrix products do not round there, so float32 is asked for here too
+        # MLX computes in the scales' dtype; its matrix products do not round there, so float32 is
+        # asked for here too
         arrays = [packed[name].astype(dtype) for name in ("scales", "biases")]
         return affine(packed["weight"], arrays, config.bits, config.group_size, dtype)
 

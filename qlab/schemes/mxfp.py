@@ -1,4 +1,7 @@
-"""OCP microscaling formats mxfp4 and mxfp8: small floats with a power-of-two scale per 32. Knows no model."""
+"""OCP microscaling formats mxfp4 and mxfp8: small floats with a power-of-two scale per 32.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ _SMALLEST = 2.0**-118
 class MxFp(Scheme):
     """Small floats sharing an E8M0 scale (OCP Microscaling Formats v1.0, §5–6), by MLX's kernels.
 
-    MLX's scale is 2^ceil(log2(amax/largest element)) from 0.32.4 on, which never saturates; earlier versions rounded the
-    exponent, so codes made by different MLX versions differ. The version is recorded when a model is saved.
+    MLX's scale is 2^ceil(log2(amax/largest element)) from 0.32.4 on, which never saturates; earlier
+    versions rounded the exponent, so codes made by different MLX versions differ. The version is
+    recorded when a model is saved.
 
     Args:
         bits: 4 or 8.

@@ -1,4 +1,7 @@
-"""NVFP4: E2M1 elements with an E4M3 scale per 16, with and without a scale of the whole tensor. Knows no model."""
+"""NVFP4: E2M1 elements with an E4M3 scale per 16, with and without a scale of the whole tensor.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,14 @@ _FULL = 448.0 * 6.0  # largest E4M3 scale times largest E2M1 element
 
 
 class NvFp4(Scheme):
-    """E2M1 floats sharing an E4M3 scale; the group scales of normal LLM weights are subnormal in E4M3.
+    """E2M1 floats sharing an E4M3 scale.
 
-    With ``tensor_scale`` the tensor is first multiplied by the largest power of two that keeps every group scale within
-    448, and the product is divided by it, both exactly. It is stored as MLX's ``global_scale`` = 448·6·2^−k.
-    MLX's quantized linear layer does not take that scale, so stock mlx-lm reads only the plain form.
+    The group scales of normal LLM weights are subnormal in E4M3.
+
+    With ``tensor_scale`` the tensor is first multiplied by the largest power of two that keeps
+    every group scale within 448, and the product is divided by it, both exactly. It is stored as
+    MLX's ``global_scale`` = 448·6·2^−k. MLX's quantized linear layer does not take that scale, so
+    stock mlx-lm reads only the plain form.
 
     Args:
         name: ``mode`` of this form.
@@ -32,7 +38,9 @@ class NvFp4(Scheme):
         self.name, self._scaled = name, tensor_scale
         self.stock_mode = None if tensor_scale else "nvfp4"
         self.title = "E2M1 floats, E4M3 scale per 16, " + (
-            "power-of-two scale per tensor" if tensor_scale else "no tensor scale (as mlx-lm stores it)"
+            "power-of-two scale per tensor"
+            if tensor_scale
+            else "no tensor scale (as mlx-lm stores it)"
         )
 
     def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:

@@ -1,4 +1,6 @@
-"""Signed integers with one scale per group, stored in MLX's affine layout so that its kernels run it. Knows no model."""
+"""Signed integers with one scale per group, stored in MLX's affine layout so that its kernels run
+it. Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,12 @@ from qlab.ops.packing import pack
 
 
 class Symmetric(Scheme):
-    """w ≈ s·q with s = max|w|/(2^(N−1)−1) and q in −(2^(N−1)−1)…2^(N−1)−1; the code −2^(N−1) is never produced.
+    """w ≈ s·q with s = max|w|/(2^(N−1)−1) and q in −(2^(N−1)−1)…2^(N−1)−1.
 
-    Stored as u = q + 2^(N−1) with bias −2^(N−1)·s, so it costs the bytes of affine although the bias carries nothing.
+    The code −2^(N−1) is never produced.
+
+    Stored as u = q + 2^(N−1) with bias −2^(N−1)·s, so it costs the bytes of affine although the
+    bias carries nothing.
     """
 
     name = "symmetric"
@@ -32,15 +37,20 @@ class Symmetric(Scheme):
     def quantize(self, weight: Any, config: QuantConfig) -> dict[str, Any]:
         groups = weight.astype(mx.float32).reshape(*weight.shape[:-1], -1, config.group_size)
         half = 2 ** (config.bits - 1)
-        # the scale is rounded to what is stored before codes are chosen; its half-range multiple is then exact
+        # the scale is rounded to what is stored before codes are chosen; its half-range multiple is
+        # then exact
         scales = (mx.abs(groups).max(-1) / (half - 1)).astype(weight.dtype)
         divisor = mx.where(scales == 0, 1, scales).astype(mx.float32)[..., None]
         codes = mx.clip(mx.round(groups / divisor), 1 - half, half - 1) + half
-        return {"weight": pack(codes.astype(mx.uint32).reshape(weight.shape), config.bits),
-                "scales": scales, "biases": scales * -half}  # fmt: skip
+        return {
+            "weight": pack(codes.astype(mx.uint32).reshape(weight.shape), config.bits),
+            "scales": scales,
+            "biases": scales * -half,
+        }
 
     def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
-        # MLX computes in the scales' dtype; its matrix products do not round there, so float32 is asked for here too
+        # MLX computes in the scales' dtype; its matrix products do not round there, so float32 is
+        # asked for here too
         scales, biases = (packed[name].astype(dtype) for name in ("scales", "biases"))
         return mx.dequantize(packed["weight"], scales, biases, config.group_size, config.bits)
 

@@ -1,4 +1,6 @@
-"""Searches scale and bias of every group for the least output error, in the unchanged affine format. Knows no model."""
+"""Searches scale and bias of every group for the least output error, in the unchanged affine
+format. Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,14 @@ _BLOCK = 1 << 22  # weights searched at once
 
 
 class Searched(Solver):
-    """Least Σ_i E[x_i²]·(w_i − ŵ_i)² per group, by trying shrunken ranges and refitting scale and bias to the codes.
+    """Least Σ_i E[x_i²]·(w_i − ŵ_i)² per group, by trying shrunken ranges and refitting scale and
+    bias to the codes.
 
-    Weighing by the inputs' second moments is what makes the search worth while: without it the weight error falls and the
-    output does not improve (docs/log.md). For given codes the best scale and bias are a weighted least-squares line. Every
-    candidate is scored with scale and bias rounded as stored, and round-to-nearest is among the candidates, so no group
-    gets worse than that.
+    Weighing by the inputs' second moments is what makes the search worth while: without it the
+    weight error falls and the output does not improve (docs/log.md). For given codes the best scale
+    and bias are a weighted least-squares line. Every candidate is scored with scale and bias
+    rounded as stored, and round-to-nearest is among the candidates, so no group gets worse than
+    that.
     """
 
     name = "searched"
@@ -32,7 +36,9 @@ class Searched(Solver):
 
     def solve(self, weight: Any, config: QuantConfig, input_power: Any = None) -> dict[str, Any]:
         if config.mode not in self.modes:
-            raise ConfigError(f"Solver 'searched' fills mode 'affine', not {config.mode!r}; use solver 'rtn' for it.")
+            raise ConfigError(
+                f"Solver 'searched' fills mode 'affine', not {config.mode!r}; use solver 'rtn' for it."
+            )
         power = mx.ones(weight.shape[-1]) if input_power is None else mx.array(input_power)
         flat = weight.reshape(-1, weight.shape[-1])
         step = max(1, _BLOCK // flat.shape[1])
@@ -45,7 +51,9 @@ class Searched(Solver):
         return {n: a.reshape(*weight.shape[:-1], -1) for n, a in zip(names, found, strict=True)}
 
 
-def _search(rows: mx.array, power: mx.array, config: QuantConfig) -> tuple[mx.array, mx.array, mx.array]:
+def _search(
+    rows: mx.array, power: mx.array, config: QuantConfig
+) -> tuple[mx.array, mx.array, mx.array]:
     """Search the groups of some rows; return packed codes, scales and biases of the rows."""
     top = 2**config.bits - 1
     w = rows.astype(mx.float32).reshape(rows.shape[0], -1, config.group_size)
@@ -70,7 +78,9 @@ def _codes(w: mx.array, s: mx.array, b: mx.array, top: int) -> mx.array:
     return mx.clip(mx.round((w - b[..., None]) / safe[..., None]), 0, top)
 
 
-def _score(w: mx.array, h: mx.array, s: mx.array, b: mx.array, top: int) -> tuple[mx.array, mx.array, mx.array]:
+def _score(
+    w: mx.array, h: mx.array, s: mx.array, b: mx.array, top: int
+) -> tuple[mx.array, mx.array, mx.array]:
     """Weighted squared error of each group, with the scale and bias that are stored."""
     s32, b32 = s.astype(mx.float32), b.astype(mx.float32)
     error = _codes(w, s32, b32, top) * s32[..., None] + b32[..., None] - w

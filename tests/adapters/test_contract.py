@@ -43,7 +43,9 @@ def made(kind: str, on: Frozen | None = None, **settings) -> nn.Module:
 
 def stir(adapter: nn.Module, kind: str) -> None:
     """Give every trainable array random values, so that the adapter has an effect."""
-    for number, (name, shape) in enumerate(registry.get("adapters", kind).shapes((OUT, WIDTH), 4).items()):
+    for number, (name, shape) in enumerate(
+        registry.get("adapters", kind).shapes((OUT, WIDTH), 4).items()
+    ):
         adapter[name] = mx.random.normal(shape, key=mx.random.key(number)) * 0.3
 
 
@@ -58,7 +60,9 @@ def test_declared_shapes_are_those_of_the_trainable_parameters(kind, rank):
     found = dict(tree_flatten(made(kind, rank=rank).trainable_parameters()))
     declared = registry.get("adapters", kind).shapes((OUT, WIDTH), rank)
     assert {name: array.shape for name, array in found.items()} == declared
-    assert registry.get("adapters", kind).size((OUT, WIDTH), rank) == sum(array.size for array in found.values())
+    assert registry.get("adapters", kind).size((OUT, WIDTH), rank) == sum(
+        array.size for array in found.values()
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -74,7 +78,9 @@ def test_trainable_parameters_have_the_dtype_asked_for(kind, dtype):
 @on_mlx
 def test_on_a_model_exactly_what_was_declared_is_trainable(kind, dropout):
     module, spec = tiny()
-    lora = LoRAConfig(rank=4, kind=kind, dropout=dropout, num_layers=2, keys=("q_proj", "down_proj", "lm_head"))
+    lora = LoRAConfig(
+        rank=4, kind=kind, dropout=dropout, num_layers=2, keys=("q_proj", "down_proj", "lm_head")
+    )
     twin = attach(module, spec, lora, Compute(None, True), False)
     found = {path: array.shape for path, array in tree_flatten(twin.trainable_parameters())}
     declared = {
@@ -83,7 +89,9 @@ def test_on_a_model_exactly_what_was_declared_is_trainable(kind, dropout):
         for name, shape in lora.adapter.shapes(layer.shape, 4).items()
     }
     assert found == declared and len(lora.targets(spec)) == 5
-    assert lora.size(spec) == sum(array.size for _, array in tree_flatten(twin.trainable_parameters()))
+    assert lora.size(spec) == sum(
+        array.size for _, array in tree_flatten(twin.trainable_parameters())
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -105,7 +113,9 @@ def test_a_model_with_fresh_adapters_gives_the_models_own_logits(kind):
     module, spec = tiny()
     tokens = mx.arange(20).reshape(2, 10)
     lora = LoRAConfig(rank=4, kind=kind, dropout=0.3)
-    assert mx.array_equal(attach(module, spec, lora, Compute(None, False), False)(tokens), module(tokens))
+    assert mx.array_equal(
+        attach(module, spec, lora, Compute(None, False), False)(tokens), module(tokens)
+    )
 
 
 @pytest.mark.parametrize("factors", ["float32", "bfloat16"])
@@ -147,7 +157,10 @@ def test_the_same_key_drops_the_same_inputs_and_another_key_others(kind):
 @on_mlx
 def test_dropout_keeps_the_mean_and_drops_the_share_asked_for():
     share = 0.3
-    adapter, x = made("lora", base(bias=False), rank=1, scale=1.0, dropout=share), mx.ones((4000, WIDTH))
+    adapter, x = (
+        made("lora", base(bias=False), rank=1, scale=1.0, dropout=share),
+        mx.ones((4000, WIDTH)),
+    )
     adapter.lora_a, adapter.lora_b = mx.ones((WIDTH, 1)), mx.ones((1, OUT))
     kept = (adapter(x) - adapter.base(x))[:, 0] * (1 - share)  # inputs that were kept, of each row
     assert kept.mean().item() == pytest.approx(WIDTH * (1 - share), rel=0.01)
@@ -173,18 +186,28 @@ def test_every_layer_draws_its_own_first_factor_within_the_bound():
     assert all(0.9 / 8 < mx.abs(a).max().item() <= 1 / 8 for a in drawn)  # 1 / √64
 
 
-BASES = [None, *(QuantConfig("affine", bits) for bits in (2, 3, 4, 5, 6, 8)), *(QuantConfig(m) for m in ("symmetric", "mxfp4", "mxfp8", "nvfp4", "nf4"))]  # fmt: skip
+BASES = [
+    None,
+    *(QuantConfig("affine", bits) for bits in (2, 3, 4, 5, 6, 8)),
+    *(QuantConfig(m) for m in ("symmetric", "mxfp4", "mxfp8", "nvfp4", "nf4")),
+]
 
 
 def weight(layer: Frozen, adapter: nn.Module, kind: str, scale: float) -> mx.array:
     """The weight that an adapter stands for, written down as the papers do."""
     changed = layer.dense(mx.float32) + scale * (adapter.lora_a @ adapter.lora_b).T
-    return changed if kind == "lora" else adapter.m[:, None] * changed / mx.linalg.norm(changed, axis=1, keepdims=True)
+    return (
+        changed
+        if kind == "lora"
+        else adapter.m[:, None] * changed / mx.linalg.norm(changed, axis=1, keepdims=True)
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("dequantize", [True, False], ids=["dequantized", "kernel"])
-@pytest.mark.parametrize("storage", BASES, ids=lambda c: c.label.replace(" ", "-") if c else "dense")
+@pytest.mark.parametrize(
+    "storage", BASES, ids=lambda c: c.label.replace(" ", "-") if c else "dense"
+)
 @pytest.mark.parametrize("kind", KINDS)
 @on_mlx
 def test_on_every_base_it_is_the_product_with_the_changed_weight(kind, storage, dequantize, bias):
@@ -226,13 +249,19 @@ def test_dora_has_the_gradients_of_a_weight_whose_norm_is_a_constant(storage):
 def test_on_an_embedding_look_up_and_head_use_the_same_changed_weight(kind, storage):
     mx.random.seed(4)
     layer = nn.Embedding(96, WIDTH)
-    layer = Frozen(quantized_layer(layer, "x", storage, "rtn", None) if storage else layer, mx.float32, True)
+    layer = Frozen(
+        quantized_layer(layer, "x", storage, "rtn", None) if storage else layer, mx.float32, True
+    )
     config = LoRAConfig(kind=kind, rank=4, scale=0.7)
     adapter = config.adapter.make(layer, (96, WIDTH), config)
     tokens, hidden = mx.array([[3, 95, 0]]), mx.random.normal((2, 3, WIDTH))
-    assert mx.array_equal(adapter(tokens), layer(tokens)) and mx.array_equal(adapter.as_linear(hidden), layer.as_linear(hidden))
+    assert mx.array_equal(adapter(tokens), layer(tokens)) and mx.array_equal(
+        adapter.as_linear(hidden), layer.as_linear(hidden)
+    )
     declared = config.adapter.shapes((96, WIDTH), 4, "embedding")
-    assert {name: array.shape for name, array in tree_flatten(adapter.trainable_parameters())} == declared
+    assert {
+        name: array.shape for name, array in tree_flatten(adapter.trainable_parameters())
+    } == declared
     for number, (name, shape) in enumerate(declared.items()):
         adapter[name] = mx.random.normal(shape, key=mx.random.key(number)) * 0.3
     changed = layer.dense(mx.float32) + 0.7 * adapter.lora_a @ adapter.lora_b
@@ -260,7 +289,9 @@ def test_dora_keeps_no_dense_weight_for_the_way_back():
     config = LoRAConfig(kind="dora", rank=4)
     chain = []
     for _ in range(layers):
-        layer = quantized_layer(nn.Linear(width, width, bias=False), "x", QuantConfig("nf4"), "rtn", None)
+        layer = quantized_layer(
+            nn.Linear(width, width, bias=False), "x", QuantConfig("nf4"), "rtn", None
+        )
         chain.append(config.adapter.make(Frozen(layer, None, True), (width, width), config))
     mx.eval([adapter.parameters() for adapter in chain])
     x = mx.random.normal((16, width))
@@ -287,25 +318,40 @@ def test_on_embedding_and_head_every_way_to_the_gradients_gives_the_slope_of_the
     heads = [layer.path for layer in spec.layers if layer.block is None]
     lora = LoRAConfig(rank=4, kind=kind, keys=("all-linear", *heads))
     tokens = mx.random.randint(0, 97, (2, 17), key=mx.random.key(0))
-    ways = [("whole", TrainConfig(loss_chunk=0)), ("whole", TrainConfig(loss_chunk=8)),
-            ("whole", TrainConfig(loss_chunk=8, grad_checkpoint=True)), ("stepped", TrainConfig(loss_chunk=8))]  # fmt: skip
+    ways = [
+        ("whole", TrainConfig(loss_chunk=0)),
+        ("whole", TrainConfig(loss_chunk=8)),
+        ("whole", TrainConfig(loss_chunk=8, grad_checkpoint=True)),
+        ("stepped", TrainConfig(loss_chunk=8)),
+    ]
     found, parameters = [], {}
     for how, config in ways:
-        step = make_step(attach(small, spec, lora, Compute(mx.float32, True), config.grad_checkpoint), config, how=how)
+        step = make_step(
+            attach(small, spec, lora, Compute(mx.float32, True), config.grad_checkpoint),
+            config,
+            how=how,
+        )
         for number, (path, array) in enumerate(step.parameters.items()):
-            parameters.setdefault(path, array + 0.05 * mx.random.normal(array.shape, key=mx.random.key(number)))
+            parameters.setdefault(
+                path, array + 0.05 * mx.random.normal(array.shape, key=mx.random.key(number))
+            )
         found.append(step(parameters, tokens, mx.ones_like(tokens)))
     for sums in found[1:]:
         assert sums.loss.item() == pytest.approx(found[0].loss.item(), rel=1e-5)
         for path, grad in sums.grads.items():
-            assert mx.allclose(grad, found[0].grads[path], rtol=1e-3, atol=1e-4 * mx.abs(grad).max().item()), path
+            assert mx.allclose(
+                grad, found[0].grads[path], rtol=1e-3, atol=1e-4 * mx.abs(grad).max().item()
+            ), path
     for path in (f"{heads[0]}.lora_a", f"{heads[0]}.lora_b"):
         grad, length = found[0].grads[path], 1e-2
         if kind == "dora":
             continue  # its norm counts as a constant, so the slope is another
         moved = [
             step(
-                {**parameters, path: parameters[path] + sign * length * grad / mx.linalg.norm(grad)},
+                {
+                    **parameters,
+                    path: parameters[path] + sign * length * grad / mx.linalg.norm(grad),
+                },
                 tokens,
                 mx.ones_like(tokens),
             )

@@ -25,7 +25,10 @@ from qlab.engine.evaluate.teacher import remember
 from qlab.lab.trainer import Trainer
 
 REPEATS = 3
-GOLDEN = [{"prompt": f"The {word}", "expected": "statement"} for word in ("import", "return", "global", "del")]
+GOLDEN = [
+    {"prompt": f"The {word}", "expected": "statement"}
+    for word in ("import", "return", "global", "del")
+]
 
 
 def run(events):
@@ -57,9 +60,17 @@ def main() -> None:
         exact, seconds = median(lambda: judge(teacher, students, held))
         print(exact)
         print(f"\n{exact.targets} targets in {exact.rows} rows, three models: {seconds:.2f} s\n")
-        print("| kept | first pass, s | judging, s | MB | floor, nats | " + " | ".join(f"KL, {n}" for n in students) + " |")
+        print(
+            "| kept | first pass, s | judging, s | MB | floor, nats | "
+            + " | ".join(f"KL, {n}" for n in students)
+            + " |"
+        )
         print("|" + "---|" * 7)
-        print(f"| nothing: exact | | {seconds:.2f} | | 0 | " + " | ".join(f"{exact[n].kl_nats:.4f}" for n in students) + " |")
+        print(
+            f"| nothing: exact | | {seconds:.2f} | | 0 | "
+            + " | ".join(f"{exact[n].kl_nats:.4f}" for n in students)
+            + " |"
+        )
         for keep in (16, 64, 256, 512, 1024, 2048):
             place = Path(folder) / str(keep)
             kept, first = run(lambda k=keep, at=place: remember(teacher, held, k, at))
@@ -70,9 +81,18 @@ def main() -> None:
                 f"| {keep} of {kept.vocabulary} | {first:.2f} | {later:.2f} | {size:.0f} | {kept.floor_nats:.4f} | {figures} |"
             )
         answers, spent = run(
-            lambda: judge(teacher, students, tokenizer=model.tokenizer, golden=GOLDEN, match="contains", max_tokens=32)
+            lambda: judge(
+                teacher,
+                students,
+                tokenizer=model.tokenizer,
+                golden=GOLDEN,
+                match="contains",
+                max_tokens=32,
+            )
         )
-        print(f"\n{answers}\n\n{len(GOLDEN)} prompts × 3 models, up to 32 tokens each: {spent:.2f} s")
+        print(
+            f"\n{answers}\n\n{len(GOLDEN)} prompts × 3 models, up to 32 tokens each: {spent:.2f} s"
+        )
         print(*answers.samples[0].texts, sep="\n--\n")
 
 

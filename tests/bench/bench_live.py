@@ -67,7 +67,9 @@ def in_kernel(code: str) -> list[list[float]]:
     found: list[str] = []
     manager, client = start_new_kernel(kernel_name="python3")
     try:
-        reply = client.execute_interactive(code, timeout=1800, output_hook=lambda m: found.append(m["content"].get("text", "")))
+        reply = client.execute_interactive(
+            code, timeout=1800, output_hook=lambda m: found.append(m["content"].get("text", ""))
+        )
         assert reply["content"]["status"] == "ok", reply["content"]
     finally:
         client.stop_channels()
@@ -79,7 +81,11 @@ def in_lab(code: str) -> list[list[float]]:
     """The same in JupyterLab in a headless Chromium."""
     from playwright.sync_api import sync_playwright
 
-    with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url, sync_playwright() as playwright:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served(Path(folder)) as url,
+        sync_playwright() as playwright,
+    ):
         browser = playwright.chromium.launch(executable_path=browser_path(), args=FLAGS)
         context = browser.new_context(viewport={"width": 1100, "height": 950})
         page = opened(context, Path(folder), url, "live", [code])

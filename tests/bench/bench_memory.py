@@ -27,33 +27,86 @@ from qlab.engine.models.skeleton import skeleton
 from tests.models import smollm2
 
 STORAGES = {
-    "16": None, "2": QuantConfig(bits=2), "3": QuantConfig(bits=3), "4": QuantConfig(), "8": QuantConfig(bits=8),
-    "nf4": QuantConfig("nf4"), "nf4_dq": QuantConfig("nf4_dq"), "mxfp4": QuantConfig("mxfp4"), "nvfp4": QuantConfig("nvfp4"),
-}  # fmt: skip
+    "16": None,
+    "2": QuantConfig(bits=2),
+    "3": QuantConfig(bits=3),
+    "4": QuantConfig(),
+    "8": QuantConfig(bits=8),
+    "nf4": QuantConfig("nf4"),
+    "nf4_dq": QuantConfig("nf4_dq"),
+    "mxfp4": QuantConfig("mxfp4"),
+    "nvfp4": QuantConfig("nvfp4"),
+}
 # rank, batch, tokens, checkpoints, adapted blocks (-1: all), chunk of the loss
 SETTINGS = [
-    (4, 1, 64, False, -1, 512), (8, 1, 512, False, 4, 0), (8, 2, 256, True, -1, 128), (16, 4, 128, False, 16, 512),
-    (64, 2, 128, True, -1, 0), (32, 1, 256, False, -1, 0), (8, 4, 512, True, -1, 512), (16, 2, 512, True, 8, 512),
-]  # fmt: skip
+    (4, 1, 64, False, -1, 512),
+    (8, 1, 512, False, 4, 0),
+    (8, 2, 256, True, -1, 128),
+    (16, 4, 128, False, 16, 512),
+    (64, 2, 128, True, -1, 0),
+    (32, 1, 256, False, -1, 0),
+    (8, 4, 512, True, -1, 512),
+    (16, 2, 512, True, 8, 512),
+]
 PAIRS = [
-    ("16", (0, 1, 2, 5, 6)), ("2", (1, 4, 6)), ("3", (0, 3, 7)), ("4", range(8)), ("8", (2, 5)), ("nf4", (0, 1, 2, 3, 6)),
-    ("nf4_dq", (2, 3)), ("mxfp4", (3, 6)), ("nvfp4", (2, 5)),
-]  # fmt: skip
+    ("16", (0, 1, 2, 5, 6)),
+    ("2", (1, 4, 6)),
+    ("3", (0, 3, 7)),
+    ("4", range(8)),
+    ("8", (2, 5)),
+    ("nf4", (0, 1, 2, 3, 6)),
+    ("nf4_dq", (2, 3)),
+    ("mxfp4", (3, 6)),
+    ("nvfp4", (2, 5)),
+]
 UNSEEN = {
-    "qwen3": dict(model_type="qwen3", num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=4, head_dim=64),
-    "gemma2": dict(model_type="gemma2", num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64),
+    "qwen3": dict(
+        model_type="qwen3",
+        num_hidden_layers=10,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+    ),
+    "gemma2": dict(
+        model_type="gemma2",
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+    ),
 }
 LATER = {  # tried when everything else was settled
-    "olmo2": dict(model_type="olmo2", num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=48),
-    "granite": dict(model_type="granite", num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, logits_scaling=8.0,
-                    attention_multiplier=0.1, embedding_multiplier=12.0, residual_multiplier=0.2, attention_bias=False,
-                    mlp_bias=False),
-}  # fmt: skip
+    "olmo2": dict(
+        model_type="olmo2",
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=48,
+    ),
+    "granite": dict(
+        model_type="granite",
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        logits_scaling=8.0,
+        attention_multiplier=0.1,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.2,
+        attention_bias=False,
+        mlp_bias=False,
+    ),
+}
 _FEW = [("16", (0, 1, 2)), ("4", (0, 4, 5)), ("nf4", (2,))]
 _SHARED = dict(
-    hidden_size=384, intermediate_size=1024, vocab_size=12000, rms_norm_eps=1e-6, max_position_embeddings=2048,
-    rope_theta=10000.0, tie_word_embeddings=True, torch_dtype="bfloat16",
-)  # fmt: skip
+    hidden_size=384,
+    intermediate_size=1024,
+    vocab_size=12000,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=2048,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+    torch_dtype="bfloat16",
+)
 
 
 def unseen(name: str):
@@ -69,17 +122,26 @@ def rows(name: str, module, pairs):
     """Measure and foresee one model under many settings."""
     forecast = Forecast(module, name, None, True)
     blocks = len({layer.block for layer in forecast.spec.layers} - {None})
-    steps = 6 if forecast.spec.size < 5e7 else 2  # each stands elsewhere among MLX's tasks, and the worst place counts
+    steps = (
+        6 if forecast.spec.size < 5e7 else 2
+    )  # each stands elsewhere among MLX's tasks, and the worst place counts
     for storage, numbers in pairs:
         plan = QuantPlan(STORAGES[storage]) if STORAGES[storage] else None
         made = finished(quantize(module, forecast.spec, plan, "rtn", {})) if plan else module
         for number in numbers:
             rank, batch, tokens, checkpoint, adapted, chunk = SETTINGS[number]
             adapter = LoRAConfig(rank=rank, num_layers=min(adapted, blocks))
-            train = TrainConfig(batch_size=batch, max_seq_length=tokens, grad_checkpoint=checkpoint, loss_chunk=chunk)
+            train = TrainConfig(
+                batch_size=batch,
+                max_seq_length=tokens,
+                grad_checkpoint=checkpoint,
+                loss_chunk=chunk,
+            )
             setup = Setup(plan, adapter, train)
             peak = max(measured_peak(made, setup) for _ in range(steps))
-            found = [sum(how(setup)[1].values()) for how in (forecast.by_formula, forecast.by_trace)]
+            found = [
+                sum(how(setup)[1].values()) for how in (forecast.by_formula, forecast.by_trace)
+            ]
             exact = sum(forecast.inputs(setup).values())
             yield storage, SETTINGS[number], peak, exact, *found
 
@@ -102,7 +164,9 @@ def run(name: str, module, pairs) -> list[tuple[float, ...]]:
 def summary(title: str, errors: list[tuple[float, ...]]) -> None:
     """Print median, worst and lowest of both levels, and how many peaks were above the band that ``fits`` allows for."""
     table = np.array(errors)
-    for level, found, ratio in zip(("formula", "traced"), table.T[:2] * 100, table.T[2:], strict=True):
+    for level, found, ratio in zip(
+        ("formula", "traced"), table.T[:2] * 100, table.T[2:], strict=True
+    ):
         print(
             f"{title}: {level:8} n={len(found)} median |error| {np.median(abs(found)):.2f} %, worst {abs(found).max():.2f} %, "
             f"lowest {found.min():+.2f} %, highest {found.max():+.2f} %, more than 1 % low {(found < -1).sum()}, "

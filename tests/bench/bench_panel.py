@@ -33,9 +33,18 @@ from tests.models import smollm2
 from tests.ui.conftest import FLAGS, browser_path
 
 FIRST = QuantConfig("affine", 4, 64)
-LLAMA_8B = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "vocab_size": 128256,
-            "tie_word_embeddings": False, "torch_dtype": "bfloat16"}  # fmt: skip
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
 # whole: from the moment the browser got the key to the moment the frame that shows it was handed over, the wait for the
 # next frame included; work: the part from the start of that frame (script, style, layout, paint)
 WATCH = """() => { window.seen = [];
@@ -48,7 +57,9 @@ WATCH = """() => { window.seen = [];
 def timed(events) -> tuple[float, float]:
     """Run a job; return seconds to its first event and to its end."""
     start, first = time.perf_counter(), []
-    Job(events, on_event=lambda _: first.append(time.perf_counter()) if not first else None).start().wait()
+    Job(
+        events, on_event=lambda _: first.append(time.perf_counter()) if not first else None
+    ).start().wait()
     return first[0] - start, time.perf_counter() - start
 
 
@@ -62,8 +73,10 @@ def accuracy(measurer: Measurer) -> None:
     exact, legal = measurer.table.measure("relative_error"), sampled.legal & (se > 0)
     off = np.abs(relative / exact - 1)[sampled.legal]
     z = np.abs((relative - exact) / np.where(se > 0, se, 1))[legal]
-    print(f"sampled against exact, {off.size} layer × scheme pairs: off by {np.median(off):.2%} (median), "
-          f"{np.quantile(off, 0.95):.2%} (95th percentile), {off.max():.2%} (largest)")  # fmt: skip
+    print(
+        f"sampled against exact, {off.size} layer × scheme pairs: off by {np.median(off):.2%} (median), "
+        f"{np.quantile(off, 0.95):.2%} (95th percentile), {off.max():.2%} (largest)"
+    )
     print(f"  within 2 stated standard errors: {(z < 2).mean():.1%} (95.4 % if Gaussian)")
     print(f"  exact measurement of {len(measurer.table.configs)} schemes: {seconds:.0f} s")
 
@@ -121,7 +134,15 @@ def paint(name: str, spec, measurer: Measurer) -> None:
         (s.name, s.title, s.bits, s.group_sizes, s.default_bits, s.default_group_size)
         for s in registry.shelf("schemes").values()
     )
-    state = PanelState(spec, measurer.table, QuantPlan(FIRST), "rtn", (("rtn", ""),), modes, Machine("bench", 1 << 35, 1 << 34))
+    state = PanelState(
+        spec,
+        measurer.table,
+        QuantPlan(FIRST),
+        "rtn",
+        (("rtn", ""),),
+        modes,
+        Machine("bench", 1 << 35, 1 << 34),
+    )
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         path = Path(folder) / "panel.html"
         path.write_text(page(state))
@@ -136,7 +157,9 @@ def paint(name: str, spec, measurer: Measurer) -> None:
             tab.wait_for_timeout(25 + 7 * k % 13)
         seen = tab.evaluate("window.seen")
         browser.close()
-    for what, times in zip(("key → painted frame", "work within the frame"), zip(*seen, strict=True), strict=True):
+    for what, times in zip(
+        ("key → painted frame", "work within the frame"), zip(*seen, strict=True), strict=True
+    ):
         times = sorted(times)
         p50, p95 = statistics.median(times), times[int(0.95 * len(times))]
         print(f"{what}, {name}, {len(spec.layers)} layers: p50 {p50:.1f} ms, p95 {p95:.1f} ms")
@@ -144,7 +167,9 @@ def paint(name: str, spec, measurer: Measurer) -> None:
 
 def main() -> None:
     """Print the figures."""
-    print(f"panel: {(len(ESM.encode()) + len(CSS.encode())) / 1024:.1f} kB of script and style, {len(all_configs())} schemes")
+    print(
+        f"panel: {(len(ESM.encode()) + len(CSS.encode())) / 1024:.1f} kB of script and style, {len(all_configs())} schemes"
+    )
     model = load(smollm2())
     mlx_call(degrid, model.module)
     measurer = Measurer(model.spec.layers, lambda path: weight_of(module_at(model.module, path)))
@@ -156,7 +181,9 @@ def main() -> None:
     events = big.sample(FIRST)
     mlx_call(lambda: next(events))
     print(f"8B shape: first bars {time.perf_counter() - start:.2f} s")
-    big.table.values[:] = np.where(big.table.legal, np.random.default_rng(0).lognormal(-4, 1, big.table.values.shape), np.nan)
+    big.table.values[:] = np.where(
+        big.table.legal, np.random.default_rng(0).lognormal(-4, 1, big.table.values.shape), np.nan
+    )
     paint("8B", spec, big)
     exact_speed(measurer)
     accuracy(measurer)

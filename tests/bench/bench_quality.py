@@ -43,17 +43,24 @@ def main() -> None:
     for name in ("kl_nats", "relative_error"):
         shown = study.measurer.table.measure(name)[row, columns]
         rank = np.corrcoef(ranks(shown), ranks(measured))[0, 1]
-        print(f"{name:16s} rank correlation with the true single-layer KL, {len(paths)} layers at 3 bits: {rank:.3f}")
+        print(
+            f"{name:16s} rank correlation with the true single-layer KL, {len(paths)} layers at 3 bits: {rank:.3f}"
+        )
         if name == "kl_nats":
-            print(f"{'':16s} median predicted/true {np.median(shown / measured):.2f}, sum {shown.sum() / measured.sum():.2f}")
+            print(
+                f"{'':16s} median predicted/true {np.median(shown / measured):.2f}, sum {shown.sum() / measured.sum():.2f}"
+            )
     for bits in (4, 3):
         found = {}
         for solver in ("rtn", "searched"):
             wanted = QuantPlan(QuantConfig("affine", bits, 64), kept)
             report = Job(lambda w=wanted, s=solver: study.judge(w, s)).start().wait()
             found[solver] = report.kl_nats
-            print(f"{bits}-bit g64 {solver:9s} KL {report.kl_nats:.3f} ± {report.kl_nats_se:.3f} nats/token, "
-                  f"perplexity {report.perplexity:.2f} (16-bit {report.perplexity_before:.2f})", flush=True)  # fmt: skip
+            print(
+                f"{bits}-bit g64 {solver:9s} KL {report.kl_nats:.3f} ± {report.kl_nats_se:.3f} nats/token, "
+                f"perplexity {report.perplexity:.2f} (16-bit {report.perplexity_before:.2f})",
+                flush=True,
+            )
         print(f"{bits}-bit g64 searched/rtn {found['searched'] / found['rtn']:.3f}", flush=True)
 
 

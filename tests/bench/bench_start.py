@@ -77,8 +77,11 @@ def main(bits_tried: tuple[int, ...] = (4, 3)) -> None:
                 return report
 
             report = run(student())
-            print(f"{bits}-bit g64 rank {RANK} {init:9s} KL {report.kl_nats:.3f} ± {report.kl_nats_se:.3f} nats/token, "
-                  f"perplexity {report.perplexity:.2f} (16-bit {report.perplexity_before:.2f}), {time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
+            print(
+                f"{bits}-bit g64 rank {RANK} {init:9s} KL {report.kl_nats:.3f} ± {report.kl_nats_se:.3f} nats/token, "
+                f"perplexity {report.perplexity:.2f} (16-bit {report.perplexity_before:.2f}), {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
 
         def judged(stored=stored):
             found = [
@@ -90,10 +93,15 @@ def main(bits_tried: tuple[int, ...] = (4, 3)) -> None:
             yield
 
         found = run(judged())
-        print(f"{bits}-bit share of the squared error that rank {RANK} recovers, median of {len(found)} layers: "
-              f"of the weights {np.median([x.share(RANK) for x in found]):.3f} "
-              f"(noise alone {np.median([np.interp(RANK, *noise(x)) for x in found]):.3f}); of the output on held-out text "
-              + ", ".join(f"{init} {np.median([x.share(RANK, init) for x in found]):.3f}" for init in STARTS), flush=True)  # fmt: skip
+        print(
+            f"{bits}-bit share of the squared error that rank {RANK} recovers, median of {len(found)} layers: "
+            f"of the weights {np.median([x.share(RANK) for x in found]):.3f} "
+            f"(noise alone {np.median([np.interp(RANK, *noise(x)) for x in found]):.3f}); of the output on held-out text "
+            + ", ".join(
+                f"{init} {np.median([x.share(RANK, init) for x in found]):.3f}" for init in STARTS
+            ),
+            flush=True,
+        )
 
 
 def noise(found):

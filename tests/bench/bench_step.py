@@ -44,7 +44,9 @@ def stock(batch: int, length: int, steps: int) -> dict:
 
     model, _ = load(str(FOLDER))
     model.freeze()
-    linear_to_lora_layers(model, len(model.layers), {"rank": RANK, "scale": 2.0, "dropout": 0.0, "keys": None})
+    linear_to_lora_layers(
+        model, len(model.layers), {"rank": RANK, "scale": 2.0, "dropout": 0.0, "keys": None}
+    )
     model.train()
     data = [(row, 0) for row in rows(batch, length)]
     found: list[dict] = []
@@ -57,8 +59,15 @@ def stock(batch: int, length: int, steps: int) -> dict:
             pass
 
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArgs(batch_size=batch, iters=steps, steps_per_report=1, steps_per_eval=10**6, steps_per_save=10**6,
-                            max_seq_length=length, adapter_file=f"{folder}/a.safetensors")  # fmt: skip
+        args = TrainingArgs(
+            batch_size=batch,
+            iters=steps,
+            steps_per_report=1,
+            steps_per_eval=10**6,
+            steps_per_save=10**6,
+            max_seq_length=length,
+            adapter_file=f"{folder}/a.safetensors",
+        )
         train(model, optim.AdamW(1e-5), data, None, args, training_callback=Callback())
     seconds = [batch * (length - 1) / info["tokens_per_second"] for info in found]
     return {"seconds": seconds, "loss": found[0]["train_loss"], "peak": mx.get_peak_memory()}
@@ -85,7 +94,9 @@ def ours(how: str, batch: int, length: int, steps: int) -> dict:
         from qlab.engine.train.update import Update
 
         spec, lora, again = describe(model.module, "x"), LoRAConfig(rank=RANK), how == "stepped"
-        train = TrainConfig(batch_size=batch, max_seq_length=length, grad_checkpoint=again, learning_rate=1e-5)
+        train = TrainConfig(
+            batch_size=batch, max_seq_length=length, grad_checkpoint=again, learning_rate=1e-5
+        )
         compute, notes = choose_compute(model.module, spec, lora, batch * (length - 1))
         step = make_step(attach(model.module, spec, lora, compute, again), train, how=how)
         update = Update(train, step.parameters)
@@ -120,17 +131,34 @@ def main() -> None:
             from qlab.runtime import blas
 
             blas.preload()
-        made = stock(batch, length, steps) if way.startswith("stock") else ours(way, batch, length, steps)
+        made = (
+            stock(batch, length, steps)
+            if way.startswith("stock")
+            else ours(way, batch, length, steps)
+        )
         print("\nRESULT " + json.dumps(made))
         return
     batch, length = map(int, sys.argv[1:3]) if len(sys.argv) > 2 else (1, 64)
     if not (FOLDER / "config.json").exists():
         FOLDER.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, "-m", "tests.bench.bench_step", "prepare"], check=True)  # takes its memory with it
+        subprocess.run(
+            [sys.executable, "-m", "tests.bench.bench_step", "prepare"], check=True
+        )  # takes its memory with it
     speed: dict[str, float] = {}
     for way, steps in STEPS.items():
-        command = [sys.executable, "-m", "tests.bench.bench_step", "one", way, str(batch), str(length + 1), str(steps)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        command = [
+            sys.executable,
+            "-m",
+            "tests.bench.bench_step",
+            "one",
+            way,
+            str(batch),
+            str(length + 1),
+            str(steps),
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+        )
         line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
         if line is None:
             print(f"{way}: {done.stderr.strip()[-300:]}", flush=True)
@@ -138,7 +166,11 @@ def main() -> None:
         made = json.loads(line[7:])
         seconds = made["seconds"][1:] or made["seconds"]  # the first step compiles
         speed[way] = batch * length / statistics.median(seconds)
-        ratios = "  ".join(f"{speed[way] / speed[x]:5.1f} × {x}" for x in ("stock", "stock, OpenBLAS") if x in speed)
+        ratios = "  ".join(
+            f"{speed[way] / speed[x]:5.1f} × {x}"
+            for x in ("stock", "stock, OpenBLAS")
+            if x in speed
+        )
         print(
             f"{way:16} {batch}×{length}  {speed[way]:8.1f} tokens/s ({min(seconds):.2f} to {max(seconds):.2f} s a step)  "
             f"peak {made['peak'] / 1e6:6.0f} MB  first loss {made['loss']:.4f}  {ratios}  {'; '.join(made.get('notes', []))}",

@@ -34,19 +34,49 @@ from qlab.engine.models.lazy_storage import stored
 from qlab.errors import UnsupportedError
 
 _LLAMA = dict(
-    model_type="llama", rms_norm_eps=1e-5, rope_theta=5e5, max_position_embeddings=8192, torch_dtype="bfloat16",
-    num_attention_heads=32, num_key_value_heads=8,
-)  # fmt: skip
+    model_type="llama",
+    rms_norm_eps=1e-5,
+    rope_theta=5e5,
+    max_position_embeddings=8192,
+    torch_dtype="bfloat16",
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
 SHAPES = {
-    "tiny": dict(hidden_size=256, num_hidden_layers=6, intermediate_size=512, head_dim=8, vocab_size=2048,
-                 tie_word_embeddings=True),
-    "1b": dict(hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, head_dim=64, vocab_size=128256,
-               tie_word_embeddings=True),
-    "4b": dict(model_type="qwen3", hidden_size=2560, num_hidden_layers=36, intermediate_size=9728, head_dim=128,
-               vocab_size=151936, tie_word_embeddings=True),
-    "8b": dict(hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, head_dim=128, vocab_size=128256,
-               tie_word_embeddings=False),
-}  # fmt: skip
+    "tiny": dict(
+        hidden_size=256,
+        num_hidden_layers=6,
+        intermediate_size=512,
+        head_dim=8,
+        vocab_size=2048,
+        tie_word_embeddings=True,
+    ),
+    "1b": dict(
+        hidden_size=2048,
+        num_hidden_layers=16,
+        intermediate_size=8192,
+        head_dim=64,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    ),
+    "4b": dict(
+        model_type="qwen3",
+        hidden_size=2560,
+        num_hidden_layers=36,
+        intermediate_size=9728,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    ),
+    "8b": dict(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        intermediate_size=14336,
+        head_dim=128,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+    ),
+}
 # batch, tokens, checkpoints, chunk of the loss (0: at once)
 SETTINGS = {
     "tiny": [(2, 128, True, 64), (2, 128, False, 64), (2, 128, True, 0), (2, 128, False, 0)],
@@ -80,15 +110,24 @@ def rows(name: str, graphs: dict):
     module = random_model(SHAPES[name])
     forecast = Forecast(module, name, None, True)
     for batch, tokens, checkpoint, chunk in SETTINGS[name]:
-        train = TrainConfig(batch_size=batch, max_seq_length=tokens + 1, grad_checkpoint=checkpoint, loss_chunk=chunk)
+        train = TrainConfig(
+            batch_size=batch,
+            max_seq_length=tokens + 1,
+            grad_checkpoint=checkpoint,
+            loss_chunk=chunk,
+        )
         setup = Setup(None, LoRAConfig(rank=min(RANK, 8) if name == "tiny" else RANK), train)
         start = time.perf_counter()
-        peak = max(measured_peak(module, setup) for _ in range(3))  # the host is not always as far ahead as it can be
+        peak = max(
+            measured_peak(module, setup) for _ in range(3)
+        )  # the host is not always as far ahead as it can be
         taken = time.perf_counter() - start
         graphs[name, batch, tokens, checkpoint, chunk] = (peak, None)
         try:
             graphs[name, batch, tokens, checkpoint, chunk] = (peak, forecast.graph(setup))
-            traced, formula = (sum(how(setup)[1].values()) for how in (forecast.by_trace, forecast.by_formula))
+            traced, formula = (
+                sum(how(setup)[1].values()) for how in (forecast.by_trace, forecast.by_formula)
+            )
         except UnsupportedError as error:
             traced = formula = 0
             print(error, flush=True)
@@ -115,9 +154,14 @@ def main() -> None:
     """Run what is named, or all but ``tiny``; a shape that fails does not end the others."""
     words = sys.argv[1:]
     file = words[words.index("--save") + 1] if "--save" in words else None
-    names = [word for word in words if word in SHAPES] or [name for name in SHAPES if name != "tiny"]
+    names = [word for word in words if word in SHAPES] or [
+        name for name in SHAPES if name != "tiny"
+    ]
     info = mlx_call(lambda: mx.device_info() if backend() != "cpu" else {})
-    print(f"{mlx_call(backend)} {info.get('device_name', '')}, mlx {mx.__version__}, qlab {qlab.__version__}", flush=True)
+    print(
+        f"{mlx_call(backend)} {info.get('device_name', '')}, mlx {mx.__version__}, qlab {qlab.__version__}",
+        flush=True,
+    )
     graphs: dict = {}
     errors: list[tuple[float, float]] = []
     for name in names:

@@ -34,7 +34,9 @@ def measured(name: str, batch: int, steps: int) -> str:
     """Train and return the line; empty in all processes but the first."""
     ranks = joined()
     _, length, settings = SHAPES[name]
-    config = TrainConfig(iters=_WARM + steps, batch_size=batch, max_seq_length=length + 1, grad_checkpoint=True)
+    config = TrainConfig(
+        iters=_WARM + steps, batch_size=batch, max_seq_length=length + 1, grad_checkpoint=True
+    )
     check_shared(config, ranks.size)
     mx.random.seed(0)
     module = random_model(settings, QuantConfig(bits=4))

@@ -20,17 +20,32 @@ def model(settings: dict, quantized: bool):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**settings, rms_norm_eps=1e-5, max_position_embeddings=8192, attn_implementation="sdpa")
+    config = LlamaConfig(
+        **settings, rms_norm_eps=1e-5, max_position_embeddings=8192, attn_implementation="sdpa"
+    )
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         made = LlamaForCausalLM(config)
-    names = [name for name, layer in made.named_modules() if isinstance(layer, torch.nn.Linear) and "lm_head" not in name]
+    names = [
+        name
+        for name, layer in made.named_modules()
+        if isinstance(layer, torch.nn.Linear) and "lm_head" not in name
+    ]
     for name in names if quantized else ():
         parent, _, leaf = name.rpartition(".")
         layer = made.get_submodule(name)
-        new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16,
-                                compress_statistics=True, quant_type="nf4", device="meta")  # fmt: skip
-        new.weight = bnb.nn.Params4bit(layer.weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4")
+        new = bnb.nn.Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            compress_statistics=True,
+            quant_type="nf4",
+            device="meta",
+        )
+        new.weight = bnb.nn.Params4bit(
+            layer.weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4"
+        )
         setattr(made.get_submodule(parent), leaf, new.to("cuda"))
     for parameter in made.parameters():
         parameter.requires_grad = False
@@ -38,11 +53,15 @@ def model(settings: dict, quantized: bool):
     made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     made.enable_input_require_grads()
     targets = sorted({name.rpartition(".")[2] for name in names})
-    made = get_peft_model(made, LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=targets))
+    made = get_peft_model(
+        made, LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=targets)
+    )
     for parameter in made.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return made, bnb.optim.PagedAdamW8bit([p for p in made.parameters() if p.requires_grad], lr=1e-5)
+    return made, bnb.optim.PagedAdamW8bit(
+        [p for p in made.parameters() if p.requires_grad], lr=1e-5
+    )
 
 
 def main() -> None:

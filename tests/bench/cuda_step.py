@@ -33,15 +33,57 @@ from qlab.engine.models.skeleton import describe
 from qlab.engine.models.skeleton import skeleton
 from qlab.engine.train.loop import train_steps
 
-_LLAMA = dict(model_type="llama", rms_norm_eps=1e-5, rope_theta=5e5, max_position_embeddings=8192, torch_dtype="bfloat16")
+_LLAMA = dict(
+    model_type="llama",
+    rms_norm_eps=1e-5,
+    rope_theta=5e5,
+    max_position_embeddings=8192,
+    torch_dtype="bfloat16",
+)
 SHAPES = {
-    "1b": (4, 1024, dict(hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, num_attention_heads=32,
-                         num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True)),
-    "4b": (2, 512, dict(hidden_size=2560, num_hidden_layers=36, intermediate_size=9728, num_attention_heads=32,
-                        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True)),
-    "8b": (1, 2048, dict(hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32,
-                         num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=False)),
-}  # fmt: skip
+    "1b": (
+        4,
+        1024,
+        dict(
+            hidden_size=2048,
+            num_hidden_layers=16,
+            intermediate_size=8192,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=64,
+            vocab_size=128256,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "4b": (
+        2,
+        512,
+        dict(
+            hidden_size=2560,
+            num_hidden_layers=36,
+            intermediate_size=9728,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=151936,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "8b": (
+        1,
+        2048,
+        dict(
+            hidden_size=4096,
+            num_hidden_layers=32,
+            intermediate_size=14336,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=128256,
+            tie_word_embeddings=False,
+        ),
+    ),
+}
 RANK = 16
 
 
@@ -77,7 +119,9 @@ def flops(module: nn.Module, settings: dict, batch: int, length: int, again: boo
         settings["num_hidden_layers"],
         settings["num_attention_heads"] * settings["head_dim"],
     )
-    attention = 4 * tokens * length * width * layers  # both products, not halved for causality: MLX computes all
+    attention = (
+        4 * tokens * length * width * layers
+    )  # both products, not halved for causality: MLX computes all
     passes = 3 if again else 2
     return 2 * tokens * inner * passes + 2 * tokens * head * 2 + attention * (passes + 1)
 
@@ -89,7 +133,11 @@ def vocabulary(module: nn.Module) -> int:
 
 def random_rows(module: nn.Module, count: int, length: int) -> Rows:
     """Rows of a length, one token longer than what passes the model; the same every time."""
-    drawn = np.random.default_rng(0).integers(0, vocabulary(module), (count, length + 1)).astype(np.int32)
+    drawn = (
+        np.random.default_rng(0)
+        .integers(0, vocabulary(module), (count, length + 1))
+        .astype(np.int32)
+    )
     mask = np.ones(length + 1, np.uint8)
     mask[0] = 0
     return Rows(tuple(Row(n, tokens, mask) for n, tokens in enumerate(drawn)))
@@ -121,7 +169,9 @@ def stock(module: nn.Module, batch: int, length: int, again: bool):
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     module.freeze()
-    linear_to_lora_layers(module, len(module.layers), {"rank": RANK, "scale": 2.0, "dropout": 0.0, "keys": None})
+    linear_to_lora_layers(
+        module, len(module.layers), {"rank": RANK, "scale": 2.0, "dropout": 0.0, "keys": None}
+    )
     module.train()
     if again:
         trainer.grad_checkpoint(module.layers[0])
@@ -145,15 +195,24 @@ def stock(module: nn.Module, batch: int, length: int, again: bool):
     return step
 
 
-def ours(module: nn.Module, batch: int, length: int, how: str, window: int | None, chunk: int = 512):
+def ours(
+    module: nn.Module, batch: int, length: int, how: str, window: int | None, chunk: int = 512
+):
     """qlab's training loop as a trainer runs it, but for the files: a call is an optimizer step."""
     spec, lora, again = describe(module, "x"), LoRAConfig(rank=RANK), how == "stepped"
     train = TrainConfig(
-        batch_size=batch, max_seq_length=length + 1, grad_checkpoint=again, loss_chunk=chunk, window=window or 0, iters=10**6
+        batch_size=batch,
+        max_seq_length=length + 1,
+        grad_checkpoint=again,
+        loss_chunk=chunk,
+        window=window or 0,
+        iters=10**6,
     )
     parameters = fresh(module, spec, lora, 0)
     feed = Feed(random_rows(module, 64, length), train)
-    task, state, notes = make_task(module, spec, lora, train, feed, (), parameters, None, lambda state: None)
+    task, state, notes = make_task(
+        module, spec, lora, train, feed, (), parameters, None, lambda state: None
+    )
     events = train_steps(task, state)
     return lambda: next(events), notes
 
@@ -172,13 +231,17 @@ def rate_of_card(n: int = 8192) -> float:
 def ways(name: str) -> list[tuple[str, QuantConfig | None, str, object]]:
     """Title, storage, how, and window or checkpoints, of every row; the first is what the others are compared with."""
     four, nf4 = QuantConfig("affine", 4), QuantConfig("nf4_dq")
-    rows: list[tuple[str, QuantConfig | None, str, object]] = [("mlx-lm, checkpoints", four, "stock", True)]
+    rows: list[tuple[str, QuantConfig | None, str, object]] = [
+        ("mlx-lm, checkpoints", four, "stock", True)
+    ]
     rows += [(f"stepped, window {w}", four, "stepped", w) for w in (1, 2, 4)]
     rows += [("nf4_dq stepped, window 2", nf4, "stepped", 2)]
     rows += [(f"16-bit stepped, window {w}", None, "stepped", w) for w in (2, 4)]
     if name == "4b":
         rows += [("the least: chunks of 128", four, "least", 1)]
-    return rows + [("mlx-lm", four, "stock", False), ("whole", four, "whole", None)] * (name == "1b")
+    return rows + [("mlx-lm", four, "stock", False), ("whole", four, "whole", None)] * (
+        name == "1b"
+    )
 
 
 def row(name: str, number: int, seconds: float) -> None:
@@ -213,7 +276,15 @@ def main() -> None:
     for name in names:
         stock = 0.0
         for number, (title, *_) in enumerate(ways(name)):
-            command = [sys.executable, "-m", "tests.bench.cuda_step", "row", name, str(number), seconds]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.bench.cuda_step",
+                "row",
+                name,
+                str(number),
+                seconds,
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             line = done.stdout.strip() or f"{name} {title}: {done.stderr.strip()[-300:]}"
             found = re.search(r"([\d.]+) tokens/s", done.stdout)

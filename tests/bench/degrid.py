@@ -24,7 +24,9 @@ def degrid(module: nn.Module, seed: int = 0, dtype: mx.Dtype = mx.bfloat16) -> N
     def factors(n: int) -> mx.array:
         return mx.exp(mx.random.uniform(-0.223, 0.223, (n,), key=next(keys)))
 
-    def scale(layer: nn.Module, rows: mx.array | None = None, columns: mx.array | None = None) -> None:
+    def scale(
+        layer: nn.Module, rows: mx.array | None = None, columns: mx.array | None = None
+    ) -> None:
         weight = layer.weight.astype(mx.float32)
         weight = weight if rows is None else weight * rows[:, None]
         layer.weight = (weight if columns is None else weight * columns).astype(dtype)

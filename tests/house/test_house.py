@@ -25,7 +25,16 @@ def test_file_is_short_has_a_docstring_and_a_telling_name(path):
             assert node.end_lineno - node.lineno < 60, f"{node.name} is over 60 lines"
 
 
-@pytest.mark.parametrize("command", [["ruff", "check", "qlab", "tests", "docs"], ["ruff", "format", "--check", "qlab", "tests", "docs"], ["lint-imports"], ["pyright"]], ids=lambda c: c[0] + c[1] if len(c) > 1 else c[0])  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ruff", "check", "qlab", "tests", "docs"],
+        ["ruff", "format", "--check", "qlab", "tests", "docs"],
+        ["lint-imports"],
+        ["pyright"],
+    ],
+    ids=lambda c: c[0] + c[1] if len(c) > 1 else c[0],
+)
 def test_linter_is_content(command):
     tool = Path(sys.executable).with_name(command[0])
     done = subprocess.run([str(tool), *command[1:]], cwd=ROOT, capture_output=True, text=True)
@@ -39,7 +48,9 @@ def test_importing_qlab_loads_neither_mlx_nor_widgets_and_is_quick():
     )
     times = []
     for _ in range(3):
-        seconds, loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split(" ", 1)
+        seconds, loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split(
+            " ", 1
+        )
         assert loaded.strip() == "[]"
         times.append(float(seconds))
     assert min(times) < 0.3

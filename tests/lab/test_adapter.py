@@ -56,7 +56,10 @@ def numbers(module) -> dict[str, bytes]:
 @on_mlx
 def changed(parameters: dict) -> dict:
     """Parameters that have an effect."""
-    made = {path: array + 0.1 * mx.random.normal(array.shape, key=mx.random.key(1)) for path, array in parameters.items()}
+    made = {
+        path: array + 0.1 * mx.random.normal(array.shape, key=mx.random.key(1))
+        for path, array in parameters.items()
+    }
     mx.eval(made)
     return made
 
@@ -77,12 +80,23 @@ def test_alpha_and_scale_say_one_thing(model):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"kind": "lore"}, "Did you mean 'lora'"), ({"rank": 0}, "rank=0"), ({"rank": 65}, "is above the width"),
-        ({"rank": 2.5}, "rank=2.5"), ({"alpha": 0}, "alpha=0"), ({"scale": float("nan")}, "scale=nan"), ({"dropout": 1.0}, "dropout=1.0"),
-        ({"num_layers": 0}, "num_layers=0"), ({"num_layers": 4}, "has 3 blocks"), ({"init": "qerra"}, "qerra"), ({"keys": []}, "keys="),
-        ({"keys": 3}, "keys=3"), ({"rslora": 1}, "rslora"), ({"dtype": "float16"}, "float16"), ({"init": "qera"}, "is not quantized"),
+        ({"kind": "lore"}, "Did you mean 'lora'"),
+        ({"rank": 0}, "rank=0"),
+        ({"rank": 65}, "is above the width"),
+        ({"rank": 2.5}, "rank=2.5"),
+        ({"alpha": 0}, "alpha=0"),
+        ({"scale": float("nan")}, "scale=nan"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"num_layers": 0}, "num_layers=0"),
+        ({"num_layers": 4}, "has 3 blocks"),
+        ({"init": "qerra"}, "qerra"),
+        ({"keys": []}, "keys="),
+        ({"keys": 3}, "keys=3"),
+        ({"rslora": 1}, "rslora"),
+        ({"dtype": "float16"}, "float16"),
+        ({"init": "qera"}, "is not quantized"),
     ],
-)  # fmt: skip
+)
 def test_bad_settings_are_refused(model, settings, words):
     with pytest.raises(ConfigError, match=words):
         qlab.Adapter(model, **settings)
@@ -115,7 +129,14 @@ def test_a_trait_that_is_refused_leaves_the_state_as_it_was(model):
 
 def test_code_and_config_rebuild_the_adapter(model, q):
     a = qlab.Adapter(
-        q, rank=4, scale=1.5, kind="dora", keys=["q_proj", "embed_tokens"], num_layers=2, init="residual", dropout=0.1
+        q,
+        rank=4,
+        scale=1.5,
+        kind="dora",
+        keys=["q_proj", "embed_tokens"],
+        num_layers=2,
+        init="residual",
+        dropout=0.1,
     )
     made = {"qlab": qlab, "q": q}
     exec(a.code, made)
@@ -144,10 +165,18 @@ def test_what_would_lose_trained_parameters_is_refused_until_reset(q):
     a = qlab.Adapter(q, rank=4)
     a.set_parameters(changed(a.parameters), "run 1, step 200")
     held = a.parameters
-    for name, value in {"rank": 8, "kind": "dora", "keys": ("q_proj",), "num_layers": 1, "init": "residual"}.items():
+    for name, value in {
+        "rank": 8,
+        "kind": "dora",
+        "keys": ("q_proj",),
+        "num_layers": 1,
+        "init": "residual",
+    }.items():
         with pytest.raises(ConfigError, match=r"run 1, step 200.*reset\(\)"):
             setattr(a, name, value)
-    assert a.parameters.keys() == held.keys() and all(a.parameters[path] is held[path] for path in held)
+    assert a.parameters.keys() == held.keys() and all(
+        a.parameters[path] is held[path] for path in held
+    )
     a.scale, a.dropout = 1.0, 0.1
     assert all(a.parameters[path] is held[path] for path in held)
     a.reset()
@@ -160,9 +189,13 @@ def test_parameters_of_another_adapter_are_refused_whole(q):
     good = a.parameters
     first = next(iter(good))
     wrong = [
-        ({k: v for k, v in good.items() if k != first}, "is missing"), ({**good, "x.lora_a": good[first]}, "belongs to no adapter"),
-        ({**good, first: qlab.Adapter(q, rank=2, keys=["q_proj"]).parameters[first]}, r"has shape \(64, 2\), not \(64, 4\)"),
-    ]  # fmt: skip
+        ({k: v for k, v in good.items() if k != first}, "is missing"),
+        ({**good, "x.lora_a": good[first]}, "belongs to no adapter"),
+        (
+            {**good, first: qlab.Adapter(q, rank=2, keys=["q_proj"]).parameters[first]},
+            r"has shape \(64, 2\), not \(64, 4\)",
+        ),
+    ]
     for parameters, words in wrong:
         with pytest.raises(ConfigError, match=words):
             a.set_parameters(parameters, "x")
@@ -175,7 +208,9 @@ def test_parameters_of_another_adapter_are_refused_whole(q):
 
     with pytest.raises(WeightsError, match="NaN"):
         a.set_parameters(broken(), "x")
-    assert not a.trained and a.version == 0 and all(a.parameters[path] is good[path] for path in good)
+    assert (
+        not a.trained and a.version == 0 and all(a.parameters[path] is good[path] for path in good)
+    )
 
 
 def test_fresh_parameters_depend_on_the_seed_alone(model):
@@ -210,7 +245,9 @@ def test_starts_follow_the_storage_and_bring_the_model_nearer_to_the_original(mo
     assert distance < 0.9
     assert a.original is model
     q.bits = 4
-    assert not np.array_equal(np.array(a.parameters[next(iter(first))]), np.array(first[next(iter(first))]))
+    assert not np.array_equal(
+        np.array(a.parameters[next(iter(first))]), np.array(first[next(iter(first))])
+    )
 
 
 def test_a_model_that_came_quantized_has_no_original_to_start_from(q):
@@ -229,24 +266,45 @@ def test_report_has_a_row_per_layer_and_its_sums_are_those_of_the_config(q):
     assert report.size == a.config.size(a.model.spec) == sum(x.size for x in report.layers)
     assert report.nbytes == 4 * report.size and report.share == report.size / a.model.spec.size
     frame = report.to_pandas()
-    assert len(frame) == 4 and frame.recovered.between(0.01, 1).all() and frame.recovered_output.isna().all()
+    assert (
+        len(frame) == 4
+        and frame.recovered.between(0.01, 1).all()
+        and frame.recovered_output.isna().all()
+    )
     a.rank = 16
-    assert all(x.recovered > y.recovered for x, y in zip(a.report.layers, report.layers, strict=True))
+    assert all(
+        x.recovered > y.recovered for x, y in zip(a.report.layers, report.layers, strict=True)
+    )
 
 
 def test_sliders_traits_and_errors_are_one_state(q):
     a = qlab.Adapter(q, rank=4)
     view = a.widget
-    settings = {"kind": "dora", "rank": 8, "scale": 1, "dropout": 0, "num_layers": 2, "init": "default", "rslora": False, "keys": ["q_proj"]}  # fmt: skip
+    settings = {
+        "kind": "dora",
+        "rank": 8,
+        "scale": 1,
+        "dropout": 0,
+        "num_layers": 2,
+        "init": "default",
+        "rslora": False,
+        "keys": ["q_proj"],
+    }
     controls = a._panel._controls
     controls.intent = {"op": "set", "seq": 1, "config": settings}
-    assert (a.kind, a.rank, a.keys, a.num_layers) == ("dora", 8, ("q_proj",), 2) and view.state["ack"] == 1
+    assert (a.kind, a.rank, a.keys, a.num_layers) == ("dora", 8, ("q_proj",), 2) and view.state[
+        "ack"
+    ] == 1
     a.rank = 2
     assert view.state["rank"] == 2
     before = a.config
     bad = [
-        {**settings, "rank": 4096}, {**settings, "rank": "8"}, {**settings, "keys": ["nothing"]}, {"colour": 3}, {**settings, "scale": 0},
-    ]  # fmt: skip
+        {**settings, "rank": 4096},
+        {**settings, "rank": "8"},
+        {**settings, "keys": ["nothing"]},
+        {"colour": 3},
+        {**settings, "scale": 0},
+    ]
     for seq, config in enumerate(bad, 2):
         controls.intent = {"op": "set", "seq": seq, "config": config}
         assert view.state["error"] and view.state["ack"] == seq and a.config == before
@@ -266,7 +324,9 @@ def test_a_saved_adapter_comes_back_whole(q, tmp_path, kind, format):
         b.rank = 8
 
 
-def test_a_saved_adapter_of_a_base_quantized_here_says_how_to_get_what_was_trained(demo, tmp_path, monkeypatch):
+def test_a_saved_adapter_of_a_base_quantized_here_says_how_to_get_what_was_trained(
+    demo, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     q = qlab.Quantizer(demo, bits=3)
     q.set("model.embed_tokens", None)
@@ -274,7 +334,9 @@ def test_a_saved_adapter_of_a_base_quantized_here_says_how_to_get_what_was_train
     a = qlab.Adapter(q, rank=4, num_layers=1)
     a.set_parameters(changed(a.parameters), "x")
     note, trained_on = a.save("a"), "affine 3-bit g64 (2 layers otherwise) of 'demo'"
-    assert f"trained on {trained_on}, which is in no folder yet: a.base.save('base') writes it" in note
+    assert (
+        f"trained on {trained_on}, which is in no folder yet: a.base.save('base') writes it" in note
+    )
     assert f"trained on {trained_on}; a.fuse(rest=16)" in a.save("peft", format="peft")
     for name in ("a", "peft"):
         assert qlab.Adapter.load(name, q).notes == (f"It was trained on {trained_on}.",)
@@ -283,7 +345,11 @@ def test_a_saved_adapter_of_a_base_quantized_here_says_how_to_get_what_was_train
     exec(text.split("```python")[1].split("```")[0], {})
     assert numbers(qlab.load("base").module) == numbers(a.base.module)
     here = str(tmp_path / "base")
-    assert qlab.Adapter(qlab.load("base")).save("b").startswith(f"Saved in mlx-lm's layout; mlx_lm.load({here!r}, adapter")
+    assert (
+        qlab.Adapter(qlab.load("base"))
+        .save("b")
+        .startswith(f"Saved in mlx-lm's layout; mlx_lm.load({here!r}, adapter")
+    )
     assert not Path("b/README.md").exists()
     q.close()
 
@@ -293,7 +359,10 @@ def test_fusing_at_16_bits_gives_the_adapted_model_and_leaves_the_base(model, q)
     a.set_parameters(changed(a.parameters), "x")
     before = numbers(a.base.module)
     fused = a.fuse()
-    assert np.allclose(logits(fused.module), logits(a.module), atol=1e-3) and numbers(a.base.module) == before
+    assert (
+        np.allclose(logits(fused.module), logits(a.module), atol=1e-3)
+        and numbers(a.base.module) == before
+    )
     assert not np.allclose(logits(a.fuse(onto="original").module), logits(fused.module), atol=1e-3)
     assert a.preview().kept("16") > a.preview().kept("base")
     with pytest.raises(ConfigError, match="onto="):
@@ -320,6 +389,11 @@ def test_a_model_that_was_given_back_says_so():
     model = qlab.load("demo")
     q, a = qlab.Quantizer(model), qlab.Adapter(model, rank=2)
     model.free()
-    for ask in (lambda: a.base.module, lambda: model.generate("It"), q.quantize, lambda: qlab.estimate(model)):
+    for ask in (
+        lambda: a.base.module,
+        lambda: model.generate("It"),
+        q.quantize,
+        lambda: qlab.estimate(model),
+    ):
         with pytest.raises(LoadError, match="'demo' was given back by free..; load it again"):
             ask()

@@ -33,7 +33,12 @@ def test_mode_pulls_bits_and_group_size_to_what_it_has(q):
 
 
 def test_illegal_value_is_refused_and_changes_nothing(q):
-    for name, value, words in (("bits", 7, "nearest is 6"), ("group_size", 48, "nearest is 32"), ("mode", "afine", "'affine'"), ("solver", "serched", "'searched'")):  # fmt: skip
+    for name, value, words in (
+        ("bits", 7, "nearest is 6"),
+        ("group_size", 48, "nearest is 32"),
+        ("mode", "afine", "'affine'"),
+        ("solver", "serched", "'searched'"),
+    ):
         with pytest.raises(ConfigError, match=words):
             setattr(q, name, value)
     assert (q.mode, q.bits, q.group_size, q.solver) == ("affine", 4, 64, "rtn")
@@ -87,7 +92,9 @@ def test_report_adds_up_and_names_the_worst(q):
 def test_worst_goes_by_predicted_kl_once_it_is_known(q):
     report = q.predict()
     costs = [x.kl_nats for x in report.worst(5)]
-    assert costs == sorted(costs, reverse=True) and costs[0] == max(x.kl_nats for x in report.layers)
+    assert costs == sorted(costs, reverse=True) and costs[0] == max(
+        x.kl_nats for x in report.layers
+    )
     assert report.kl_nats == pytest.approx(sum(x.kl_nats for x in report.layers))
 
 
@@ -125,7 +132,11 @@ def test_panel_intents_change_the_traits_and_bad_ones_are_shown_not_raised(q):
     assert q.plan.overrides[DOWN].bits == 8
     controls.intent = {"seq": 3, "op": "override", "paths": [DOWN], "config": "default"}
     assert not q.plan.overrides
-    for bad in ({"seq": 4, "op": "explode"}, {"seq": 5, "op": "set", "mode": "affine", "bits": 7, "group_size": 64}, {"seq": 6, "op": "set"}):  # fmt: skip
+    for bad in (
+        {"seq": 4, "op": "explode"},
+        {"seq": 5, "op": "set", "mode": "affine", "bits": 7, "group_size": 64},
+        {"seq": 6, "op": "set"},
+    ):
         controls.intent = bad
         assert widget.state["error"]
     assert (q.bits, q.group_size) == (3, 32)

@@ -15,7 +15,10 @@ from qlab.errors import ConfigError
 from qlab.errors import LoadError
 from qlab.errors import QlabError
 
-ROWS = [{"text": f"Row {n}: the {word} of the house."} for n, word in enumerate(["tall", "kind", "odd"] * 4)]
+ROWS = [
+    {"text": f"Row {n}: the {word} of the house."}
+    for n, word in enumerate(["tall", "kind", "odd"] * 4)
+]
 SMALL = {"rank": 2, "num_layers": 1, "keys": ["q_proj"]}
 LAST = "step-000002"
 
@@ -59,11 +62,19 @@ def edit(name, **changes):
 
 def nan(run):
     file = str(run / LAST / "adapters.safetensors")
-    mlx_call(lambda: mx.save_safetensors(file, {name: array * mx.nan for name, array in mx.load(file).items()}))
+    mlx_call(
+        lambda: mx.save_safetensors(
+            file, {name: array * mx.nan for name, array in mx.load(file).items()}
+        )
+    )
 
 
 SPOILT = {
-    "no checkpoint": (lambda run: shutil.rmtree(run / LAST), LoadError, "holds no checkpoint that opens"),
+    "no checkpoint": (
+        lambda run: shutil.rmtree(run / LAST),
+        LoadError,
+        "holds no checkpoint that opens",
+    ),
     "no adapter": (gone(f"{LAST}/adapters.safetensors"), LoadError, "1 are broken"),
     "no optimizer": (gone(f"{LAST}/optimizer.safetensors"), LoadError, "1 are broken"),
     "no state": (gone(f"{LAST}/state.json"), LoadError, "1 are broken"),
@@ -71,19 +82,39 @@ SPOILT = {
     "optimizer cut short": (cut("optimizer.safetensors"), LoadError, "1 are broken"),
     "state cut short": (cut("state.json"), LoadError, "1 are broken"),
     "state lacks the step": (edit(f"{LAST}/state.json", step=gone), LoadError, "1 are broken"),
-    "history of another kind": (edit(f"{LAST}/state.json", history=[{"step": 1}]), LoadError, "1 are broken"),
+    "history of another kind": (
+        edit(f"{LAST}/state.json", history=[{"step": 1}]),
+        LoadError,
+        "1 are broken",
+    ),
     "adapter of NaN": (nan, QlabError, "hold NaN or infinity"),
     "no rows": (gone("rows.npz"), LoadError, "it has no rows.npz"),
     "no settings": (gone("run.json"), LoadError, "it has no run.json"),
-    "settings cut short": (lambda run: (run / "run.json").write_text('{"source": '), LoadError, "cannot be read"),
+    "settings cut short": (
+        lambda run: (run / "run.json").write_text('{"source": '),
+        LoadError,
+        "cannot be read",
+    ),
     "settings lack the adapter": (edit("run.json", lora=gone), LoadError, "cannot be read"),
-    "a setting that is not legal": (edit("run.json", train={"iters": 0}), QlabError, "iters=0 is not legal"),
+    "a setting that is not legal": (
+        edit("run.json", train={"iters": 0}),
+        QlabError,
+        "iters=0 is not legal",
+    ),
     "a setting that nobody knows": (edit("run.json", train={"steps": 3}), LoadError, "steps"),
     "another base": (edit("run.json", base="0f"), ConfigError, "is not the base that the run"),
-    "another rank": (edit("run.json", lora={**SMALL, "rank": 4}), ConfigError, "has rank=2, and the run in .* rank=4"),
-    "another scale": (edit("run.json", lora={**SMALL, "scale": 3.0}), ConfigError, "has scale=2.0, and the run in .* scale=3.0"),
+    "another rank": (
+        edit("run.json", lora={**SMALL, "rank": 4}),
+        ConfigError,
+        "has rank=2, and the run in .* rank=4",
+    ),
+    "another scale": (
+        edit("run.json", lora={**SMALL, "scale": 3.0}),
+        ConfigError,
+        "has scale=2.0, and the run in .* scale=3.0",
+    ),
     "other keys": (edit("run.json", lora={**SMALL, "keys": ["v_proj"]}), ConfigError, "has keys="),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SPOILT)
@@ -101,7 +132,9 @@ def test_a_spoilt_run_is_refused_and_nothing_changes(name, base, made, tmp_path)
     assert all(adapter.parameters[path] is array for path, array in parameters.items())
 
 
-@pytest.mark.parametrize("name", ["no adapter", "optimizer cut short", "state cut short", "history of another kind"])
+@pytest.mark.parametrize(
+    "name", ["no adapter", "optimizer cut short", "state cut short", "history of another kind"]
+)
 def test_a_spoilt_checkpoint_that_is_named_says_what_is_wrong_with_it(name, base, made, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(made, run)
@@ -118,7 +151,13 @@ def test_a_model_that_is_gone_and_an_adapter_in_use_are_refused(base, made, tmp_
         with pytest.raises(error):
             qlab.Trainer.resume(run)
     adapter = qlab.Adapter(base, **SMALL)
-    other = qlab.Trainer(adapter, ROWS, qlab.TrainConfig(iters=300, batch_size=1, max_seq_length=8), val=0, path=tmp_path / "x")
+    other = qlab.Trainer(
+        adapter,
+        ROWS,
+        qlab.TrainConfig(iters=300, batch_size=1, max_seq_length=8),
+        val=0,
+        path=tmp_path / "x",
+    )
     other.start()
     with pytest.raises(BusyError, match="stop it first"):
         qlab.Trainer.resume(made, adapter)
@@ -127,4 +166,7 @@ def test_a_model_that_is_gone_and_an_adapter_in_use_are_refused(base, made, tmp_
 
 
 def test_the_run_as_it_was_is_taken_up(base, made):
-    assert qlab.Trainer.resume(made, qlab.Adapter(base, **SMALL)).adapter.origin == f"checkpoint {LAST}"
+    assert (
+        qlab.Trainer.resume(made, qlab.Adapter(base, **SMALL)).adapter.origin
+        == f"checkpoint {LAST}"
+    )

@@ -29,9 +29,14 @@ from qlab.errors import LoadError
 from qlab.errors import QlabError
 from qlab.errors import SaveError
 
-ROWS = [{"text": f"Row {n}: the {word} of the house was very {word}."} for n, word in enumerate(["tall", "kind", "odd"] * 10)]
+ROWS = [
+    {"text": f"Row {n}: the {word} of the house was very {word}."}
+    for n, word in enumerate(["tall", "kind", "odd"] * 10)
+]
 SMALL = {"rank": 4, "num_layers": 1, "keys": ["q_proj", "v_proj"]}
-CONFIG = qlab.TrainConfig(iters=6, batch_size=2, max_seq_length=24, learning_rate=1e-3, steps_per_eval=3)
+CONFIG = qlab.TrainConfig(
+    iters=6, batch_size=2, max_seq_length=24, learning_rate=1e-3, steps_per_eval=3
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,9 @@ def copied(parameters):
 
 
 def same(one, two) -> bool:
-    return mlx_call(lambda: one.keys() == two.keys() and all(mx.array_equal(one[p], two[p]).item() for p in one))
+    return mlx_call(
+        lambda: one.keys() == two.keys() and all(mx.array_equal(one[p], two[p]).item() for p in one)
+    )
 
 
 def until(condition, seconds: float = 60) -> None:
@@ -62,7 +69,9 @@ def until(condition, seconds: float = 60) -> None:
 
 
 def test_a_run_trains_the_adapter_and_leaves_the_base_as_it_was(adapter, base, tmp_path):
-    before = copied(dict(mlx_call(lambda: __import__("mlx.utils").utils.tree_flatten(base.module.parameters()))))
+    before = copied(
+        dict(mlx_call(lambda: __import__("mlx.utils").utils.tree_flatten(base.module.parameters())))
+    )
     seen = []
     trainer = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path, callbacks=[seen.append])
     assert trainer.status == "idle" and trainer.report.steps == 0
@@ -71,7 +80,9 @@ def test_a_run_trains_the_adapter_and_leaves_the_base_as_it_was(adapter, base, t
     assert [event.step for event in seen] == list(range(7)) and len(trainer.history) == 7
     assert adapter.trained and adapter.origin.endswith("step 6")
     assert report.predicted_nbytes == pytest.approx(report.peak_nbytes, rel=0.25)
-    after = dict(mlx_call(lambda: __import__("mlx.utils").utils.tree_flatten(base.module.parameters())))
+    after = dict(
+        mlx_call(lambda: __import__("mlx.utils").utils.tree_flatten(base.module.parameters()))
+    )
     assert same(before, after)
     assert "step 6" in repr(trainer) or "6" in repr(trainer)
     assert "<table" in trainer._repr_html_()
@@ -83,7 +94,9 @@ def test_an_event_that_was_shown_never_changes(adapter, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("qlab.engine.train.session._TICK_S", -1.0)
     monkeypatch.setattr(
-        qlab.Trainer, "_show", lambda trainer: seen.append((trainer.status, trainer.events, trainer.report.steps))
+        qlab.Trainer,
+        "_show",
+        lambda trainer: seen.append((trainer.status, trainer.events, trainer.report.steps)),
     )
     trainer = qlab.Trainer(adapter, ROWS, CONFIG, val=8, path=tmp_path)
     trainer.run()
@@ -96,11 +109,15 @@ def test_an_event_that_was_shown_never_changes(adapter, tmp_path, monkeypatch):
 def test_prompts_are_asked_at_every_validation(adapter, tmp_path):
     trainer = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path, prompts="The house")
     trainer.run()
-    assert [(voice.step, voice.prompt) for voice in trainer.state().voices] == [(step, "The house") for step in (0, 3, 6)]
+    assert [(voice.step, voice.prompt) for voice in trainer.state().voices] == [
+        (step, "The house") for step in (0, 3, 6)
+    ]
 
 
 def test_pause_holds_resume_goes_on_stop_keeps_and_start_goes_on(adapter, tmp_path):
-    config = qlab.TrainConfig(iters=400, batch_size=2, max_seq_length=24, learning_rate=1e-3, steps_per_eval=3)
+    config = qlab.TrainConfig(
+        iters=400, batch_size=2, max_seq_length=24, learning_rate=1e-3, steps_per_eval=3
+    )
     trainer = qlab.Trainer(adapter, ROWS, config, path=tmp_path).start()
     until(lambda: trainer.report.steps > 2)
     trainer.pause()
@@ -110,7 +127,10 @@ def test_pause_holds_resume_goes_on_stop_keeps_and_start_goes_on(adapter, tmp_pa
     time.sleep(0.5)
     assert trainer.report.steps == steps
     trainer.learning_rate = 5e-4
-    assert isinstance(trainer.generate("The", max_tokens=3), str) and trainer.state().voices[-1].step == steps
+    assert (
+        isinstance(trainer.generate("The", max_tokens=3), str)
+        and trainer.state().voices[-1].step == steps
+    )
     trainer.resume()
     until(lambda: trainer.report.steps > steps)
     trainer.stop()
@@ -131,7 +151,12 @@ def test_the_panel_of_a_paused_run_shows_its_last_step(adapter, tmp_path, monkey
     monkeypatch.setattr("qlab.engine.train.session._TICK_S", 1e9)
     config = qlab.TrainConfig(iters=400, batch_size=2, max_seq_length=24)
     trainer = qlab.Trainer(
-        adapter, ROWS, config, val=0, path=tmp_path, callbacks=[lambda event: event.step == 5 and trainer.pause()]
+        adapter,
+        ROWS,
+        config,
+        val=0,
+        path=tmp_path,
+        callbacks=[lambda event: event.step == 5 and trainer.pause()],
     )
     shown = trainer.widget
     trainer.start()
@@ -171,7 +196,9 @@ def test_sliders_that_move_during_a_run_change_neither_its_base_nor_its_adapter(
                 moved.append(str(caught.value))
 
     trainer = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path, callbacks=[move])
-    assert trainer.run().status == "done" and not any("callback" in note for note in trainer.report.notes)
+    assert trainer.run().status == "done" and not any(
+        "callback" in note for note in trainer.report.notes
+    )
     assert "Another rank" in moved[0] and "stop it first" in moved[1] and adapter.rank == 4
     assert adapter.base.plan.default.bits == 4 and adapter.origin.endswith("step 6") and q.bits == 3
     adapter.reset()
@@ -206,7 +233,9 @@ def test_runs_are_told_after_their_trainers_and_models_are_gone(demo, tmp_path):
     del trainer, q
     gc.collect()
     assert base() is None
-    told = dict(zip([report.name for report in qlab.runs().reports], qlab.runs().histories, strict=True))
+    told = dict(
+        zip([report.name for report in qlab.runs().reports], qlab.runs().histories, strict=True)
+    )
     assert told["short"] == events
 
 
@@ -214,12 +243,20 @@ def test_trainers_made_in_one_second_have_folders_of_their_own(adapter):
     assert len({qlab.Trainer(adapter, ROWS, CONFIG).path for _ in range(3)}) == 3
 
 
-def test_a_folder_that_another_run_has_taken_meanwhile_is_refused_and_left_alone(adapter, base, tmp_path):
-    first, second = (qlab.Trainer(qlab.Adapter(base, **SMALL), ROWS, CONFIG, path=tmp_path) for _ in range(2))
+def test_a_folder_that_another_run_has_taken_meanwhile_is_refused_and_left_alone(
+    adapter, base, tmp_path
+):
+    first, second = (
+        qlab.Trainer(qlab.Adapter(base, **SMALL), ROWS, CONFIG, path=tmp_path) for _ in range(2)
+    )
     first.run()
     with pytest.raises(BusyError, match="make a new Trainer"):
         second.run()
-    assert second.status == "failed" and checkpoint.latest(tmp_path).name == "step-000006" and not second.adapter.trained
+    assert (
+        second.status == "failed"
+        and checkpoint.latest(tmp_path).name == "step-000006"
+        and not second.adapter.trained
+    )
 
 
 def test_a_second_run_on_the_same_path_touches_nothing_of_the_first(adapter, base, tmp_path):
@@ -227,11 +264,16 @@ def test_a_second_run_on_the_same_path_touches_nothing_of_the_first(adapter, bas
     first.run()
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     second = qlab.Trainer(
-        qlab.Adapter(base, **SMALL), ROWS, qlab.TrainConfig(iters=2, batch_size=2, max_seq_length=24), path=first.path
+        qlab.Adapter(base, **SMALL),
+        ROWS,
+        qlab.TrainConfig(iters=2, batch_size=2, max_seq_length=24),
+        path=first.path,
     )
     assert second.path == tmp_path / "run-2"
     second.run()
-    assert before == {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    assert before == {
+        file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()
+    }
     assert checkpoint.latest(second.path).name == "step-000002"
 
 
@@ -239,7 +281,11 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_what_it_writes(adap
     config = qlab.TrainConfig(iters=12, batch_size=2, max_seq_length=24, steps_per_save=4)
     qlab.Trainer(adapter, ROWS, config, val=0, path=tmp_path).run()
     assert checkpoint.latest(tmp_path).name == "step-000012"
-    again = qlab.Trainer.resume(tmp_path / "step-000008", adapter, callbacks=[lambda event: event.step == 9 and again.stop()])
+    again = qlab.Trainer.resume(
+        tmp_path / "step-000008",
+        adapter,
+        callbacks=[lambda event: event.step == 9 and again.stop()],
+    )
     again.run()
     assert again.path == tmp_path and again.report.steps == 9 and again.status == "stopped"
     assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-000008", "step-000009"]
@@ -250,7 +296,9 @@ def test_a_callback_that_fails_is_told_and_does_not_end_the_run(adapter, tmp_pat
         raise RuntimeError("disk of the reporter is full")
 
     report = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path, callbacks=[bad]).run()
-    assert report.status == "done" and any("disk of the reporter is full" in note for note in report.notes)
+    assert report.status == "done" and any(
+        "disk of the reporter is full" in note for note in report.notes
+    )
 
 
 def test_a_callback_that_wants_to_know_hears_the_end(adapter, tmp_path):
@@ -269,7 +317,9 @@ def test_a_callback_that_wants_to_know_hears_the_end(adapter, tmp_path):
 
 
 def test_an_interrupt_stops_cleanly_and_keeps_what_was_learned(adapter, tmp_path):
-    trainer = qlab.Trainer(adapter, ROWS, qlab.TrainConfig(iters=5000, batch_size=2, max_seq_length=24), path=tmp_path)
+    trainer = qlab.Trainer(
+        adapter, ROWS, qlab.TrainConfig(iters=5000, batch_size=2, max_seq_length=24), path=tmp_path
+    )
 
     def interrupt():
         until(lambda: trainer.report.steps > 3)
@@ -298,9 +348,19 @@ KILLED = """
 
 def test_a_killed_kernel_resumes_from_the_folder_alone_and_ends_bit_for_bit_the_same(tmp_path):
     script = textwrap.dedent(KILLED)
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "cut", "23"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "cut", "23"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    subprocess.run([sys.executable, "-c", script, tmp_path / "whole", "-1"], check=True, timeout=300, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "whole", "-1"],
+        check=True,
+        timeout=300,
+        capture_output=True,
+    )
     trainer = qlab.Trainer.resume(tmp_path / "cut")
     assert trainer.status == "idle" and trainer.adapter.origin == "checkpoint step-000020"
     report = trainer.run()
@@ -321,23 +381,57 @@ def test_a_killed_kernel_resumes_from_the_folder_alone_and_ends_bit_for_bit_the_
         (lambda a: qlab.Trainer(a, [{"txt": "x"}]), DataError, "row 0.*'txt'"),
         (lambda a: qlab.Trainer(a, ROWS, val=1.5), QlabError, "held out"),
         (lambda a: qlab.Trainer(a, ROWS, val=[{"prompt": "x"}]), DataError, "row 0"),
-        (lambda a: qlab.Trainer(a, ROWS, val=True), DataError, "True of 30 rows cannot be held out"),
-        (lambda a: qlab.Trainer(a, ROWS, val=float("nan")), DataError, "nan of 30 rows cannot be held out"),
-        (lambda a: qlab.Trainer(a, ROWS, val=30), DataError, "30 of 30 rows cannot be held out; hold out 1 to 29"),
+        (
+            lambda a: qlab.Trainer(a, ROWS, val=True),
+            DataError,
+            "True of 30 rows cannot be held out",
+        ),
+        (
+            lambda a: qlab.Trainer(a, ROWS, val=float("nan")),
+            DataError,
+            "nan of 30 rows cannot be held out",
+        ),
+        (
+            lambda a: qlab.Trainer(a, ROWS, val=30),
+            DataError,
+            "30 of 30 rows cannot be held out; hold out 1 to 29",
+        ),
         (lambda a: qlab.Trainer(a, ROWS, path=3), ConfigError, "path=3 is not legal"),
         (lambda a: qlab.Trainer(a, ROWS, prompts=3), ConfigError, "prompt=3 is not legal"),
         (lambda a: qlab.Trainer(a, ROWS, prompts=[""]), ConfigError, "The prompt is empty"),
         (lambda a: qlab.Trainer(a, ROWS, callbacks=3), ConfigError, "callbacks=3 is not legal"),
         (lambda a: qlab.Trainer(a, ROWS).generate(""), ConfigError, "The prompt is empty"),
-        (lambda a: qlab.Trainer(a, ROWS).generate("a", 0), ConfigError, "max_tokens=0 is not legal"),
+        (
+            lambda a: qlab.Trainer(a, ROWS).generate("a", 0),
+            ConfigError,
+            "max_tokens=0 is not legal",
+        ),
         (lambda a: qlab.Trainer(a, ROWS).load_best(), LoadError, "holds no best adapter"),
-        (lambda a: qlab.Trainer(a, Rows((Row(7, np.array([1, 5000], np.int32), np.array([0, 1], np.uint8)),))), DataError, "row 7: token 5000"),
+        (
+            lambda a: qlab.Trainer(
+                a, Rows((Row(7, np.array([1, 5000], np.int32), np.array([0, 1], np.uint8)),))
+            ),
+            DataError,
+            "row 7: token 5000",
+        ),
         (lambda a: qlab.Trainer(a, ROWS, prompts=[3]), ConfigError, "prompt=3 is not legal"),
-        (lambda a: qlab.Trainer(a, ROWS, callbacks=["print"]), ConfigError, "callbacks='print' is not legal"),
-        (lambda a: setattr(qlab.Trainer(a, ROWS), "learning_rate", -1), ConfigError, "learning_rate=-1 is not legal"),
-        (lambda a: setattr(qlab.Trainer(a, ROWS), "learning_rate", "high"), ConfigError, "learning_rate='high' is not legal"),
+        (
+            lambda a: qlab.Trainer(a, ROWS, callbacks=["print"]),
+            ConfigError,
+            "callbacks='print' is not legal",
+        ),
+        (
+            lambda a: setattr(qlab.Trainer(a, ROWS), "learning_rate", -1),
+            ConfigError,
+            "learning_rate=-1 is not legal",
+        ),
+        (
+            lambda a: setattr(qlab.Trainer(a, ROWS), "learning_rate", "high"),
+            ConfigError,
+            "learning_rate='high' is not legal",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_refused_before_anything_runs(adapter, make, error, says):
     before, config = dict(adapter.parameters), adapter.config
     with pytest.raises(error, match=says):
@@ -348,7 +442,10 @@ def test_what_is_wrong_is_refused_before_anything_runs(adapter, make, error, say
 def test_the_code_of_a_run_makes_it_again(adapter, tmp_path):
     trainer = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path)
     made = {}
-    exec(trainer.state().code.replace("t.start()", "made['t'] = t"), {"qlab": qlab, "a": adapter, "data": ROWS, "made": made})
+    exec(
+        trainer.state().code.replace("t.start()", "made['t'] = t"),
+        {"qlab": qlab, "a": adapter, "data": ROWS, "made": made},
+    )
     assert made["t"].config == CONFIG
 
 
@@ -358,13 +455,21 @@ def test_a_run_is_judged_beside_its_base_and_the_original(demo, tmp_path):
     trainer = qlab.Trainer(adapter, ROWS, CONFIG, val=0.2, path=tmp_path)
     trainer.run()
     report = trainer.evaluate(golden=[{"prompt": "The house", "expected": "x"}], max_tokens=2)
-    assert [column.name for column in report.columns] == ["full precision", "quantized", "quantized + adapter"]
+    assert [column.name for column in report.columns] == [
+        "full precision",
+        "quantized",
+        "quantized + adapter",
+    ]
     full, bare, adapted = report.columns
     assert full.kl_nats == 0 and bare.kl_nats > 0.05 and bare.nll != adapted.nll
     assert "<table" in report._repr_html_() and len(report.samples) == 1
     exact = trainer.evaluate(keep=demo.spec.vocabulary)
-    assert "exact; floor of the KL 0 nats" in repr(exact) and exact.columns[1].kl_nats >= bare.kl_nats
-    assert pretty(trainer.report).startswith(f"{trainer.path.name}: affine 2-bit g64, lora r4: done after ")
+    assert (
+        "exact; floor of the KL 0 nats" in repr(exact) and exact.columns[1].kl_nats >= bare.kl_nats
+    )
+    assert pretty(trainer.report).startswith(
+        f"{trainer.path.name}: affine 2-bit g64, lora r4: done after "
+    )
     assert len(qlab.runs()) >= 1 and trainer.path.name in repr(qlab.runs())
     q.close()
 
@@ -388,7 +493,9 @@ def test_rows_held_out_by_the_user_and_none_at_all(adapter, tmp_path):
     assert "<ins" in counted.data._repr_html_() and "26" in repr(counted.data)
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_told_when_the_run_ends(adapter, tmp_path, monkeypatch):
+def test_a_last_checkpoint_that_cannot_be_written_is_told_when_the_run_ends(
+    adapter, tmp_path, monkeypatch
+):
     trainer = qlab.Trainer(adapter, ROWS, CONFIG, val=0, path=tmp_path / "run")
 
     def full(self, state):

@@ -27,7 +27,11 @@ from tests.tiny import dense, on_mlx, quantized, settings, tiny
 
 EXPERTS, OUT, WIDTH, RANK = 6, 48, 64, 4
 KINDS = list(registry.shelf("adapters"))
-STORAGES = [None, *(QuantConfig(name) for name in registry.shelf("schemes")), QuantConfig("affine", 3)]
+STORAGES = [
+    None,
+    *(QuantConfig(name) for name in registry.shelf("schemes")),
+    QuantConfig("affine", 3),
+]
 PACKED = [config for config in STORAGES if config and config.scheme.stock_mode is None]
 TOKENS = mx.array([[5, 10, 7, 90, 33, 2], [1, 2, 3, 4, 5, 6]])
 
@@ -49,10 +53,18 @@ def routings() -> dict[str, tuple[mx.array, mx.array, bool]]:
     x = mx.random.normal((2, 5, 1, 1, WIDTH), key=mx.random.key(1))
     rows = mx.random.normal((40, 1, WIDTH), key=mx.random.key(2))
     return {
-        "several experts a row": (x, mx.random.randint(0, EXPERTS, (2, 5, 3), key=mx.random.key(3)), False),
+        "several experts a row": (
+            x,
+            mx.random.randint(0, EXPERTS, (2, 5, 3), key=mx.random.key(3)),
+            False,
+        ),
         "sorted": (rows, mx.sort(mx.random.randint(0, EXPERTS, (40,), key=mx.random.key(4))), True),
         "a single token": (x[:1, :1], mx.array([[[4, 1]]]), False),
-        "an expert a group": (mx.random.normal((2, 3, EXPERTS, 2, WIDTH), key=mx.random.key(5)), mx.arange(EXPERTS), False),
+        "an expert a group": (
+            mx.random.normal((2, 3, EXPERTS, 2, WIDTH), key=mx.random.key(5)),
+            mx.arange(EXPERTS),
+            False,
+        ),
     }
 
 
@@ -69,7 +81,9 @@ def written(x: mx.array, weight: mx.array, indices: mx.array, bias: mx.array | N
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("storage", PACKED, ids=label)
 @on_mlx
-def test_packed_experts_give_the_product_and_the_slope_of_their_dense_weight(storage, keep, routing):
+def test_packed_experts_give_the_product_and_the_slope_of_their_dense_weight(
+    storage, keep, routing
+):
     layer, (x, indices, ascending) = experts(storage), routings()[routing]
     assert isinstance(layer, PackedExperts) and layer.shape == (EXPERTS, OUT, WIDTH)
     run = FrozenExperts(layer, None, True, keep)
@@ -77,15 +91,22 @@ def test_packed_experts_give_the_product_and_the_slope_of_their_dense_weight(sto
         lambda x: run(x, indices, sorted_indices=ascending),
         lambda x: written(x, weight_of(layer, mx.float32), indices, layer.bias),
     ]
-    found, expected = (mx.value_and_grad(lambda x, way=way: mx.sin(way(x)).sum())(x) for way in ways)
+    found, expected = (
+        mx.value_and_grad(lambda x, way=way: mx.sin(way(x)).sum())(x) for way in ways
+    )
     assert found[1].shape == x.shape
-    assert mx.allclose(found[0], expected[0], rtol=1e-4, atol=1e-4) and mx.allclose(found[1], expected[1], rtol=1e-4, atol=1e-4)
+    assert mx.allclose(found[0], expected[0], rtol=1e-4, atol=1e-4) and mx.allclose(
+        found[1], expected[1], rtol=1e-4, atol=1e-4
+    )
 
 
 @on_mlx
 def test_packed_experts_keep_no_dense_weight_for_the_way_back():
     mx.random.seed(4)
-    layers = [quantized_layer(SwitchLinear(256, 256, 8, bias=False), "x", QuantConfig("nf4"), "rtn", None) for _ in range(12)]
+    layers = [
+        quantized_layer(SwitchLinear(256, 256, 8, bias=False), "x", QuantConfig("nf4"), "rtn", None)
+        for _ in range(12)
+    ]
     x, indices = mx.random.normal((64, 1, 256)), mx.sort(mx.random.randint(0, 8, (64,)))
 
     def run(x: mx.array) -> mx.array:
@@ -124,12 +145,16 @@ def made(kind: str, layer: SwitchLinear, **settings):
 
 
 def stir(adapter, kind: str) -> None:
-    for number, (name, shape) in enumerate(registry.get("adapters", kind).shapes((EXPERTS, OUT, WIDTH), RANK).items()):
+    for number, (name, shape) in enumerate(
+        registry.get("adapters", kind).shapes((EXPERTS, OUT, WIDTH), RANK).items()
+    ):
         drawn = mx.random.normal(shape, key=mx.random.key(number)) * 0.3
         adapter[name] = adapter.m * (1 + drawn) if name == "m" else drawn
 
 
-def changed(adapter, kind: str, parameters: dict[str, mx.array], constant: bool = False) -> mx.array:
+def changed(
+    adapter, kind: str, parameters: dict[str, mx.array], constant: bool = False
+) -> mx.array:
     """The weight that an adapter stands for."""
     whole = adapter.base.dense(mx.float32) + 0.7 * parameters["lora_b"] @ parameters["lora_a"]
     if kind == "lora":
@@ -143,25 +168,36 @@ def changed(adapter, kind: str, parameters: dict[str, mx.array], constant: bool 
 @on_mlx
 def test_declared_shapes_are_those_of_the_trainable_parameters(kind, dropout):
     found = {
-        name: array.shape for name, array in tree_flatten(made(kind, experts(None), dropout=dropout).trainable_parameters())
+        name: array.shape
+        for name, array in tree_flatten(
+            made(kind, experts(None), dropout=dropout).trainable_parameters()
+        )
     }
     declared = registry.get("adapters", kind).shapes((EXPERTS, OUT, WIDTH), RANK)
     assert found == declared
     theirs = LoRASwitchLinear(WIDTH, OUT, EXPERTS, r=RANK)
-    assert {name: found[name] for name in ("lora_a", "lora_b")} == {name: theirs[name].shape for name in ("lora_a", "lora_b")}
+    assert {name: found[name] for name in ("lora_a", "lora_b")} == {
+        name: theirs[name].shape for name in ("lora_a", "lora_b")
+    }
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("storage", STORAGES, ids=label)
 @pytest.mark.parametrize("kind", KINDS)
 @on_mlx
-def test_it_has_no_effect_at_first_and_is_the_product_with_the_changed_weight_later(kind, storage, routing):
+def test_it_has_no_effect_at_first_and_is_the_product_with_the_changed_weight_later(
+    kind, storage, routing
+):
     layer, (x, indices, ascending) = experts(storage), routings()[routing]
     adapter = made(kind, layer)
-    assert mx.array_equal(adapter(x, indices, sorted_indices=ascending), layer(x, indices, sorted_indices=ascending))
+    assert mx.array_equal(
+        adapter(x, indices, sorted_indices=ascending), layer(x, indices, sorted_indices=ascending)
+    )
     stir(adapter, kind)
     expected = written(x, changed(adapter, kind, dict(adapter)), indices, layer.bias)
-    assert mx.allclose(adapter(x, indices, sorted_indices=ascending), expected, rtol=1e-3, atol=2e-3)
+    assert mx.allclose(
+        adapter(x, indices, sorted_indices=ascending), expected, rtol=1e-3, atol=2e-3
+    )
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -169,7 +205,9 @@ def test_it_has_no_effect_at_first_and_is_the_product_with_the_changed_weight_la
 @pytest.mark.parametrize("storage", [None, QuantConfig("affine"), QuantConfig("nf4")], ids=label)
 @pytest.mark.parametrize("kind", KINDS)
 @on_mlx
-def test_gradients_are_those_of_the_changed_weight_whose_norm_is_a_constant(kind, storage, bias, routing):
+def test_gradients_are_those_of_the_changed_weight_whose_norm_is_a_constant(
+    kind, storage, bias, routing
+):
     layer, (x, indices, ascending) = experts(storage, bias), routings()[routing]
     adapter = made(kind, layer)
     stir(adapter, kind)
@@ -180,7 +218,11 @@ def test_gradients_are_those_of_the_changed_weight_whose_norm_is_a_constant(kind
         return mx.sin(adapter(x, indices, sorted_indices=ascending)).sum()
 
     def by_hand(parameters: dict[str, mx.array], x: mx.array) -> mx.array:
-        return mx.sin(written(x, changed(adapter, kind, parameters, True), indices, layer.bias if bias else None)).sum()
+        return mx.sin(
+            written(
+                x, changed(adapter, kind, parameters, True), indices, layer.bias if bias else None
+            )
+        ).sum()
 
     found, expected = (mx.grad(f, argnums=(0, 1))(parameters, x) for f in (ours, by_hand))
     assert mx.allclose(found[1], expected[1], rtol=1e-3, atol=2e-3)
@@ -190,7 +232,9 @@ def test_gradients_are_those_of_the_changed_weight_whose_norm_is_a_constant(kind
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("storage", [x for x in STORAGES if x is None or x.scheme.stock_mode], ids=label)
+@pytest.mark.parametrize(
+    "storage", [x for x in STORAGES if x is None or x.scheme.stock_mode], ids=label
+)
 @on_mlx
 def test_lora_gives_the_output_and_the_gradients_of_mlx_lms_own_layer(storage, routing):
     layer, (x, indices, ascending) = experts(storage), routings()[routing]
@@ -205,10 +249,13 @@ def test_lora_gives_the_output_and_the_gradients_of_mlx_lms_own_layer(storage, r
     found, expected = (run(module, parameters, x) for module in (adapter, theirs))
     assert mx.allclose(found, expected, rtol=1e-5, atol=1e-5)
     found, expected = (
-        mx.grad(lambda p, x, m=m: mx.sin(run(m, p, x)).sum(), argnums=(0, 1))(parameters, x) for m in (adapter, theirs)
+        mx.grad(lambda p, x, m=m: mx.sin(run(m, p, x)).sum(), argnums=(0, 1))(parameters, x)
+        for m in (adapter, theirs)
     )
     assert mx.allclose(found[1], expected[1], rtol=1e-5, atol=1e-5)
-    assert all(mx.allclose(found[0][name], expected[0][name], rtol=1e-5, atol=1e-5) for name in parameters)
+    assert all(
+        mx.allclose(found[0][name], expected[0][name], rtol=1e-5, atol=1e-5) for name in parameters
+    )
 
 
 @pytest.mark.parametrize("factors", ["float32", "bfloat16"])

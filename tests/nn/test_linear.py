@@ -24,14 +24,18 @@ def label(value) -> str:
     return value.mode if isinstance(value, QuantConfig) else str(value)
 
 
-def layer_and_weight(storage: QuantConfig | None, made=nn.Linear, **settings) -> tuple[nn.Module, mx.array]:
+def layer_and_weight(
+    storage: QuantConfig | None, made=nn.Linear, **settings
+) -> tuple[nn.Module, mx.array]:
     """Return a layer and its weight as the scheme reads it, ``(out, in)`` in float32."""
     mx.random.seed(4)
     layer = made(OUT, WIDTH) if made is nn.Embedding else made(WIDTH, OUT, **settings)
     if storage is None:
         return layer, layer.weight
     packed = storage.scheme.quantize(layer.weight, storage)
-    return quantized_layer(layer, "x", storage, "rtn", None), storage.scheme.dequantize(packed, storage, mx.float32)
+    return quantized_layer(layer, "x", storage, "rtn", None), storage.scheme.dequantize(
+        packed, storage, mx.float32
+    )
 
 
 def x_and_cotangent(dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
@@ -53,7 +57,9 @@ def test_a_weight_stored_from_16_bits_is_not_rounded_to_them_on_its_way_to_float
     plain = nn.Linear(WIDTH, OUT, bias=False)
     plain.weight = weight
     layer = quantized_layer(plain, "x", storage, "rtn", None)
-    wanted = storage.scheme.dequantize(storage.scheme.quantize(weight, storage), storage, mx.float32)
+    wanted = storage.scheme.dequantize(
+        storage.scheme.quantize(weight, storage), storage, mx.float32
+    )
     assert mx.array_equal(linear.weight_of(layer, mx.float32), wanted)
     x, _ = x_and_cotangent()
     assert far(Frozen(layer, None, True)(x), Frozen(layer, None, False)(x)) < 1e-5
@@ -105,19 +111,32 @@ def test_a_frozen_layer_multiplies_like_the_layer_that_it_holds(storage, dequant
 @pytest.mark.parametrize("how", ["kernel", "again", "keep", "lent"])
 @pytest.mark.parametrize("storage", STORAGES, ids=label)
 @on_mlx
-def test_an_adapted_product_and_its_gradients_are_those_of_both_products_written_out(storage, how, compiled):
+def test_an_adapted_product_and_its_gradients_are_those_of_both_products_written_out(
+    storage, how, compiled
+):
     layer, weight = layer_and_weight(storage)
     frozen = Frozen(layer, None, how != "kernel", how == "keep")
     x, cotangent = x_and_cotangent()
-    first, second = (mx.random.normal(shape, key=mx.random.key(n)) for n, shape in ((5, (WIDTH, 3)), (6, (3, OUT))))
+    first, second = (
+        mx.random.normal(shape, key=mx.random.key(n))
+        for n, shape in ((5, (WIDTH, 3)), (6, (3, OUT)))
+    )
 
     def found(*arrays):
         with frozen.lent(weight if how == "lent" else None):
             (y,), grads = mx.vjp(lambda x, a, b: frozen.adapted(x, a, b, 1.7), arrays, [cotangent])
         return [y, *grads]
 
-    expected = mx.vjp(lambda x, a, b: x @ weight.T + layer.bias + 1.7 * (x @ a) @ b, [x, first, second], [cotangent])
-    for a, b in zip((mx.compile(found) if compiled else found)(x, first, second), expected[0] + expected[1], strict=True):
+    expected = mx.vjp(
+        lambda x, a, b: x @ weight.T + layer.bias + 1.7 * (x @ a) @ b,
+        [x, first, second],
+        [cotangent],
+    )
+    for a, b in zip(
+        (mx.compile(found) if compiled else found)(x, first, second),
+        expected[0] + expected[1],
+        strict=True,
+    ):
         assert a.shape == b.shape and far(a, b) < 1e-5
 
 

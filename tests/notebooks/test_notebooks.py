@@ -28,10 +28,19 @@ def test_notebook_runs(path, tmp_path):
         resources={"metadata": {"path": str(tmp_path)}},
     )
     client.execute()
-    assert not [out for cell in notebook.cells for out in cell.get("outputs", ()) if out.get("name") == "stderr"]
+    assert not [
+        out
+        for cell in notebook.cells
+        for out in cell.get("outputs", ())
+        if out.get("name") == "stderr"
+    ]
     ignored = (FOLDER.parent / ".gitignore").read_text().splitlines()
     left = [f"{made.name}/" if made.is_dir() else made.name for made in tmp_path.iterdir()]
-    assert not [name for name in left if not any(fnmatchcase(name, x) or fnmatchcase(f"notebooks/{name}", x) for x in ignored)]
+    assert not [
+        name
+        for name in left
+        if not any(fnmatchcase(name, x) or fnmatchcase(f"notebooks/{name}", x) for x in ignored)
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -10,7 +10,12 @@ from qlab.ops import attention as module
 from qlab.ops.attention import attention
 from tests.tiny import on_mlx
 
-SIZES = {"one head": (1, 1, 1), "a group": (2, 4, 1), "groups": (2, 6, 3), "many": (1, 32, 16)}  # batch, heads, groups
+SIZES = {
+    "one head": (1, 1, 1),
+    "a group": (2, 4, 1),
+    "groups": (2, 6, 3),
+    "many": (1, 32, 16),
+}  # batch, heads, groups
 LENGTHS = pytest.mark.parametrize("length, others", [(7, 7), (4, 9), (1, 5)])
 
 
@@ -35,10 +40,15 @@ def masks(size: str, length: int, others: int) -> dict:
     seen[0, 0, 0] = False  # a row that sees nothing
     by_head = draw.standard_normal((batch, heads, length, others))
     return {
-        "none": None, "causal": "causal", "seen": mx.array(seen), "seen, of all rows": mx.array(seen[0, 0]),
-        "seen by head": mx.array(by_head > 0), "keys seen": mx.array(seen[:, :, -1:]),
-        "added": mx.array(by_head[0, 0].astype(np.float32)), "added by head": mx.array(by_head.astype(np.float32)),
-    }  # fmt: skip
+        "none": None,
+        "causal": "causal",
+        "seen": mx.array(seen),
+        "seen, of all rows": mx.array(seen[0, 0]),
+        "seen by head": mx.array(by_head > 0),
+        "keys seen": mx.array(seen[:, :, -1:]),
+        "added": mx.array(by_head[0, 0].astype(np.float32)),
+        "added by head": mx.array(by_head.astype(np.float32)),
+    }
 
 
 NAMES = list(masks("one head", 1, 1))
@@ -77,12 +87,18 @@ def test_value_and_gradients_are_exact(size, length, others, name, compiled):
     mask = masks(size, length, others)[name]
 
     def run(q, k, v, slope):
-        (out,), slopes = mx.vjp(lambda *a: [attention(*a, None, scale=0.3, mask=mask)], [q, k, v], [slope])
+        (out,), slopes = mx.vjp(
+            lambda *a: [attention(*a, None, scale=0.3, mask=mask)], [q, k, v], [slope]
+        )
         return [out, *slopes]
 
     wanted, _ = exact(q, k, v, slope, mask, 0.3)
-    for found, right in zip((mx.compile(run) if compiled else run)(q, k, v, slope), wanted, strict=True):
-        np.testing.assert_allclose(np.array(found), right, rtol=1e-5, atol=1e-5 * max(np.abs(right).max(), 1))
+    for found, right in zip(
+        (mx.compile(run) if compiled else run)(q, k, v, slope), wanted, strict=True
+    ):
+        np.testing.assert_allclose(
+            np.array(found), right, rtol=1e-5, atol=1e-5 * max(np.abs(right).max(), 1)
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,7 +130,9 @@ def test_what_is_not_written_out_is_mlx_lms(monkeypatch):
     from mlx_lm.models import base
 
     asked = []
-    monkeypatch.setattr(base, "scaled_dot_product_attention", lambda q, *_: asked.append(q.dtype) or q)
+    monkeypatch.setattr(
+        base, "scaled_dot_product_attention", lambda q, *_: asked.append(q.dtype) or q
+    )
     q, k, v, _ = given("groups", 4, 4)
     attention(q, k, v, None, 0.3, "causal")
     assert not asked

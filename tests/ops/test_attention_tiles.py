@@ -22,17 +22,29 @@ def stock(q, k, v, mask):
 
 
 def masks(length: int) -> dict:
-    seen = mx.tril(mx.ones((length, length), mx.bool_)) & (mx.arange(length)[:, None] // 100 == mx.arange(length) // 100)
-    return {"causal": "causal", "bool": seen[None, None], "added": mx.where(seen, 0.0, -mx.inf)[None, None], "flat": seen}
+    seen = mx.tril(mx.ones((length, length), mx.bool_)) & (
+        mx.arange(length)[:, None] // 100 == mx.arange(length) // 100
+    )
+    return {
+        "causal": "causal",
+        "bool": seen[None, None],
+        "added": mx.where(seen, 0.0, -mx.inf)[None, None],
+        "flat": seen,
+    }
 
 
 @pytest.mark.parametrize("kind", ["causal", "bool", "added", "flat"])
 @pytest.mark.parametrize("length", [256, 300, 383])
 @on_mlx
 def test_value_and_gradients_are_those_of_the_length_as_it_is(length, kind):
-    q, k, v, slope = (mx.random.normal((2, heads, length, 8), key=mx.random.key(n)) for n, heads in enumerate((4, 2, 2, 4)))
+    q, k, v, slope = (
+        mx.random.normal((2, heads, length, 8), key=mx.random.key(n))
+        for n, heads in enumerate((4, 2, 2, 4))
+    )
     mask = masks(length)[kind]
-    found, wanted = (mx.vjp(lambda *a, f=f: [f(*a, mask)], [q, k, v], [slope]) for f in (in_tiles, stock))
+    found, wanted = (
+        mx.vjp(lambda *a, f=f: [f(*a, mask)], [q, k, v], [slope]) for f in (in_tiles, stock)
+    )
     for own, other in zip([*found[0], *found[1]], [*wanted[0], *wanted[1]], strict=True):
         assert own.shape == other.shape
         assert mx.allclose(own, other, atol=1e-5)
@@ -63,7 +75,11 @@ def test_a_model_on_cuda_attends_in_whole_tiles_with_the_same_result(monkeypatch
     tokens, met = mx.arange(300)[None] % 97, []
     wanted, fused = module(tokens), mx.fast.scaled_dot_product_attention
     monkeypatch.setattr(attention, "backend", lambda: "cuda")
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda q, *a, **k: met.append(q.shape[2]) or fused(q, *a, **k))
+    monkeypatch.setattr(
+        mx.fast,
+        "scaled_dot_product_attention",
+        lambda q, *a, **k: met.append(q.shape[2]) or fused(q, *a, **k),
+    )
     with patched(users(module)):
         assert mx.allclose(module(tokens), wanted, atol=2e-2)
     assert set(met) == {384}

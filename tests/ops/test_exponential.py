@@ -12,9 +12,24 @@ from qlab.ops.exponential import sigmoid
 from tests.tiny import on_mlx
 
 WAYS = pytest.mark.parametrize(
-    "way", [lambda f: f, mx.compile, lambda f: mx.compile(lambda x: 1 * f(x) + 0)], ids=["", "one", "more"]
+    "way",
+    [lambda f: f, mx.compile, lambda f: mx.compile(lambda x: 1 * f(x) + 0)],
+    ids=["", "one", "more"],
 )
-ENDS = [float("-inf"), -1e38, -1000.0, -104.0, -90.0, 0.0, -0.0, 88.4, 104.0, 1e38, float("inf"), float("nan")]
+ENDS = [
+    float("-inf"),
+    -1e38,
+    -1000.0,
+    -104.0,
+    -90.0,
+    0.0,
+    -0.0,
+    88.4,
+    104.0,
+    1e38,
+    float("inf"),
+    float("nan"),
+]
 
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -24,7 +39,9 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 @on_mlx
 def test_it_is_exact_to_three_in_ten_million(way):
     ties = np.arange(-250, 250) * np.log(2) / 2  # where rounding may go either way
-    x = np.concatenate([np.linspace(-87.3, 88.3, 300_001), np.random.default_rng(0).uniform(-1, 1, 100_000), ties])
+    x = np.concatenate(
+        [np.linspace(-87.3, 88.3, 300_001), np.random.default_rng(0).uniform(-1, 1, 100_000), ties]
+    )
     x = x[np.abs(x) < 87.3].astype(np.float32)
     exact = np.exp(x.astype(np.float64))
     assert np.abs(np.array(way(exp)(mx.array(x))) / exact - 1).max() < 4e-7
@@ -36,7 +53,9 @@ def test_it_is_exact_to_three_in_ten_million(way):
 @on_mlx
 def test_the_ends_are_nothing_infinity_and_no_number(way):
     found = np.array(way(exp)(mx.array(ENDS)))
-    np.testing.assert_array_equal(found, [0, 0, 0, 0, 0, 1, 1, np.inf, np.inf, np.inf, np.inf, np.nan])
+    np.testing.assert_array_equal(
+        found, [0, 0, 0, 0, 0, 1, 1, np.inf, np.inf, np.inf, np.inf, np.nan]
+    )
     found = np.array(way(sigmoid)(mx.array(ENDS)))
     np.testing.assert_array_equal(found, [0, 0, 0, 0, 0, 0.5, 0.5, 1, 1, 1, 1, np.nan])
 

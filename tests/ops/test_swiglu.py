@@ -29,12 +29,17 @@ def test_value_and_gradients_are_those_of_mlx_lms(dtype, compiled):
     tolerance = {mx.float32: 1e-5, mx.bfloat16: 3e-2, mx.float16: 3e-3}[dtype]
     for found, wanted in zip(both(swiglu)(*given(dtype)), exact, strict=True):
         assert found.dtype == dtype
-        assert mx.abs(found.astype(mx.float32) - wanted).max().item() < tolerance * mx.abs(wanted).max().item()
+        assert (
+            mx.abs(found.astype(mx.float32) - wanted).max().item()
+            < tolerance * mx.abs(wanted).max().item()
+        )
 
 
 @pytest.mark.parametrize("dtypes", [(mx.bfloat16, mx.float32), (mx.float32, mx.bfloat16)], ids=str)
 @on_mlx
 def test_each_gradient_has_the_dtype_of_what_it_belongs_to(dtypes):
-    gate, x, _ = (array.astype(dtype) for array, dtype in zip(given(), (*dtypes, mx.float32), strict=True))
+    gate, x, _ = (
+        array.astype(dtype) for array, dtype in zip(given(), (*dtypes, mx.float32), strict=True)
+    )
     (y,), slopes = mx.vjp(swiglu, [gate, x], [given()[2]])
     assert (y.dtype, *(slope.dtype for slope in slopes)) == (mx.float32, *dtypes)

@@ -22,7 +22,9 @@ def kernel(wrong: float = 1.0):
         given = dict(template)
         bits, dtype = given["BITS"], given["T"]
         assert grid[0] == codes.size and grid[0] % threadgroup[0] == 0 and dtype == output_dtypes[0]
-        each = (np.array(codes).reshape(-1, 1) >> np.arange(0, 32, bits, dtype=np.uint32)) & (2**bits - 1)
+        each = (np.array(codes).reshape(-1, 1) >> np.arange(0, 32, bits, dtype=np.uint32)) & (
+            2**bits - 1
+        )
         group = mx.array(np.arange(codes.size) // given["WORDS"])[:, None]
         if len(arrays) == 2 and arrays[1].shape == (16,):
             made = arrays[1][mx.array(each)] * arrays[0].reshape(-1)[group]
@@ -49,7 +51,9 @@ def test_both_ways_by_a_table_give_the_same_numbers(group_size, dtype, monkeypat
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @on_mlx
-def test_both_ways_of_affine_codes_give_the_same_numbers_and_odd_bits_go_mlxs_way(group_size, bits, monkeypatch):
+def test_both_ways_of_affine_codes_give_the_same_numbers_and_odd_bits_go_mlxs_way(
+    group_size, bits, monkeypatch
+):
     codes, *arrays = mx.quantize(mx.random.normal((6, 256)), group_size, bits)
     calls = []
     monkeypatch.setattr(unpack, "kernel_of", lambda *given: calls.append(given) or kernel())
@@ -74,7 +78,11 @@ def test_a_kernel_is_used_only_if_its_numbers_are_right(way):
     def broken(**_):
         raise RuntimeError("no compiler here")
 
-    right = kernel() if way.name == "qlab_lookup" else lambda **given: [mx.dequantize(*given["inputs"], 32, 4)]
+    right = (
+        kernel()
+        if way.name == "qlab_lookup"
+        else lambda **given: [mx.dequantize(*given["inputs"], 32, 4)]
+    )
     assert way.agrees(right, 4, mx.float32)
     assert not way.agrees(kernel(wrong=1.001), 4, mx.float32)
     assert not way.agrees(broken, 4, mx.float32)
@@ -87,7 +95,9 @@ def test_the_kernel_for_metal_is_one_function_of_its_three_inputs(monkeypatch):
     made = []
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(unpack.Unpack, "agrees", lambda *_: True)
-    assert unpack.kernel_of.__wrapped__(affine, 4, mx.bfloat16, True) is None  # MLX's own serves there
+    assert (
+        unpack.kernel_of.__wrapped__(affine, 4, mx.bfloat16, True) is None
+    )  # MLX's own serves there
     fused = unpack.kernel_of.__wrapped__(lookup(TABLE), 4, mx.bfloat16, True)
     monkeypatch.undo()
     monkeypatch.setattr(unpack, "kernel_of", lambda *_: fused)

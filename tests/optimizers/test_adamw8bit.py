@@ -24,7 +24,9 @@ KIND = registry.get("optimizers", "adamw8bit")
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_map_is_bitsandbytes_bit_for_bit(signed):
     values = dynamic_map(signed)
-    assert (values == GOLDEN["signed" if signed else "unsigned"]).all() and values.dtype == np.float32
+    assert (
+        values == GOLDEN["signed" if signed else "unsigned"]
+    ).all() and values.dtype == np.float32
     assert values[127 if signed else 0] == 0 and values[-1] == 1
     assert values[0] == (np.float32(-0.99296874) if signed else 0)
 
@@ -36,14 +38,18 @@ def test_two_look_ups_find_the_code_that_a_search_finds(signed):
     rng = np.random.default_rng(0)
     small = 10.0 ** rng.uniform(-9, 0, 50_000)
     some = [rng.uniform(-1, 1, 50_000), small, -small, borders, [0.0, -0.0, 1.0, -1.0]]
-    x = np.concatenate([*some, np.nextafter(borders, np.float32(2)), np.nextafter(borders, np.float32(-2))]).astype(np.float32)
+    x = np.concatenate(
+        [*some, np.nextafter(borders, np.float32(2)), np.nextafter(borders, np.float32(-2))]
+    ).astype(np.float32)
     base, edge = search_table(signed)
     bucket = x.view(np.uint32) >> 16
     assert (base[bucket] + (x > edge[bucket]) == np.searchsorted(borders, x)).all()
 
 
 def golden(name: str, step: int, prefix: str = "") -> dict[str, np.ndarray]:
-    return {key: GOLDEN[f"{name}_{step}_{prefix}{key}"] for key in ("p", "m", "v", "m_scale", "v_scale")}
+    return {
+        key: GOLDEN[f"{name}_{step}_{prefix}{key}"] for key in ("p", "m", "v", "m_scale", "v_scale")
+    }
 
 
 @pytest.mark.parametrize("step", [1, 10])
@@ -53,8 +59,15 @@ def test_one_step_gives_the_parameters_codes_and_scales_of_bitsandbytes(name, st
     before, after = golden(name, step), golden(name, step, "new_")
     optimizer = KIND.make(1e-2, 0.1)
     state = {key: mx.array(before[key]) for key in ("m", "v", "m_scale", "v_scale")}
-    optimizer.state = {"w": state, "step": mx.array(step - 1, mx.uint64), "learning_rate": mx.array(1e-2)}
-    weight, gradient = mx.array(before["p"]).astype(mx.float32), mx.array(GOLDEN[f"{name}_{step}_g"]).astype(mx.float32)
+    optimizer.state = {
+        "w": state,
+        "step": mx.array(step - 1, mx.uint64),
+        "learning_rate": mx.array(1e-2),
+    }
+    weight, gradient = (
+        mx.array(before["p"]).astype(mx.float32),
+        mx.array(GOLDEN[f"{name}_{step}_g"]).astype(mx.float32),
+    )
     new = optimizer.apply_gradients({"w": gradient}, {"w": weight})["w"]
     found = {key: np.array(array) for key, array in optimizer.state["w"].items()}
     assert np.abs(np.array(new) - after["p"]).max() < 2e-6
@@ -62,7 +75,9 @@ def test_one_step_gives_the_parameters_codes_and_scales_of_bitsandbytes(name, st
         assert np.allclose(found[key], after[key], rtol=1e-6)
     # a sum rounded the other way may move a number across a border; one in two thousand may
     assert (found["m"] != after["m"]).mean() < 5e-4
-    lifted = (after["v"] == 0) & (found["v"] == 1)  # the one rule that is ours: what is above zero stays above zero
+    lifted = (after["v"] == 0) & (
+        found["v"] == 1
+    )  # the one rule that is ours: what is above zero stays above zero
     assert (found["v"] != after["v"])[~lifted].mean() < 5e-4
     assert not (found["v"] == 0).any() and (lifted.any() or step > 1)
 
@@ -102,7 +117,9 @@ def test_a_gradient_of_zeros_leaves_the_weight_alone():
     assert (new == 1).all().item() and mx.isfinite(optimizer.state["w"]["v_scale"]).all().item()
 
 
-def stepped(update: Update, parameters: dict[str, mx.array], state: dict[str, mx.array], number: int) -> tuple:
+def stepped(
+    update: Update, parameters: dict[str, mx.array], state: dict[str, mx.array], number: int
+) -> tuple:
     key = mx.random.key(number)
     grads = {path: mx.random.normal(array.shape, key=key) for path, array in parameters.items()}
     sums = Sums(mx.array(1.0), grads, mx.array(1.0))
@@ -154,8 +171,15 @@ def test_the_update_can_be_exported_as_the_memory_trace_needs_and_holds_its_tabl
         return [*new.parameters.values(), *new.state.values()]
 
     mx.export_function(records.append, run, *weights.values(), *update.state.values())
-    constants = [array for record in records if record["type"] == "constants" for _, array in record["constants"]]
-    assert sum(array.size == 1 << 16 for array in constants) == 4  # base and edge, signed and not, for all three
+    constants = [
+        array
+        for record in records
+        if record["type"] == "constants"
+        for _, array in record["constants"]
+    ]
+    assert (
+        sum(array.size == 1 << 16 for array in constants) == 4
+    )  # base and edge, signed and not, for all three
 
 
 def test_recipes_of_other_libraries_find_the_name():

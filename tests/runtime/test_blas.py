@@ -16,12 +16,18 @@ import pytest
 
 from qlab.runtime import blas
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux needs the preload")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux needs the preload"
+)
 
 
 def fresh(code: str, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", code], env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", code],
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 

@@ -26,8 +26,12 @@ def test_doctor_says_why_products_are_slow_and_what_is_missing(monkeypatch):
     monkeypatch.setattr(device, "backend", lambda: "cpu")
     monkeypatch.setattr(device.sys, "platform", "linux")
     monkeypatch.setattr(device, "_gflops", lambda: 1.4)
-    monkeypatch.setattr(device.blas, "status", lambda: BlasStatus(None, "too late: import qlab first"))
-    monkeypatch.setattr(device, "_version", lambda package: "missing" if package == "anywidget" else "1.0")
+    monkeypatch.setattr(
+        device.blas, "status", lambda: BlasStatus(None, "too late: import qlab first")
+    )
+    monkeypatch.setattr(
+        device, "_version", lambda package: "missing" if package == "anywidget" else "1.0"
+    )
     monkeypatch.setattr(device, "ram", lambda: (8 * 10**9, 10**9))
     told = "\n".join(qlab.doctor().findings)
     assert "import qlab first" in told and "pip install anywidget" in told and "1.0 GB" in told

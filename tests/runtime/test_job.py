@@ -120,9 +120,16 @@ def work():
     finally: print("saved", flush=True)
 Job(work).start(); held = Job(work).start(); time.sleep(0.1); held.pause()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split("\n") == ["saved", "saved", "The process is ending; MLX is closed.", ""]
+    assert done.stdout.split("\n") == [
+        "saved",
+        "saved",
+        "The process is ending; MLX is closed.",
+        "",
+    ]
 
 
 def test_a_job_that_was_stopped_is_not_begun_again_after_one_that_takes_its_place():

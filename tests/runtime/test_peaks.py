@@ -16,7 +16,10 @@ def own_file(tmp_path, monkeypatch):
 
 def test_without_own_runs_the_band_is_the_shipped_one():
     assert record.band("cpu") == (0.94, 1.06)
-    assert record.band("metal")[1] - record.band("metal")[0] > record.band("cpu")[1] - record.band("cpu")[0]
+    assert (
+        record.band("metal")[1] - record.band("metal")[0]
+        > record.band("cpu")[1] - record.band("cpu")[0]
+    )
 
 
 def test_own_runs_make_the_band():
@@ -37,7 +40,9 @@ def test_the_file_is_bounded():
     for i in range(record._KEPT + 30):
         record.add("cpu", 200, 100, 150 + i)
     lines = record.path().read_text().splitlines()
-    assert len(lines) == record._KEPT and json.loads(lines[-1])["measured"] == 150 + record._KEPT + 29
+    assert (
+        len(lines) == record._KEPT and json.loads(lines[-1])["measured"] == 150 + record._KEPT + 29
+    )
 
 
 def test_nonsense_in_the_file_is_passed_over():
@@ -52,7 +57,9 @@ def test_nonsense_in_the_file_is_passed_over():
     assert len(record.path().read_text().splitlines()) == 9
 
 
-@pytest.mark.parametrize("sizes", [(100, 100, 150), (100, 200, 300), (200, 100, 50), (0, 0, 0), (100, -1, 50)])
+@pytest.mark.parametrize(
+    "sizes", [(100, 100, 150), (100, 200, 300), (200, 100, 50), (0, 0, 0), (100, -1, 50)]
+)
 def test_what_says_nothing_is_not_kept(sizes):
     record.add("cpu", *sizes)
     assert not record.path().exists()

@@ -13,10 +13,16 @@ def to_bfloat16(x: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
-ROUND = {"float32": np.float32, "bfloat16": to_bfloat16, "float16": lambda x: x.astype(np.float16).astype(np.float32)}
+ROUND = {
+    "float32": np.float32,
+    "bfloat16": to_bfloat16,
+    "float16": lambda x: x.astype(np.float16).astype(np.float32),
+}
 
 
-def affine(w: np.ndarray, bits: int, group: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def affine(
+    w: np.ndarray, bits: int, group: int, dtype: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes, scales and biases of MLX's affine format: range from the data, zero and the larger edge exact.
 
     Codes are chosen with unrounded scale and bias, which are then rounded to the weight's dtype.
@@ -70,7 +76,9 @@ def nearest_value(x: np.ndarray, grid: np.ndarray) -> np.ndarray:
 def e4m3() -> np.ndarray:
     """All non-negative finite values of E4M3 (OCP FP8): bias 7, largest 448."""
     subnormal = np.arange(8) / 8 * 2.0**-6
-    normal = [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)]
+    normal = [
+        (1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)
+    ]
     return np.concatenate([subnormal, normal]).astype(np.float32)
 
 

@@ -33,9 +33,13 @@ def error(config: QuantConfig, w: mx.array) -> float:
 def test_bytes_are_those_really_stored(config, dtype):
     w = mx.random.normal((24, 256)).astype(dtype)
     packed = config.scheme.quantize(w, config)
-    assert sum(a.nbytes for a in packed.values()) == config.scheme.nbytes(w.shape, config, dtype.size)
+    assert sum(a.nbytes for a in packed.values()) == config.scheme.nbytes(
+        w.shape, config, dtype.size
+    )
     layout = config.scheme.layout(w.shape, config, str(dtype).removeprefix("mlx.core."))
-    assert {name: (a.shape, str(a.dtype).removeprefix("mlx.core.")) for name, a in packed.items()} == layout
+    assert {
+        name: (a.shape, str(a.dtype).removeprefix("mlx.core.")) for name, a in packed.items()
+    } == layout
     assert packed["weight"].dtype == mx.uint32
 
 
@@ -68,7 +72,12 @@ def test_awkward_rows_stay_finite_and_zeros_stay_zero(config):
     assert mx.isfinite(stored).all().item()
     assert mx.abs(stored[0]).max().item() <= 1e-6
     zeros = mx.zeros((4, 256))
-    assert mx.abs(config.scheme.dequantize(config.scheme.quantize(zeros, config), config, mx.float32)).max().item() <= 1e-6
+    assert (
+        mx.abs(config.scheme.dequantize(config.scheme.quantize(zeros, config), config, mx.float32))
+        .max()
+        .item()
+        <= 1e-6
+    )
 
 
 @pytest.mark.parametrize("size", [1e-36, 1e-38, 1e-41])
@@ -108,20 +117,32 @@ def test_what_stock_mlx_reads_is_multiplied_by_its_own_kernel(config):
     x = mx.random.normal((5, 256), key=mx.random.key(9))
     packed = config.scheme.quantize(w, config)
     y = mx.quantized_matmul(
-        x, packed["weight"], packed["scales"], packed.get("biases"), group_size=config.group_size, bits=config.bits,
+        x,
+        packed["weight"],
+        packed["scales"],
+        packed.get("biases"),
+        group_size=config.group_size,
+        bits=config.bits,
         mode=config.scheme.stock_mode,
-    )  # fmt: skip
-    assert mx.allclose(y, x @ config.scheme.dequantize(packed, config, mx.float32).T, rtol=1e-4, atol=1e-5)
+    )
+    assert mx.allclose(
+        y, x @ config.scheme.dequantize(packed, config, mx.float32).T, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("config", DEFAULTS, ids=label)
 def test_a_stack_of_samples_gives_each_tensor_its_own_error(config):
-    tensors = [mx.random.normal((64, 512), key=mx.random.key(i)) * size for i, size in enumerate((3e-5, 0.02, 3))]
+    tensors = [
+        mx.random.normal((64, 512), key=mx.random.key(i)) * size
+        for i, size in enumerate((3e-5, 0.02, 3))
+    ]
     rows = mx.concatenate([w.reshape(-1, 128)[:64] for w in tensors])
     amax = mx.repeat(mx.stack([mx.abs(w).max() for w in tensors]), 64)[:, None]
     sample = mx.split(config.scheme.roundtrip(rows, config, amax), 3)
     for w, part in zip(tensors, sample, strict=True):
-        stored = config.scheme.dequantize(config.scheme.quantize(w, config), config, mx.float32).reshape(-1, 128)[:64]
+        stored = config.scheme.dequantize(
+            config.scheme.quantize(w, config), config, mx.float32
+        ).reshape(-1, 128)[:64]
         # double quantization's mean and blocks are the sample's, which differ a little from the tensor's
         tolerance = 0.03 if config.mode == "nf4_dq" else 0
         assert mx.linalg.norm(part - stored).item() <= tolerance * mx.linalg.norm(stored).item()
@@ -142,13 +163,21 @@ def test_roundtrip_of_a_sample_equals_storing_the_whole(config):
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (QuantConfig("affine", 2, 64), 0.394), (QuantConfig("affine", 3, 64), 0.189), (QuantConfig("affine", 4, 64), 0.091),
-        (QuantConfig("affine", 5, 64), 0.044), (QuantConfig("affine", 6, 64), 0.022), (QuantConfig("affine", 8, 64), 0.0054),
-        (QuantConfig("affine", 4, 32), 0.081), (QuantConfig("affine", 4, 128), 0.100), (QuantConfig("nf4"), 0.092),
-        (QuantConfig("nvfp4"), 0.0953), (QuantConfig("mxfp4"), 0.1155), (QuantConfig("symmetric"), 0.1076),
+        (QuantConfig("affine", 2, 64), 0.394),
+        (QuantConfig("affine", 3, 64), 0.189),
+        (QuantConfig("affine", 4, 64), 0.091),
+        (QuantConfig("affine", 5, 64), 0.044),
+        (QuantConfig("affine", 6, 64), 0.022),
+        (QuantConfig("affine", 8, 64), 0.0054),
+        (QuantConfig("affine", 4, 32), 0.081),
+        (QuantConfig("affine", 4, 128), 0.100),
+        (QuantConfig("nf4"), 0.092),
+        (QuantConfig("nvfp4"), 0.0953),
+        (QuantConfig("mxfp4"), 0.1155),
+        (QuantConfig("symmetric"), 0.1076),
     ],
     ids=lambda x: x.label if isinstance(x, QuantConfig) else str(x),
-)  # fmt: skip
+)
 def test_error_on_gaussian_weights_is_the_known_one(config, expected):
     w = mx.random.normal((512, 1024), key=mx.random.key(3))
     assert error(config, w) == pytest.approx(expected, rel=0.02)

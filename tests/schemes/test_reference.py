@@ -54,7 +54,10 @@ def test_symmetric_is_what_the_formula_says_and_runs_on_the_native_kernel(bits, 
     # the native kernel computes scale·u + bias in float32, which rounds once where s·q does not
     assert np.abs(stored - expected).max() <= 2e-7 * 2**bits * np.abs(expected).max()
     x = mx.random.normal((3, 384))
-    arrays = [packed[name].astype(mx.float32) if name != "weight" else packed[name] for name in ("weight", "scales", "biases")]
+    arrays = [
+        packed[name].astype(mx.float32) if name != "weight" else packed[name]
+        for name in ("weight", "scales", "biases")
+    ]
     y = mx.quantized_matmul(x, *arrays, transpose=True, group_size=group, bits=bits)
     assert mx.allclose(y, x @ mx.array(expected).T, atol=1e-4)
 
@@ -66,16 +69,23 @@ def test_symmetric_never_produces_the_lowest_code():
     assert codes.min() == 1 and codes.max() == 7
 
 
-@pytest.mark.parametrize(("mode", "largest", "grid"), [("mxfp4", 6.0, reference.E2M1), ("mxfp8", 448.0, reference.e4m3())])
+@pytest.mark.parametrize(
+    ("mode", "largest", "grid"),
+    [("mxfp4", 6.0, reference.E2M1), ("mxfp8", 448.0, reference.e4m3())],
+)
 def test_mxfp_values_are_elements_times_a_power_of_two_and_nearest(mode, largest, grid):
     w, values = weights("float32")
     config = QuantConfig(mode)
-    stored = float32(config.scheme.dequantize(config.scheme.quantize(w, config), config, mx.float32)).reshape(-1, 32)
+    stored = float32(
+        config.scheme.dequantize(config.scheme.quantize(w, config), config, mx.float32)
+    ).reshape(-1, 32)
     groups = values.reshape(-1, 32)
     scale = reference.mxfp_scale(np.abs(groups).max(1, keepdims=True), largest)
     assert reference.nearest(stored / scale, grid).max() == 0
     # a tie may go either way (back ends differ), so the distance is compared, not the value
-    assert np.allclose(np.abs(stored - groups) / scale, reference.nearest(groups / scale, grid), atol=1e-6)
+    assert np.allclose(
+        np.abs(stored - groups) / scale, reference.nearest(groups / scale, grid), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("size", [1.0, 0.01])
@@ -87,8 +97,14 @@ def test_nvfp4_values_are_elements_times_the_nearest_e4m3_scale(mode, size):
     stored = float32(config.scheme.dequantize(packed, config, mx.float32)).reshape(-1, 16)
     factor = np.float32(448 * 6 / packed["global_scale"].item() if mode == "nvfp4" else 1)
     groups = np.array(w).reshape(-1, 16) * factor
-    scale = reference.nearest_value(np.abs(groups).max(1) / np.float32(6), reference.e4m3())[:, None]
-    assert np.allclose(np.abs(stored * factor - groups) / scale, reference.nearest(groups / scale, reference.E2M1), atol=1e-6)
+    scale = reference.nearest_value(np.abs(groups).max(1) / np.float32(6), reference.e4m3())[
+        :, None
+    ]
+    assert np.allclose(
+        np.abs(stored * factor - groups) / scale,
+        reference.nearest(groups / scale, reference.E2M1),
+        atol=1e-6,
+    )
 
 
 def test_nvfp4_tensor_scale_is_exact_and_mends_small_weights():
@@ -105,7 +121,11 @@ def test_nvfp4_tensor_scale_is_exact_and_mends_small_weights():
     factor = 448 * 6 / packed["global_scale"].item()
     assert np.log2(factor) == np.round(np.log2(factor))
     native = mx.dequantize(
-        packed["weight"], packed["scales"], mode="nvfp4", global_scale=packed["global_scale"], dtype=mx.float32
+        packed["weight"],
+        packed["scales"],
+        mode="nvfp4",
+        global_scale=packed["global_scale"],
+        dtype=mx.float32,
     )
     assert mx.array_equal(native, config.scheme.dequantize(packed, config, mx.float32))
 
@@ -129,5 +149,7 @@ def test_double_quantization_equals_bitsandbytes_exact_rule():
     made = _shrink(mx.array(GOLDEN["dq_scales"]))
     assert np.array_equal(np.array(made["absmax"]), GOLDEN["dq_codes"])
     assert np.allclose(np.array(made["absmax_scales"]), GOLDEN["dq_second"], rtol=1e-6)
-    assert np.allclose(made["absmax_offset"].item(), GOLDEN["dq_offset"], rtol=1e-6)  # the order of a sum is free
+    assert np.allclose(
+        made["absmax_offset"].item(), GOLDEN["dq_offset"], rtol=1e-6
+    )  # the order of a sum is free
     assert np.allclose(np.array(_grow(made)), GOLDEN["dq_back"], rtol=1e-6)

@@ -7,9 +7,7 @@ from playwright.sync_api import expect
 from tests.ui.conftest import SHOTS, run_cell
 
 expect.set_options(timeout=20_000)
-OPEN = (
-    "import qlab\nmodel = qlab.load('demo')\nq = qlab.Quantizer(model, bits=4, group_size=64)\na = qlab.Adapter(q, rank=8)\na"
-)
+OPEN = "import qlab\nmodel = qlab.load('demo')\nq = qlab.Quantizer(model, bits=4, group_size=64)\na = qlab.Adapter(q, rank=8)\na"
 
 
 def wait_until_measured(page) -> None:
@@ -35,16 +33,23 @@ def shot(page, name: str) -> None:
 
 def printed(page, text: str) -> None:
     page.wait_for_function(
-        "t => [...document.querySelectorAll('.jp-OutputArea-output pre')].some(e => e.innerText.trim() === t)", arg=text
+        "t => [...document.querySelectorAll('.jp-OutputArea-output pre')].some(e => e.innerText.trim() === t)",
+        arg=text,
     )
 
 
 def test_rank_targets_start_quantizer_and_a_narrow_page(notebook):
     page = notebook(
         "adapter",
-        [OPEN, "print(a.rank, a.keys)", "a.rank = 4", "q.bits = 2", "a.init = 'qera'\nprint(len(a.parameters), a.init)",
-         "a.set_parameters(a.parameters, 'test')\na.rank = 32"],
-    )  # fmt: skip
+        [
+            OPEN,
+            "print(a.rank, a.keys)",
+            "a.rank = 4",
+            "q.bits = 2",
+            "a.init = 'qera'\nprint(len(a.parameters), a.init)",
+            "a.set_parameters(a.parameters, 'test')\na.rank = 32",
+        ],
+    )
     page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
     run_cell(page, 0)
     wait_until_measured(page)
@@ -65,7 +70,9 @@ def test_rank_targets_start_quantizer_and_a_narrow_page(notebook):
     page.wait_for_timeout(100)
     assert heights(page) > before
     page.locator(".qlab-adapter .qlab-role", has_text="gate_proj").first.click()
-    expect(code).to_contain_text('keys=["q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj"]')
+    expect(code).to_contain_text(
+        'keys=["q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj"]'
+    )
     page.wait_for_timeout(500)
     run_cell(page, 1)
     printed(page, "32 ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'down_proj', 'up_proj')")
@@ -83,7 +90,9 @@ def test_rank_targets_start_quantizer_and_a_narrow_page(notebook):
         "!document.querySelector('.qlab-adapter .qlab-old') && document.querySelector('.qlab-adapter .qlab-actions progress').hidden",
         timeout=240_000,
     )
-    page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    page.evaluate(
+        "window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
+    )
     page.wait_for_timeout(1500)
     shot(page, "adapter_dark")
     run_cell(page, 4)

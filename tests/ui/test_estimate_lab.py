@@ -34,11 +34,15 @@ def ready(page, name: str, cells: list[str], **options):
 
 
 def settled(page) -> None:
-    page.wait_for_function("document.querySelector('.qlab-estimate .qlab-actions progress').hidden", timeout=240_000)
+    page.wait_for_function(
+        "document.querySelector('.qlab-estimate .qlab-actions progress').hidden", timeout=240_000
+    )
 
 
 def test_trace_follows_sliders_need_no_kernel_and_budgets_judge(notebook):
-    page = ready(notebook, "estimate", [OPEN, "est.panel.setup.train.batch_size, q.bits", "q.bits = 3"])
+    page = ready(
+        notebook, "estimate", [OPEN, "est.panel.setup.train.batch_size, q.bits", "q.bits = 3"]
+    )
     expect(page.locator(".qlab-level")).to_have_text("traced")
     page.locator(".qlab-estimate").screenshot(path=SHOTS / "estimate_light.png")
 
@@ -73,7 +77,9 @@ def test_trace_follows_sliders_need_no_kernel_and_budgets_judge(notebook):
     # a real step
     page.locator(".qlab-probe").click()
     expect(page.locator(".qlab-level")).to_have_text("measured")
-    page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    page.evaluate(
+        "window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
+    )
     page.wait_for_timeout(1500)
     page.locator(".qlab-estimate").screenshot(path=SHOTS / "estimate_dark.png")
     assert not page.locator(".qlab-stale").count()
@@ -92,7 +98,9 @@ def test_trace_follows_sliders_need_no_kernel_and_budgets_judge(notebook):
 
 def test_a_page_without_a_kernel_moves_and_says_what_it_does_not_know(chromium, tmp_path):
     file = tmp_path / "page.html"
-    file.write_text(page_of(qlab.estimate("demo", qlab.QuantConfig()).panel.state()), encoding="utf-8")
+    file.write_text(
+        page_of(qlab.estimate("demo", qlab.QuantConfig()).panel.state()), encoding="utf-8"
+    )
     context = chromium.new_context(viewport={"width": 700, "height": 800}, color_scheme="dark")
     page, errors = context.new_page(), []
     page.on("pageerror", lambda error: errors.append(str(error)))

@@ -11,7 +11,9 @@ OPEN = "import qlab\nmodel = qlab.load('demo')\nq = qlab.Quantizer(model, bits=4
 
 
 def heights(page) -> list[float]:
-    return page.evaluate("[...document.querySelectorAll('.qlab-bar')].map(r => +r.getAttribute('height'))")
+    return page.evaluate(
+        "[...document.querySelectorAll('.qlab-bar')].map(r => +r.getAttribute('height'))"
+    )
 
 
 def wait_until_measured(page) -> None:
@@ -24,7 +26,13 @@ def wait_until_measured(page) -> None:
 
 def test_slider_keys_override_and_theme(notebook):
     page = notebook(
-        "panel", [OPEN, "q.bits, q.plan.overrides", "q.bits = 3", "print(q.bits, q.group_size, len(q.plan.overrides))"]
+        "panel",
+        [
+            OPEN,
+            "q.bits, q.plan.overrides",
+            "q.bits = 3",
+            "print(q.bits, q.group_size, len(q.plan.overrides))",
+        ],
     )
     page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
     run_cell(page, 0)
@@ -57,7 +65,9 @@ def test_slider_keys_override_and_theme(notebook):
     )
     run_cell(page, 2)
     page.wait_for_function("document.querySelector('.qlab-ticks .on').innerText === '3'")
-    page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    page.evaluate(
+        "window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
+    )
     page.wait_for_timeout(1500)
     page.locator(".qlab").first.screenshot(path=SHOTS / "panel_dark.png")
     assert not page.locator(".qlab-stale").count()

@@ -25,8 +25,12 @@ def state(demo):
     q.close()
     q.set(PATH, bits=8)
     made = q.state()
-    errors = np.array([[2.0**-config.bits] for config in made.table.configs], np.float32)  # no need to measure them here
-    return replace(made, table=replace(made.table, values=np.broadcast_to(errors, made.table.values.shape)))
+    errors = np.array(
+        [[2.0**-config.bits] for config in made.table.configs], np.float32
+    )  # no need to measure them here
+    return replace(
+        made, table=replace(made.table, values=np.broadcast_to(errors, made.table.values.shape))
+    )
 
 
 @pytest.fixture
@@ -63,9 +67,15 @@ TABLES = {
 def test_a_wide_table_scrolls_within_itself_and_leaves_a_narrow_page_as_it_is(name, chromium):
     shown = TABLES[name]()
     page = chromium.new_page(viewport={"width": 320, "height": 700})
-    page.set_content(f"<style>body {{ margin: 0 }} td, th {{ padding: 6px }}</style>{shown._repr_html_()}")
-    page.evaluate("document.querySelectorAll('img').forEach(e => e.remove())")  # JupyterLab makes them as narrow as the page
-    widest = page.evaluate("Math.max(...[...document.querySelectorAll('table')].map(e => e.offsetWidth))")
+    page.set_content(
+        f"<style>body {{ margin: 0 }} td, th {{ padding: 6px }}</style>{shown._repr_html_()}"
+    )
+    page.evaluate(
+        "document.querySelectorAll('img').forEach(e => e.remove())"
+    )  # JupyterLab makes them as narrow as the page
+    widest = page.evaluate(
+        "Math.max(...[...document.querySelectorAll('table')].map(e => e.offsetWidth))"
+    )
     assert widest > 320  # else it proves nothing
     assert page.evaluate("document.documentElement.scrollWidth") == 320
     page.close()

@@ -19,14 +19,18 @@ SAYS = "text => [...document.querySelectorAll('.jp-OutputArea-output pre')].some
 
 
 def test_a_run_is_started_watched_steered_and_stopped_while_the_kernel_stays_free(notebook):
-    page = notebook("train", [OPEN, "q.bits = 3\nprint('moved', q.bits, t.status)", "print('end', t.status, a.trained)"])
+    page = notebook(
+        "train",
+        [OPEN, "q.bits = 3\nprint('moved', q.bits, t.status)", "print('end', t.status, a.trained)"],
+    )
     page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
     run_cell(page, 0)
     panel = page.locator(".qlab").first
     page.wait_for_selector(".qlab-word", timeout=90_000)
     panel.locator("button", has_text="start").first.click()
     page.wait_for_function(
-        "+(document.querySelector('.qlab')?.innerText.match(/step\\s+(\\d+)/)?.[1] ?? 0) > 6", timeout=120_000
+        "+(document.querySelector('.qlab')?.innerText.match(/step\\s+(\\d+)/)?.[1] ?? 0) > 6",
+        timeout=120_000,
     )
     run_cell(page, 1)  # another cell runs meanwhile, and another panel's sliders move
     page.wait_for_function(SAYS, arg="moved 3 running", timeout=60_000)

@@ -66,7 +66,10 @@ def settle(page) -> None:
 
 
 def test_start_steer_pause_reload_stop_and_a_kernel_that_is_gone(notebook):
-    page = notebook("train", [PRETEND, "import time\nfor _ in range(30): time.sleep(0.1)", "print(t.heard, t.rate)"])
+    page = notebook(
+        "train",
+        [PRETEND, "import time\nfor _ in range(30): time.sleep(0.1)", "print(t.heard, t.rate)"],
+    )
     page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
     run_cell(page, 0)
     expect(page.locator(WORD)).to_have_text("○ ready", timeout=60_000)
@@ -106,7 +109,9 @@ def test_start_steer_pause_reload_stop_and_a_kernel_that_is_gone(notebook):
     expect(page.locator(".qlab-say.step")).to_have_text("step 0")
     page.keyboard.press("ArrowRight")
     expect(page.locator(".qlab-say.step")).to_have_text("step 1")
-    page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    page.evaluate(
+        "window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
+    )
     page.wait_for_timeout(1000)
     page.locator(".qlab").screenshot(path=SHOTS / "trainer_dark.png")
 
@@ -114,7 +119,9 @@ def test_start_steer_pause_reload_stop_and_a_kernel_that_is_gone(notebook):
     page.wait_for_timeout(1000)
     page.goto(page.url.split("?")[0] + "?token=tok")
     page.wait_for_selector(".qlab-dots", state="attached", timeout=90_000)
-    page.wait_for_function(f"{POINTS} >= {before}", timeout=60_000)  # the whole history is there again
+    page.wait_for_function(
+        f"{POINTS} >= {before}", timeout=60_000
+    )  # the whole history is there again
     page.get_by_role("button", name="▶ resume").click()
     page.wait_for_function(f"{POINTS} > {before} + 10")
     page.get_by_role("button", name="■ stop").click()
@@ -131,7 +138,9 @@ def test_start_steer_pause_reload_stop_and_a_kernel_that_is_gone(notebook):
     page.get_by_role("button", name="▶ go on").click()
     page.wait_for_selector(".qlab-stale .qlab-stale-note", timeout=15_000)
     assert "Kernel not connected" in page.locator(".qlab-stale-note").inner_text()
-    assert [error for error in page.errors if "Canceled future" not in error] == []  # what JupyterLab itself had asked
+    assert [
+        error for error in page.errors if "Canceled future" not in error
+    ] == []  # what JupyterLab itself had asked
 
 
 # --- the self-contained page: every state, narrow and wide ----------------------------------------------------------
@@ -157,7 +166,9 @@ def opened(chromium, tmp_path):
     def open_(state, width=700, scheme="light"):
         file = tmp_path / "page.html"
         file.write_text(page_of(state), encoding="utf-8")
-        contexts.append(chromium.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme))
+        contexts.append(
+            chromium.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        )
         page = contexts[-1].new_page()
         page.errors = []
         page.on("pageerror", lambda error: page.errors.append(str(error)))
@@ -220,5 +231,7 @@ def test_ten_thousand_steps_are_repainted_within_a_few_frames(chromium, tmp_path
       }
       return times; }""")
     context.close()
-    print(f"repaint of 10 000 steps: {statistics.median(times):.1f} ms (median), {max(times):.1f} ms (largest)")
+    print(
+        f"repaint of 10 000 steps: {statistics.median(times):.1f} ms (median), {max(times):.1f} ms (largest)"
+    )
     assert statistics.median(times) < 250  # 12 to 50 ms on two shared cores that draw without a GPU

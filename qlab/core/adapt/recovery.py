@@ -1,4 +1,5 @@
-"""How much of a layer's quantization error a low rank makes up for, and how much of that noise alone would give.
+"""How much of a layer's quantization error a low rank makes up for, and how much of that noise
+alone would give.
 
 Knows neither weights nor how they are drawn.
 """
@@ -16,9 +17,12 @@ GRID = tuple(dict.fromkeys([*range(1, 17), *(round(16 * 2 ** (i / 4)) for i in r
 
 @dataclass(frozen=True, eq=False)
 class Recovery:
-    """The error E = W − Ŵ of one layer, and what each rank of ``GRID`` takes away from it; NaN above what was computed.
+    """The error E = W − Ŵ of one layer, and what each rank of ``GRID`` takes away from it.
 
-    Of a mixture's experts, each with factors of its own, squares are added up: singular values are those of a typical expert.
+    NaN above what was computed.
+
+    Of a mixture's experts, each with factors of its own, squares are added up: singular values are
+    those of a typical expert.
 
     Attributes:
         path: of the layer.
@@ -27,8 +31,8 @@ class Recovery:
         noise: the same of white noise of E's shape (Marchenko–Pastur).
         weight: float32, share of ‖E‖² that the data-free start recovers.
         noise_weight: the same if E is white noise.
-        output: by name of a start, float32, share of the squared error of the layer's output that it recovers on held-out
-            text; empty if the layer saw none.
+        output: by name of a start, float32, share of the squared error of the layer's output that
+            it recovers on held-out text; empty if the layer saw none.
     """
 
     path: str
@@ -40,11 +44,14 @@ class Recovery:
     output: dict[str, np.ndarray] = field(default_factory=dict)
 
     def share(self, rank: int, init: str = "weight") -> float:
-        """Return the share that a rank recovers, between the ranks of ``GRID`` by interpolation; NaN if unknown.
+        """Return the share that a rank recovers, between the ranks of ``GRID`` by interpolation.
+
+        NaN if unknown.
 
         Args:
             rank: 1 or more.
-            init: a start, judged by the output on held-out text; ``weight`` is the data-free start, judged by the weights.
+            init: a start, judged by the output on held-out text; ``weight`` is the data-free start,
+                judged by the weights.
         """
         curve = self.weight if init == "weight" else self.output.get(init)
         if curve is None or not (known := np.isfinite(curve)).any():
@@ -53,7 +60,9 @@ class Recovery:
 
 
 def on_grid(values: np.ndarray) -> np.ndarray:
-    """Return the values at the ranks of ``GRID`` (the first value is rank 1), float32, NaN where there is none."""
+    """Return the values at the ranks of ``GRID`` (the first value is rank 1), float32, NaN where
+    there is none.
+    """
     found = np.full(len(GRID), np.nan, np.float32)
     held = [i for i, rank in enumerate(GRID) if rank <= len(values)]
     found[held] = values[[GRID[i] - 1 for i in held]]
@@ -62,10 +71,12 @@ def on_grid(values: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def noise_squares(rows: int, columns: int) -> np.ndarray:
-    """Return the squared singular values that white noise of a shape is expected to have; descending, their sum is 1.
+    """Return the squared singular values that white noise of a shape is expected to have.
 
-    Quantiles of the law of Marchenko and Pastur (1967): with β = rows/columns ≤ 1, the eigenvalues x of the sample
-    covariance have density √((b−x)(x−a)) / (2πβx) on [a, b] = [(1−√β)², (1+√β)²].
+    Descending, their sum is 1.
+
+    Quantiles of the law of Marchenko and Pastur (1967): with β = rows/columns ≤ 1, the eigenvalues
+    x of the sample covariance have density √((b−x)(x−a)) / (2πβx) on [a, b] = [(1−√β)², (1+√β)²].
     """
     few, many = sorted((rows, columns))
     beta = few / many

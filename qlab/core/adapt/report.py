@@ -26,10 +26,12 @@ class LayerAdapter:
         size: trainable numbers.
         nbytes: of them.
         relative_error: ‖W−Ŵ‖/‖W‖ of the layer; NaN if not measured, or if no original is known.
-        recovered: share of the squared weight error that the data-free start of this rank takes away; NaN if not measured.
-        recovered_noise: the same if the error were white noise (Marchenko–Pastur): only what is above it is structure.
-        recovered_output: share of the squared error of the layer's output on held-out text that the best start of this rank
-            takes away, whatever ``init`` is now; NaN if not measured.
+        recovered: share of the squared weight error that the data-free start of this rank takes
+            away; NaN if not measured.
+        recovered_noise: the same if the error were white noise (Marchenko–Pastur): only what is
+            above it is structure.
+        recovered_output: share of the squared error of the layer's output on held-out text that the
+            best start of this rank takes away, whatever ``init`` is now; NaN if not measured.
     """
 
     path: str
@@ -75,7 +77,9 @@ class AdapterReport:
         """Return a data frame, a row per layer."""
         import pandas as pd
 
-        return pd.DataFrame([{f.name: getattr(layer, f.name) for f in fields(layer)} for layer in self.layers])
+        return pd.DataFrame(
+            [{f.name: getattr(layer, f.name) for f in fields(layer)} for layer in self.layers]
+        )
 
     def __repr__(self) -> str:
         return (
@@ -84,7 +88,9 @@ class AdapterReport:
         )
 
 
-def report_of(spec: ModelSpec, config: LoRAConfig, recoveries: Mapping[str, Recovery | None]) -> AdapterReport:
+def report_of(
+    spec: ModelSpec, config: LoRAConfig, recoveries: Mapping[str, Recovery | None]
+) -> AdapterReport:
     """Return the table of an adapter's layers with what is known of them."""
     rows = []
     for layer in config.targets(spec):
@@ -93,8 +99,11 @@ def report_of(spec: ModelSpec, config: LoRAConfig, recoveries: Mapping[str, Reco
         if (found := recoveries.get(layer.path)) is not None:
             noise = replace(found, weight=found.noise_weight).share(rank)
             row = replace(
-                row, relative_error=found.relative_error, recovered=found.share(rank), recovered_noise=noise,
+                row,
+                relative_error=found.relative_error,
+                recovered=found.share(rank),
+                recovered_noise=noise,
                 recovered_output=found.share(rank, "qera"),
-            )  # fmt: skip
+            )
         rows.append(row)
     return AdapterReport(config, tuple(rows), spec.size)

@@ -1,7 +1,8 @@
-"""How much of a trained change is left after it has been merged into the weights and stored, as a value with a display.
+"""How much of a trained change is left after it has been merged into the weights and stored, as a
+value with a display.
 
-Retention ρ = ⟨Q(W + D) − Q(W), D⟩ / ‖D‖²: 1 means that storing keeps the change D whole (on average over directions), 0 that
-rounding removes it. Knows neither how it was measured nor what Q is.
+Retention ρ = ⟨Q(W + D) − Q(W), D⟩ / ‖D‖²: 1 means that storing keeps the change D whole (on average
+over directions), 0 that rounding removes it. Knows neither how it was measured nor what Q is.
 """
 
 from __future__ import annotations
@@ -35,14 +36,18 @@ class LayerSurvival:
         stored: label of the base's storage, or None if it is not quantized.
         delta_norm: ‖D‖, Frobenius.
         relative_size: ‖D‖ / ‖W‖, W being the base as it computes.
-        error_ratio: ‖W0 − W‖ / ‖D‖: quantization error against the change; NaN without the original W0.
+        error_ratio: ‖W0 − W‖ / ‖D‖: quantization error against the change; NaN without the original
+            W0.
         kept_16: ρ of a dense layer.
         kept_8: ρ in 8 bits.
         kept_base: ρ in the base's own storage.
-        kept_base_from_original: ρ in the base's own storage if D is added to W0; NaN without the original.
-        codes_changed: share of the base's codes that D changes, dequantized base; NaN if it is not quantized.
+        kept_base_from_original: ρ in the base's own storage if D is added to W0; NaN without the
+            original.
+        codes_changed: share of the base's codes that D changes, dequantized base; NaN if it is not
+            quantized.
         depth: ``exact``, or ``sampled`` where some rows spoke for all.
-        kept_base_least: ρ in the base's own storage of the expert that keeps least of its change; NaN if it is no mixture.
+        kept_base_least: ρ in the base's own storage of the expert that keeps least of its change;
+            NaN if it is no mixture.
     """
 
     path: str
@@ -78,7 +83,9 @@ class Survival:
     layers: tuple[LayerSurvival, ...]
 
     def kept(self, target: str) -> float:
-        """Return ρ over all layers, each weighted by ‖D‖²; NaN if the adapter changes nothing, or the target is unknown here.
+        """Return ρ over all layers, each weighted by ‖D‖².
+
+        NaN if the adapter changes nothing, or the target is unknown here.
 
         Args:
             target: ``16``, ``8``, ``base`` or ``base_from_original``.
@@ -90,13 +97,19 @@ class Survival:
         weights = np.array([layer.delta_norm**2 for layer in self.layers])
         values = np.array([layer.kept(target) for layer in self.layers])
         known = weights > 0
-        return float((weights * values)[known].sum() / weights[known].sum()) if known.any() else math.nan
+        return (
+            float((weights * values)[known].sum() / weights[known].sum())
+            if known.any()
+            else math.nan
+        )
 
     def worst(self, count: int = 5, target: str = "base") -> tuple[LayerSurvival, ...]:
         """Return the layers that lose most of their change; those that have none come last."""
         target = self._target(target)
         values = [layer.kept(target) for layer in self.layers]
-        order = sorted(range(len(values)), key=lambda i: math.inf if math.isnan(values[i]) else values[i])
+        order = sorted(
+            range(len(values)), key=lambda i: math.inf if math.isnan(values[i]) else values[i]
+        )
         return tuple(self.layers[i] for i in order[:count])
 
     @property
@@ -112,8 +125,14 @@ class Survival:
                     f"Stored as {self._name(target)}, {max(kept, 0):.0%} of the change survives. {self._way_out(target)}"
                 )
         if self.kept("16") < ENOUGH:
-            found.append("Even dense weights lose part of this change, which is below their rounding: keep the adapter beside.")
-        ratios = [layer.error_ratio for layer in self.layers if layer.delta_norm and not math.isnan(layer.error_ratio)]
+            found.append(
+                "Even dense weights lose part of this change, which is below their rounding: keep the adapter beside."
+            )
+        ratios = [
+            layer.error_ratio
+            for layer in self.layers
+            if layer.delta_norm and not math.isnan(layer.error_ratio)
+        ]
         if ratios:
             middle = float(np.median(ratios))
             found.append(
@@ -125,7 +144,9 @@ class Survival:
     def _way_out(self, target: str) -> str:
         if target == "base" and self.kept("8") >= ENOUGH:
             way = f"Cheapest fix: bits=8 for the adapted layers ({self.kept('8'):.1%} survives)"
-            if ENOUGH <= self.kept("base_from_original") <= 2 - ENOUGH:  # a start moves what rounding would have moved anyway
+            if (
+                ENOUGH <= self.kept("base_from_original") <= 2 - ENOUGH
+            ):  # a start moves what rounding would have moved anyway
                 kept = self.kept("base_from_original")
                 way += f", or bits='base' with onto='original' ({kept:.0%} at the same size, with new rounding noise)"
             return way + "; bits=16 is the default."
@@ -138,10 +159,12 @@ class Survival:
     def _target(self, target: str) -> str:
         target = str(target)
         if target not in TARGETS:
-            raise ConfigError(f"target={target!r} is not legal; choose one of {', '.join(TARGETS)}.{nearest(target, TARGETS)}")
+            raise ConfigError(
+                f"target={target!r} is not legal; choose one of {', '.join(TARGETS)}.{nearest(target, TARGETS)}"
+            )
         return target
 
-    # --- display ----------------------------------------------------------------------------------------------------
+    # --- display ----------------------------------------------------------------------------------
 
     def to_pandas(self) -> Any:
         """Return a data frame, a row a layer."""
@@ -151,7 +174,9 @@ class Survival:
 
     def _totals(self) -> list[tuple[str, str, str]]:
         totals = [(target, self.kept(target), text) for target, text in TARGETS.items()]
-        return [(target, f"{kept:.3f}", text) for target, kept, text in totals if not math.isnan(kept)]
+        return [
+            (target, f"{kept:.3f}", text) for target, kept, text in totals if not math.isnan(kept)
+        ]
 
     def __repr__(self) -> str:
         head = f"Survival({self.model!r}, {self.adapter}, {len(self.layers)} layers)"
@@ -166,7 +191,9 @@ class Survival:
             for target, kept, text in self._totals()
         )
         worst = self.worst(_ROWS)
-        rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in _cells(layer))}</tr>" for layer in worst)
+        rows = "".join(
+            f"<tr>{''.join(f'<td>{cell}</td>' for cell in _cells(layer))}</tr>" for layer in worst
+        )
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
         table = (
             f"<table><thead><tr><th>worst {len(worst)} of {len(self.layers)} layers</th><th>stored as</th><th>‖D‖/‖W‖</th>"
@@ -180,8 +207,17 @@ class Survival:
 
 
 def _cells(layer: LayerSurvival) -> list[str]:
-    numbers = [f"{layer.relative_size:.2%}", f"{layer.error_ratio:.2g}", f"{layer.kept_16:.3f}", f"{layer.kept_8:.3f}"]
+    numbers = [
+        f"{layer.relative_size:.2%}",
+        f"{layer.error_ratio:.2g}",
+        f"{layer.kept_16:.3f}",
+        f"{layer.kept_8:.3f}",
+    ]
     least = "" if math.isnan(layer.kept_base_least) else f" (an expert {layer.kept_base_least:.3f})"
     numbers += [f"{layer.kept_base:.3f}{least}", f"{layer.codes_changed:.1%}"]
     label = html.escape(layer.stored or "not quantized")
-    return [html.escape(layer.path), label, *("–" if number.startswith("nan") else number for number in numbers)]
+    return [
+        html.escape(layer.path),
+        label,
+        *("–" if number.startswith("nan") else number for number in numbers),
+    ]

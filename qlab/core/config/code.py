@@ -16,7 +16,13 @@ def adapter_code(config: LoRAConfig, source: str) -> str:
     for name in ("kind", "scale", "dropout", "keys", "num_layers", "init", "rslora", "dtype"):
         value = getattr(config, name)
         if value != getattr(default, name):
-            text = f'"{value}"' if isinstance(value, str) else repr(list(value)) if isinstance(value, tuple) else f"{value:g}"
+            text = (
+                f'"{value}"'
+                if isinstance(value, str)
+                else repr(list(value))
+                if isinstance(value, tuple)
+                else f"{value:g}"
+            )
             shown.append(f"{name}={value if isinstance(value, bool) else text}".replace("'", '"'))
     return f"a = qlab.Adapter({source}, {', '.join(shown)})"
 
@@ -35,7 +41,9 @@ def code_line(plan: QuantPlan, solver: str = "rtn") -> str:
 
 
 def base_code(source: str, plan: QuantPlan | None, solver: str) -> str:
-    """Return the lines that write a model of a source to the folder ``base``, stored by a plan or, without one, as it came."""
+    """Return the lines that write a model of a source to the folder ``base``, stored by a plan or,
+    without one, as it came.
+    """
     lines = ["import qlab", "", f"model = qlab.load({json.dumps(source)})"]
     if plan is None:
         return "\n".join([*lines, 'model.save("base")'])
@@ -69,5 +77,9 @@ def _config(config: QuantConfig | None) -> str:
 
 def _short(config: LoRAConfig | TrainConfig) -> str:
     """Write a config with only what differs from its defaults."""
-    shown = [f"{f.name}={getattr(config, f.name)!r}" for f in fields(config) if getattr(config, f.name) != f.default]
+    shown = [
+        f"{f.name}={getattr(config, f.name)!r}"
+        for f in fields(config)
+        if getattr(config, f.name) != f.default
+    ]
     return f"qlab.{type(config).__name__}({', '.join(shown)})"

@@ -21,9 +21,16 @@ def _flag(name: str, value: Any) -> None:
 
 def _choice(name: str, value: Any, legal: Iterable[str]) -> None:
     if not isinstance(value, str) or value not in legal:
-        raise ConfigError(f"{name}={value!r} is not legal; choose one of {', '.join(legal)}.{nearest(value, legal)}")
+        raise ConfigError(
+            f"{name}={value!r} is not legal; choose one of {', '.join(legal)}.{nearest(value, legal)}"
+        )
 
 
 def _number(name: str, value: Any, what: str, legal: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or not legal(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not isfinite(value)
+        or not legal(value)
+    ):
         raise ConfigError(f"{name}={value!r} is not legal; it is {what}.")

@@ -66,7 +66,8 @@ class Scheme(ABC):
         """Pack a weight by rounding to nearest.
 
         Args:
-            weight: ``(…, out, in)``, float32, bfloat16 or float16; ``in`` is a multiple of the group size.
+            weight: ``(…, out, in)``, float32, bfloat16 or float16; ``in`` is a multiple of the
+                group size.
             config: bits and group size.
 
         Returns:
@@ -78,7 +79,9 @@ class Scheme(ABC):
         """Return the weight ``(…, out, in)`` that the packed arrays stand for, in ``dtype``."""
 
     def take(self, packed: dict[str, Any], rows: Any) -> dict[str, Any]:
-        """Return packed arrays that stand for some rows of the weight, ``rows`` being integers of any shape."""
+        """Return packed arrays that stand for some rows of the weight, ``rows`` being integers of
+        any shape.
+        """
         return {name: array[rows] if array.ndim > 1 else array for name, array in packed.items()}
 
     def roundtrip(self, rows: Any, config: QuantConfig, amax: Any = None) -> Any:
@@ -87,8 +90,9 @@ class Scheme(ABC):
         Args:
             rows: ``(n, width)`` in the weight's own dtype.
             config: bits and group size.
-            amax: ``(n, 1)`` float32, the largest magnitude of the tensor that each row was taken from; rows of one
-                tensor stand together. Only formats with a number for the whole tensor need it.
+            amax: ``(n, 1)`` float32, the largest magnitude of the tensor that each row was taken
+                from; rows of one tensor stand together. Only formats with a number for the whole
+                tensor need it.
 
         Returns:
             float32 ``(n, width)``: the values that the format would store.
@@ -97,7 +101,9 @@ class Scheme(ABC):
 
         return self.dequantize(self.quantize(rows, config), config, mx.float32)
 
-    def bits_per_weight(self, shape: tuple[int, ...], config: QuantConfig, itemsize: int = 2) -> float:
+    def bits_per_weight(
+        self, shape: tuple[int, ...], config: QuantConfig, itemsize: int = 2
+    ) -> float:
         """Stored bits per weight, scales and all, for a weight of this shape."""
         return 8 * self.nbytes(shape, config, itemsize) / prod(shape)
 
@@ -123,11 +129,15 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         scheme = self.scheme
-        object.__setattr__(self, "bits", _legal("bits", self.bits, scheme.bits, scheme.default_bits, scheme))
+        object.__setattr__(
+            self, "bits", _legal("bits", self.bits, scheme.bits, scheme.default_bits, scheme)
+        )
         object.__setattr__(
             self,
             "group_size",
-            _legal("group_size", self.group_size, scheme.group_sizes, scheme.default_group_size, scheme),
+            _legal(
+                "group_size", self.group_size, scheme.group_sizes, scheme.default_group_size, scheme
+            ),
         )
 
     @property
@@ -141,14 +151,18 @@ class QuantConfig:
         return f"{self.mode} {self.bits}-bit g{self.group_size}"
 
 
-def _legal(word: str, value: int | None, legal: tuple[int, ...], default: int, scheme: Scheme) -> int:
+def _legal(
+    word: str, value: int | None, legal: tuple[int, ...], default: int, scheme: Scheme
+) -> int:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value not in legal:
         hint = ""
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             hint = f" The nearest is {min(legal, key=lambda x: abs(x - value))}."
-        raise ConfigError(f"{word}={value!r} is not legal for mode {scheme.name!r}; it has {', '.join(map(str, legal))}.{hint}")
+        raise ConfigError(
+            f"{word}={value!r} is not legal for mode {scheme.name!r}; it has {', '.join(map(str, legal))}.{hint}"
+        )
     return value
 
 
@@ -178,8 +192,12 @@ class QuantPlan:
     def __post_init__(self) -> None:
         for path, config in self.overrides.items():
             if config is not None and not isinstance(config, QuantConfig):
-                raise ConfigError(f"overrides[{path!r}]={config!r} is not legal; it is a QuantConfig, or None.")
-        object.__setattr__(self, "overrides", MappingProxyType(dict(sorted(self.overrides.items()))))
+                raise ConfigError(
+                    f"overrides[{path!r}]={config!r} is not legal; it is a QuantConfig, or None."
+                )
+        object.__setattr__(
+            self, "overrides", MappingProxyType(dict(sorted(self.overrides.items())))
+        )
 
     def config_for(self, path: str) -> QuantConfig | None:
         """Return the config of a layer, or None where it stays at its own precision."""
@@ -196,7 +214,9 @@ class QuantPlan:
     def label(self) -> str:
         """Short name, such as ``affine 4-bit g64`` or ``affine 4-bit g64 (2 layers otherwise)``."""
         count = len(self.overrides)
-        return self.default.label + (f" ({count} layer{'s' * (count > 1)} otherwise)" if count else "")
+        return self.default.label + (
+            f" ({count} layer{'s' * (count > 1)} otherwise)" if count else ""
+        )
 
     def __hash__(self) -> int:
         return hash((self.default, tuple(self.overrides.items())))

@@ -17,7 +17,8 @@ class Solver(ABC):
     Attributes:
         name: the ``solver`` that a user types.
         title: one line that says what it does.
-        needs_inputs: whether it needs the second moments of the layer's inputs (a calibration text).
+        needs_inputs: whether it needs the second moments of the layer's inputs (a calibration
+            text).
         modes: schemes that it can fill, or None for all.
     """
 

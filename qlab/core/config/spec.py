@@ -54,14 +54,18 @@ class LayerSpec:
     @cached_property
     def role(self) -> str:
         """What the layer is within its block, such as ``mlp.down_proj``; equal for all blocks."""
-        return re.split(r"\.\d+\.", self.path, maxsplit=1)[-1] if self.block is not None else self.path
+        return (
+            re.split(r"\.\d+\.", self.path, maxsplit=1)[-1] if self.block is not None else self.path
+        )
 
     def refusal(self, config: QuantConfig) -> str | None:
         """Say why this config cannot store the layer, or return None if it can."""
         if self.obstacle:
             return self.obstacle
         if self.shape[-1] % config.group_size:
-            return f"input width {self.shape[-1]} is not a multiple of group size {config.group_size}"
+            return (
+                f"input width {self.shape[-1]} is not a multiple of group size {config.group_size}"
+            )
         return None
 
     def nbytes_as(self, config: QuantConfig | None) -> int:
@@ -94,18 +98,25 @@ class ModelSpec:
 
     def __getitem__(self, path: str) -> LayerSpec:
         if path not in self.by_path:
-            raise LayerNotFoundError(f"The model {self.name!r} has no layer {path!r}.{nearest(path, self.by_path)}")
+            raise LayerNotFoundError(
+                f"The model {self.name!r} has no layer {path!r}.{nearest(path, self.by_path)}"
+            )
         return self.by_path[path]
 
     @cached_property
     def stored(self) -> str:
-        """How the first quantized layer is stored, such as ``affine 4-bit g64``; empty if none is quantized."""
+        """How the first quantized layer is stored, such as ``affine 4-bit g64``.
+
+        Empty if none is quantized.
+        """
         return next((layer.stored for layer in self.layers if layer.stored), "")
 
     @cached_property
     def vocabulary(self) -> int | None:
         """Tokens that the model knows: rows of its largest embedding; None if no layer is one."""
-        return max((layer.shape[0] for layer in self.layers if layer.kind == "embedding"), default=None)
+        return max(
+            (layer.shape[0] for layer in self.layers if layer.kind == "embedding"), default=None
+        )
 
     @cached_property
     def size(self) -> int:

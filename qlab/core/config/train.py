@@ -1,4 +1,7 @@
-"""What an optimizer must declare and do. The optimizers themselves are files in ``optimizers/``. Knows no model."""
+"""What an optimizer must declare and do. The optimizers themselves are files in ``optimizers/``.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ class OptimizerKind(ABC):
     Attributes:
         name: the ``optimizer`` that a user types.
         title: one line that says what it is.
-        elementwise: whether each number is updated by itself, with state of the parameter's own shape. Then all parameters
-            are updated as one vector, to the same bits; False is always right.
+        elementwise: whether each number is updated by itself, with state of the parameter's own
+            shape. Then all parameters are updated as one vector, to the same bits; False is always
+            right.
     """
 
     name: str
@@ -59,19 +63,22 @@ class TrainConfig:
         optimizer: a file on the shelf ``optimizers``.
         weight_decay: share of each parameter taken off per step and unit of learning rate.
         max_grad_norm: gradients are scaled down to this global norm; 0 leaves them as they are.
-        grad_checkpoint: keep only the input of each block, and compute the rest again on the way back.
-        window: blocks in flight at once, with ``grad_checkpoint``: more are faster on a GPU and take more memory, for the same
-            numbers. 0 leaves it to qlab: a run takes as many as pay and fit.
+        grad_checkpoint: keep only the input of each block, and compute the rest again on the way
+            back.
+        window: blocks in flight at once, with ``grad_checkpoint``: more are faster on a GPU and
+            take more memory, for the same numbers. 0 leaves it to qlab: a run takes as many as pay
+            and fit.
         grad_accumulation_steps: batches that make one optimizer step.
         loss_chunk: tokens whose logits exist at once; 0 means all.
-        mask_prompt: whether only answers are targets (completions, or what the assistant says); text rows are whole targets.
+        mask_prompt: whether only answers are targets (completions, or what the assistant says);
+            text rows are whole targets.
         pack: whether several rows share one, none seeing another.
         steps_per_eval: steps between validations; 0 is every quarter of an epoch.
         val_batches: batches of a validation; −1 means all rows held out.
         early_stop: validations without a better loss after which the run ends; 0 means never.
         steps_per_save: steps between checkpoints.
-        on_nonfinite: what to do when loss or gradient is no number: ``skip`` leaves the step out and goes on, ``stop`` ends
-            the run; the adapter keeps its last good state either way.
+        on_nonfinite: what to do when loss or gradient is no number: ``skip`` leaves the step out
+            and goes on, ``stop`` ends the run; the adapter keeps its last good state either way.
         seed: of everything drawn: order of rows, dropout, the adapter's start.
 
     Raises:

@@ -1,7 +1,10 @@
-"""What models made of one another are worth, side by side: full precision, quantized, quantized + adapter. Pure numpy.
+"""What models made of one another are worth, side by side.
 
-Every standard error treats a row as one draw, since the tokens of a row depend on one another: counting tokens as draws
-gives errors several times too small. Knows neither how a figure was measured nor how it is drawn.
+Full precision, quantized, quantized + adapter. Pure numpy.
+
+Every standard error treats a row as one draw, since the tokens of a row depend on one another:
+counting tokens as draws gives errors several times too small. Knows neither how a figure was
+measured nor how it is drawn.
 """
 
 from __future__ import annotations
@@ -29,8 +32,10 @@ class Scores:
         nll: negative log-likelihood of the targets in nats.
         hits: targets that were the model's most likely token.
         kl_nats: KL(unquantized ‖ this) at the targets; NaN without an unquantized model.
-        flips: targets at which the most likely token is not the unquantized model's; NaN without one.
-        kl_each: KL at each target, ``(T,)``, for its upper tail; empty without an unquantized model.
+        flips: targets at which the most likely token is not the unquantized model's; NaN without
+            one.
+        kl_each: KL at each target, ``(T,)``, for its upper tail; empty without an unquantized
+            model.
     """
 
     targets: np.ndarray
@@ -51,17 +56,21 @@ class Column:
         nll_se: its standard error.
         token_accuracy: share of targets that were the most likely token.
         token_accuracy_se: its standard error.
-        kl_nats: mean KL(unquantized ‖ this) in nats per target; 0 for the unquantized model, NaN without one.
+        kl_nats: mean KL(unquantized ‖ this) in nats per target; 0 for the unquantized model, NaN
+            without one.
         kl_nats_se: its standard error.
         kl_nats_p99: 99th percentile over targets.
-        flips: share of targets at which the most likely token is not the unquantized model's; NaN without one.
+        flips: share of targets at which the most likely token is not the unquantized model's; NaN
+            without one.
         flips_se: its standard error.
         golden_score: mean score on the golden set, 0 to 1; NaN without one.
-        golden_se: its standard error over questions (the binomial one, where answers are right or wrong).
+        golden_se: its standard error over questions (the binomial one, where answers are right or
+            wrong).
         golden_low: lower end of Wilson's 95 % interval.
         golden_high: upper end.
         seconds: that this model took.
-        scores: what the figures were made of, so that two columns can be compared row by row; or None.
+        scores: what the figures were made of, so that two columns can be compared row by row; or
+            None.
     """
 
     name: str
@@ -92,7 +101,9 @@ class Column:
         return self.perplexity * self.nll_se
 
     @classmethod
-    def of(cls, name: str, scores: Scores | None, golden: Sequence[float] = (), seconds: float = 0.0) -> Column:
+    def of(
+        cls, name: str, scores: Scores | None, golden: Sequence[float] = (), seconds: float = 0.0
+    ) -> Column:
         """Summarize sums by row, and scores by question.
 
         Args:
@@ -103,7 +114,12 @@ class Column:
         """
         facts: dict[str, Any] = {}
         if scores is not None:
-            fields = ("nll", "nll"), ("token_accuracy", "hits"), ("kl_nats", "kl_nats"), ("flips", "flips")
+            fields = (
+                ("nll", "nll"),
+                ("token_accuracy", "hits"),
+                ("kl_nats", "kl_nats"),
+                ("flips", "flips"),
+            )
             for key, source in fields:
                 facts[key], facts[f"{key}_se"] = ratio(getattr(scores, source), scores.targets)
             if scores.kl_each.size:
@@ -142,11 +158,12 @@ class JudgeReport:
         samples: answers to prompts.
         rows: rows with at least one target.
         targets: tokens that count.
-        teacher: how the unquantized model's predictions were kept: ``exact``, or in words what was left out; empty
-            without an unquantized model.
-        floor_nats: what the kept predictions cannot tell, 0 if exact: KL of the unquantized model to what was kept of it, its
-            tail spread evenly. A KL from kept predictions is a lower bound; it is short by less than this wherever a model's
-            tail is no worse than an even one.
+        teacher: how the unquantized model's predictions were kept: ``exact``, or in words what was
+            left out; empty without an unquantized model.
+        floor_nats: what the kept predictions cannot tell, 0 if exact: KL of the unquantized model
+            to what was kept of it, its tail spread evenly. A KL from kept predictions is a lower
+            bound; it is short by less than this wherever a model's tail is no worse than an even
+            one.
         seconds: of everything.
         notes: what else to know.
     """
@@ -168,13 +185,17 @@ class JudgeReport:
         """
         found = {column.name: column for column in self.columns}
         if name not in found:
-            raise ConfigError(f"There is no column {name!r}; there are {', '.join(found)}.{nearest(name, found)}")
+            raise ConfigError(
+                f"There is no column {name!r}; there are {', '.join(found)}.{nearest(name, found)}"
+            )
         return found[name]
 
     def change(self, measure: str, of: str, against: str) -> tuple[float, float]:
-        """Return by how much one column differs from another per target, and the standard error of the difference.
+        """Return by how much one column differs from another per target, and the standard error of
+        the difference.
 
-        Both saw the same rows, so rows are compared in pairs: this error is far smaller than those of the two columns.
+        Both saw the same rows, so rows are compared in pairs: this error is far smaller than those
+        of the two columns.
 
         Args:
             measure: ``nll``, ``hits`` (token accuracy), ``kl_nats`` or ``flips``.
@@ -185,7 +206,9 @@ class JudgeReport:
             ConfigError: unknown measure or column, or nothing was measured on rows.
         """
         if measure not in MEASURES:
-            raise ConfigError(f"Unknown measure {measure!r}; choose one of {', '.join(MEASURES)}.{nearest(measure, MEASURES)}")
+            raise ConfigError(
+                f"Unknown measure {measure!r}; choose one of {', '.join(MEASURES)}.{nearest(measure, MEASURES)}"
+            )
         a, b = self[of].scores, self[against].scores
         if a is None or b is None:
             raise ConfigError("These models were not measured on rows, only on prompts.")
@@ -210,11 +233,17 @@ class JudgeReport:
         import pandas as pd
 
         names = [f.name for f in fields(Column) if f.name != "scores"]
-        rows = [{name: getattr(c, name) for name in names} | {"perplexity": c.perplexity} for c in self.columns]
+        rows = [
+            {name: getattr(c, name) for name in names} | {"perplexity": c.perplexity}
+            for c in self.columns
+        ]
         return pd.DataFrame(rows).set_index("name")
 
     def table(self) -> tuple[tuple[str, ...], ...]:
-        """Return the figures as text: a line a measure, the first cell its name; lines without a figure are left out."""
+        """Return the figures as text: a line a measure, the first cell its name.
+
+        Lines without a figure are left out.
+        """
         return tuple(
             (title, *(cell(c) for c in self.columns))
             for title, cell in _LINES
@@ -224,12 +253,21 @@ class JudgeReport:
     def __repr__(self) -> str:
         lines = [("", *(c.name for c in self.columns)), *self.table()]
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        text = ["  ".join(c.ljust(w) if n == 0 else c.rjust(w) for n, (c, w) in enumerate(zip(line, widths, strict=True)))
-                for line in lines]  # fmt: skip
+        text = [
+            "  ".join(
+                c.ljust(w) if n == 0 else c.rjust(w)
+                for n, (c, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        ]
         if self.rows:
-            text.append(f"{self.targets} target tokens in {self.rows} rows; ± is one standard error, a row being one draw.")
+            text.append(
+                f"{self.targets} target tokens in {self.rows} rows; ± is one standard error, a row being one draw."
+            )
         if self.teacher:
-            text.append(f"Predictions at full precision: {self.teacher}; floor of the KL {self.floor_nats:.2g} nats.")
+            text.append(
+                f"Predictions at full precision: {self.teacher}; floor of the KL {self.floor_nats:.2g} nats."
+            )
         return "\n".join([*text, *self.verdict, *self.notes])
 
 
@@ -240,7 +278,13 @@ def _with_error(value: float, error: float, form: str) -> str:
     if math.isnan(value):
         return _NOTHING
     text = format(value, form)
-    return text if math.isnan(error) or not error else f"{text} ± {error:.1%}" if "%" in form else f"{text} ± {error:.2g}"
+    return (
+        text
+        if math.isnan(error) or not error
+        else f"{text} ± {error:.1%}"
+        if "%" in form
+        else f"{text} ± {error:.2g}"
+    )
 
 
 def _golden(column: Column) -> str:

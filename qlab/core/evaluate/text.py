@@ -14,7 +14,8 @@ class EvalReport:
 
     Attributes:
         kl_nats: mean KL(original ‖ changed) in nats per token.
-        kl_nats_se: its standard error over tokens (neighbouring tokens are correlated, so this is a lower bound).
+        kl_nats_se: its standard error over tokens (neighbouring tokens are correlated, so this is a
+            lower bound).
         kl_nats_p99: 99th percentile of the KL per token.
         top1_flips: share of positions whose most likely token changed.
         perplexity: of the changed model.
@@ -31,7 +32,9 @@ class EvalReport:
     tokens: int
 
     @classmethod
-    def from_tokens(cls, kl: np.ndarray, flips: np.ndarray, nll: np.ndarray, nll_before: np.ndarray) -> EvalReport:
+    def from_tokens(
+        cls, kl: np.ndarray, flips: np.ndarray, nll: np.ndarray, nll_before: np.ndarray
+    ) -> EvalReport:
         """Summarize values per token, float64 ``(T,)`` each (negative log-likelihoods in nats)."""
         return cls(
             kl_nats=float(kl.mean()),

@@ -1,8 +1,9 @@
 """Peak memory as arithmetic: a step of a few blocks, traced twice, with its sizes left open.
 
-Which arrays exist at a moment does not depend on how large they are. So two traces of the same step at different sizes tell
-each array's bytes as a multiple of a product such as ``batch · tokens²``, and every moment becomes a row of coefficients;
-what each further block adds is the difference between a step of some blocks and one of one less. Knows no framework.
+Which arrays exist at a moment does not depend on how large they are. So two traces of the same step
+at different sizes tell each array's bytes as a multiple of a product such as ``batch · tokens²``,
+and every moment becomes a row of coefficients; what each further block adds is the difference
+between a step of some blocks and one of one less. Knows no framework.
 """
 
 from __future__ import annotations
@@ -24,13 +25,21 @@ QUANTITIES = ("batch", "tokens", "length", "rank", "chunk", "rest")
 """rows; positions of a row with a target; positions of a row; rank; positions in a chunk of the loss; in its last chunk."""
 
 CHUNKS = 4  # a loss in more chunks than this needs what one in this many needs
-# batch, tokens, rank of the two traces: their ratios must tell products apart, and no number be a size of something else
+# batch, tokens, rank of the two traces: their ratios must tell products apart, and no number be a
+# size of something else
 _SIZES = ((3, 113, 5), (5, 239, 7))
-_IN_TILES = ((4, 384, 5), (7, 640, 6))  # the same where only tokens in tiles of 128 are computed as most tokens are
+_IN_TILES = (
+    (4, 384, 5),
+    (7, 640, 6),
+)  # the same where only tokens in tiles of 128 are computed as most tokens are
 _DRAIN = 110  # operations after which what the loss left behind has landed
 _DEGREE = 4
 _RANK = tuple(int(name == "rank") for name in QUANTITIES)
-_TRAINED = ("adapter", "optimizer", "gradients")  # roles of what grows with the rank, nearly so where all of it is one vector
+_TRAINED = (
+    "adapter",
+    "optimizer",
+    "gradients",
+)  # roles of what grows with the rank, nearly so where all of it is one vector
 # sizes at which a moment must win to be kept
 _GRID = ((1, 4, 32), (17, 65, 257, 513, 1025, 2049, 8193), (2, 16, 256), (64, 512))
 
@@ -59,9 +68,13 @@ def references(chunks: int, widest: int = 7, tiles: bool = False) -> tuple[Refer
         tiles: whether tokens are computed in tiles.
     """
     made, chosen = [], _IN_TILES if tiles else _SIZES
-    for (batch, tokens, rank), share, most in zip(chosen, (0.4, 0.9), (max(widest - 1, 1), widest), strict=True):
+    for (batch, tokens, rank), share, most in zip(
+        chosen, (0.4, 0.9), (max(widest - 1, 1), widest), strict=True
+    ):
         rank = min(rank, most)
-        chunk = ceil(batch * tokens / (chunks - 1 + share)) if chunks > 1 else chunks * batch * tokens
+        chunk = (
+            ceil(batch * tokens / (chunks - 1 + share)) if chunks > 1 else chunks * batch * tokens
+        )
         made.append(Reference(batch, tokens, rank, chunk))
     return made[0], made[1]
 
@@ -75,7 +88,14 @@ def sizes(batch: int, length: int, rank: int, chunk: int) -> tuple[int, ...]:
     """Return the value of every quantity, in the order of ``QUANTITIES``."""
     every = batch * (length - 1)
     whole = not chunk or chunk >= every
-    return (batch, length - 1, length, rank, 1 if whole else chunk, 1 if whole else (every - 1) % chunk + 1)
+    return (
+        batch,
+        length - 1,
+        length,
+        rank,
+        1 if whole else chunk,
+        1 if whole else (every - 1) % chunk + 1,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +104,10 @@ class Formula:
 
     Attributes:
         products: exponents of the quantities, one row a product.
-        phases: for each of ``PHASES`` of the step (the way back in two halves), moments that may be its peak:
-            float64 ``(moments, parts, products)``, in bytes, without the inputs.
-        slopes: for each kind of block, what one more of it adds to each phase: float64 ``(parts, products)``.
+        phases: for each of ``PHASES`` of the step (the way back in two halves), moments that may be
+            its peak: float64 ``(moments, parts, products)``, in bytes, without the inputs.
+        slopes: for each kind of block, what one more of it adds to each phase: float64 ``(parts,
+            products)``.
         blocks: blocks of each kind in the step that was traced.
     """
 
@@ -95,7 +116,9 @@ class Formula:
     slopes: tuple[tuple[np.ndarray, ...], ...]
     blocks: tuple[int, ...]
 
-    def parts(self, values: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[str, dict[str, float]]:
+    def parts(
+        self, values: tuple[int, ...], blocks: tuple[int, ...]
+    ) -> tuple[str, dict[str, float]]:
         """Return the phase of the peak and the bytes of every part then, without the inputs.
 
         Args:
@@ -105,7 +128,10 @@ class Formula:
         terms = _terms(values, self.products)
         best: tuple[float, str, np.ndarray] = (-1.0, "", np.zeros(len(PARTS)))
         for i, (name, rows) in enumerate(zip(PHASES, self.phases, strict=True)):
-            more = sum((b - a) * (kind[i] @ terms) for a, b, kind in zip(self.blocks, blocks, self.slopes, strict=True))
+            more = sum(
+                (b - a) * (kind[i] @ terms)
+                for a, b, kind in zip(self.blocks, blocks, self.slopes, strict=True)
+            )
             use = rows @ terms + more
             at = int(use.sum(1).argmax())
             if use[at].sum() > best[0]:
@@ -122,8 +148,8 @@ class Sample:
 
     Attributes:
         pair: its graph at the two references.
-        fewer: for each kind of block, its graph with one block less of that kind, at the first reference; None if the model
-            has no more of them.
+        fewer: for each kind of block, its graph with one block less of that kind, at the first
+            reference; None if the model has no more of them.
         references: the sizes.
         blocks: of each kind.
         vocabulary: length of a row of logits.
@@ -158,16 +184,31 @@ def formula(sample: Sample, runahead: Runahead) -> Formula:
     def moments(graph: Graph) -> tuple[np.ndarray, int, int]:
         label = labels(graph, sample.vocabulary, sample.trained)
         usage = simulate(graph, runahead)
-        other = {role: rank for role in _TRAINED}  # a vector of the parameters of fewer blocks has a shape of its own
-        own = {a: units.get(array.shape, other.get(array.role, (0, 1.0))) for a, array in graph.arrays.items()}
+        other = {
+            role: rank for role in _TRAINED
+        }  # a vector of the parameters of fewer blocks has a shape of its own
+        own = {
+            a: units.get(array.shape, other.get(array.role, (0, 1.0)))
+            for a, array in graph.arrays.items()
+        }
         table = over_time(usage, label, own, len(used))
         table[:, [i for i, part in enumerate(PARTS) if part in INPUTS]] = 0
         shape = {a: array.shape for a, array in graph.arrays.items()}
-        # an adapted embedding has arrays as long as the vocabulary that are no logits: its values, and a length for each row
-        dense = {s for a, part in label.items() if part == "dequantized" for s in (shape[a], shape[a][::-1])}
-        rows = {a for a, part in label.items() if part == "logits" and shape[a][-1] == sample.vocabulary}
+        # an adapted embedding has arrays as long as the vocabulary that are no logits: its values,
+        # and a length for each row
+        dense = {
+            s
+            for a, part in label.items()
+            if part == "dequantized"
+            for s in (shape[a], shape[a][::-1])
+        }
+        rows = {
+            a for a, part in label.items() if part == "logits" and shape[a][-1] == sample.vocabulary
+        }
         found = {a for a in rows if prod(shape[a]) > sample.vocabulary and shape[a] not in dense}
-        logits = [i for i, n in enumerate(usage.steps) if found.intersection(graph.nodes[n].outputs)]
+        logits = [
+            i for i, n in enumerate(usage.steps) if found.intersection(graph.nodes[n].outputs)
+        ]
         return table, logits[0], logits[-1]
 
     table, first, last = moments(sample.pair[0])
@@ -185,11 +226,18 @@ def formula(sample: Sample, runahead: Runahead) -> Formula:
             slopes.append((np.zeros(table.shape[1:]),) * len(PHASES))
             continue
         less, start, stop = moments(graph)
-        kept, end = _needed(table[first] - less[start]), _needed(_updating(table, typical) - _updating(less, typical))
+        kept, end = (
+            _needed(table[first] - less[start]),
+            _needed(_updating(table, typical) - _updating(less, typical)),
+        )
         late = _needed(table[done] - less[_settled(less)])
         shorter = stop + drained - last
-        back = _needed(_highest(table[drained:half], typical) - _highest(less[shorter : (shorter + len(less)) // 2], typical))
-        # some of what the loss found there is gone when the way back is at its peak; anything else is a chance of the order
+        back = _needed(
+            _highest(table[drained:half], typical)
+            - _highest(less[shorter : (shorter + len(less)) // 2], typical)
+        )
+        # some of what the loss found there is gone when the way back is at its peak; anything else
+        # is a chance of the order
         share = (back @ typical).sum() / max((kept @ typical).sum(), 1)
         slopes.append((kept, kept, back if 0.85 < share < 1 else kept, late, end))
     return Formula(tuple(products[p] for p in used), phases, tuple(slopes), sample.blocks)
@@ -197,7 +245,9 @@ def formula(sample: Sample, runahead: Runahead) -> Formula:
 
 def _terms(values: tuple[int, ...], products: Sequence[tuple[int, ...]]) -> np.ndarray:
     """Value of every product of quantities, float64."""
-    return np.array([prod(v**e for v, e in zip(values, row, strict=True)) for row in products], float)
+    return np.array(
+        [prod(v**e for v, e in zip(values, row, strict=True)) for row in products], float
+    )
 
 
 def _needed(use: np.ndarray) -> np.ndarray:
@@ -210,7 +260,9 @@ def _needed(use: np.ndarray) -> np.ndarray:
 def _settled(table: np.ndarray) -> int:
     """The moment from which (nearly) no activation is needed any more; the batch stays."""
     live = table[:, list(PARTS).index("activations"), 1:].sum(1)
-    return min(int(np.flatnonzero(live > live[-1] + 0.005 * live.max()).max(initial=0)) + 1, len(table) - 1)
+    return min(
+        int(np.flatnonzero(live > live[-1] + 0.005 * live.max()).max(initial=0)) + 1, len(table) - 1
+    )
 
 
 def _highest(table: np.ndarray, terms: np.ndarray) -> np.ndarray:
@@ -227,25 +279,40 @@ def _updating(table: np.ndarray, terms: np.ndarray) -> np.ndarray:
 def _products() -> list[tuple[int, ...]]:
     """Exponents of every product of quantities up to a degree; the first is 1."""
     count = len(QUANTITIES)
-    picks = [p for degree in range(_DEGREE + 1) for p in combinations_with_replacement(range(count), degree)]
+    picks = [
+        p
+        for degree in range(_DEGREE + 1)
+        for p in combinations_with_replacement(range(count), degree)
+    ]
     return [tuple(p.count(i) for i in range(count)) for p in picks]
 
 
 def _match(sample: Sample, products: list[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
     """Return the index of the product that the size of each shape is a multiple of."""
     one, two = sample.pair
-    if [n.name for n in one.nodes] != [n.name for n in two.nodes] or one.arrays.keys() != two.arrays.keys():
+    if [n.name for n in one.nodes] != [
+        n.name for n in two.nodes
+    ] or one.arrays.keys() != two.arrays.keys():
         raise UnsupportedError("The step of this model changes its structure with its sizes.")
     ratio: dict[Fraction, int] = {}
     for i, row in enumerate(products):
-        up = Fraction(*(prod(v**e for v, e in zip(ref.sizes, row, strict=True)) for ref in reversed(sample.references)))
+        up = Fraction(
+            *(
+                prod(v**e for v, e in zip(ref.sizes, row, strict=True))
+                for ref in reversed(sample.references)
+            )
+        )
         ratio.setdefault(up, i)
     logs = np.log([float(r) for r in ratio])
     found: dict[tuple[int, ...], int] = {}
     for a, array in one.arrays.items():
         if array.shape not in found:
             up = Fraction(two.arrays[a].size, array.size) if array.size else Fraction(1)
-            nearest = products.index(_RANK) if array.role in _TRAINED else list(ratio.values())[_nearest(logs, up)]
+            nearest = (
+                products.index(_RANK)
+                if array.role in _TRAINED
+                else list(ratio.values())[_nearest(logs, up)]
+            )
             found[array.shape] = ratio.get(up, nearest)
     return found
 

@@ -1,4 +1,6 @@
-"""What a compiler makes of a graph: runs of elementwise operations become one, and what is between them never exists.
+"""What a compiler makes of a graph.
+
+Runs of elementwise operations become one, and what is between them never exists.
 
 Follows ``compile_fuse`` of MLX 0.32 (``mlx/compile.cpp``). Knows no framework.
 """
@@ -13,15 +15,67 @@ from qlab.core.graph.graph import Graph, Node
 _DEPTH = 11  # max_compile_depth
 _MOST_ARRAYS = 24  # max_compile_arrays
 FUSABLE = {
-    "Abs", "ArcCos", "ArcCosh", "ArcSin", "ArcSinh", "ArcTan", "ArcTan2", "ArcTanh", "AsType", "BitwiseBinary",
-    "BitwiseInvert", "Ceil", "Conjugate", "Cos", "Cosh", "Erf", "ErfInv", "Exp", "Expm1", "Floor", "Imag", "Log", "Log1p",
-    "LogicalNot", "Negative", "Real", "Remainder", "Round", "Sigmoid", "Sign", "Sin", "Sinh", "Sqrt", "Square", "Tan", "Tanh",
-    "Add", "Divide", "Equal", "Greater", "GreaterEqual", "Less", "LessEqual", "LogAddExp", "LogicalAnd", "LogicalOr",
-    "Maximum", "Minimum", "Multiply", "NotEqual", "Power", "Subtract", "Select", "Broadcast",
-}  # fmt: skip
+    "Abs",
+    "ArcCos",
+    "ArcCosh",
+    "ArcSin",
+    "ArcSinh",
+    "ArcTan",
+    "ArcTan2",
+    "ArcTanh",
+    "AsType",
+    "BitwiseBinary",
+    "BitwiseInvert",
+    "Ceil",
+    "Conjugate",
+    "Cos",
+    "Cosh",
+    "Erf",
+    "ErfInv",
+    "Exp",
+    "Expm1",
+    "Floor",
+    "Imag",
+    "Log",
+    "Log1p",
+    "LogicalNot",
+    "Negative",
+    "Real",
+    "Remainder",
+    "Round",
+    "Sigmoid",
+    "Sign",
+    "Sin",
+    "Sinh",
+    "Sqrt",
+    "Square",
+    "Tan",
+    "Tanh",
+    "Add",
+    "Divide",
+    "Equal",
+    "Greater",
+    "GreaterEqual",
+    "Less",
+    "LessEqual",
+    "LogAddExp",
+    "LogicalAnd",
+    "LogicalOr",
+    "Maximum",
+    "Minimum",
+    "Multiply",
+    "NotEqual",
+    "Power",
+    "Subtract",
+    "Select",
+    "Broadcast",
+}
 
 
-_ALONE = {"Depends", "CustomTransforms"}  # never taken for equal, as is nothing without inputs (Primitive::is_equivalent)
+_ALONE = {
+    "Depends",
+    "CustomTransforms",
+}  # never taken for equal, as is nothing without inputs (Primitive::is_equivalent)
 
 
 def fused(graph: Graph) -> Graph:
@@ -30,11 +84,19 @@ def fused(graph: Graph) -> Graph:
 
 
 def _merged(graph: Graph) -> Graph:
-    """Make one of what is equal. Reading has done so in each graph, but not in graphs that were put together."""
+    """Make one of what is equal.
+
+    Reading has done so in each graph, but not in graphs that were put together.
+    """
     made, new, known = replace(graph, nodes=[]), {}, {}
     for node in graph.nodes:
         node = replace(node, inputs=tuple(new.get(a, a) for a in node.inputs))
-        look = (node.name, node.inputs, repr(node.arguments), tuple(graph.arrays[a].shape for a in node.outputs))
+        look = (
+            node.name,
+            node.inputs,
+            repr(node.arguments),
+            tuple(graph.arrays[a].shape for a in node.outputs),
+        )
         if node.inputs and node.name not in _ALONE and known.setdefault(look, node) is not node:
             new.update(zip(node.outputs, known[look].outputs, strict=True))
         else:
@@ -116,7 +178,9 @@ class _Fusion:
         self.readers[a] = [reader for reader in self.readers[a] if reader not in taken]
         for reader in set(inside):
             node = self.nodes[reader]
-            self.nodes[reader] = replace(node, inputs=tuple(copy if x == a else x for x in node.inputs))
+            self.nodes[reader] = replace(
+                node, inputs=tuple(copy if x == a else x for x in node.inputs)
+            )
         return copy
 
     def _replace(self, root: int, taken: set[int]) -> None:
@@ -137,7 +201,9 @@ class _Fusion:
 
         collect(self.nodes[root].outputs[0])
         for a in inputs:
-            self.readers[a] = [reader for reader in self.readers.get(a, ()) if reader not in taken] + [root]
+            self.readers[a] = [
+                reader for reader in self.readers.get(a, ()) if reader not in taken
+            ] + [root]
         outputs.append(self.nodes[root].outputs[0])
         for n in taken - {root}:
             self.nodes[n] = None

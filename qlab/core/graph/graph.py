@@ -14,8 +14,8 @@ class Array:
     Attributes:
         shape: its shape.
         itemsize: bytes of one element.
-        role: what it is for: ``weights``, ``adapter``, ``optimizer``, ``batch`` or ``constant`` for an input; ``gradients`` for
-            what the update makes of them; else empty.
+        role: what it is for: ``weights``, ``adapter``, ``optimizer``, ``batch`` or ``constant`` for
+            an input; ``gradients`` for what the update makes of them; else empty.
     """
 
     shape: tuple[int, ...]
@@ -51,7 +51,12 @@ class Node:
 
     def renamed(self, new: Mapping[int, int]) -> Node:
         """Return the same operation on other arrays, by the ids of its own."""
-        return Node(self.name, tuple([new[a] for a in self.inputs]), tuple([new[a] for a in self.outputs]), self.arguments)
+        return Node(
+            self.name,
+            tuple([new[a] for a in self.inputs]),
+            tuple([new[a] for a in self.outputs]),
+            self.arguments,
+        )
 
 
 @dataclass
@@ -64,8 +69,10 @@ class Graph:
         inputs: ids, in the order in which they are given.
         outputs: ids, in the order in which they are asked for.
         held: ids of arrays that are kept to the end though nobody asks for them.
-        rounds: what is asked for round by round, where a computation is handed over in several; empty if it is in one.
-        windows: for each round, the number of unfinished ones below which the host waits once it is handed over.
+        rounds: what is asked for round by round, where a computation is handed over in several;
+            empty if it is in one.
+        windows: for each round, the number of unfinished ones below which the host waits once it is
+            handed over.
     """
 
     arrays: dict[int, Array] = field(default_factory=dict)
@@ -97,7 +104,9 @@ class Graph:
         made.outputs = made.then(replace(self, nodes=nodes[::-1]), made.inputs, {})
         return made
 
-    def then(self, piece: Graph, inputs: Iterable[int], constants: dict[int, int], role: str = "") -> list[int]:
+    def then(
+        self, piece: Graph, inputs: Iterable[int], constants: dict[int, int], role: str = ""
+    ) -> list[int]:
         """Go on with a copy of another computation; return the ids of its outputs.
 
         Args:
@@ -109,7 +118,9 @@ class Graph:
         new = dict(zip(piece.inputs, inputs, strict=True))
         for a, array in piece.arrays.items():
             if array.role == "constant" and a not in new:
-                new[a] = constants[a] if a in constants else constants.setdefault(a, self.add(array))
+                new[a] = (
+                    constants[a] if a in constants else constants.setdefault(a, self.add(array))
+                )
         for node in piece.nodes:
             for a in node.outputs:
                 array = piece.arrays[a]

@@ -1,8 +1,11 @@
-"""Functions with a gradient of their own, put back into a graph that was read without them: they cannot be read.
+"""Functions with a gradient of their own, put back into a graph that was read without them.
 
-A stand-in took the place of each (``ops/custom_gradient.py``): every array that it reads is summed to one number and spread over
-``(number of the call, number of the array, 1, …)``, which is then turned round; slopes on the way back are turned the other
-way. By these turns the stand-ins are found, and what is read and made by them. Knows no framework.
+They cannot be read.
+
+A stand-in took the place of each (``ops/custom_gradient.py``): every array that it reads is summed
+to one number and spread over ``(number of the call, number of the array, 1, …)``, which is then
+turned round; slopes on the way back are turned the other way. By these turns the stand-ins are
+found, and what is read and made by them. Knows no framework.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ class Halves:
 
     Attributes:
         forward: graph of the way forward, from given and closed arrays.
-        backward: graph of its gradients by the given arrays, from a slope, and given and closed arrays.
+        backward: graph of its gradients by the given arrays, from a slope, and given and closed
+            arrays.
         given: number of arrays with a gradient.
     """
 
@@ -44,7 +48,8 @@ class _Found:
 def handwritten(graph: Graph, calls: Sequence[Halves]) -> Graph:
     """Return a graph in which functions stand in the places of their stand-ins.
 
-    Behind the way forward stands what MLX puts there: it holds on to all that it was given until a gradient is made.
+    Behind the way forward stands what MLX puts there: it holds on to all that it was given until a
+    gradient is made.
 
     Args:
         graph: as it was read.
@@ -80,7 +85,10 @@ def handwritten(graph: Graph, calls: Sequence[Halves]) -> Graph:
 def _behind(graph: Graph, last: int, given: Sequence[int]) -> int:
     """Add what MLX puts behind such a function; return the id of its output."""
     cut, whole = graph.add(graph.arrays[last]), graph.add(graph.arrays[last])
-    graph.nodes += [Node("StopGradient", (last,), (cut,)), Node("CustomTransforms", (*given, cut), (whole,))]
+    graph.nodes += [
+        Node("StopGradient", (last,), (cut,)),
+        Node("CustomTransforms", (*given, cut), (whole,)),
+    ]
     return whole
 
 
@@ -114,7 +122,9 @@ class _Stands:
                 own.slope, own.gradients[shape[-2] - FIRST] = source, end
 
     def _sources(self, a: int) -> Iterator[int]:
-        """Plain arrays that a marked one follows from, without numbers, and without what the way forward made."""
+        """Plain arrays that a marked one follows from, without numbers, and without what the way
+        forward made.
+        """
         if not _is_marked(self.graph, a):
             if self.graph.arrays[a].role != "constant":
                 yield a

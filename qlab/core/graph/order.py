@@ -19,7 +19,9 @@ def order(graph: Graph) -> list[list[int]]:
     return made
 
 
-def _round(graph: Graph, makers: dict[int, int], asked: tuple[int, ...], done: set[int]) -> list[int]:
+def _round(
+    graph: Graph, makers: dict[int, int], asked: tuple[int, ...], done: set[int]
+) -> list[int]:
     """What is evaluated when arrays are asked for, and some nodes are done."""
     wanted = [makers[a] for a in asked if a in makers and makers[a] not in done]
     degree: dict[int, int] = {}

@@ -1,4 +1,6 @@
-"""What memory is used for: the parts of an estimate, and which part every array of a step belongs to.
+"""What memory is used for.
+
+The parts of an estimate, and which part every array of a step belongs to.
 
 Knows no framework and no budget.
 """
@@ -44,7 +46,9 @@ def labels(graph: Graph, vocabulary: int, trained: Iterable[tuple[int, ...]]) ->
     for node in graph.nodes:
         if all(a in made for a in node.outputs):
             continue
-        if node.name == "Depends":  # each of its outputs is one of its inputs, whatever it waits for
+        if (
+            node.name == "Depends"
+        ):  # each of its outputs is one of its inputs, whatever it waits for
             for a, source in zip(node.outputs, node.inputs, strict=False):
                 made[a] = made[source]
                 fixed |= {a} if source in fixed else set()
@@ -58,20 +62,25 @@ def labels(graph: Graph, vocabulary: int, trained: Iterable[tuple[int, ...]]) ->
                 made[a] = "activations"
             elif sources and sources <= {"weights", "dequantized"}:
                 made[a] = "dequantized"
-            elif shape in shapes:  # first: an adapter on the embedding is as long as the vocabulary too
+            elif (
+                shape in shapes
+            ):  # first: an adapter on the embedding is as long as the vocabulary too
                 made[a] = "gradients"
             else:
                 made[a] = "logits" if vocabulary in shape else "activations"
     return made
 
 
-def over_time(usage: Usage, label: dict[int, str], units: dict[int, tuple[int, float]], width: int = 1) -> np.ndarray:
+def over_time(
+    usage: Usage, label: dict[int, str], units: dict[int, tuple[int, float]], width: int = 1
+) -> np.ndarray:
     """Return use over time, by part and by the quantity that each array's bytes are a multiple of.
 
     Args:
         usage: of the step.
         label: part of every array.
-        units: index of the quantity, and bytes of one unit of it, by array id; bytes themselves if it is not there.
+        units: index of the quantity, and bytes of one unit of it, by array id; bytes themselves if
+            it is not there.
         width: number of quantities.
 
     Returns:

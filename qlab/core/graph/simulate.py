@@ -1,7 +1,10 @@
-"""How much memory a graph needs while it is evaluated: MLX's order, views, donation and work in flight, simulated.
+"""How much memory a graph needs while it is evaluated.
 
-Follows MLX 0.32 (``mlx/transforms.cpp`` for the order, ``mlx/backend/cpu/eval.cpp`` and ``encoder.h`` for what is held until
-the worker ran it, the primitives' own ``set_…_output_data`` for views and donation). Allocates nothing.
+MLX's order, views, donation and work in flight, simulated.
+
+Follows MLX 0.32 (``mlx/transforms.cpp`` for the order, ``mlx/backend/cpu/eval.cpp`` and
+``encoder.h`` for what is held until the worker ran it, the primitives' own ``set_…_output_data``
+for views and donation). Allocates nothing.
 """
 
 from __future__ import annotations
@@ -20,19 +23,77 @@ TAKEN, FREED, IDLE, LANDED = range(4)
 _DONATION_SLACK = 16384  # array::is_donatable lets a buffer be this much too large
 
 _VIEWS = {
-    "Transpose", "Broadcast", "ExpandDims", "Squeeze", "Slice", "Split", "Depends", "Copy", "StopGradient", "CustomTransforms",
+    "Transpose",
+    "Broadcast",
+    "ExpandDims",
+    "Squeeze",
+    "Slice",
+    "Split",
+    "Depends",
+    "Copy",
+    "StopGradient",
+    "CustomTransforms",
     "AsStrided",
-}  # fmt: skip
+}
 _SHAPES = {"Reshape", "Flatten", "Unflatten", "View"}
 _ELEMENTWISE = {
-    "Abs", "Add", "ArcCos", "ArcTan2", "AsType", "BitwiseBinary", "BitwiseInvert", "Ceil", "Cos",
-    "Divide", "Equal", "Erf", "ErfInv", "Exp", "Expm1", "Floor", "Greater", "GreaterEqual", "Less", "LessEqual",
-    "Log", "Log1p", "LogAddExp", "LogicalAnd", "LogicalNot", "LogicalOr", "Maximum", "Minimum", "Multiply", "Negative",
-    "NotEqual", "Power", "Remainder", "Round", "Rsqrt", "Select", "Sigmoid", "Sign", "Sin", "Sqrt", "Square",
-    "Subtract", "Tan", "Tanh", "Compiled",
-}  # fmt: skip
+    "Abs",
+    "Add",
+    "ArcCos",
+    "ArcTan2",
+    "AsType",
+    "BitwiseBinary",
+    "BitwiseInvert",
+    "Ceil",
+    "Cos",
+    "Divide",
+    "Equal",
+    "Erf",
+    "ErfInv",
+    "Exp",
+    "Expm1",
+    "Floor",
+    "Greater",
+    "GreaterEqual",
+    "Less",
+    "LessEqual",
+    "Log",
+    "Log1p",
+    "LogAddExp",
+    "LogicalAnd",
+    "LogicalNot",
+    "LogicalOr",
+    "Maximum",
+    "Minimum",
+    "Multiply",
+    "Negative",
+    "NotEqual",
+    "Power",
+    "Remainder",
+    "Round",
+    "Rsqrt",
+    "Select",
+    "Sigmoid",
+    "Sign",
+    "Sin",
+    "Sqrt",
+    "Square",
+    "Subtract",
+    "Tan",
+    "Tanh",
+    "Compiled",
+}
 _COPYING = {"Scatter", "ScatterAxis", "SliceUpdate", "AddMM"}
-_IN_PLACE = {"Softmax", "RMSNorm", "LayerNorm", "RoPE", "Scatter", "ScatterAxis", "SliceUpdate", "RMSNormVJP"}
+_IN_PLACE = {
+    "Softmax",
+    "RMSNorm",
+    "LayerNorm",
+    "RoPE",
+    "Scatter",
+    "ScatterAxis",
+    "SliceUpdate",
+    "RMSNormVJP",
+}
 _PRODUCTS = {"Matmul", "AddMM", "QuantizedMatmul", "GatherQMM", "GatherMM"}
 
 
@@ -40,8 +101,8 @@ _PRODUCTS = {"Matmul", "AddMM", "QuantizedMatmul", "GatherQMM", "GatherMM"}
 class Runahead:
     """How far a back end's host runs ahead of the device, and so how long buffers are held.
 
-    Dispatches are handed over in tasks, and a run meets every position of a step within its tasks; so this counts from the
-    position that holds the most.
+    Dispatches are handed over in tasks, and a run meets every position of a step within its tasks;
+    so this counts from the position that holds the most.
 
     Attributes:
         dispatches: that may be unfinished.
@@ -57,8 +118,9 @@ class Usage:
 
     Attributes:
         steps: node indices in the order of evaluation.
-        events: ``(moment, array id, bytes, kind)``: from that moment on the array's buffer is in use (``TAKEN``), free
-            (``FREED``), held only because the device has not caught up (``IDLE``), or free after that (``LANDED``).
+        events: ``(moment, array id, bytes, kind)``: from that moment on the array's buffer is in
+            use (``TAKEN``), free (``FREED``), held only because the device has not caught up
+            (``IDLE``), or free after that (``LANDED``).
     """
 
     def __init__(self, steps: list[int]) -> None:
@@ -146,7 +208,9 @@ class _Simulation:
             while first < len(self.flying) and self.flying[first][0] <= issued - ahead:
                 self._land(first)
                 first += 1
-            while at + 1 == self.ends[end] and end + 1 < len(self.ends):  # the round is handed over; the host waits
+            while at + 1 == self.ends[end] and end + 1 < len(
+                self.ends
+            ):  # the round is handed over; the host waits
                 window, end = self.graph.windows[end], end + 1
                 for late in range(first, self.ends[end - window] if window <= end else 0):
                     self._land(late)
@@ -155,28 +219,36 @@ class _Simulation:
 
     def _dispatches(self, node: Node, copies: int) -> int:
         """Those that compute, and off a GPU one that releases what the operation read."""
-        if node.name in _VIEWS or (node.name in _SHAPES and self.buffers[node.outputs[0]].array != node.outputs[0]):
+        if node.name in _VIEWS or (
+            node.name in _SHAPES and self.buffers[node.outputs[0]].array != node.outputs[0]
+        ):
             own = 0
         elif node.name == "Concatenate":
             own = len(node.inputs)
         elif (
-            node.name in _COPYING and self._target(node) is not None and self.buffers[node.outputs[0]].array == node.outputs[0]
+            node.name in _COPYING
+            and self._target(node) is not None
+            and self.buffers[node.outputs[0]].array == node.outputs[0]
         ):
             own = 2  # what is not written over is copied first
         else:
             own = 1
         return own + copies + (not self._kernels)
 
-    # --- buffers ----------------------------------------------------------------------------------------------------
+    # --- buffers ----------------------------------------------------------------------------------
 
-    def _allocate(self, a: int, nbytes: int, strides: tuple[int, ...] | None = None, stored: int | None = None) -> None:
+    def _allocate(
+        self, a: int, nbytes: int, strides: tuple[int, ...] | None = None, stored: int | None = None
+    ) -> None:
         array = self.graph.arrays[a]
         self.buffers[a] = _Buffer(a, nbytes)
         self.strides[a] = strides if strides is not None else _dense(array.shape)
         self.stored[a] = stored if stored is not None else array.size
         self._note(self.buffers[a], TAKEN)
 
-    def _share(self, a: int, source: int, strides: tuple[int, ...], stored: int | None = None) -> None:
+    def _share(
+        self, a: int, source: int, strides: tuple[int, ...], stored: int | None = None
+    ) -> None:
         self.buffers[a] = self.buffers[source]
         self.buffers[a].arrays += 1
         self.strides[a] = strides
@@ -204,7 +276,7 @@ class _Simulation:
     def _note(self, buffer: _Buffer, kind: int) -> None:
         self.usage.events.append((self.at + (kind != TAKEN), buffer.array, buffer.nbytes, kind))
 
-    # --- operations -------------------------------------------------------------------------------------------------
+    # --- operations -------------------------------------------------------------------------------
 
     def _evaluate(self, node: Node) -> list[_Buffer]:
         """Give the outputs of a node their buffers; return the temporary ones."""
@@ -244,7 +316,10 @@ class _Simulation:
         return buffer
 
     def _donor(self, node: Node, a: int, to: int) -> bool:
-        """Whether an input's buffer may become that of an output; where there are several, each holds on to the inputs."""
+        """Whether an input's buffer may become that of an output.
+
+        Where there are several, each holds on to the inputs.
+        """
         buffer, output = self.buffers[a], self.graph.arrays[to]
         return (
             len(node.outputs) == 1
@@ -272,8 +347,13 @@ class _Simulation:
                 strides, stored = kept or (None, self.graph.arrays[a].size)
                 self._allocate(a, stored * self.graph.arrays[a].itemsize, strides, stored)
 
-    def _common(self, vectors: list[int], shape: tuple[int, ...]) -> tuple[tuple[int, ...], int] | None:
-        """Strides and stored elements that a result takes over from its operands; None if it is laid out anew."""
+    def _common(
+        self, vectors: list[int], shape: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], int] | None:
+        """Strides and stored elements that a result takes over from its operands.
+
+        None if it is laid out anew.
+        """
         first = vectors[0]
         strides, stored = self.strides[first], self.stored[first]
         if any(self.graph.arrays[a].shape != shape for a in vectors):
@@ -303,19 +383,30 @@ class _Simulation:
             out = self.graph.arrays[a].shape
             if node.name == "Depends":
                 self._share(a, node.inputs[n], self.strides[node.inputs[n]])
-            elif node.name == "CustomTransforms":  # after what the function was given comes what it gives
+            elif (
+                node.name == "CustomTransforms"
+            ):  # after what the function was given comes what it gives
                 same = node.inputs[n - len(node.outputs)]
                 self._share(a, same, self.strides[same])
             elif node.name == "Transpose":
                 self._share(a, source, tuple(strides[axis] for axis in node.arguments[0]))
             elif node.name == "Broadcast":
-                padded = (0,) * (len(out) - len(shape)) + tuple(0 if s == 1 else t for s, t in zip(shape, strides, strict=True))
-                self._share(a, source, tuple(0 if s == 1 else t for s, t in zip(out, padded, strict=True)))
+                padded = (0,) * (len(out) - len(shape)) + tuple(
+                    0 if s == 1 else t for s, t in zip(shape, strides, strict=True)
+                )
+                self._share(
+                    a, source, tuple(0 if s == 1 else t for s, t in zip(out, padded, strict=True))
+                )
             elif node.name in ("ExpandDims", "Squeeze"):
                 kept = [t for s, t in zip(shape, strides, strict=True) if s != 1]
                 self._share(a, source, tuple(1 if s == 1 else kept.pop(0) for s in out))
             else:
-                self._share(a, source, strides if len(out) == len(shape) else _dense(out), self.graph.arrays[a].size)
+                self._share(
+                    a,
+                    source,
+                    strides if len(out) == len(shape) else _dense(out),
+                    self.graph.arrays[a].size,
+                )
 
     def _reshape(self, node: Node) -> None:
         source, (a,) = node.inputs[0], node.outputs
@@ -340,7 +431,10 @@ def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def _gapless(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Elements that an array spans, in whatever order and however often; 0 if there are others between them."""
+    """Elements that an array spans, in whatever order and however often.
+
+    0 if there are others between them.
+    """
     span = 1
     for stride, size in sorted((t, s) for s, t in zip(shape, strides, strict=True) if s > 1 and t):
         if stride != span:
@@ -349,8 +443,13 @@ def _gapless(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return span
 
 
-def _regrouped(shape: tuple[int, ...], strides: tuple[int, ...], out: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Strides of a reshape that needs no copy, or None: runs of axes that lie one after the other are cut anew."""
+def _regrouped(
+    shape: tuple[int, ...], strides: tuple[int, ...], out: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Strides of a reshape that needs no copy, or None.
+
+    Runs of axes that lie one after the other are cut anew.
+    """
     runs: list[tuple[int, int]] = []  # (elements, innermost stride)
     for size, stride in zip(shape, strides, strict=True):
         if size == 1:

@@ -1,4 +1,6 @@
-"""A graph as it is evaluated: reading a graph merges what is equal, and here every reader gets back what it really has.
+"""A graph as it is evaluated.
+
+Reading a graph merges what is equal, and here every reader gets back what it really has.
 
 Follows how MLX 0.32 builds a graph (``mlx/ops.cpp``, ``mlx/transforms.cpp``). Knows no framework.
 """
@@ -13,12 +15,15 @@ from qlab.core.graph.graph import Array, Graph, Node
 def unmerged(graph: Graph, loss: int | None = None) -> Graph:
     """Return a graph in which nothing is shared that is not shared when it is evaluated.
 
-    - Numbers that follow from numbers alone are computed by every reader for itself, unless they are asked for.
-    - Every operation on the way forward makes its own broadcasts and flattens its own operands; its gradient reads the same.
+    - Numbers that follow from numbers alone are computed by every reader for itself, unless they
+      are asked for.
+    - Every operation on the way forward makes its own broadcasts and flattens its own operands; its
+      gradient reads the same.
 
     Args:
         graph: as it was read, before fusion.
-        loss: id of the array that gradients start from: the way forward is what it follows from. None if there is no way back.
+        loss: id of the array that gradients start from: the way forward is what it follows from.
+            None if there is no way back.
     """
     return _Unmerging(graph, loss).run()
 
@@ -28,7 +33,9 @@ class _Unmerging:
         self.graph, self.makers = graph, graph.makers()
         self.made = replace(graph, arrays=dict(graph.arrays), nodes=[])
         self.forward = set(range(len(graph.nodes))) if loss is None else self._history(loss)
-        self.fixed = {a for a, array in graph.arrays.items() if array.role == "constant"}  # follows from constants alone
+        self.fixed = {
+            a for a, array in graph.arrays.items() if array.role == "constant"
+        }  # follows from constants alone
         asked = {*graph.outputs, *graph.held}
         self.numbers: set[int] = set()
         for node in graph.nodes:
@@ -36,13 +43,20 @@ class _Unmerging:
                 self.fixed.update(node.outputs)
             sides = (*node.inputs, *node.outputs)
             plain = all(a in self.numbers or a not in self.makers for a in node.inputs)
-            if node.inputs and plain and all(graph.arrays[a].size == 1 for a in sides) and asked.isdisjoint(node.outputs):
+            if (
+                node.inputs
+                and plain
+                and all(graph.arrays[a].size == 1 for a in sides)
+                and asked.isdisjoint(node.outputs)
+            ):
                 self.numbers.update(node.outputs)
         self.taken: set[int] = set()
 
     def run(self) -> Graph:
         for n, node in enumerate(self.graph.nodes):
-            self.made.nodes.append(replace(node, inputs=tuple(self._input(n, node, a) for a in node.inputs)))
+            self.made.nodes.append(
+                replace(node, inputs=tuple(self._input(n, node, a) for a in node.inputs))
+            )
         return self.made
 
     def _input(self, n: int, node: Node, a: int) -> int:
@@ -52,7 +66,11 @@ class _Unmerging:
             return a
         own = a in self.numbers
         if maker.name == "Broadcast":
-            own = n in self.forward or self.makers[a] not in self.forward and self.graph.arrays[maker.inputs[0]].size == 1
+            own = (
+                n in self.forward
+                or self.makers[a] not in self.forward
+                and self.graph.arrays[maker.inputs[0]].size == 1
+            )
         elif maker.name == "Flatten":
             own = n in self.forward and node.name == "Matmul"
         elif maker.name == "Full":

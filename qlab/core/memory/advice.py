@@ -1,7 +1,10 @@
-"""What to do when a run does not fit, and which kind of training a machine is good for. Asks estimates, knows no model.
+"""What to do when a run does not fit, and which kind of training a machine is good for.
 
-The order of changes is a judgement of quality, not a measurement: what leaves the gradient as it is comes first, then what
-makes the adapter smaller, then what cuts the text, then fewer bits (docs/guide/memory.md gives the reasons).
+Asks estimates, knows no model.
+
+The order of changes is a judgement of quality, not a measurement: what leaves the gradient as it is
+comes first, then what makes the adapter smaller, then what cuts the text, then fewer bits
+(docs/guide/memory.md gives the reasons).
 """
 
 from __future__ import annotations
@@ -55,7 +58,9 @@ def changes(est: MemoryEstimate, machine: Machine) -> tuple[Change, ...]:
     """Return the single changes that make it fit, the least cost first; nothing if it fits already."""
     if est.total_nbytes <= machine.free_nbytes:
         return ()
-    found = [change for change in _candidates(est, machine) if change.total_nbytes <= machine.free_nbytes]
+    found = [
+        change for change in _candidates(est, machine) if change.total_nbytes <= machine.free_nbytes
+    ]
     return tuple(sorted(found, key=lambda change: QUALITY.index(change.quality)))
 
 
@@ -64,10 +69,14 @@ def _candidates(est: MemoryEstimate, machine: Machine) -> Iterator[Change]:
     setup, train = est.setup, est.setup.train
 
     def made(name: str, now: Any, then: Any, setup: Setup, quality: int, remark: str) -> Change:
-        return Change(name, now, then, est.again(setup).total_nbytes, QUALITY[quality], remark, setup)
+        return Change(
+            name, now, then, est.again(setup).total_nbytes, QUALITY[quality], remark, setup
+        )
 
     if not train.loss_chunk:
-        yield made("loss_chunk", 0, 512, setup.with_value("loss_chunk", 512), 0, "same numbers, as fast")
+        yield made(
+            "loss_chunk", 0, 512, setup.with_value("loss_chunk", 512), 0, "same numbers, as fast"
+        )
     if rows := _solved(est, "batch_size", machine, train.batch_size):
         steps = -(-train.batch_size * train.grad_accumulation_steps // rows)
         smaller = replace(train, batch_size=rows, grad_accumulation_steps=steps)
@@ -75,12 +84,28 @@ def _candidates(est: MemoryEstimate, machine: Machine) -> Iterator[Change]:
         yield made("batch_size", train.batch_size, rows, replace(setup, train=smaller), 0, remark)
     if not train.grad_checkpoint:
         remark = "same numbers; every block is computed twice"
-        yield made("grad_checkpoint", False, True, setup.with_value("grad_checkpoint", True), 0, remark)
+        yield made(
+            "grad_checkpoint", False, True, setup.with_value("grad_checkpoint", True), 0, remark
+        )
     if rank := _solved(est, "rank", machine, setup.adapter.rank):
-        yield made("rank", setup.adapter.rank, rank, setup.with_value("rank", rank), 1, "a smaller adapter, alpha as it was")
+        yield made(
+            "rank",
+            setup.adapter.rank,
+            rank,
+            setup.with_value("rank", rank),
+            1,
+            "a smaller adapter, alpha as it was",
+        )
     now = setup.adapter.num_layers if setup.adapter.num_layers > 0 else est.blocks
     if blocks := _solved(est, "num_layers", machine, now):
-        yield made("num_layers", now, blocks, setup.with_value("num_layers", blocks), 2, "the first blocks stay as they are")
+        yield made(
+            "num_layers",
+            now,
+            blocks,
+            setup.with_value("num_layers", blocks),
+            2,
+            "the first blocks stay as they are",
+        )
     if length := _solved(est, "max_seq_length", machine, train.max_seq_length):
         setup_ = setup.with_value("max_seq_length", length)
         yield made("max_seq_length", train.max_seq_length, length, setup_, 2, "longer rows are cut")
@@ -104,9 +129,13 @@ def _fewer_bits(est: MemoryEstimate, machine: Machine, made: Any) -> Iterator[Ch
     default = plan.default if plan else QuantConfig("affine", 8)
     now = default.bits if plan else 16
     for bits in sorted((b for b in default.scheme.bits if b < now), reverse=True):
-        setup = replace(est.setup, plan=QuantPlan(QuantConfig(default.mode, bits, default.group_size)))
+        setup = replace(
+            est.setup, plan=QuantPlan(QuantConfig(default.mode, bits, default.group_size))
+        )
         if est.again(setup).total_nbytes <= machine.free_nbytes:
-            yield made("bits", now, bits, setup, _BITS_QUALITY.get(bits, 2), f"weights as {setup.label}")
+            yield made(
+                "bits", now, bits, setup, _BITS_QUALITY.get(bits, 2), f"weights as {setup.label}"
+            )
             return
 
 
@@ -128,7 +157,9 @@ class Advice:
     def code(self) -> str:
         """The Python that makes the settings advised."""
         return (
-            setup_code(self.estimate.setup.plan, self.estimate.setup.adapter, self.estimate.setup.train)
+            setup_code(
+                self.estimate.setup.plan, self.estimate.setup.adapter, self.estimate.setup.train
+            )
             if self.estimate
             else ""
         )
@@ -142,18 +173,28 @@ class Advice:
 
 
 def advise(est: MemoryEstimate, machine: Machine) -> Advice:
-    """Choose the most exact weights with which a step of the wanted length fits, then the largest and fastest batch.
+    """Choose the most exact weights with which a step of the wanted length fits, then the largest
+    and fastest batch.
 
-    16-bit weights come first: no rounding error, and no dequantization in every product. Then 8, 6 and 4 bits, and 3.
+    16-bit weights come first: no rounding error, and no dequantization in every product. Then 8, 6
+    and 4 bits, and 3.
     """
     stored = est.spec.stored
-    plans = [None] if stored else [None, *(QuantPlan(QuantConfig("affine", bits)) for bits in (8, 6, 4, 3))]
+    plans = (
+        [None]
+        if stored
+        else [None, *(QuantPlan(QuantConfig("affine", bits)) for bits in (8, 6, 4, 3))]
+    )
     floor = 0
     for plan in plans:
         setup = _largest(est, replace(est.setup, plan=plan), machine)
         if setup is not None:
             found = est.again(setup)
-            return Advice("QLoRA" if plan or stored else "LoRA on 16-bit weights", _reason(est, found, machine), found)
+            return Advice(
+                "QLoRA" if plan or stored else "LoRA on 16-bit weights",
+                _reason(est, found, machine),
+                found,
+            )
         one = replace(est.setup.train, batch_size=1, grad_checkpoint=True)
         floor = est.again(replace(est.setup, plan=plan, train=one)).total_nbytes
     length = est.setup.train.max_seq_length
@@ -166,12 +207,23 @@ def advise(est: MemoryEstimate, machine: Machine) -> Advice:
 
 
 def _largest(est: MemoryEstimate, setup: Setup, machine: Machine) -> Setup | None:
-    """The largest batch that surely fits, without checkpoints if four rows fit so; None if not even one row does."""
+    """The largest batch that surely fits, without checkpoints if four rows fit so.
+
+    None if not even one row does.
+    """
     for checkpoint, least in ((False, 4), (True, 1), (False, 1)):
         for rows in (16, 8, 4, 2, 1):
             steps = max(_ROWS_A_STEP // rows, 1)
-            train = replace(setup.train, batch_size=rows, grad_checkpoint=checkpoint, grad_accumulation_steps=steps)
-            if rows >= least and est.again(replace(setup, train=train)).high_nbytes <= machine.free_nbytes:
+            train = replace(
+                setup.train,
+                batch_size=rows,
+                grad_checkpoint=checkpoint,
+                grad_accumulation_steps=steps,
+            )
+            if (
+                rows >= least
+                and est.again(replace(setup, train=train)).high_nbytes <= machine.free_nbytes
+            ):
                 return replace(setup, train=train)
     return None
 

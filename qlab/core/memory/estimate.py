@@ -1,4 +1,6 @@
-"""``MemoryEstimate``: what a training step will need, part by part; its inverse; and what to change when it does not fit.
+"""``MemoryEstimate``: what a training step will need, part by part; its inverse.
+
+And what to change when it does not fit.
 
 Knows neither how the parts were found nor how they are drawn.
 """
@@ -35,10 +37,12 @@ class MemoryEstimate:
     Attributes:
         spec: the model.
         setup: storage, adapter and run.
-        parts: bytes at the peak by part, in the order of ``core.graph.parts.PARTS``; they sum to ``total_nbytes``.
+        parts: bytes at the peak by part, in the order of ``core.graph.parts.PARTS``; they sum to
+            ``total_nbytes``.
         level: ``formula``, ``traced`` or ``measured``.
         moment: when the peak comes, such as ``loss``.
-        band: lower and upper end as multiples of what is not exact (all but weights, adapter and optimizer).
+        band: lower and upper end as multiples of what is not exact (all but weights, adapter and
+            optimizer).
         machine: the budget that ``fits`` takes unless told.
         context: tokens that the model was made for, or None if its config does not say.
         measured_peak: bytes of the real peak, where a step was run; then it is the total too.
@@ -55,7 +59,9 @@ class MemoryEstimate:
     context: int | None = None
     measured_peak: int | None = None
     notes: tuple[str, ...] = ()
-    _again: Callable[[Setup], MemoryEstimate] | None = field(default=None, repr=False, compare=False)
+    _again: Callable[[Setup], MemoryEstimate] | None = field(
+        default=None, repr=False, compare=False
+    )
     _panel: Callable[[MemoryEstimate], Any] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -91,13 +97,14 @@ class MemoryEstimate:
         """The largest part, in words."""
         return PARTS[max(self.parts, key=lambda name: self.parts[name])]
 
-    # --- questions --------------------------------------------------------------------------------------------------
+    # --- questions --------------------------------------------------------------------------------
 
     def fits(self, nbytes: float | str | Machine | None = None) -> bool:
         """Whether the expected peak is within a budget.
 
         Args:
-            nbytes: bytes, a machine, or a name such as ``"16 GB Mac"``; None is this machine's free memory.
+            nbytes: bytes, a machine, or a name such as ``"16 GB Mac"``; None is this machine's free
+                memory.
 
         Raises:
             ConfigError: the budget is none of these.
@@ -113,37 +120,51 @@ class MemoryEstimate:
         """Return the largest value of a setting that fits, by the formula; all else stays as it is.
 
         Args:
-            name: ``max_seq_length``, ``batch_size``, ``rank`` (alpha stays), ``num_layers`` or ``bits``.
+            name: ``max_seq_length``, ``batch_size``, ``rank`` (alpha stays), ``num_layers`` or
+                ``bits``.
             budget_nbytes: bytes, a machine, or a name; None is this machine's free memory.
 
         Raises:
             ConfigError: no such setting, or not even its smallest value fits; says what that needs.
         """
         if name not in SOLVABLE:
-            raise ConfigError(f"solve has no {name!r}; choose one of {', '.join(SOLVABLE)}.{nearest(name, SOLVABLE)}")
+            raise ConfigError(
+                f"solve has no {name!r}; choose one of {', '.join(SOLVABLE)}.{nearest(name, SOLVABLE)}"
+            )
         place = self.machine if budget_nbytes is None else budget(budget_nbytes)
         legal = self._legal(name)
         need = self.again(self.setup.with_value(name, legal[0])).total_nbytes
         if need > place.free_nbytes:
             have = f"{size_text(place.free_nbytes)} are free"
-            raise ConfigError(f"Not even {name}={legal[0]} fits: it needs {size_text(need)}, and {have} ({place.label}).")
+            raise ConfigError(
+                f"Not even {name}={legal[0]} fits: it needs {size_text(need)}, and {have} ({place.label})."
+            )
         low, high = 0, len(legal)
         while high - low > 1:
             middle = (low + high) // 2
-            if self.again(self.setup.with_value(name, legal[middle])).total_nbytes <= place.free_nbytes:
+            if (
+                self.again(self.setup.with_value(name, legal[middle])).total_nbytes
+                <= place.free_nbytes
+            ):
                 low = middle
             else:
                 high = middle
         return legal[low]
 
     def changes(self, budget_nbytes: float | str | Machine | None = None) -> tuple[Change, ...]:
-        """Return the single changes that would make it fit, the least cost to quality first; none if it fits already."""
+        """Return the single changes that would make it fit, the least cost to quality first.
+
+        None if it fits already.
+        """
         from qlab.core.memory.advice import changes
 
         return changes(self, self.machine if budget_nbytes is None else budget(budget_nbytes))
 
     def advise(self, budget_nbytes: float | str | Machine | None = None) -> Advice:
-        """Say whether to train on 16-bit weights, on quantized ones, or a smaller model; with the reason and the settings."""
+        """Say whether to train on 16-bit weights, on quantized ones, or a smaller model.
+
+        With the reason and the settings.
+        """
         from qlab.core.memory.advice import advise
 
         return advise(self, self.machine if budget_nbytes is None else budget(budget_nbytes))
@@ -154,10 +175,16 @@ class MemoryEstimate:
             default = self.setup.plan.default if self.setup.plan else QuantConfig()
             return default.scheme.bits
         if name == "rank":
-            return range(1, 1 + min(min(x.shape[-2:]) for x in self.setup.adapter.targets(self.spec)))
+            return range(
+                1, 1 + min(min(x.shape[-2:]) for x in self.setup.adapter.targets(self.spec))
+            )
         if name == "num_layers":
             return range(1, 1 + self.blocks)
-        return range(2, 1 + (self.context or 2**17)) if name == "max_seq_length" else range(1, 1 + _MOST_ROWS)
+        return (
+            range(2, 1 + (self.context or 2**17))
+            if name == "max_seq_length"
+            else range(1, 1 + _MOST_ROWS)
+        )
 
     @property
     def blocks(self) -> int:
@@ -170,7 +197,7 @@ class MemoryEstimate:
             raise ConfigError("This estimate was made without its model; call qlab.estimate again.")
         return self._again(setup)
 
-    # --- display ----------------------------------------------------------------------------------------------------
+    # --- display ----------------------------------------------------------------------------------
 
     @property
     def code(self) -> str:
@@ -179,7 +206,9 @@ class MemoryEstimate:
 
     @cached_property
     def panel(self) -> Any:
-        """The live panel that starts from this estimate; ``panel.estimate`` is what its controls show now.
+        """The live panel that starts from this estimate.
+
+        ``panel.estimate`` is what its controls show now.
 
         Raises:
             ConfigError: the estimate was made without its model.
@@ -189,7 +218,9 @@ class MemoryEstimate:
         return self._panel(self)
 
     def to_html(self, path: str) -> str:
-        """Write one self-contained file in which the sliders still work, offline and without a kernel; return its path."""
+        """Write one self-contained file in which the sliders still work, offline and without a
+        kernel; return its path.
+        """
         return self.panel.to_html(path)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **_: Any) -> Any:
@@ -208,7 +239,10 @@ class MemoryEstimate:
             f"{size_text(self.low_nbytes)} … {size_text(self.high_nbytes)}, peak in {self.moment})"
         )
         width = max(len(name) for name in self.parts)
-        lines = [f"  {name:<{width}}  {size_text(n):>10}  {PARTS[name]}" for name, n in self.parts.items()]
+        lines = [
+            f"  {name:<{width}}  {size_text(n):>10}  {PARTS[name]}"
+            for name, n in self.parts.items()
+        ]
         return "\n".join([head, *lines, f"{self.machine.label}: {self.verdict()}", *self.notes])
 
     def _repr_html_(self) -> str:

@@ -36,8 +36,12 @@ class Setup:
         """Return a setup with one of ``SOLVABLE``, or any field of the adapter or the run, changed."""
         if name == "bits":
             default = self.plan.default if self.plan else QuantConfig()
-            return replace(self, plan=QuantPlan(QuantConfig(default.mode, value, default.group_size), {}))
+            return replace(
+                self, plan=QuantPlan(QuantConfig(default.mode, value, default.group_size), {})
+            )
         if name in LoRAConfig.__dataclass_fields__:
             made = replace(self.adapter, **{name: value})
-            return replace(self, adapter=made.with_alpha(self.adapter.alpha) if name == "rank" else made)
+            return replace(
+                self, adapter=made.with_alpha(self.adapter.alpha) if name == "rank" else made
+            )
         return replace(self, train=replace(self.train, **{name: value}))

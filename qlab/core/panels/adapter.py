@@ -13,8 +13,12 @@ from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.spec import ModelSpec
 from qlab.core.progress import Progress
 
-NO_ORIGINAL = "The model came quantized and its original weights are not known; give Adapter the Quantizer."
-NOT_QUANTIZED = "The model is not quantized, so there is no error to make up for; give Adapter a Quantizer."
+NO_ORIGINAL = (
+    "The model came quantized and its original weights are not known; give Adapter the Quantizer."
+)
+NOT_QUANTIZED = (
+    "The model is not quantized, so there is no error to make up for; give Adapter a Quantizer."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +32,8 @@ class AdapterState:
         recoveries: by path, what was measured of a layer; None where it has no error.
         stale: whether that belongs to a storage chosen earlier.
         obstacle: why no start can make up for the quantization error, or an empty string.
-        origin: what the present parameters come from, or an empty string as long as they are not trained.
+        origin: what the present parameters come from, or an empty string as long as they are not
+            trained.
         progress: the running job, or None.
         error: the last error in words, or an empty string.
         source: the word for the source in the code.
@@ -46,13 +51,17 @@ class AdapterState:
     error: str = ""
     source: str = "model"
     kinds: tuple[tuple[str, str, tuple[str, ...]], ...] = field(
-        default_factory=lambda: tuple((kind.name, kind.title, kind.adapts) for kind in registry.shelf("adapters").values())
+        default_factory=lambda: tuple(
+            (kind.name, kind.title, kind.adapts) for kind in registry.shelf("adapters").values()
+        )
     )
 
     @property
     def optimizer(self) -> tuple[str, float]:
         """Name of the optimizer whose bytes are counted, and its bytes for one trainable number."""
-        return "AdamW", registry.get("optimizers", "adamw").state_nbytes((1000,), self.config.itemsize) / 1000
+        return "AdamW", registry.get("optimizers", "adamw").state_nbytes(
+            (1000,), self.config.itemsize
+        ) / 1000
 
     @property
     def code(self) -> str:

@@ -21,8 +21,19 @@ from qlab.core.memory.estimate import MemoryEstimate
 from qlab.core.memory.setup import Setup
 from qlab.core.progress import Progress
 
-BUDGETS = ("8 GB Mac", "16 GB Mac", "24 GB Mac", "32 GB Mac", "64 GB Mac", "128 GB Mac", "12 GB card", "16 GB card",
-           "24 GB card", "48 GB card", "80 GB card")  # fmt: skip
+BUDGETS = (
+    "8 GB Mac",
+    "16 GB Mac",
+    "24 GB Mac",
+    "32 GB Mac",
+    "64 GB Mac",
+    "128 GB Mac",
+    "12 GB card",
+    "16 GB card",
+    "24 GB card",
+    "48 GB card",
+    "80 GB card",
+)
 _RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -62,7 +73,12 @@ class Choice:
         storage = setup.plan.default if setup.plan else None
         named = (storage.mode, storage.bits, storage.group_size) if storage else ("", 0, 0)
         layers = blocks if setup.adapter.num_layers < 0 else setup.adapter.num_layers
-        return cls(*named, setup.adapter.rank, layers, **{name: getattr(setup.train, name) for name in _OF_TRAIN})
+        return cls(
+            *named,
+            setup.adapter.rank,
+            layers,
+            **{name: getattr(setup.train, name) for name in _OF_TRAIN},
+        )
 
     def setup(self, base: Setup, blocks: int) -> Setup:
         """Return a setup with these settings; alpha, overrides and all else are those of ``base``.
@@ -73,21 +89,36 @@ class Choice:
         now = Choice.of(base, blocks)
         if (self.mode, self.bits, self.group_size) != (now.mode, now.bits, now.group_size):
             own = base.plan.overrides if base.plan else {}
-            base = replace(base, plan=QuantPlan(QuantConfig(self.mode, self.bits, self.group_size), own) if self.mode else None)
+            base = replace(
+                base,
+                plan=QuantPlan(QuantConfig(self.mode, self.bits, self.group_size), own)
+                if self.mode
+                else None,
+            )
         if self.rank != now.rank:
             base = base.with_value("rank", self.rank)
         if self.num_layers != now.num_layers:
-            base = base.with_value("num_layers", -1 if self.num_layers == blocks else self.num_layers)
-        changed = {name: getattr(self, name) for name in _OF_TRAIN if getattr(self, name) != getattr(now, name)}
+            base = base.with_value(
+                "num_layers", -1 if self.num_layers == blocks else self.num_layers
+            )
+        changed = {
+            name: getattr(self, name)
+            for name in _OF_TRAIN
+            if getattr(self, name) != getattr(now, name)
+        }
         return replace(base, train=replace(base.train, **changed)) if changed else base
 
 
-_OF_TRAIN = tuple(name for name in Choice.__dataclass_fields__ if name in TrainConfig.__dataclass_fields__)
+_OF_TRAIN = tuple(
+    name for name in Choice.__dataclass_fields__ if name in TrainConfig.__dataclass_fields__
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Reach:
-    """What the sliders reach without asking anybody: exact bytes everywhere, the peak wherever its formula is known.
+    """What the sliders reach without asking anybody.
+
+    Exact bytes everywhere, the peak wherever its formula is known.
 
     Attributes:
         configs: storages; None leaves the weights as they are.
@@ -96,8 +127,9 @@ class Reach:
         optimizers: on the shelf.
         adapter_nbytes: by rank and number of adapted blocks: float64 ``(ranks, blocks)``.
         optimizer_nbytes: float64 ``(optimizers, ranks, blocks)``.
-        kinds: by index of a config, for each number of adapted blocks: the number of the kind of step, and how many blocks
-            of each sort a gradient reaches; None where no layer would be adapted.
+        kinds: by index of a config, for each number of adapted blocks: the number of the kind of
+            step, and how many blocks of each sort a gradient reaches; None where no layer would be
+            adapted.
         formulas: by ``step_name``.
     """
 
@@ -107,13 +139,17 @@ class Reach:
     optimizers: tuple[str, ...]
     adapter_nbytes: np.ndarray
     optimizer_nbytes: np.ndarray
-    kinds: Mapping[int, tuple[tuple[int, tuple[int, ...]] | None, ...]] = field(default_factory=dict)
+    kinds: Mapping[int, tuple[tuple[int, tuple[int, ...]] | None, ...]] = field(
+        default_factory=dict
+    )
     formulas: Mapping[str, Formula] = field(default_factory=dict)
 
 
 def step_name(kind: int, train: TrainConfig) -> str:
     """Name of the formula of a kind of step with these settings of the run."""
-    several = chunks(train.batch_size, train.max_seq_length, train.loss_chunk) if train.loss_chunk else 0
+    several = (
+        chunks(train.batch_size, train.max_seq_length, train.loss_chunk) if train.loss_chunk else 0
+    )
     return f"{kind} {train.optimizer} {int(train.grad_checkpoint)} {several} {int(train.grad_accumulation_steps > 1)}"
 
 

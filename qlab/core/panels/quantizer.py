@@ -24,11 +24,13 @@ class PanelState:
         plan: the storage chosen now.
         solver: name of the solver chosen now.
         solvers: ``(name, title)`` of every solver on the shelf.
-        modes: ``(name, title, bits, group_sizes, default_bits, default_group_size)`` of every scheme on the shelf.
+        modes: ``(name, title, bits, group_sizes, default_bits, default_group_size)`` of every
+            scheme on the shelf.
         machine: the budget.
-        calibration: what text the predicted ΔKL comes from, such as ``embedded text, 1024 tokens``; empty if none yet.
-        totals: measured end-to-end numbers: ``kl_nats``, ``perplexity``, ``perplexity_before`` of the plan, and the true KL
-            of single layers by path; may be empty.
+        calibration: what text the predicted ΔKL comes from, such as ``embedded text, 1024 tokens``;
+            empty if none yet.
+        totals: measured end-to-end numbers: ``kl_nats``, ``perplexity``, ``perplexity_before`` of
+            the plan, and the true KL of single layers by path; may be empty.
         progress: the running job, or None.
         error: the last error in words, or an empty string.
         code: the line of Python that rebuilds this state.

@@ -14,14 +14,17 @@ class RunState:
 
     Attributes:
         report: the run so far.
-        phase: what it does now: ``training``, ``validating``, ``preparing``, ``generating`` or an empty string.
+        phase: what it does now: ``training``, ``validating``, ``preparing``, ``generating`` or an
+            empty string.
         history: every event so far; the tuple grows, an event never changes.
         seconds_left: expected, or NaN.
-        learning_rate: base rate in force (before schedule and warm-up), or what ``TrainConfig`` says before the start.
+        learning_rate: base rate in force (before schedule and warm-up), or what ``TrainConfig``
+            says before the start.
         limit_nbytes: memory at which the guard stops the run.
         active_nbytes: what MLX holds now.
         voices: answers of the model at several steps to the same prompts, oldest first.
-        data: one line about the rows, such as ``712 rows, 38 held out, 41 k target tokens, 3 % padding``.
+        data: one line about the rows, such as ``712 rows, 38 held out, 41 k target tokens, 3 %
+            padding``.
         error: the last error in words, or an empty string.
         code: the Python that rebuilds this run.
     """

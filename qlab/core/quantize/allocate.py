@@ -7,12 +7,15 @@ import numpy as np
 from qlab.errors import ConfigError
 
 
-def allocate(cost: np.ndarray, nbytes: np.ndarray, weights: int, bits_per_weight: float) -> np.ndarray:
-    """Pick one option per layer so that the sum of costs is small and the sum of bytes is within the budget.
+def allocate(
+    cost: np.ndarray, nbytes: np.ndarray, weights: int, bits_per_weight: float
+) -> np.ndarray:
+    """Pick one option per layer so that the sum of costs is small and the sum of bytes is within
+    the budget.
 
-    Lagrangian relaxation (each layer takes its least cost + λ·bytes, λ by bisection), then what is left of the budget is
-    spent on the best remaining exchanges. Optimal on the convex hull, within one exchange of it elsewhere
-    (Everett, *Operations Research* 11(3), 1963).
+    Lagrangian relaxation (each layer takes its least cost + λ·bytes, λ by bisection), then what is
+    left of the budget is spent on the best remaining exchanges. Optimal on the convex hull, within
+    one exchange of it elsewhere (Everett, *Operations Research* 11(3), 1963).
 
     Args:
         cost: float ``(S, L)``, cost of each option for each layer; NaN or inf where there is none.
@@ -24,17 +27,26 @@ def allocate(cost: np.ndarray, nbytes: np.ndarray, weights: int, bits_per_weight
         int ``(L,)``, the option of each layer.
 
     Raises:
-        ConfigError: the budget is no number, or even the smallest options do not fit; the message gives the smallest budget.
+        ConfigError: the budget is no number, or even the smallest options do not fit; the message
+            gives the smallest budget.
     """
-    if isinstance(bits_per_weight, bool) or not isinstance(bits_per_weight, (int, float)) or not bits_per_weight > 0:
-        raise ConfigError(f"bits_per_weight={bits_per_weight!r} is not legal; it is a number above 0.")
+    if (
+        isinstance(bits_per_weight, bool)
+        or not isinstance(bits_per_weight, (int, float))
+        or not bits_per_weight > 0
+    ):
+        raise ConfigError(
+            f"bits_per_weight={bits_per_weight!r} is not legal; it is a number above 0."
+        )
     budget_nbytes = bits_per_weight * weights / 8
     cost = np.where(np.isfinite(cost), cost, np.inf).astype(np.float64)
     columns = np.arange(cost.shape[1])
     smallest = np.where(np.isfinite(cost), nbytes, np.inf).min(0).sum()
     if smallest > budget_nbytes:
         least = 8 * smallest / weights
-        raise ConfigError(f"bits_per_weight={bits_per_weight!r} is below the smallest storage of these layers, {least:.3f}.")
+        raise ConfigError(
+            f"bits_per_weight={bits_per_weight!r} is below the smallest storage of these layers, {least:.3f}."
+        )
 
     def at(price: float) -> np.ndarray:
         return (cost + price * nbytes).argmin(0)
@@ -46,13 +58,17 @@ def allocate(cost: np.ndarray, nbytes: np.ndarray, weights: int, bits_per_weight
             return np.where(np.isfinite(cost), nbytes, np.inf).argmin(0)
     for _ in range(100):
         middle = np.sqrt(low * high) if low else high / 16
-        low, high = (middle, high) if nbytes[at(middle), columns].sum() > budget_nbytes else (low, middle)
+        low, high = (
+            (middle, high) if nbytes[at(middle), columns].sum() > budget_nbytes else (low, middle)
+        )
         if low == 0 and high < 1e-300:
             break
     return _spend(cost, nbytes, at(high), budget_nbytes)
 
 
-def _spend(cost: np.ndarray, nbytes: np.ndarray, option: np.ndarray, budget_nbytes: float) -> np.ndarray:
+def _spend(
+    cost: np.ndarray, nbytes: np.ndarray, option: np.ndarray, budget_nbytes: float
+) -> np.ndarray:
     """Exchange options, the best gain per byte first, while the budget lasts."""
     columns = np.arange(cost.shape[1])
     while True:

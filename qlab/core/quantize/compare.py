@@ -1,4 +1,7 @@
-"""Every scheme against every other: bits per weight against error, and which of them are worth having. Pure arithmetic."""
+"""Every scheme against every other.
+
+Bits per weight against error, and which of them are worth having. Pure arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ class SchemePoint:
         bits_per_weight: over all parameters of the model, unquantized ones included.
         nbytes: of all parameters.
         error: in the report's measure.
-        dominated_by: label of a config that is no larger and no worse, and better in one; empty on the Pareto front.
+        dominated_by: label of a config that is no larger and no worse, and better in one; empty on
+            the Pareto front.
         skipped_layers: layers that the config cannot store; they stay as they are.
     """
 
@@ -56,7 +60,9 @@ class CompareReport:
         """Return a data frame, a row a config."""
         import pandas as pd
 
-        return pd.DataFrame([{**asdict(p), "config": p.config.label} for p in self.points]).set_index("config")
+        return pd.DataFrame(
+            [{**asdict(p), "config": p.config.label} for p in self.points]
+        ).set_index("config")
 
     def __repr__(self) -> str:
         return f"CompareReport({self.model!r}, {len(self.points)} schemes, {len(self.front)} on the front, {self.measure})"
@@ -65,9 +71,9 @@ class CompareReport:
 def compare(spec: ModelSpec, table: ErrorTable) -> CompareReport:
     """Compare all measured configs of a table.
 
-    The error of a config is the sum of predicted ΔKL over the layers that every such sum needs; before a calibration it is
-    the root mean square of the relative errors, each layer counted by its weights. A skipped layer costs its present bytes
-    and adds no error.
+    The error of a config is the sum of predicted ΔKL over the layers that every such sum needs;
+    before a calibration it is the root mean square of the relative errors, each layer counted by
+    its weights. A skipped layer costs its present bytes and adds no error.
 
     Args:
         spec: the model.
@@ -82,14 +88,29 @@ def compare(spec: ModelSpec, table: ErrorTable) -> CompareReport:
         known = np.isfinite((kl if predicted else relative)[row]) & legal
         if not known.any():
             continue
-        error = kl[row, known].sum() if predicted else np.sqrt((sizes * relative[row] ** 2)[known].sum() / sizes.sum())
-        found.append((config, int(table.nbytes[row].sum()) + spec.other_nbytes, float(error), int((~legal).sum())))
+        error = (
+            kl[row, known].sum()
+            if predicted
+            else np.sqrt((sizes * relative[row] ** 2)[known].sum() / sizes.sum())
+        )
+        found.append(
+            (
+                config,
+                int(table.nbytes[row].sum()) + spec.other_nbytes,
+                float(error),
+                int((~legal).sum()),
+            )
+        )
     found.sort(key=lambda item: (item[1], item[2]))
     points = tuple(
-        SchemePoint(config, 8 * nbytes / spec.size, nbytes, error, _dominator(found, nbytes, error), skipped)
+        SchemePoint(
+            config, 8 * nbytes / spec.size, nbytes, error, _dominator(found, nbytes, error), skipped
+        )
         for config, nbytes, error, skipped in found
     )
-    return CompareReport(spec.name, "predicted ΔKL, nats/token" if predicted else "relative weight error", points)
+    return CompareReport(
+        spec.name, "predicted ΔKL, nats/token" if predicted else "relative weight error", points
+    )
 
 
 def _dominator(found: list[tuple], nbytes: int, error: float) -> str:

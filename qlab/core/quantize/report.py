@@ -26,7 +26,8 @@ class LayerError:
         config: its storage, or None where it keeps its own precision.
         relative_error: ‖W−Ŵ‖/‖W‖; NaN if not measured.
         relative_error_se: standard error of that; 0 where ``depth`` is exact.
-        depth: ``exact`` (all weights), ``sampled`` (a random sample), ``kept`` (not quantized) or ``unknown``.
+        depth: ``exact`` (all weights), ``sampled`` (a random sample), ``kept`` (not quantized) or
+            ``unknown``.
         max_abs_error: largest |W−Ŵ| that was seen.
         kl_nats: predicted ΔKL of the output in nats per token; NaN before a calibration.
         kurtosis: fourth standardized moment of the weights (3 for a Gaussian).
@@ -88,7 +89,10 @@ class QuantReport:
         return tuple(x for x in self.layers if x.note)
 
     def worst(self, count: int = 5) -> tuple[LayerError, ...]:
-        """Return the layers that cost most: by predicted ΔKL once it is known, by relative error until then."""
+        """Return the layers that cost most.
+
+        By predicted ΔKL once it is known, by relative error until then.
+        """
         measured = [x for x in self.layers if x.depth != "kept"]
         by_kl = any(not math.isnan(x.kl_nats) for x in measured)
         cost = [(x.kl_nats if by_kl else x.relative_error) for x in measured]
@@ -116,7 +120,9 @@ class QuantReport:
         return text + f", {len(self.layers)} layers, {len(self.skipped)} skipped)"
 
 
-def report_of(spec: ModelSpec, table: ErrorTable, plan: QuantPlan, calibration: str = "") -> QuantReport:
+def report_of(
+    spec: ModelSpec, table: ErrorTable, plan: QuantPlan, calibration: str = ""
+) -> QuantReport:
     """Read a plan out of an error table.
 
     Raises:
@@ -134,8 +140,12 @@ def _layer_error(table: ErrorTable, column: int, layer: LayerSpec, plan: QuantPl
     kurtosis = float(table.kurtosis[column])
     refusal = layer.refusal(config) if config else None
     if config is None or refusal:
-        return LayerError(layer.path, None, 0.0, 0.0, "kept", 0.0, 0.0, kurtosis, layer.nbytes, refusal or "")
+        return LayerError(
+            layer.path, None, 0.0, 0.0, "kept", 0.0, 0.0, kurtosis, layer.nbytes, refusal or ""
+        )
     row = table.row(config)
     value, se, largest, kl, _ = (float(x) for x in table.values[:, row, column])
     depth = "exact" if table.exact[row, column] else "unknown" if math.isnan(value) else "sampled"
-    return LayerError(layer.path, config, value, se, depth, largest, kl, kurtosis, int(table.nbytes[row, column]))
+    return LayerError(
+        layer.path, config, value, se, depth, largest, kl, kurtosis, int(table.nbytes[row, column])
+    )

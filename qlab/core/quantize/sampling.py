@@ -8,12 +8,15 @@ from __future__ import annotations
 import numpy as np
 
 
-def ratio_estimate(y: np.ndarray, x: np.ndarray, x_total: np.ndarray, population: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Estimate the total of ``y`` over a population from a simple random sample, with a covariate whose total is known.
+def ratio_estimate(
+    y: np.ndarray, x: np.ndarray, x_total: np.ndarray, population: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Estimate the total of ``y`` over a population from a simple random sample, with a covariate
+    whose total is known.
 
-    The rounding error of a chunk of weights is nearly proportional to its squared ranges, and the sum of those is known
-    for the whole layer, so the ratio of the two needs few chunks. Source: Cochran, *Sampling Techniques*, 3rd ed.,
-    §6.3 (estimator) and eq. 6.13 (variance).
+    The rounding error of a chunk of weights is nearly proportional to its squared ranges, and the
+    sum of those is known for the whole layer, so the ratio of the two needs few chunks. Source:
+    Cochran, *Sampling Techniques*, 3rd ed., §6.3 (estimator) and eq. 6.13 (variance).
 
     Args:
         y: float64 ``(L, n)``, sampled values.
@@ -22,8 +25,8 @@ def ratio_estimate(y: np.ndarray, x: np.ndarray, x_total: np.ndarray, population
         population: ``(L,)``, number of units in the population.
 
     Returns:
-        Total of y ``(L,)`` and its standard error ``(L,)``, both float64. NaN where x is zero throughout the sample
-        although y is not.
+        Total of y ``(L,)`` and its standard error ``(L,)``, both float64. NaN where x is zero
+        throughout the sample although y is not.
     """
     n = y.shape[1]
     x_sum = x.sum(1)
@@ -37,7 +40,9 @@ def ratio_estimate(y: np.ndarray, x: np.ndarray, x_total: np.ndarray, population
     return ratio * x_total, se
 
 
-def relative_error(error_sq: np.ndarray, error_sq_se: np.ndarray, weight_sq: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def relative_error(
+    error_sq: np.ndarray, error_sq_se: np.ndarray, weight_sq: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return ‖W−Ŵ‖/‖W‖ and its standard error from the squared error and the squared norm.
 
     The standard error is the first-order one of a square root: σ(√e) = σ(e) / (2√e).

@@ -1,4 +1,6 @@
-"""The table behind the sliders: every storage config × every layer, so that a slider position is a row.
+"""The table behind the sliders.
+
+Every storage config × every layer, so that a slider position is a row.
 
 Pure numpy. Filled by the engine piece by piece; NaN means not measured yet.
 """
@@ -22,11 +24,14 @@ class ErrorTable:
     Attributes:
         layers: the columns.
         configs: the rows.
-        nbytes: float64 ``(S, L)``, bytes of the weight; its present bytes where the config cannot store it.
+        nbytes: float64 ``(S, L)``, bytes of the weight; its present bytes where the config cannot
+            store it.
         legal: bool ``(S, L)``, whether the config can store the layer.
-        values: float32 ``(5, S, L)`` in the order of ``MEASURES``: ‖W−Ŵ‖/‖W‖, its standard error (0 where exact),
-            the largest |W−Ŵ| seen, predicted ΔKL in nats per token, and its standard error.
-        exact: bool ``(S, L)``, whether the relative error was computed over all weights of the layer.
+        values: float32 ``(5, S, L)`` in the order of ``MEASURES``: ‖W−Ŵ‖/‖W‖, its standard error (0
+            where exact), the largest |W−Ŵ| seen, predicted ΔKL in nats per token, and its standard
+            error.
+        exact: bool ``(S, L)``, whether the relative error was computed over all weights of the
+            layer.
         kurtosis: float32 ``(L,)``, fourth standardized moment of the weights (3 for a Gaussian).
     """
 
@@ -42,10 +47,22 @@ class ErrorTable:
     def empty(cls, layers: tuple[LayerSpec, ...], configs: tuple[QuantConfig, ...]) -> ErrorTable:
         """Return a table whose sizes are exact and whose errors are all unknown."""
         s, n = len(configs), len(layers)
-        legal = np.array([[layer.refusal(c) is None for layer in layers] for c in configs], bool).reshape(s, n)
-        nbytes = np.array([[layer.nbytes_as(c) for layer in layers] for c in configs], np.float64).reshape(s, n)
+        legal = np.array(
+            [[layer.refusal(c) is None for layer in layers] for c in configs], bool
+        ).reshape(s, n)
+        nbytes = np.array(
+            [[layer.nbytes_as(c) for layer in layers] for c in configs], np.float64
+        ).reshape(s, n)
         values = np.full((len(MEASURES), s, n), np.nan, np.float32)
-        return cls(layers, configs, nbytes, legal, values, np.zeros((s, n), bool), np.full(n, np.nan, np.float32))
+        return cls(
+            layers,
+            configs,
+            nbytes,
+            legal,
+            values,
+            np.zeros((s, n), bool),
+            np.full(n, np.nan, np.float32),
+        )
 
     def measure(self, name: str) -> np.ndarray:
         """Return the ``(S, L)`` float32 array of one of ``MEASURES``."""

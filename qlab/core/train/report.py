@@ -59,12 +59,22 @@ class RunReport:
     notes: tuple[str, ...] = ()
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # what a cell shows
-        lines = [f"{self.name}: {self.storage}, {self.adapter}: {self.status} after {self.steps} of {self.iters} steps"]
-        lines += [f"loss {self.loss:.4g}" + (f", validation {self.val_loss:.4g}" if isfinite(self.val_loss) else "")]
+        lines = [
+            f"{self.name}: {self.storage}, {self.adapter}: {self.status} after {self.steps} of {self.iters} steps"
+        ]
+        lines += [
+            f"loss {self.loss:.4g}"
+            + (f", validation {self.val_loss:.4g}" if isfinite(self.val_loss) else "")
+        ]
         if isfinite(self.best_val_loss):
             lines[-1] += f", best {self.best_val_loss:.4g} at step {self.best_step}"
-        lines += [f"{self.tokens:,} tokens in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s"]
-        lines += [f"peak {self.peak_nbytes / 1e9:.3g} GB, foreseen {self.predicted_nbytes / 1e9:.3g} GB", self.path]
+        lines += [
+            f"{self.tokens:,} tokens in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s"
+        ]
+        lines += [
+            f"peak {self.peak_nbytes / 1e9:.3g} GB, foreseen {self.predicted_nbytes / 1e9:.3g} GB",
+            self.path,
+        ]
         printer.text("\n".join([*lines, *self.notes]))
 
 
@@ -91,7 +101,11 @@ class Summary:
             if not self._best[0] <= event.val_loss:
                 self._best = event.val_loss, event.step
         if event.step > 0:
-            self._steps, self._tokens, self._seconds = event.step, self._tokens + event.tokens, event.seconds
+            self._steps, self._tokens, self._seconds = (
+                event.step,
+                self._tokens + event.tokens,
+                event.seconds,
+            )
             insort(self._rates, event.tokens_per_second)
             if isfinite(event.loss):
                 self._losses.append(event.loss)
@@ -118,7 +132,10 @@ def summary(history: Iterable[StepEvent]) -> dict[str, Any]:
 
 
 def seconds_left(history: tuple[StepEvent, ...], iters: int) -> float:
-    """Expect the time that the rest takes from the median of the last steps; NaN before there is one."""
+    """Expect the time that the rest takes from the median of the last steps.
+
+    NaN before there is one.
+    """
     last = history[-21:]
     recent = [b.seconds - a.seconds for a, b in zip(last, last[1:], strict=False)]
     if not recent:

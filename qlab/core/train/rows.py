@@ -1,4 +1,7 @@
-"""Rows to train on, as values: tokens, which of them are targets, and batches of them. Knows no tokenizer and no framework."""
+"""Rows to train on, as values: tokens, which of them are targets, and batches of them.
+
+Knows no tokenizer and no framework.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ from qlab.errors import DataError
 
 
 def foreign(tokens: ArrayLike, vocabulary: int | None) -> str:
-    """Say which token a model does not know: MLX would look it up in foreign memory. Empty if it knows all.
+    """Say which token a model does not know: MLX would look it up in foreign memory.
+
+    Empty if it knows all.
 
     Args:
         tokens: integers ``(T,)``.
@@ -25,7 +30,9 @@ def foreign(tokens: ArrayLike, vocabulary: int | None) -> str:
         return ""
     found = np.asarray(tokens)
     wrong = found[(found < 0) | (found >= vocabulary)]
-    words = f"is none of the model's, 0 to {vocabulary - 1}; the tokenizer knows more than the model"
+    words = (
+        f"is none of the model's, 0 to {vocabulary - 1}; the tokenizer knows more than the model"
+    )
     return f"token {wrong[0]} {words}" if wrong.size else ""
 
 
@@ -104,11 +111,13 @@ class Rows:
         return sha256(b"".join(row.digest for row in self.rows)).hexdigest()
 
     def split(self, held: int | float, seed: int) -> tuple[Rows, Rows]:
-        """Return rows to train on and rows held out; equal rows stay on one side, so that none is judged that was learned.
+        """Return rows to train on and rows held out.
+
+        Equal rows stay on one side, so that none is judged that was learned.
 
         Args:
-            held: rows to hold out: a number, or a share below 1. It is missed by a few where duplicates leave no choice, and
-                none is held out where all rows are equal.
+            held: rows to hold out: a number, or a share below 1. It is missed by a few where
+                duplicates leave no choice, and none is held out where all rows are equal.
             seed: of the choice.
 
         Raises:
@@ -130,7 +139,10 @@ class Rows:
                 taken.update(group)
         if not taken and len(drawn) > 1:
             taken.update(min(drawn, key=len))
-        sides = [tuple(row for i, row in enumerate(self.rows) if (i in taken) == side) for side in (False, True)]
+        sides = [
+            tuple(row for i, row in enumerate(self.rows) if (i in taken) == side)
+            for side in (False, True)
+        ]
         return replace(self, rows=sides[0]), replace(self, rows=sides[1], dropped=())
 
     def __repr__(self) -> str:
@@ -142,8 +154,8 @@ class Rows:
 def order(count: int, *seed: int) -> np.ndarray:
     """Return the numbers 0 … count−1 in an order drawn from a seed, int64.
 
-    Made from the raw words of the generator, which numpy promises not to change, so that a run resumed after an upgrade sees
-    the same rows.
+    Made from the raw words of the generator, which numpy promises not to change, so that a run
+    resumed after an upgrade sees the same rows.
     """
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
 
@@ -154,8 +166,10 @@ class Batch:
 
     Attributes:
         tokens: int32 ``(B, L)``, padded with 0.
-        mask: uint8 ``(B, L)``, 1 where a token is a target: never padding, never the first token of a row.
-        segments: int32 ``(B, L)`` where rows are packed: 1, 2, … for the rows in a row, 0 for padding; else None.
+        mask: uint8 ``(B, L)``, 1 where a token is a target: never padding, never the first token of
+            a row.
+        segments: int32 ``(B, L)`` where rows are packed: 1, 2, … for the rows in a row, 0 for
+            padding; else None.
         numbers: which of the user's rows are in each row.
         real: tokens without padding.
     """

@@ -17,8 +17,9 @@ def learning_rate(config: TrainConfig, base: float, done: int, iters: int) -> fl
         iters: optimizer steps in all.
 
     Returns:
-        In warm-up ``base · (done + 1) / (warmup + 1)``; then ``base``, or ``base`` falling to 0 in a line or half a cosine
-        (Loshchilov & Hutter 2017, arXiv:1608.03983, equation 5, one period).
+        In warm-up ``base · (done + 1) / (warmup + 1)``; then ``base``, or ``base`` falling to 0 in
+        a line or half a cosine (Loshchilov & Hutter 2017, arXiv:1608.03983, equation 5, one
+        period).
     """
     if done < config.warmup:
         return base * (done + 1) / (config.warmup + 1)

@@ -1,4 +1,6 @@
-"""What passes through the layers of a model on a text: collected block by block, so that few of them exist at once.
+"""What passes through the layers of a model on a text.
+
+Collected block by block, so that few of them exist at once.
 
 Knows no weight and no scheme.
 """
@@ -19,7 +21,8 @@ from qlab.engine.models.blocks import Stack
 from qlab.engine.models.surgery import map_layers
 from qlab.errors import ConfigError, UnsupportedError
 
-_DAMPING = 1e-2  # of the mean power, added to every direction (GPTQ, arXiv:2210.17323, section 3.3, step 3)
+# of the mean power, added to every direction (GPTQ, arXiv:2210.17323, section 3.3, step 3)
+_DAMPING = 1e-2
 CALIBRATION_TOKENS = 2048
 HELDOUT_TOKENS = 1024
 
@@ -50,10 +53,14 @@ class Inputs:
     def root(self) -> mx.array:
         """L with L·Lᵀ = E[x xᵀ] + damping, float32 ``(in, in)``."""
         moments = np.array(self.seen.T @ self.seen, np.float64) / len(self.seen)
-        return mx.array(np.linalg.cholesky(moments + self.damping * np.eye(len(moments))), mx.float32)
+        return mx.array(
+            np.linalg.cholesky(moments + self.damping * np.eye(len(moments))), mx.float32
+        )
 
 
-Passed = Inputs | dict[int, Inputs]  # of a layer; of a mixture's experts by number, those that the text reached
+Passed = (
+    Inputs | dict[int, Inputs]
+)  # of a layer; of a mixture's experts by number, those that the text reached
 _Call = tuple[mx.array, ...]  # rows, and for experts the numbers of those that they went to
 
 
@@ -81,7 +88,9 @@ class _Tap(nn.Module):
 
 
 def texts(tokenizer: Any, text: Any, vocabulary: int) -> tuple[list[mx.array], list[mx.array]]:
-    """Return token rows to compute from, and others to judge on: two embedded texts, or two parts of one that is given.
+    """Return token rows to compute from, and others to judge on.
+
+    Two embedded texts, or two parts of one that is given.
 
     Args:
         tokenizer: mlx-lm's wrapper.
@@ -97,11 +106,15 @@ def texts(tokenizer: Any, text: Any, vocabulary: int) -> tuple[list[mx.array], l
     rows, words = batches(tokenizer, text, "", CALIBRATION_TOKENS + HELDOUT_TOKENS, vocabulary)
     cut = max(1, round(len(rows) * CALIBRATION_TOKENS / (CALIBRATION_TOKENS + HELDOUT_TOKENS)))
     if cut == len(rows):
-        raise ConfigError(f"The text ({words}) is too short: one part is computed from and another judged on.")
+        raise ConfigError(
+            f"The text ({words}) is too short: one part is computed from and another judged on."
+        )
     return rows[:cut], rows[cut:]
 
 
-def passing(model: nn.Module, paths: list[str], seen: list[mx.array], heldout: list[mx.array]) -> Iterator[dict[str, Passed]]:
+def passing(
+    model: nn.Module, paths: list[str], seen: list[mx.array], heldout: list[mx.array]
+) -> Iterator[dict[str, Passed]]:
     """Run two texts through a model; yield the inputs of its layers, those of one block at a time.
 
     Args:
@@ -123,7 +136,10 @@ def passing(model: nn.Module, paths: list[str], seen: list[mx.array], heldout: l
         return
     hidden = [x for x, _ in states]
     for number, block in enumerate(stack.blocks):
-        hidden = [block(x, *calls[number][0], **calls[number][1]) for x, (_, calls) in zip(hidden, states, strict=True)]
+        hidden = [
+            block(x, *calls[number][0], **calls[number][1])
+            for x, (_, calls) in zip(hidden, states, strict=True)
+        ]
         mx.eval(hidden)
         yield _taken(found, len(seen))
     if any(not path.startswith(f"{stack.path}.") for path in paths):
@@ -133,7 +149,10 @@ def passing(model: nn.Module, paths: list[str], seen: list[mx.array], heldout: l
 
 
 def _taken(found: dict[str, list[_Call]], count: int) -> dict[str, Passed]:
-    """Put together what was seen and forget it; layers that read the same arrays share one ``Inputs``."""
+    """Put together what was seen and forget it.
+
+    Layers that read the same arrays share one ``Inputs``.
+    """
     made: dict[tuple[int, ...], Passed] = {}
     taken = {}
     for path, calls in found.items():
@@ -152,19 +171,27 @@ def _inputs(seen: list[_Call], heldout: list[_Call]) -> Passed:
     if to is None:
         mx.eval(x, y)
         return Inputs(x, y)
-    made = {expert: Inputs(_of(x, to, expert), _of(y, to_y, expert)) for expert in np.unique(to).tolist()}
+    made = {
+        expert: Inputs(_of(x, to, expert), _of(y, to_y, expert))
+        for expert in np.unique(to).tolist()
+    }
     mx.eval([(own.seen, own.heldout) for own in made.values()])
     return made
 
 
 def _rows(calls: list[_Call]) -> tuple[mx.array, np.ndarray | None]:
-    """Return float32 rows ``(tokens, in)`` and the expert of each; a row that went to several stands there as often."""
+    """Return float32 rows ``(tokens, in)`` and the expert of each.
+
+    A row that went to several stands there as often.
+    """
     rows, experts = [], []
     for x, *indices in calls:
         for to in indices:
             shape = np.broadcast_shapes(x.shape[:-2], to.shape)
             x = mx.broadcast_to(x, (*shape, *x.shape[-2:]))
-            experts.append(np.array(mx.broadcast_to(to[..., None], (*shape, x.shape[-2]))).reshape(-1))
+            experts.append(
+                np.array(mx.broadcast_to(to[..., None], (*shape, x.shape[-2]))).reshape(-1)
+            )
         rows.append(x.reshape(-1, x.shape[-1]).astype(mx.float32))
     return mx.concatenate(rows), np.concatenate(experts) if experts else None
 

@@ -16,10 +16,13 @@ from qlab.nn.frozen import Compute, Frozen
 from qlab.runtime.device import backend, wants_float32
 
 
-def twin_with(module: nn.Module, spec: ModelSpec, lora: LoRAConfig, parameters: Mapping[str, mx.array]) -> nn.Module:
+def twin_with(
+    module: nn.Module, spec: ModelSpec, lora: LoRAConfig, parameters: Mapping[str, mx.array]
+) -> nn.Module:
     """Return a twin of a model that runs with adapters; it shares every array of the model.
 
-    Off the GPU its activations are float32: kernels for one token are six times as fast so (demo model, two cores).
+    Off the GPU its activations are float32: kernels for one token are six times as fast so (demo
+    model, two cores).
 
     Args:
         module: the model; it is not changed.
@@ -36,8 +39,12 @@ def twin_with(module: nn.Module, spec: ModelSpec, lora: LoRAConfig, parameters: 
     return made
 
 
-def twin_for_rows(module: nn.Module, spec: ModelSpec, lora: LoRAConfig | None, parameters: Mapping[str, mx.array]) -> nn.Module:
-    """Return a twin of a model for many tokens at once: its products are made from dequantized weights where that is faster.
+def twin_for_rows(
+    module: nn.Module, spec: ModelSpec, lora: LoRAConfig | None, parameters: Mapping[str, mx.array]
+) -> nn.Module:
+    """Return a twin of a model for many tokens at once.
+
+    Its products are made from dequantized weights where that is faster.
 
     Args:
         module: the model; it is not changed.
@@ -53,7 +60,9 @@ def twin_for_rows(module: nn.Module, spec: ModelSpec, lora: LoRAConfig | None, p
     return made
 
 
-def attach(module: nn.Module, spec: ModelSpec, lora: LoRAConfig | None, compute: Compute, checkpoint: bool) -> nn.Module:
+def attach(
+    module: nn.Module, spec: ModelSpec, lora: LoRAConfig | None, compute: Compute, checkpoint: bool
+) -> nn.Module:
     """Return a twin of a model, frozen but for the adapters, with its products made as told.
 
     Args:
@@ -77,5 +86,7 @@ def attach(module: nn.Module, spec: ModelSpec, lora: LoRAConfig | None, compute:
     made = map_layers(module, [layer.path for layer in spec.layers], make)
     made.freeze()
     for path in targets:
-        module_at(made, path).unfreeze(keys=list(lora.adapter.shapes(spec[path].shape, lora.rank)), recurse=False)  # type: ignore
+        module_at(made, path).unfreeze(
+            keys=list(lora.adapter.shapes(spec[path].shape, lora.rank)), recurse=False
+        )  # type: ignore
     return made

@@ -1,8 +1,10 @@
-"""Adapters on disk: written as mlx-lm or PEFT reads them, and read back from either, whole or not at all.
+"""Adapters on disk.
 
-An adapter is a folder of one file of weights and one of settings. What only qlab knows stands in a block ``qlab`` of the
-settings (mlx-lm) or of the weights' header (PEFT), where the others pass it over. Runs on the MLX thread. Knows no base
-weights: only what layers there are.
+Written as mlx-lm or PEFT reads them, and read back from either, whole or not at all.
+
+An adapter is a folder of one file of weights and one of settings. What only qlab knows stands in a
+block ``qlab`` of the settings (mlx-lm) or of the weights' header (PEFT), where the others pass it
+over. Runs on the MLX thread. Knows no base weights: only what layers there are.
 """
 
 from __future__ import annotations
@@ -22,7 +24,14 @@ from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.spec import ModelSpec
 from qlab.engine.adapt import peft as peft_files
 from qlab.engine.adapt.parameters import checked, expected
-from qlab.engine.adapt.targets import SettingError, layers_of, mlx_obstacle, mlx_targets, reached, said
+from qlab.engine.adapt.targets import (
+    SettingError,
+    layers_of,
+    mlx_obstacle,
+    mlx_targets,
+    reached,
+    said,
+)
 from qlab.engine.io.loaded import check_safetensors
 from qlab.errors import ConfigError, LoadError, QlabError, nearest
 from qlab.runtime.atomic import write_folder
@@ -50,26 +59,31 @@ def save_adapter(
     """Write an adapter folder, whole or not at all.
 
     Args:
-        path: of the folder. An existing one is replaced if it is empty or holds an adapter and nothing else.
+        path: of the folder. An existing one is replaced if it is empty or holds an adapter and
+            nothing else.
         parameters: trainable arrays by path, such as ``model.layers.0.self_attn.q_proj.lora_a``.
         lora: what they are.
         spec: the base's layers.
         base_name: hub id or folder of the base, for whoever opens the adapter.
         format: ``mlx`` (``mlx_lm.load(base, adapter_path=path)``) or ``peft``.
-        model_type: of the base's config.json; with it the answer says whether PEFT's names are known to fit.
-        unsaved: if the base is not what stands at ``base_name``: what it is, and the Python that writes it to a folder. The
-            answer and a README then say so.
+        model_type: of the base's config.json; with it the answer says whether PEFT's names are
+            known to fit.
+        unsaved: if the base is not what stands at ``base_name``: what it is, and the Python that
+            writes it to a folder. The answer and a README then say so.
 
     Returns:
         Who can open it, in words.
 
     Raises:
-        ConfigError: no such format, not the adapter's parameters, or something that the format cannot say.
+        ConfigError: no such format, not the adapter's parameters, or something that the format
+            cannot say.
         WeightsError: a number is NaN or infinite.
         SaveError: the place cannot be written; what stood there is untouched.
     """
     if format not in FORMATS:
-        raise ConfigError(f"format={format!r} is not legal; choose one of {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
+        raise ConfigError(
+            f"format={format!r} is not legal; choose one of {', '.join(FORMATS)}.{nearest(format, FORMATS)}"
+        )
     arrays = checked(parameters, expected(spec, lora))
     if format == "mlx":
         config, note = _mlx_config(lora, spec, base_name, unsaved[0])
@@ -77,7 +91,12 @@ def save_adapter(
         config, arrays, note = peft_files.to_peft(arrays, lora, spec, base_name, model_type)
         if unsaved[0]:
             note += f" It was trained on {unsaved[0]}; a.fuse(rest=16).save('model') writes what was trained as one model."
-    block = {"adapter": asdict(lora), "base": base_name, "model": spec.name, "trained_on": unsaved[0]}
+    block = {
+        "adapter": asdict(lora),
+        "base": base_name,
+        "model": spec.name,
+        "trained_on": unsaved[0],
+    }
     # PEFT warns of settings that it does not know, so there the block stands beside the arrays
     inside = {"format": "pt", "qlab": json.dumps(block)} if format == "peft" else {"format": "mlx"}
     text = json.dumps(config if format == "peft" else {**config, "qlab": block}, indent=2)
@@ -87,29 +106,47 @@ def save_adapter(
         (folder / _SETTINGS).write_text(text)
         if unsaved[1]:
             again = f"These lines make the base again, in the folder `base`:\n\n```python\n{unsaved[1]}\n```\n"
-            (folder / "README.md").write_text(f"# An adapter of {base_name}\n\n{note}\n\n{again}", encoding="utf-8")
+            (folder / "README.md").write_text(
+                f"# An adapter of {base_name}\n\n{note}\n\n{again}", encoding="utf-8"
+            )
 
     write_folder(path, fill, _OURS)
     return note
 
 
-# --- mlx-lm's layout --------------------------------------------------------------------------------------------------
+# --- mlx-lm's layout ------------------------------------------------------------------------------
 
 
-def _mlx_config(lora: LoRAConfig, spec: ModelSpec, base_name: str, unsaved: str) -> tuple[dict[str, Any], str]:
+def _mlx_config(
+    lora: LoRAConfig, spec: ModelSpec, base_name: str, unsaved: str
+) -> tuple[dict[str, Any], str]:
     num_layers, keys = mlx_targets(lora, spec)
     settings = {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout, "keys": keys}
-    config = {"fine_tune_type": lora.kind, "model": base_name, "num_layers": num_layers, "lora_parameters": settings}
+    config = {
+        "fine_tune_type": lora.kind,
+        "model": base_name,
+        "num_layers": num_layers,
+        "lora_parameters": settings,
+    }
     obstacle = mlx_obstacle(lora, spec)
     if obstacle:
-        return config, f"Saved in mlx-lm's layout, but stock mlx-lm cannot open it: {obstacle}. qlab can."
+        return (
+            config,
+            f"Saved in mlx-lm's layout, but stock mlx-lm cannot open it: {obstacle}. qlab can.",
+        )
     if unsaved:
         opened = "a.base.save('base') writes it, and mlx_lm.load('base', adapter_path=…) opens what was trained"
-        return config, f"Saved in mlx-lm's layout. It was trained on {unsaved}, which is in no folder yet: {opened}."
-    return config, f"Saved in mlx-lm's layout; mlx_lm.load({base_name!r}, adapter_path=…) and qlab open it."
+        return (
+            config,
+            f"Saved in mlx-lm's layout. It was trained on {unsaved}, which is in no folder yet: {opened}.",
+        )
+    return (
+        config,
+        f"Saved in mlx-lm's layout; mlx_lm.load({base_name!r}, adapter_path=…) and qlab open it.",
+    )
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def load_adapter(path: Path, spec: ModelSpec) -> tuple[LoRAConfig, Arrays, tuple[str, ...]]:
@@ -123,8 +160,9 @@ def load_adapter(path: Path, spec: ModelSpec) -> tuple[LoRAConfig, Arrays, tuple
         What the adapter is, its arrays by path (evaluated), and what to know about it.
 
     Raises:
-        LoadError: a file is missing, cut short or unreadable, an array is missing, unknown, of the wrong shape or no number,
-            or the settings ask for what qlab does not have; names file and key.
+        LoadError: a file is missing, cut short or unreadable, an array is missing, unknown, of the
+            wrong shape or no number, or the settings ask for what qlab does not have; names file
+            and key.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -137,10 +175,16 @@ def load_adapter(path: Path, spec: ModelSpec) -> tuple[LoRAConfig, Arrays, tuple
     arrays, block = _arrays(file, path)
     block = block if kind == "peft" else config.get("qlab")
     try:
-        lora, found, notes = (peft_files.from_peft if kind == "peft" else _from_mlx)(config, arrays, spec)
+        lora, found, notes = (peft_files.from_peft if kind == "peft" else _from_mlx)(
+            config, arrays, spec
+        )
         lora, found, more = _same_dtype(_own(lora, block, spec), found)
         base = block.get("trained_on") if isinstance(block, dict) else ""
-        return lora, checked(found, expected(spec, lora)), (*notes, *more, *([f"It was trained on {base}."] if base else []))
+        return (
+            lora,
+            checked(found, expected(spec, lora)),
+            (*notes, *more, *([f"It was trained on {base}."] if base else [])),
+        )
     except (SettingError, re.error) as error:
         raise LoadError(f"{path / _SETTINGS}: {error}") from None
     except QlabError as error:
@@ -162,10 +206,14 @@ def _settings(file: Path) -> dict[str, Any]:
 def _arrays(file: Path, folder: Path) -> tuple[Arrays, Any]:
     """Return the arrays of a file, and the block ``qlab`` of its header."""
     if not file.is_file():
-        held = sorted(x.name for x in folder.iterdir() if x.suffix in (".bin", ".safetensors", ".pt", ".npz"))
+        held = sorted(
+            x.name for x in folder.iterdir() if x.suffix in (".bin", ".safetensors", ".pt", ".npz")
+        )
         hint = f" It holds {', '.join(held[:_SHOWN])}." if held else ""
         if any(name.endswith((".bin", ".pt")) for name in held):
-            hint += " Pickled weights can run code, and are not opened; save them again as safetensors."
+            hint += (
+                " Pickled weights can run code, and are not opened; save them again as safetensors."
+            )
         raise LoadError(f"{folder} has no {file.name}.{hint}")
     check_safetensors(file)
     try:
@@ -175,28 +223,40 @@ def _arrays(file: Path, folder: Path) -> tuple[Arrays, Any]:
         raise LoadError(f"{file} could not be read: {error}") from None
 
 
-def _from_mlx(config: dict[str, Any], arrays: Arrays, spec: ModelSpec) -> tuple[LoRAConfig, Arrays, tuple[str, ...]]:
+def _from_mlx(
+    config: dict[str, Any], arrays: Arrays, spec: ModelSpec
+) -> tuple[LoRAConfig, Arrays, tuple[str, ...]]:
     kind = config.get("fine_tune_type", "lora")
     kinds = registry.shelf("adapters")
     if kind not in kinds:
-        why = "holds whole layers, not an adapter; qlab trains adapters" if kind == "full" else f"is not {', '.join(kinds)}"
+        why = (
+            "holds whole layers, not an adapter; qlab trains adapters"
+            if kind == "full"
+            else f"is not {', '.join(kinds)}"
+        )
         raise SettingError(f"fine_tune_type {kind!r} {why}.{nearest(str(kind), kinds)}")
     settings = config.get("lora_parameters")
     if not isinstance(settings, dict) or not {"rank", "scale"} <= settings.keys():
         raise SettingError("lora_parameters must give rank and scale.")
     if unknown := sorted(settings.keys() - _LORA_PARAMETERS):
-        raise SettingError(f"lora_parameters has {unknown[0]!r}, which is unknown; it may have rank, scale, dropout, keys.")
+        raise SettingError(
+            f"lora_parameters has {unknown[0]!r}, which is unknown; it may have rank, scale, dropout, keys."
+        )
     num_layers, keys = config.get("num_layers", -1), settings.get("keys")
     if isinstance(num_layers, bool) or not isinstance(num_layers, int):
         raise SettingError(f"num_layers={num_layers!r} is not a number of blocks.")
-    if keys is not None and (not isinstance(keys, list) or not all(isinstance(key, str) for key in keys)):
+    if keys is not None and (
+        not isinstance(keys, list) or not all(isinstance(key, str) for key in keys)
+    ):
         raise SettingError(f"keys={keys!r} is not a list of names.")
     paths = layers_of(arrays, set(kinds[kind].shapes((1, 1), 1)), spec)
     named = reached(num_layers, keys, spec)
     if named != set(paths):
         gone, more = sorted(named - set(paths)), sorted(set(paths) - named)
         what = f"no arrays of {gone[0]!r}" if gone else f"arrays of {more[0]!r}"
-        raise ConfigError(f"it has {what}, which num_layers and keys in {_SETTINGS} {'adapt' if gone else 'do not adapt'}.")
+        raise ConfigError(
+            f"it has {what}, which num_layers and keys in {_SETTINGS} {'adapt' if gone else 'do not adapt'}."
+        )
     dropout = settings.get("dropout", 0.0)
     lora = said(LoRAConfig(settings["rank"], settings["scale"], dropout, kind=kind), paths, spec)
     return lora, arrays, ()
@@ -210,9 +270,15 @@ def _own(lora: LoRAConfig, block: Any, spec: ModelSpec) -> LoRAConfig:
     if unknown := sorted(facts.keys() - {f.name for f in fields(LoRAConfig)}):
         raise SettingError(f"the block qlab has {unknown[0]!r}, which is unknown to this version.")
     made = LoRAConfig(**facts)
-    same = made.kind == lora.kind and made.rank == lora.rank and isclose(made.scale, lora.scale, rel_tol=1e-6)
+    same = (
+        made.kind == lora.kind
+        and made.rank == lora.rank
+        and isclose(made.scale, lora.scale, rel_tol=1e-6)
+    )
     if not same or made.targets(spec) != lora.targets(spec):
-        raise SettingError("the block qlab says another adapter than the rest; remove the block to go by the rest.")
+        raise SettingError(
+            "the block qlab says another adapter than the rest; remove the block to go by the rest."
+        )
     return made
 
 
@@ -220,9 +286,15 @@ def _same_dtype(lora: LoRAConfig, arrays: Arrays) -> tuple[LoRAConfig, Arrays, t
     """Bring all arrays to one dtype that an adapter may have."""
     dtypes = {array.dtype for array in arrays.values()}
     if not all(mx.issubdtype(dtype, mx.floating) for dtype in dtypes):
-        key = next(key for key, array in arrays.items() if not mx.issubdtype(array.dtype, mx.floating))
+        key = next(
+            key for key, array in arrays.items() if not mx.issubdtype(array.dtype, mx.floating)
+        )
         raise ConfigError(f"{key!r} is {arrays[key].dtype}, not a floating-point number.")
     if dtypes <= {mx.float32} or dtypes <= {mx.bfloat16}:
         return replace(lora, dtype="bfloat16" if mx.bfloat16 in dtypes else "float32"), arrays, ()
     held = " and ".join(sorted(str(dtype).removeprefix("mlx.core.") for dtype in dtypes))
-    return replace(lora, dtype="float32"), {k: a.astype(mx.float32) for k, a in arrays.items()}, (f"{held} became float32.",)
+    return (
+        replace(lora, dtype="float32"),
+        {k: a.astype(mx.float32) for k, a in arrays.items()},
+        (f"{held} became float32.",),
+    )

@@ -1,8 +1,9 @@
 """Merges an adapter into the weights, and says beforehand how much of it will survive.
 
-Training saw ``f(W + D)``, W being the base as it computes. Merging into W gives that function again; merging into the original
-weights W0 gives ``W + D + E`` with the quantization error E that the adapter never saw. Storing W + D in the codes that W
-came from rounds a small D away (dead zone). Runs on the MLX thread, a layer at a time.
+Training saw ``f(W + D)``, W being the base as it computes. Merging into W gives that function
+again; merging into the original weights W0 gives ``W + D + E`` with the quantization error E that
+the adapter never saw. Storing W + D in the codes that W came from rounds a small D away (dead
+zone). Runs on the MLX thread, a layer at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ _SAMPLE = 2**20  # weights of a layer from which on a preview looks at a sample 
 def change(layer: nn.Module, kind: str, lora: LoRAConfig, own: Mapping[str, mx.array]) -> mx.array:
     """Return D, what an adapter adds to a layer's weight.
 
-    LoRA: ``scale · B·A``. DoRA: ``m · (W + scale·BA) / ‖W + scale·BA‖ − W``, row by row (arXiv:2402.09353, equation 5).
+    LoRA: ``scale · B·A``. DoRA: ``m · (W + scale·BA) / ‖W + scale·BA‖ − W``, row by row
+    (arXiv:2402.09353, equation 5).
 
     Args:
         layer: the base's layer.
@@ -49,9 +51,13 @@ def change(layer: nn.Module, kind: str, lora: LoRAConfig, own: Mapping[str, mx.a
         UnsupportedError: the kind of adapter has no known change of the weight.
     """
     if lora.kind not in ("lora", "dora"):
-        raise UnsupportedError(f"kind={lora.kind!r} cannot be fused: it does not say what it adds to the weight.")
+        raise UnsupportedError(
+            f"kind={lora.kind!r} cannot be fused: it does not say what it adds to the weight."
+        )
     a, b = (own[name].astype(mx.float32) for name in ("lora_a", "lora_b"))
-    delta = lora.scale * (b @ a if kind == "switch" else a @ b if kind == "embedding" else (a @ b).T)
+    delta = lora.scale * (
+        b @ a if kind == "switch" else a @ b if kind == "embedding" else (a @ b).T
+    )
     if lora.kind == "lora":
         return delta
     weight = weight_of(layer, mx.float32)
@@ -77,12 +83,15 @@ def fuse(
         spec: its layers.
         parameters: trainable arrays by path.
         lora: what they are.
-        bits: of the adapted layers: 16 (dense, in the model's own dtype), 8 (affine, groups of 64) or ``"base"`` (stored as
-            the base stores them; a small change does not survive that, see ``preview``).
-        onto: what the change is added to: ``"base"`` (the weights that were trained with: the same function) or
-            ``"original"`` (the weights before quantization: without its error, but not what was trained).
+        bits: of the adapted layers: 16 (dense, in the model's own dtype), 8 (affine, groups of 64)
+            or ``"base"`` (stored as the base stores them; a small change does not survive that, see
+            ``preview``).
+        onto: what the change is added to: ``"base"`` (the weights that were trained with: the same
+            function) or ``"original"`` (the weights before quantization: without its error, but not
+            what was trained).
         original: the model before quantization; needed for ``"original"``.
-        rest: layers without adapter: ``"base"`` (as they are) or 16 (dense too; from the original with ``onto="original"``).
+        rest: layers without adapter: ``"base"`` (as they are) or 16 (dense too; from the original
+            with ``onto="original"``).
 
     Yields:
         Progress after each layer.
@@ -99,15 +108,23 @@ def fuse(
     _legal("onto", onto, ONTO)
     _legal("rest", rest, ("base", 16))
     if onto == "original" and original is None:
-        raise ConfigError("onto='original' needs the model before quantization, and it is not known; use onto='base'.")
+        raise ConfigError(
+            "onto='original' needs the model before quantization, and it is not known; use onto='base'."
+        )
     arrays = checked(parameters, expected(spec, lora))
     targets = {layer.path for layer in lora.targets(spec)}
-    dense = {layer.path for layer in spec.layers if rest == 16 and is_quantized(module_at(module, layer.path))}
+    dense = {
+        layer.path
+        for layer in spec.layers
+        if rest == 16 and is_quantized(module_at(module, layer.path))
+    }
     work = [layer for layer in spec.layers if layer.path in targets | dense]
     made = twin(module)
     for n, layer in enumerate(work):
         base = module_at(module, layer.path)
-        weight = weight_of(module_at(original, layer.path) if onto == "original" else base, mx.float32)
+        weight = weight_of(
+            module_at(original, layer.path) if onto == "original" else base, mx.float32
+        )
         if layer.path in targets:
             weight = weight + change(base, layer.kind, lora, _own(arrays, layer.path))
         config = _storage(base, layer, bits) if layer.path in targets else None
@@ -122,7 +139,9 @@ def _stored(base: nn.Module, path: str, weight: mx.array, config: QuantConfig | 
     if config is not None:
         return quantized_layer(made, path, config, "rtn", None)
     if not mx.isfinite(made.weight).all().item():
-        raise WeightsError(f"The merged weight of {path!r} holds NaN or infinity; no model was made.")
+        raise WeightsError(
+            f"The merged weight of {path!r} holds NaN or infinity; no model was made."
+        )
     made.freeze()
     mx.eval(made.parameters())
     return made
@@ -168,11 +187,17 @@ def preview(
     return Survival(spec.name, f"{lora.kind} r{lora.rank}", tuple(found))
 
 
-def _survival(base: nn.Module, layer: LayerSpec, delta: mx.array, original: nn.Module | None, exact: bool) -> LayerSurvival:
+def _survival(
+    base: nn.Module, layer: LayerSpec, delta: mx.array, original: nn.Module | None, exact: bool
+) -> LayerSurvival:
     dtype, config, eight = _dtype(base), _storage(base, layer, "base"), _storage(base, layer, 8)
     count = math.prod(layer.shape[:-1])
     few = not exact and layer.size > _SAMPLE
-    rows = np.linspace(0, count - 1, max(_SAMPLE // layer.shape[-1], 1)).round().astype(int) if few else np.arange(count)
+    rows = (
+        np.linspace(0, count - 1, max(_SAMPLE // layer.shape[-1], 1)).round().astype(int)
+        if few
+        else np.arange(count)
+    )
     expert, rows = rows // layer.shape[-2], mx.array(rows.astype(np.int32))
     weight, delta = (x.reshape(count, -1)[rows] for x in (weight_of(base, mx.float32), delta))
     mx.eval(weight, delta)
@@ -182,7 +207,9 @@ def _survival(base: nn.Module, layer: LayerSpec, delta: mx.array, original: nn.M
         return LayerSurvival(layer.path, layer.stored, 0.0, 0.0, *(math.nan,) * 6, depth)
     kept_16, _, of_experts = _kept(weight, delta, None, dtype, expert)
     kept_8, *_ = _kept(weight, delta, eight, dtype, expert)
-    kept_base, changed, of_experts = _kept(weight, delta, config, dtype, expert) if config else (kept_16, math.nan, of_experts)
+    kept_base, changed, of_experts = (
+        _kept(weight, delta, config, dtype, expert) if config else (kept_16, math.nan, of_experts)
+    )
     error, from_original = math.nan, math.nan
     if original is not None and config is not None:
         first = weight_of(original, mx.float32).reshape(count, -1)[rows]
@@ -205,9 +232,15 @@ def _survival(base: nn.Module, layer: LayerSpec, delta: mx.array, original: nn.M
 
 
 def _kept(
-    weight: mx.array, delta: mx.array, config: QuantConfig | None, dtype: mx.Dtype, expert: np.ndarray
+    weight: mx.array,
+    delta: mx.array,
+    config: QuantConfig | None,
+    dtype: mx.Dtype,
+    expert: np.ndarray,
 ) -> tuple[float, float, np.ndarray]:
-    """Return ρ = ⟨Q(W+D) − Q(W), D⟩/‖D‖², the share of codes that differ (NaN without codes), and ρ of every changed expert."""
+    """Return ρ = ⟨Q(W+D) − Q(W), D⟩/‖D‖², the share of codes that differ (NaN without codes), and ρ
+    of every changed expert.
+    """
     before, after = weight.astype(dtype), (weight + delta).astype(dtype)
     changed = math.nan
     if config is not None:
@@ -216,7 +249,9 @@ def _kept(
         mx.eval(before, after, packed)
         changed = _differing(packed[0]["weight"], packed[1]["weight"], config.bits)
     moved = after.astype(mx.float32) - before.astype(mx.float32)
-    left, whole = (np.bincount(expert, np.array((x * delta).sum(-1), np.float64)) for x in (moved, delta))
+    left, whole = (
+        np.bincount(expert, np.array((x * delta).sum(-1), np.float64)) for x in (moved, delta)
+    )
     return float(left.sum() / whole.sum()), changed, left[whole > 0] / whole[whole > 0]
 
 
@@ -235,7 +270,11 @@ def _norm(array: mx.array) -> float:
 
 
 def _own(arrays: Mapping[str, mx.array], path: str) -> dict[str, mx.array]:
-    return {key.rpartition(".")[2]: array for key, array in arrays.items() if key.rpartition(".")[0] == path}
+    return {
+        key.rpartition(".")[2]: array
+        for key, array in arrays.items()
+        if key.rpartition(".")[0] == path
+    }
 
 
 def _dtype(base: nn.Module) -> mx.Dtype:
@@ -257,4 +296,6 @@ def _storage(base: nn.Module, layer: LayerSpec, bits: int | str) -> QuantConfig 
 
 def _legal(name: str, value: object, legal: tuple) -> None:
     if isinstance(value, bool) or value not in legal:
-        raise ConfigError(f"{name}={value!r} is not legal; choose one of {', '.join(map(repr, legal))}.")
+        raise ConfigError(
+            f"{name}={value!r} is not legal; choose one of {', '.join(map(repr, legal))}."
+        )

@@ -1,11 +1,13 @@
-"""Adapters that start as the best low-rank stand-in for the quantization error, and how much of it each rank recovers.
+"""Adapters that start as the best low-rank stand-in for the quantization error, and how much of it
+each rank recovers.
 
-With E = W − Ŵ and U the leading left singular vectors of E·S, the best correction of rank r in the norm ‖(E − C)·S‖ is
-C = U·Uᵀ·E, so neither S nor its inverse is needed beyond the product E·S:
+With E = W − Ŵ and U the leading left singular vectors of E·S, the best correction of rank r in the
+norm ‖(E − C)·S‖ is C = U·Uᵀ·E, so neither S nor its inverse is needed beyond the product E·S:
 
 - ``residual``: S = 1, no data (ZeroQuant-V2's LoRC, arXiv:2303.08302).
 - ``diagonal``: S² = diag E[x²] (LQER, arXiv:2402.02446; QERA, arXiv:2410.06040, theorem 2).
-- ``qera``: S·Sᵀ = E[x xᵀ], damped (QERA, theorem 1): the least squared error of the output that the rank allows.
+- ``qera``: S·Sᵀ = E[x xᵀ], damped (QERA, theorem 1): the least squared error of the output that the
+  rank allows.
 
 Knows no panel. Runs on the MLX thread.
 """
@@ -36,9 +38,9 @@ _EXPERTS = 8  # of a mixture that speak for all of a layer's
 def leading(product: mx.array, rank: int) -> tuple[mx.array, np.ndarray]:
     """Return the leading left singular vectors and squared singular values of a matrix.
 
-    Up to a width of 1024 all of them, from the eigenvectors of the smaller Gram matrix; above by subspace iteration
-    (Halko, Martinsson & Tropp, arXiv:0909.4061, algorithm 4.4), which for a flat spectrum finds the directions roughly but
-    their energy well.
+    Up to a width of 1024 all of them, from the eigenvectors of the smaller Gram matrix; above by
+    subspace iteration (Halko, Martinsson & Tropp, arXiv:0909.4061, algorithm 4.4), which for a flat
+    spectrum finds the directions roughly but their energy well.
 
     Args:
         product: float32 ``(out, n)``.
@@ -60,7 +62,9 @@ def leading(product: mx.array, rank: int) -> tuple[mx.array, np.ndarray]:
         squares, vectors = _descending(product @ product.T)
         return vectors, squares
     squares, vectors = _descending(product.T @ product)
-    return (product @ vectors) / mx.array(np.sqrt(np.maximum(squares, max(squares[0] * 1e-10, 1e-30))), mx.float32), squares
+    return (product @ vectors) / mx.array(
+        np.sqrt(np.maximum(squares, max(squares[0] * 1e-10, 1e-30))), mx.float32
+    ), squares
 
 
 def _descending(gram: mx.array) -> tuple[np.ndarray, mx.array]:
@@ -68,8 +72,12 @@ def _descending(gram: mx.array) -> tuple[np.ndarray, mx.array]:
     return np.maximum(np.array(values, np.float64)[::-1], 1e-300), vectors[:, ::-1]
 
 
-def directions(init: str, error: mx.array, inputs: Inputs | None, rank: int) -> tuple[mx.array, np.ndarray]:
-    """Return the left singular vectors and squared singular values of E·S; a layer that saw no text counts all inputs alike.
+def directions(
+    init: str, error: mx.array, inputs: Inputs | None, rank: int
+) -> tuple[mx.array, np.ndarray]:
+    """Return the left singular vectors and squared singular values of E·S.
+
+    A layer that saw no text counts all inputs alike.
 
     Args:
         init: which S.
@@ -97,15 +105,18 @@ def error_of(path: str, original: Weight, stored: Weight) -> tuple[mx.array, mx.
     weight = original(path).astype(mx.float32)
     error = weight - stored(path).astype(mx.float32)
     if not mx.isfinite(error).all().item():
-        raise WeightsError(f"Layer {path!r} holds NaN or infinite weights; its quantization error is no number.")
+        raise WeightsError(
+            f"Layer {path!r} holds NaN or infinite weights; its quantization error is no number."
+        )
     return error, weight
 
 
 def recovery(path: str, original: Weight, stored: Weight, inputs: Passed | None) -> Recovery | None:
     """Return what each rank recovers of a layer's error, or None if it has none.
 
-    Every expert of a mixture has factors of its own, so the squares of some experts, evenly chosen, are added up by rank: the
-    share is that of their common error, and a singular value that of a typical expert.
+    Every expert of a mixture has factors of its own, so the squares of some experts, evenly chosen,
+    are added up by rank: the share is that of their common error, and a singular value that of a
+    typical expert.
     """
     error, weight = error_of(path, original, stored)
     stack = error.reshape(-1, *error.shape[-2:])  # the layer's own, or one of each expert
@@ -125,17 +136,29 @@ def recovery(path: str, original: Weight, stored: Weight, inputs: Passed | None)
             totals += mx.square(wrong).sum().item()
             for init in STARTS:
                 vectors = left if init == "residual" else directions(init, own, given, rank)[0]
-                gains[init] = gains[init] + np.array(mx.square(vectors[:, : min(own.shape)].T @ wrong).sum(-1), np.float64)
+                gains[init] = gains[init] + np.array(
+                    mx.square(vectors[:, : min(own.shape)].T @ wrong).sum(-1), np.float64
+                )
     energy, noise = energies[some].sum(), noise_squares(*error.shape[-2:])
     return Recovery(
-        path, relative, on_grid(np.sqrt(squares / energy)), on_grid(np.sqrt(noise)),
-        on_grid(np.minimum(np.cumsum(squares) / energy, 1)), on_grid(np.cumsum(noise)),
-        {init: on_grid(np.minimum(np.cumsum(own) / totals, 1)) for init, own in gains.items() if totals},
-    )  # fmt: skip
+        path,
+        relative,
+        on_grid(np.sqrt(squares / energy)),
+        on_grid(np.sqrt(noise)),
+        on_grid(np.minimum(np.cumsum(squares) / energy, 1)),
+        on_grid(np.cumsum(noise)),
+        {
+            init: on_grid(np.minimum(np.cumsum(own) / totals, 1))
+            for init, own in gains.items()
+            if totals
+        },
+    )
 
 
 def _some(experts: np.ndarray) -> list[int]:
-    return experts[np.linspace(0, len(experts) - 1, min(len(experts), _EXPERTS)).round().astype(int)].tolist()
+    return experts[
+        np.linspace(0, len(experts) - 1, min(len(experts), _EXPERTS)).round().astype(int)
+    ].tolist()
 
 
 def _kept(error: mx.array) -> int:
@@ -145,9 +168,15 @@ def _kept(error: mx.array) -> int:
 
 
 def recoveries(
-    layers: Iterable[LayerSpec], original: Weight, stored: Weight, groups: Iterable[dict[str, Passed]], into: dict[str, Any]
+    layers: Iterable[LayerSpec],
+    original: Weight,
+    stored: Weight,
+    groups: Iterable[dict[str, Passed]],
+    into: dict[str, Any],
 ) -> Generator[Progress, None, None]:
-    """Compute what each rank recovers, layer by layer: first without data, then with the inputs of a text.
+    """Compute what each rank recovers, layer by layer.
+
+    First without data, then with the inputs of a text.
 
     Args:
         layers: to look at.
@@ -188,14 +217,15 @@ def start(
         layers: that get adapters.
         original: returns W by path.
         stored: returns Ŵ by path.
-        groups: inputs by path, a block at a time; for ``residual`` none are needed. A layer or an expert that no text reached
-            starts as without data.
+        groups: inputs by path, a block at a time; for ``residual`` none are needed. A layer or an
+            expert that no text reached starts as without data.
 
     Yields:
         Progress after each layer.
 
     Returns:
-        Arrays by path, evaluated; scale · B·A is the correction. Where the kind has lengths of rows, they are those of W.
+        Arrays by path, evaluated; scale · B·A is the correction. Where the kind has lengths of
+        rows, they are those of W.
     """
     todo = {layer.path: layer for layer in layers}
     found: dict[str, mx.array] = {}
@@ -221,7 +251,10 @@ def _arrays(
 ) -> dict[str, mx.array]:
     if layer.kind == "switch":
         given = inputs if isinstance(inputs, dict) else {}
-        b, a = map(mx.stack, zip(*(_pair(lora, own, given.get(e)) for e, own in enumerate(error)), strict=True))
+        b, a = map(
+            mx.stack,
+            zip(*(_pair(lora, own, given.get(e)) for e, own in enumerate(error)), strict=True),
+        )
     else:
         b, a = _pair(lora, error, inputs)  # type: ignore
         a, b = (b, a) if layer.kind == "embedding" else (a.T, b.T)
@@ -232,9 +265,13 @@ def _arrays(
 
 
 def _pair(lora: LoRAConfig, error: mx.array, inputs: Inputs | None) -> tuple[mx.array, mx.array]:
-    """Return ``(out, rank)`` and ``(rank, in)`` whose product, times the scale, is the best stand-in for an error."""
+    """Return ``(out, rank)`` and ``(rank, in)`` whose product, times the scale, is the best
+    stand-in for an error.
+    """
     out, width = error.shape
-    if not mx.any(error).item():  # nothing to make up for: no effect at first, and a slope to learn along
+    if not mx.any(
+        error
+    ).item():  # nothing to make up for: no effect at first, and a slope to learn along
         drawn = mx.random.uniform(-1, 1, (lora.rank, width), key=mx.random.key(0))
         return mx.zeros((out, lora.rank)), drawn * width**-0.5
     left = directions(lora.init, error, inputs, lora.rank)[0][:, : lora.rank]

@@ -1,4 +1,6 @@
-"""A model with an adapter, for use outside training: fresh parameters, checked ones, and a twin that runs with them.
+"""A model with an adapter, for use outside training.
+
+Fresh parameters, checked ones, and a twin that runs with them.
 
 Knows no start but the default one. Runs on the MLX thread.
 """
@@ -21,7 +23,9 @@ _SHOWN = 5
 
 
 def fresh(module: nn.Module, spec: ModelSpec, lora: LoRAConfig, seed: int) -> dict[str, mx.array]:
-    """Return the parameters of adapters that change nothing yet, evaluated; always the same for a seed.
+    """Return the parameters of adapters that change nothing yet, evaluated.
+
+    Always the same for a seed.
 
     Args:
         module: the model; it is not changed.
@@ -37,7 +41,11 @@ def fresh(module: nn.Module, spec: ModelSpec, lora: LoRAConfig, seed: int) -> di
     later = mx.random.randint(0, 2**31 - 1).item()  # the state cannot be put back, only sown anew
     try:
         mx.random.seed(seed)
-        made = dict(tree_flatten(attach(module, spec, lora, Compute(None, False), False).trainable_parameters()))
+        made = dict(
+            tree_flatten(
+                attach(module, spec, lora, Compute(None, False), False).trainable_parameters()
+            )
+        )
         mx.eval(made)
     finally:
         mx.random.seed(later)
@@ -53,7 +61,9 @@ def expected(spec: ModelSpec, lora: LoRAConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def checked(parameters: Mapping[str, mx.array], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, mx.array]:
+def checked(
+    parameters: Mapping[str, mx.array], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, mx.array]:
     """Return parameters, evaluated, if they are those that an adapter has.
 
     Raises:
@@ -61,7 +71,11 @@ def checked(parameters: Mapping[str, mx.array], shapes: Mapping[str, tuple[int, 
         WeightsError: a number is NaN or infinite.
     """
     faults = [f"{path!r} is missing" for path in shapes if path not in parameters]
-    faults += [f"{path!r} belongs to no adapter.{nearest(path, shapes)}" for path in parameters if path not in shapes]
+    faults += [
+        f"{path!r} belongs to no adapter.{nearest(path, shapes)}"
+        for path in parameters
+        if path not in shapes
+    ]
     faults += [
         f"{path!r} has shape {parameters[path].shape}, not {shape}"
         for path, shape in shapes.items()
@@ -69,11 +83,15 @@ def checked(parameters: Mapping[str, mx.array], shapes: Mapping[str, tuple[int, 
     ]
     if faults:
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise ConfigError(f"These are not the adapter's parameters: {'; '.join(faults[:_SHOWN])}{more}.")
+        raise ConfigError(
+            f"These are not the adapter's parameters: {'; '.join(faults[:_SHOWN])}{more}."
+        )
     made = dict(parameters)
     finite = {path: mx.isfinite(array).all() for path, array in made.items()}
     mx.eval(made, finite)
     bad = [path for path, fine in finite.items() if not fine.item()]
     if bad:
-        raise WeightsError(f"{len(bad)} adapter arrays hold NaN or infinity, first {bad[0]!r}; the adapter stays as it was.")
+        raise WeightsError(
+            f"{len(bad)} adapter arrays hold NaN or infinity, first {bad[0]!r}; the adapter stays as it was."
+        )
     return made

@@ -1,6 +1,7 @@
 """What adapters can recover of a model's quantization error, by storage, and the starts that do.
 
-Joins a model's weights, its storage and what passes through it. Knows no panel. Its methods are generators for the MLX thread.
+Joins a model's weights, its storage and what passes through it. Knows no panel. Its methods are
+generators for the MLX thread.
 """
 
 from __future__ import annotations
@@ -48,8 +49,12 @@ class Survey:
             return dict(self._found[storage]), False
         return dict(self._found.get(self._last, {})), self._last is not None
 
-    def measure(self, storage: Storage, lora: LoRAConfig, outputs: bool) -> Generator[Progress, None, None]:
-        """Measure what each rank recovers in the layers that an adapter changes; what is known is not measured again.
+    def measure(
+        self, storage: Storage, lora: LoRAConfig, outputs: bool
+    ) -> Generator[Progress, None, None]:
+        """Measure what each rank recovers in the layers that an adapter changes.
+
+        What is known is not measured again.
 
         Args:
             storage: of the weights.
@@ -65,14 +70,23 @@ class Survey:
             weight = self._original(path)
             if (config := configs.get(path)) is None:
                 return weight
-            return config.scheme.dequantize(solve(weight, config, solver, power.get(path)), config, mx.float32)
+            return config.scheme.dequantize(
+                solve(weight, config, solver, power.get(path)), config, mx.float32
+            )
 
         layers, into = lora.targets(self._study.spec), self._found.setdefault(storage, {})
-        known = all(layer.path in into and (into[layer.path] is None or into[layer.path].output) for layer in layers)
-        groups = self._groups([layer.path for layer in layers]) if outputs and not known else iter(())
+        known = all(
+            layer.path in into and (into[layer.path] is None or into[layer.path].output)
+            for layer in layers
+        )
+        groups = (
+            self._groups([layer.path for layer in layers]) if outputs and not known else iter(())
+        )
         yield from recoveries(layers, self._original, stored, groups, into)
 
-    def compensate(self, base: nn.Module, lora: LoRAConfig) -> Generator[Progress, None, dict[str, mx.array]]:
+    def compensate(
+        self, base: nn.Module, lora: LoRAConfig
+    ) -> Generator[Progress, None, dict[str, mx.array]]:
         """Return the parameters of adapters that make up for what quantizing did to the model.
 
         Args:
@@ -80,8 +94,12 @@ class Survey:
             lora: the adapter.
         """
         layers = lora.targets(self._study.spec)
-        groups = self._groups([layer.path for layer in layers]) if lora.init != "residual" else iter(())
-        found = yield from start(lora, layers, self._original, lambda path: weight_of(module_at(base, path)), groups)
+        groups = (
+            self._groups([layer.path for layer in layers]) if lora.init != "residual" else iter(())
+        )
+        found = yield from start(
+            lora, layers, self._original, lambda path: weight_of(module_at(base, path)), groups
+        )
         return found
 
     @property

@@ -1,4 +1,6 @@
-"""Which layers an adapter is on, in mlx-lm's words and back: ``num_layers``, names within a block, full paths.
+"""Which layers an adapter is on, in mlx-lm's words and back.
+
+``num_layers``, names within a block, full paths.
 
 Knows no arrays and no files.
 """
@@ -21,32 +23,48 @@ class SettingError(ConfigError):
 
 
 def mlx_targets(lora: LoRAConfig, spec: ModelSpec) -> tuple[int, list[str]]:
-    """Return ``num_layers`` and ``keys`` under which stock mlx-lm adapts exactly this adapter's layers.
+    """Return ``num_layers`` and ``keys`` under which stock mlx-lm adapts exactly this adapter's
+    layers.
 
-    mlx-lm takes a key as a name within each of the last blocks, and as a path from the top of the model; so any set of
-    layers can be said, by full paths if it must be.
+    mlx-lm takes a key as a name within each of the last blocks, and as a path from the top of the
+    model; so any set of layers can be said, by full paths if it must be.
     """
     paths = [layer.path for layer in lora.targets(spec)]
     return _words(paths, spec) or (-1, paths)
 
 
 def _words(paths: Iterable[str], spec: ModelSpec) -> tuple[int, list[str]] | None:
-    """Say a set of layers as names within the last blocks, and paths outside the blocks; None if that cannot be."""
+    """Say a set of layers as names within the last blocks, and paths outside the blocks.
+
+    None if that cannot be.
+    """
     wanted = [spec[path] for path in paths]
     blocks = sorted({layer.block for layer in spec.layers} - {None})
     inside = [layer for layer in wanted if layer.block is not None]
     first = min((layer.block for layer in inside), default=blocks[0] if blocks else 0)
     count = len(blocks) - blocks.index(first) if inside else -1
-    keys = dict.fromkeys([layer.role for layer in inside] + [layer.path for layer in wanted if layer.block is None])
+    keys = dict.fromkeys(
+        [layer.role for layer in inside] + [layer.path for layer in wanted if layer.block is None]
+    )
     count = -1 if count == len(blocks) else count
-    return (count, list(keys)) if reached(count, keys, spec) == {layer.path for layer in wanted} else None
+    return (
+        (count, list(keys))
+        if reached(count, keys, spec) == {layer.path for layer in wanted}
+        else None
+    )
 
 
 def reached(num_layers: int, keys: Iterable[str] | None, spec: ModelSpec) -> set[str]:
-    """Paths of the layers that mlx-lm adapts (``mlx_lm/tuner/utils.py``, ``linear_to_lora_layers``)."""
+    """Paths of the layers that mlx-lm adapts (``mlx_lm/tuner/utils.py``,
+    ``linear_to_lora_layers``).
+    """
     blocks = sorted({layer.block for layer in spec.layers} - {None})
     taken = set(blocks[-max(num_layers, 0) :])
-    inside = {layer.path for layer in spec.layers if layer.block in taken and (keys is None or layer.role in keys)}
+    inside = {
+        layer.path
+        for layer in spec.layers
+        if layer.block in taken and (keys is None or layer.role in keys)
+    }
     return inside | {layer.path for layer in spec.layers if keys is not None and layer.path in keys}
 
 
@@ -79,15 +97,21 @@ def layers_of(arrays: Iterable[str], names: set[str], spec: ModelSpec) -> list[s
     for key in arrays:
         path, _, name = key.rpartition(".")
         if name not in names:
-            raise ConfigError(f"{key!r} is no array of such an adapter; they are called {', '.join(sorted(names))}.")
+            raise ConfigError(
+                f"{key!r} is no array of such an adapter; they are called {', '.join(sorted(names))}."
+            )
         if path not in spec.by_path:
-            raise ConfigError(f"{key!r} belongs to a layer that the model does not have.{nearest(path, spec.by_path)}")
+            raise ConfigError(
+                f"{key!r} belongs to a layer that the model does not have.{nearest(path, spec.by_path)}"
+            )
         found.add(path)
     return [layer.path for layer in spec.layers if layer.path in found]
 
 
 def said(lora: LoRAConfig, paths: list[str], spec: ModelSpec) -> LoRAConfig:
-    """Return an adapter's config with the shortest ``num_layers`` and ``keys`` that name exactly these layers."""
+    """Return an adapter's config with the shortest ``num_layers`` and ``keys`` that name exactly
+    these layers.
+    """
     words = _words(paths, spec)
     tries = [(words[0], None), (words[0], tuple(words[1]))] if words else []
     for num_layers, keys in [*tries, (-1, tuple(paths))]:

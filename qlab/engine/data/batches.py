@@ -1,4 +1,6 @@
-"""Batches by number: few lengths, every row once in each pass, the same batch for the same number in every process.
+"""Batches by number.
+
+Few lengths, every row once in each pass, the same batch for the same number in every process.
 
 Knows no model.
 """
@@ -16,7 +18,8 @@ from qlab.core.config.train import TrainConfig
 from qlab.core.train.rows import Batch, Rows, order
 from qlab.errors import DataError
 
-# distinct lengths at most: every shape is a trace, which a long epoch pays for and a short one does not (docs/log.md)
+# distinct lengths at most: every shape is a trace, which a long epoch pays for and a short one does
+# not (docs/log.md)
 _FEW, _MANY, _LONG = 8, 16, 256  # the last: batches in an epoch from which on there are many
 _CANDIDATES = 512  # lengths that the search looks at
 
@@ -26,9 +29,10 @@ Bins = list[tuple[int, ...]]
 class Feed:
     """The batches of a run.
 
-    Rows of like length share a batch. Without packing, the rows in order of length are parted into at most 8 groups (16 in an
-    epoch of many batches), each padded to its longest, such that the least is wasted; within a group rows meet in a new order
-    every epoch. With packing, whole rows are put together into long ones first.
+    Rows of like length share a batch. Without packing, the rows in order of length are parted into
+    at most 8 groups (16 in an epoch of many batches), each padded to its longest, such that the
+    least is wasted; within a group rows meet in a new order every epoch. With packing, whole rows
+    are put together into long ones first.
 
     Args:
         rows: to train on.
@@ -50,7 +54,9 @@ class Feed:
         lengths = rows.lengths
         bins: Bins = [(i,) for i in range(len(rows))]
         if config.pack:
-            bins = _packed(lengths, max(config.max_seq_length, int(lengths.max())), config.batch_size)
+            bins = _packed(
+                lengths, max(config.max_seq_length, int(lengths.max())), config.batch_size
+            )
         sizes = np.array([sum(int(lengths[i]) for i in members) for members in bins])
         by_size = np.argsort(sizes, kind="stable")
         self._bins = [bins[i] for i in by_size]
@@ -67,10 +73,15 @@ class Feed:
         """Optimizer steps of the run."""
         if self.config.epochs is None:
             return self.config.iters
-        return max(ceil(self.config.epochs * self.per_epoch / self.config.grad_accumulation_steps), 1)
+        return max(
+            ceil(self.config.epochs * self.per_epoch / self.config.grad_accumulation_steps), 1
+        )
 
     def batch(self, number: int) -> Batch:
-        """Return batch ``number`` since the start of the run; epochs follow each other, each in an order of its own."""
+        """Return batch ``number`` since the start of the run.
+
+        Epochs follow each other, each in an order of its own.
+        """
         epoch, place = divmod(number, self.per_epoch)
         members, length = self._order(epoch)[place]
         groups = [[self.rows.rows[i] for i in self._bins[m]] for m in members]
@@ -83,12 +94,16 @@ class Feed:
                 tokens[b, at:end], mask[b, at:end], segments[b, at:end] = row.tokens, row.mask, n
                 at = end
         numbers = tuple(tuple(row.number for row in group) for group in groups)
-        return Batch(tokens, mask, segments if self.config.pack else None, numbers, int((segments > 0).sum()))
+        return Batch(
+            tokens, mask, segments if self.config.pack else None, numbers, int((segments > 0).sum())
+        )
 
     def _places(self) -> list[tuple[int, int, int]]:
         """Start of each batch in the rows by length, end of its group, and its length."""
         size = self.config.batch_size
-        return [(i, end, length) for start, end, length in self._groups for i in range(start, end, size)]
+        return [
+            (i, end, length) for start, end, length in self._groups for i in range(start, end, size)
+        ]
 
     def _shuffled(self, epoch: int) -> list[tuple[list[int], int]]:
         """Members and length of each batch of an epoch."""
@@ -96,12 +111,17 @@ class Feed:
         drawn = np.empty(len(self._bins), np.int64)
         for start, end, _ in self._groups:
             drawn[start:end] = start + order(end - start, seed, 2, epoch, start)
-        batches = [(drawn[i : min(i + size, end)].tolist(), length) for i, end, length in self._places()]
+        batches = [
+            (drawn[i : min(i + size, end)].tolist(), length) for i, end, length in self._places()
+        ]
         return [batches[i] for i in order(len(batches), seed, 3, epoch)]
 
 
 def part(batch: Batch, rank: int, size: int) -> Batch:
-    """Return every ``size``-th row of a batch from ``rank`` on, as long as in the whole; ``real`` stays that of the whole."""
+    """Return every ``size``-th row of a batch from ``rank`` on, as long as in the whole.
+
+    ``real`` stays that of the whole.
+    """
     own = slice(rank, None, size)
     segments = None if batch.segments is None else batch.segments[own]
     return Batch(batch.tokens[own], batch.mask[own], segments, batch.numbers[own], batch.real)
@@ -110,7 +130,8 @@ def part(batch: Batch, rank: int, size: int) -> Batch:
 def _groups(sizes: np.ndarray, batch_size: int, most: int) -> list[tuple[int, int, int]]:
     """Part rows in order of length into groups that share a length, so that the least is padded.
 
-    Exact, by dynamic programming over the lengths there are (where these are many, over some of them).
+    Exact, by dynamic programming over the lengths there are (where these are many, over some of
+    them).
 
     Args:
         sizes: of the rows, ascending.
@@ -130,7 +151,10 @@ def _groups(sizes: np.ndarray, batch_size: int, most: int) -> list[tuple[int, in
     cost, cuts = np.append(0.0, np.full(n, np.inf)), []
     for _ in range(min(most, n)):
         # from every start to every end: rows between, padded to the longest of them
-        total = cost[:, None] + np.maximum(starts[None, :] - starts[:, None], 0) * np.append(0, tops)[None, :]
+        total = (
+            cost[:, None]
+            + np.maximum(starts[None, :] - starts[:, None], 0) * np.append(0, tops)[None, :]
+        )
         total[starts[:, None] > starts[None, :]] = np.inf
         cuts.append(total.argmin(0))
         cost = total.min(0)
@@ -146,8 +170,9 @@ def _groups(sizes: np.ndarray, batch_size: int, most: int) -> list[tuple[int, in
 def _packed(lengths: np.ndarray, longest: int, batch_size: int) -> Bins:
     """Put whole rows together so that the fewest tokens are computed.
 
-    Best fit decreasing finds how many long rows are needed. The rows are then spread evenly over as many, or over the next
-    multiple of the batch size (which makes shorter ones, and no batch smaller than the others), whichever computes less.
+    Best fit decreasing finds how many long rows are needed. The rows are then spread evenly over as
+    many, or over the next multiple of the batch size (which makes shorter ones, and no batch
+    smaller than the others), whichever computes less.
     """
     fitted = _best_fit(lengths, longest)
     choices = [fitted]

@@ -1,8 +1,11 @@
-"""Which tokens of a chat the assistant says: by the template's own marks, or found by comparing renders. Knows no rows.
+"""Which tokens of a chat the assistant says.
 
-A prompt's render need not be a prefix of the whole one: templates drop reasoning from earlier turns, and open a thought that
-the whole render does not hold. So every turn is looked for in the whole render, and each way of finding its start and its end
-is one that proves itself; what none of them proves is refused, never guessed.
+By the template's own marks, or found by comparing renders. Knows no rows.
+
+A prompt's render need not be a prefix of the whole one: templates drop reasoning from earlier
+turns, and open a thought that the whole render does not hold. So every turn is looked for in the
+whole render, and each way of finding its start and its end is one that proves itself; what none of
+them proves is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -39,13 +42,16 @@ class Chats:
         self._says_where = self._offers_offsets()
         self._opening: str | None = None
 
-    def encode(self, messages: Messages, tools: Any, turns: list[int] | None) -> tuple[list[int], list[int]]:
+    def encode(
+        self, messages: Messages, tools: Any, turns: list[int] | None
+    ) -> tuple[list[int], list[int]]:
         """Return tokens and mask of a conversation.
 
         Args:
             messages: checked.
             tools: for the template, or None.
-            turns: numbers of the messages that are targets, each of the assistant; None makes every token one.
+            turns: numbers of the messages that are targets, each of the assistant; None makes every
+                token one.
 
         Raises:
             MaskError: see there.
@@ -66,36 +72,47 @@ class Chats:
 
     def _render(self, messages: Messages, tools: Any, prompt: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+            )
         except Exception as error:  # templates raise what they like
             raise MaskError(f"'messages': the chat template refuses them: {error}") from None
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    # --- the template's own marks -----------------------------------------------------------------------------------
+    # --- the template's own marks -----------------------------------------------------------------
 
-    def _marked(self, messages: Messages, tools: Any, text: str) -> tuple[list[int], list[int]] | None:
+    def _marked(
+        self, messages: Messages, tools: Any, text: str
+    ) -> tuple[list[int], list[int]] | None:
         """Tokens and mask by ``{% generation %}``; None where the template has no such marks."""
         if getattr(self.tokenizer, "_chat_template", None) is not None or not self._says_where:
             return None
         if not _GENERATION.search(self._inner.get_chat_template(None, tools)):
             return None
-        thinking = getattr(self.tokenizer, "_thinking_kwarg", "enable_thinking")  # as the wrapper sets it
+        thinking = getattr(
+            self.tokenizer, "_thinking_kwarg", "enable_thinking"
+        )  # as the wrapper sets it
         made = self._inner.apply_chat_template(
-            messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True,
+            messages,
+            tools=tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
             **{thinking: getattr(self.tokenizer, "has_thinking", False)},
-        )  # fmt: skip
+        )
         tokens, mask = list(made["input_ids"]), list(made["assistant_masks"])
         if tokens != self._tokens(text):
             return None
         ends = set(self.tokenizer.eos_token_ids)
-        for i in range(1, len(mask)):  # marks that leave out the end of the turn would teach the model never to stop
+        for i in range(
+            1, len(mask)
+        ):  # marks that leave out the end of the turn would teach the model never to stop
             if mask[i - 1] and not mask[i] and tokens[i] in ends and tokens[i - 1] not in ends:
                 mask[i] = 1
         return tokens, mask
 
-    # --- found by comparing renders ---------------------------------------------------------------------------------
+    # --- found by comparing renders ---------------------------------------------------------------
 
     def _span(self, messages: Messages, tools: Any, i: int, text: str) -> tuple[int, int]:
         """Characters that the assistant says in turn ``i``, with the mark that ends it."""
@@ -111,19 +128,35 @@ class Chats:
             prompt = self._render(messages[:i], tools, prompt=True)
             if text.startswith(prompt):
                 return len(prompt)
-        said = self._render([*messages[:i], {"role": "assistant", "content": _SAID}, *messages[i + 1 :]], tools)
+        said = self._render(
+            [*messages[:i], {"role": "assistant", "content": _SAID}, *messages[i + 1 :]], tools
+        )
         if said.count(_SAID) != 1:
             return None
         before = said.partition(_SAID)[0]
         asked = self._render(messages[:i], tools) if i else None
         if asked is not None and said.startswith(asked):
-            # the prompt may open what the whole render leaves out, such as a thought: the turn starts where they part
+            # the prompt may open what the whole render leaves out, such as a thought: the turn
+            # starts where they part
             start = len(commonprefix([prompt, said]))
-            return start if len(asked) <= start <= len(before) and text.startswith(said[:start]) else None
-        # what came before is rendered differently now: find the opening of the turn in the template's text before it
-        opening = prompt[len(asked) :] if asked is not None and prompt.startswith(asked) else self._opened(tools)
+            return (
+                start
+                if len(asked) <= start <= len(before) and text.startswith(said[:start])
+                else None
+            )
+        # what came before is rendered differently now: find the opening of the turn in the
+        # template's text before it
+        opening = (
+            prompt[len(asked) :]
+            if asked is not None and prompt.startswith(asked)
+            else self._opened(tools)
+        )
         found = before.rfind(opening)
-        if not opening or found < 0 or len(before) - found > self._literal(messages, tools, i, before):
+        if (
+            not opening
+            or found < 0
+            or len(before) - found > self._literal(messages, tools, i, before)
+        ):
             return None
         start = found + len(opening)
         return start if text.startswith(before[:start]) else None
@@ -137,10 +170,17 @@ class Chats:
         return self._opening
 
     def _literal(self, messages: Messages, tools: Any, i: int, before: str) -> int:
-        """How many of the characters before a turn are the template's: those that stay when the message before it changes."""
+        """How many of the characters before a turn are the template's.
+
+        Those that stay when the message before it changes.
+        """
         if not i:
             return len(before)
-        other = [*messages[: i - 1], {**messages[i - 1], "content": _ASKED}, {"role": "assistant", "content": _SAID}]
+        other = [
+            *messages[: i - 1],
+            {**messages[i - 1], "content": _ASKED},
+            {"role": "assistant", "content": _SAID},
+        ]
         changed = self._render([*other, *messages[i + 1 :]], tools).partition(_SAID)[0]
         return len(commonprefix([before[::-1], changed[::-1]])) if _ASKED in changed else 0
 
@@ -169,15 +209,20 @@ class Chats:
 
     @staticmethod
     def _leading(text: str, marks: tuple[str, ...]) -> int:
-        """Length of a mark that a text begins with, white space before it included; 0 if there is none."""
+        """Length of a mark that a text begins with, white space before it included.
+
+        0 if there is none.
+        """
         blank = len(text) - len(text.lstrip())
         found = [len(mark) for mark in marks if text.startswith(mark, blank)]
         return blank + max(found) if found else 0
 
-    # --- characters to tokens ---------------------------------------------------------------------------------------
+    # --- characters to tokens ---------------------------------------------------------------------
 
     def _offers_offsets(self) -> bool:
-        """Whether the tokenizer tells where in the text each token stands, in the tokens that it itself makes."""
+        """Whether the tokenizer tells where in the text each token stands, in the tokens that it
+        itself makes.
+        """
         if not getattr(self._inner, "is_fast", False):
             return False
         probe = "a b\n\nc"
@@ -197,12 +242,17 @@ class Chats:
             if places:
                 # a token of white space may have no width, so it counts by what stands around it
                 first = next((k for k, place in enumerate(places) if place[1] > start), len(tokens))
-                stop = next((k for k in range(len(tokens) - 1, -1, -1) if places[k][0] < end), -1) + 1
+                stop = (
+                    next((k for k in range(len(tokens) - 1, -1, -1) if places[k][0] < end), -1) + 1
+                )
             else:
                 first, stop = (self._cut(text, at, tokens) for at in (start, end))
             mask[first:stop] = [1] * (stop - first)
         return tokens, mask
 
     def _cut(self, text: str, at: int, tokens: list[int]) -> int:
-        """Tokens before a character, for tokenizers that do not say: those that the text up to there has in common."""
+        """Tokens before a character, for tokenizers that do not say.
+
+        Those that the text up to there has in common.
+        """
         return len(commonprefix([self._tokens(text[:at]), tokens]))

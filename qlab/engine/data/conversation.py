@@ -1,4 +1,7 @@
-"""Checks conversations, and brings what people write to the one form that chat templates read. Knows no tokenizer."""
+"""Checks conversations, and brings what people write to the one form that chat templates read.
+
+Knows no tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ class Fault(Exception):
 def messages(found: Any, key: str) -> list[dict[str, Any]]:
     """Return messages as templates read them; the user's own are not changed.
 
-    Parts of text are joined, and arguments of tool calls are read if they are JSON text, as mlx-lm's server does.
+    Parts of text are joined, and arguments of tool calls are read if they are JSON text, as
+    mlx-lm's server does.
 
     Args:
         found: what the row has under ``key``.
@@ -38,18 +42,24 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise Fault(f"{place} is {a(message)}, not a dict with 'role' and 'content'")
     if "role" not in message:
-        hint = " 'from' and 'value' are called 'role' and 'content' here." if "from" in message else ""
+        hint = (
+            " 'from' and 'value' are called 'role' and 'content' here." if "from" in message else ""
+        )
         raise Fault(f"{place} has no 'role'.{hint}")
     role = message["role"]
     if role not in ROLES:
-        said = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}.get(str(role))
+        said = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}.get(
+            str(role)
+        )
         hint = f" Did you mean {said!r}?" if said else nearest(str(role), ROLES)
         raise Fault(f"{place}['role'] is {role!r}; it is one of {', '.join(ROLES)}.{hint}")
     made = {key: value for key, value in message.items() if value is not None and key != "weight"}
     calls = made.get("tool_calls")
     if calls:
         if role != "assistant":
-            raise Fault(f"{place}['tool_calls'] stands in a message of {role!r}; only the assistant calls tools")
+            raise Fault(
+                f"{place}['tool_calls'] stands in a message of {role!r}; only the assistant calls tools"
+            )
         made["tool_calls"] = _calls(calls, f"{place}['tool_calls']")
     made["content"] = _content(made.get("content"), place, bool(calls))
     weight = message.get("weight")
@@ -57,7 +67,12 @@ def _message(message: Any, place: str) -> dict[str, Any]:
         raise Fault(f"{place}['weight'] is {weight!r}; it is 1 for a turn to learn, or 0")
     if weight is not None:
         made["weight"] = int(weight)
-    if role == "assistant" and not made["content"].strip() and not calls and not made.get("reasoning_content"):
+    if (
+        role == "assistant"
+        and not made["content"].strip()
+        and not calls
+        and not made.get("reasoning_content")
+    ):
         raise Fault(f"{place}['content'] of the assistant is empty")
     return made
 
@@ -91,8 +106,14 @@ def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             arguments = _parsed(arguments, f"{place}[{n}]['function']['arguments']")
         if not isinstance(arguments, Mapping):
-            raise Fault(f"{place}[{n}]['function']['arguments'] is {a(arguments)}, not a dict or its JSON text")
-        whole = {**call, "function": {**function, "arguments": arguments}} if "function" in call else {**call}
+            raise Fault(
+                f"{place}[{n}]['function']['arguments'] is {a(arguments)}, not a dict or its JSON text"
+            )
+        whole = (
+            {**call, "function": {**function, "arguments": arguments}}
+            if "function" in call
+            else {**call}
+        )
         made.append(whole if "function" in call else {**whole, "arguments": arguments})
     return made
 
@@ -110,9 +131,13 @@ def tools(found: Any) -> Any:
     if not isinstance(found, (list, tuple)):
         raise Fault(f"'tools' is {a(found)}, not a list of JSON schemas")
     for n, tool in enumerate(found):
-        if not callable(tool) and not (isinstance(tool, Mapping) and isinstance(tool.get("function", tool), Mapping)):
+        if not callable(tool) and not (
+            isinstance(tool, Mapping) and isinstance(tool.get("function", tool), Mapping)
+        ):
             raise Fault(f"'tools'[{n}] is {a(tool)}, not a JSON schema of a function")
-        if isinstance(tool, Mapping) and not isinstance(tool.get("function", tool).get("name"), str):
+        if isinstance(tool, Mapping) and not isinstance(
+            tool.get("function", tool).get("name"), str
+        ):
             raise Fault(f"'tools'[{n}] has no 'name'")
     return list(found)
 

@@ -1,4 +1,7 @@
-"""Where rows come from: lists, ``datasets`` sets, data frames, files and running text. Knows no tokenizer."""
+"""Where rows come from: lists, ``datasets`` sets, data frames, files and running text.
+
+Knows no tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,19 @@ class Text(str):
 
 
 def rows_of(data: Any, plain: bool = False) -> Iterable[Any] | Text:
-    """Return the rows of any data, unchecked, or running text. In place of a line that cannot be read stands its ``Fault``.
+    """Return the rows of any data, unchecked, or running text.
+
+    In place of a line that cannot be read stands its ``Fault``.
 
     Args:
-        data: a list or other iterable of strings and dicts; a ``datasets`` set; a data frame; a dict of columns; a path of a
-            ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.txt`` file; or text.
+        data: a list or other iterable of strings and dicts; a ``datasets`` set; a data frame; a
+            dict of columns; a path of a ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.txt``
+            file; or text.
         plain: whether a file of another kind is text, too.
 
     Raises:
-        DataError: it is none of these, or a file is missing, empty, of another kind or broken as a whole.
+        DataError: it is none of these, or a file is missing, empty, of another kind or broken as a
+            whole.
     """
     if (path := path_of(data)) is not None:
         return _file(path, plain)
@@ -43,7 +50,9 @@ def rows_of(data: Any, plain: bool = False) -> Iterable[Any] | Text:
         return _columns(data)
     if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a data frame
         return data.to_dict("records")
-    if hasattr(data, "column_names"):  # a datasets set: Arrow gives every row the keys of all rows, None where it had none
+    if hasattr(
+        data, "column_names"
+    ):  # a datasets set: Arrow gives every row the keys of all rows, None where it had none
         return (_without_none(row) for row in data)
     if not isinstance(data, Iterable) or isinstance(data, (bytes, bytearray, set, frozenset)):
         raise DataError(f"The data is {a(data)}; {_LISTED}.")
@@ -52,7 +61,11 @@ def rows_of(data: Any, plain: bool = False) -> Iterable[Any] | Text:
 
 def path_of(data: Any) -> Path | None:
     """Return the path that data is read from, if it is one."""
-    return Path(data).expanduser() if isinstance(data, Path) or isinstance(data, str) and _is_path(data) else None
+    return (
+        Path(data).expanduser()
+        if isinstance(data, Path) or isinstance(data, str) and _is_path(data)
+        else None
+    )
 
 
 def _is_path(text: str) -> bool:
@@ -75,10 +88,14 @@ def _columns(data: Mapping[Any, Any]) -> list[dict[Any, Any]]:
             f"The data is a set of splits ({', '.join(map(str, data))}); give one of them, such as data[{first!r}]."
         )
     if not data or not all(isinstance(column, (list, tuple)) for column in data.values()):
-        raise DataError("The data is one dict; give a list of dicts, one for each row, or a dict of columns, each a list.")
+        raise DataError(
+            "The data is one dict; give a list of dicts, one for each row, or a dict of columns, each a list."
+        )
     sizes = {key: len(column) for key, column in data.items()}
     if len(set(sizes.values())) > 1:
-        raise DataError(f"The columns differ in length: {', '.join(f'{key!r} has {size}' for key, size in sizes.items())}.")
+        raise DataError(
+            f"The columns differ in length: {', '.join(f'{key!r} has {size}' for key, size in sizes.items())}."
+        )
     return [dict(zip(data, values, strict=True)) for values in zip(*data.values(), strict=True)]
 
 
@@ -88,13 +105,15 @@ def _without_none(value: Any) -> Any:
     return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def _file(path: Path, plain: bool) -> Iterable[Any] | Text:
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in KINDS)
-        raise DataError(f"{path} is a folder; give one file of it{': ' if inside else ''}{', '.join(inside[:8])}.")
+        raise DataError(
+            f"{path} is a folder; give one file of it{': ' if inside else ''}{', '.join(inside[:8])}."
+        )
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"There is no file {str(path)!r}.{nearest(path.name, beside)}")
@@ -102,11 +121,19 @@ def _file(path: Path, plain: bool) -> Iterable[Any] | Text:
     if kind not in KINDS and plain:
         kind = ".txt"
     if kind not in KINDS:
-        raise DataError(f"{path.name} is not read here; give a file of one of the kinds {', '.join(KINDS)}.")
+        raise DataError(
+            f"{path.name} is not read here; give a file of one of the kinds {', '.join(KINDS)}."
+        )
     try:
-        found = _parquet(path) if kind == ".parquet" else _READERS[kind](path.name, path.read_text(encoding="utf-8-sig"))
+        found = (
+            _parquet(path)
+            if kind == ".parquet"
+            else _READERS[kind](path.name, path.read_text(encoding="utf-8-sig"))
+        )
     except UnicodeDecodeError as error:
-        raise DataError(f"{path.name} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}.") from None
+        raise DataError(
+            f"{path.name} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}."
+        ) from None
     except OSError as error:
         raise DataError(f"{path.name} cannot be read: {error}.") from None
     if not found:
@@ -130,9 +157,17 @@ def _json(name: str, text: str) -> list[Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        lines = " It holds several rows, one a line: name it .jsonl." if str(error).startswith("Extra data") else ""
+        lines = (
+            " It holds several rows, one a line: name it .jsonl."
+            if str(error).startswith("Extra data")
+            else ""
+        )
         raise DataError(f"{name} is not JSON: {error}.{lines}") from None
-    if isinstance(found, dict) and found and all(isinstance(column, list) for column in found.values()):
+    if (
+        isinstance(found, dict)
+        and found
+        and all(isinstance(column, list) for column in found.values())
+    ):
         return _columns(found)
     if not isinstance(found, list):
         raise DataError(f"{name} holds {a(found)}; it must hold a list of rows.")
@@ -141,12 +176,18 @@ def _json(name: str, text: str) -> list[Any]:
 
 def _jsonl(name: str, text: str) -> list[Any]:
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # other line breaks are allowed inside JSON strings
+    for number, line in enumerate(
+        text.split("\n"), 1
+    ):  # other line breaks are allowed inside JSON strings
         if line.strip():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                rows.append(Fault(f"line {number} of {name} is not JSON: {error.msg} at column {error.colno}"))
+                rows.append(
+                    Fault(
+                        f"line {number} of {name} is not JSON: {error.msg} at column {error.colno}"
+                    )
+                )
     return rows
 
 
@@ -159,7 +200,11 @@ def _csv(name: str, text: str) -> list[Any]:
             columns = f"has not as many cells as the {len(reader.fieldnames or ())} columns"
             rows.append(row if whole else Fault(f"line {reader.line_num} of {name} {columns}"))
     except csv.Error as error:
-        rows.append(Fault(f"line {reader.reader.line_num} of {name} cannot be read, nor what follows: {error}"))
+        rows.append(
+            Fault(
+                f"line {reader.reader.line_num} of {name} cannot be read, nor what follows: {error}"
+            )
+        )
     return rows
 
 
@@ -185,6 +230,8 @@ def numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         except DataError:
             raise
         except Exception as error:  # whatever a user's generator raises
-            raise DataError(f"The data failed at row {number}: {type(error).__name__}: {error}") from error
+            raise DataError(
+                f"The data failed at row {number}: {type(error).__name__}: {error}"
+            ) from error
         yield number, row
         number += 1

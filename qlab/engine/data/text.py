@@ -1,4 +1,7 @@
-"""Text for calibration and evaluation: the embedded one, a string, a file, rows, or a ``datasets`` set. Knows no model."""
+"""Text for calibration and evaluation.
+
+The embedded one, a string, a file, rows, or a ``datasets`` set. Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from qlab.errors import DataError
 from qlab.runtime.paths import ASSETS
 
 
-def token_batches(tokens: list[int], length: int, limit: int, first: list[int] | None = None) -> list[mx.array]:
+def token_batches(
+    tokens: list[int], length: int, limit: int, first: list[int] | None = None
+) -> list[mx.array]:
     """Cut text into rows of at most ``length`` tokens, up to ``limit`` tokens in all.
 
     Args:
@@ -41,7 +46,8 @@ def read_text(source: Any, embedded: str, limit: int) -> tuple[str, str]:
     """Return text and what to call it.
 
     Args:
-        source: None for the embedded text, a path, a string, or rows (strings, or dicts with ``text``).
+        source: None for the embedded text, a path, a string, or rows (strings, or dicts with
+            ``text``).
         embedded: file name of the embedded text.
         limit: characters to read.
 
@@ -64,10 +70,14 @@ def _rows(source: Iterable[Any]) -> Iterator[str]:
             continue
         if isinstance(row, Fault):  # of the line that it should stand in
             raise DataError(f"Row {number} cannot be used: {row}.")
-        key = next((k for k in _KEYS if isinstance(row, Mapping) and isinstance(row.get(k), str)), None)
+        key = next(
+            (k for k in _KEYS if isinstance(row, Mapping) and isinstance(row.get(k), str)), None
+        )
         if key is None:
             held = ", ".join(map(repr, row)) if isinstance(row, Mapping) else a(row)
-            raise DataError(f"Row {number} has no text: it needs a string under {_KEYS[0]!r}, but has {held}.")
+            raise DataError(
+                f"Row {number} has no text: it needs a string under {_KEYS[0]!r}, but has {held}."
+            )
         yield row[key]
 
 
@@ -94,7 +104,8 @@ def batches(
         vocabulary: tokens that the model knows; None is not checked.
 
     Raises:
-        DataError: there is no text, it has fewer than two tokens, or one that the model does not know.
+        DataError: there is no text, it has fewer than two tokens, or one that the model does not
+            know.
     """
     text, words = read_text(source, embedded, 16 * tokens)
     ids = tokenizer.encode(text, add_special_tokens=False)[:tokens]

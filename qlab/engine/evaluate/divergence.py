@@ -1,4 +1,6 @@
-"""Judges a changed model against the original: KL divergence, perplexity, top-token flips, on held-out text.
+"""Judges a changed model against the original.
+
+KL divergence, perplexity, top-token flips, on held-out text.
 
 Knows no scheme: it compares two models.
 """
@@ -22,12 +24,17 @@ def log_probs(model: nn.Module, tokens: mx.array) -> mx.array:
 
 
 def kl_per_token(teacher: mx.array, student: mx.array) -> mx.array:
-    """KL(teacher ‖ student) in nats at every position, float32 ``(T,)``, from log-probabilities ``(T, V)``."""
+    """KL(teacher ‖ student) in nats at every position, float32 ``(T,)``, from log-probabilities
+    ``(T, V)``.
+    """
     return (mx.exp(teacher) * (teacher - student)).sum(-1)
 
 
 def evaluate(
-    teacher: nn.Module, student: nn.Module, batches: list[mx.array], what: str = "comparing with the original"
+    teacher: nn.Module,
+    student: nn.Module,
+    batches: list[mx.array],
+    what: str = "comparing with the original",
 ) -> Generator[Progress, None, EvalReport]:
     """Compare two models on text, a row at a time, so that only two rows of logits exist at once.
 
@@ -81,5 +88,7 @@ def layer_kl(
         count += tokens.size
         for j, (name, student) in enumerate(students.items()):
             sums[name] += kl_per_token(p, log_probs(student, tokens)).sum().item()
-            yield Progress("true KL, layer by layer", i * len(students) + j + 1, len(students) * len(batches))
+            yield Progress(
+                "true KL, layer by layer", i * len(students) + j + 1, len(students) * len(batches)
+            )
     return {name: total / count for name, total in sums.items()}

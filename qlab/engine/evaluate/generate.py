@@ -21,7 +21,8 @@ def prompt_tokens(tokenizer: Any, prompt: str, vocabulary: int | None = None) ->
     Args:
         tokenizer: mlx-lm's wrapper.
         prompt: a question, or a text to go on with.
-        vocabulary: tokens that the model knows; MLX would look up others in foreign memory. None is not checked.
+        vocabulary: tokens that the model knows; MLX would look up others in foreign memory. None is
+            not checked.
 
     Raises:
         ConfigError: it is no text, holds no token, or one that the model does not know.
@@ -29,11 +30,17 @@ def prompt_tokens(tokenizer: Any, prompt: str, vocabulary: int | None = None) ->
     if not isinstance(prompt, str):
         raise ConfigError(f"prompt={prompt!r} is not legal; it is text.")
     if tokenizer.chat_template is not None:
-        tokens = list(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True))
+        tokens = list(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True
+            )
+        )
     else:
         tokens = list(tokenizer.encode(prompt))
     if not tokens:
-        raise ConfigError("The prompt is empty, and an answer needs a token to begin with; give a word at least.")
+        raise ConfigError(
+            "The prompt is empty, and an answer needs a token to begin with; give a word at least."
+        )
     if fault := foreign(tokens, vocabulary):
         raise ConfigError(f"The prompt cannot be used: {fault}.")
     return tokens
@@ -45,7 +52,11 @@ def checked_prompts(tokenizer: Any, prompts: Any, vocabulary: int | None) -> tup
     Raises:
         ConfigError: see ``prompt_tokens``.
     """
-    found = (prompts,) if isinstance(prompts, str) or not isinstance(prompts, Iterable) else tuple(prompts)
+    found = (
+        (prompts,)
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable)
+        else tuple(prompts)
+    )
     for prompt in found:
         prompt_tokens(tokenizer, prompt, vocabulary)
     return found
@@ -85,12 +96,16 @@ def answer(
     return tokenizer.decode(written)
 
 
-def reply(module: nn.Module, tokenizer: Any, prompt: str, max_tokens: int, vocabulary: int | None = None) -> str:
+def reply(
+    module: nn.Module, tokenizer: Any, prompt: str, max_tokens: int, vocabulary: int | None = None
+) -> str:
     """Return what ``answer`` writes.
 
     Raises:
         ConfigError: see ``prompt_tokens``; or ``max_tokens`` is no number above 0.
     """
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ConfigError(f"max_tokens={max_tokens!r} is not legal; it is a whole number, 1 or more.")
+        raise ConfigError(
+            f"max_tokens={max_tokens!r} is not legal; it is a whole number, 1 or more."
+        )
     return finished(answer(module, tokenizer, prompt, max_tokens, vocabulary))

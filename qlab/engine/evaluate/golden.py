@@ -1,4 +1,7 @@
-"""A golden set: prompts with the answers that are wanted, and how an answer is compared with one. Knows no model."""
+"""A golden set: prompts with the answers that are wanted, and how an answer is compared with one.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ def questions(golden: Iterable[Mapping[str, Any]], match: Match) -> tuple[Questi
     """Check a golden set, all of it.
 
     Args:
-        golden: rows with ``prompt`` and ``expected`` (or ``completion``); other keys are nobody's affair.
+        golden: rows with ``prompt`` and ``expected`` (or ``completion``); other keys are nobody's
+            affair.
         match: see ``score``.
 
     Raises:
@@ -47,12 +51,21 @@ def questions(golden: Iterable[Mapping[str, Any]], match: Match) -> tuple[Questi
             f"Unknown match {match!r}; choose one of {', '.join(MATCHES)}, or a function(answer, expected).{hint}"
         )
     if isinstance(golden, (str, bytes, Mapping)) or not isinstance(golden, Iterable):
-        raise DataError(f"A golden set is a list of rows such as {{'prompt': …, 'expected': …}}, not {type(golden).__name__}.")
+        raise DataError(
+            f"A golden set is a list of rows such as {{'prompt': …, 'expected': …}}, not {type(golden).__name__}."
+        )
     rows = list(golden)
-    faults = [f"row {n}: {fault}" for n, row in enumerate(rows) if (fault := _fault(row, callable(match)))]
+    faults = [
+        f"row {n}: {fault}" for n, row in enumerate(rows) if (fault := _fault(row, callable(match)))
+    ]
     if faults:
         more = f" (and {len(faults) - _SHOWN} more)" if len(faults) > _SHOWN else ""
-        raise DataError(f"{len(faults)} of {len(rows)} golden rows have faults: " + "; ".join(faults[:_SHOWN]) + more + ".")
+        raise DataError(
+            f"{len(faults)} of {len(rows)} golden rows have faults: "
+            + "; ".join(faults[:_SHOWN])
+            + more
+            + "."
+        )
     return tuple(Question(n, row["prompt"], row[_answer_key(row)]) for n, row in enumerate(rows))
 
 
@@ -62,8 +75,9 @@ def score(answer: str, question: Question, match: Match) -> float:
     Args:
         answer: what the model wrote.
         question: what was asked.
-        match: ``exact`` (equal but for white space around), ``contains`` (the expected text occurs in the answer), both
-            minding case, or a function of answer and expected that returns True, False, or a number from 0 to 1.
+        match: ``exact`` (equal but for white space around), ``contains`` (the expected text occurs
+            in the answer), both minding case, or a function of answer and expected that returns
+            True, False, or a number from 0 to 1.
 
     Raises:
         DataError: the function failed or returned something else; names the row.
@@ -76,7 +90,9 @@ def score(answer: str, question: Question, match: Match) -> float:
         found: Any = match(answer, question.expected)  # type: ignore
         value = float(found) if not isinstance(found, (str, bytes)) else float("nan")
     except Exception as error:
-        raise DataError(f"Golden row {question.number}: the matching function failed: {error!r}.") from error
+        raise DataError(
+            f"Golden row {question.number}: the matching function failed: {error!r}."
+        ) from error
     if not isfinite(value) or not 0 <= value <= 1:
         raise DataError(
             f"Golden row {question.number}: the matching function returned {found!r}; True, False or 0 to 1 is legal."
@@ -89,7 +105,10 @@ def _answer_key(row: Mapping[str, Any]) -> str:
 
 
 def _fault(row: Any, free: bool) -> str:
-    """What is wrong with a row, in words, or an empty string; ``free`` where any expected value will do."""
+    """What is wrong with a row, in words, or an empty string.
+
+    ``free`` where any expected value will do.
+    """
     if not isinstance(row, Mapping):
         return f"it is {type(row).__name__}, not a dict"
     given = [key for key in _ANSWERS if row.get(key) is not None]
@@ -97,9 +116,15 @@ def _fault(row: Any, free: bool) -> str:
     if prompt is None:
         return f"no 'prompt'; its keys are {', '.join(map(repr, row)) or 'none'}"
     if not isinstance(prompt, str) or not prompt.strip():
-        return f"'prompt' is {'empty' if isinstance(prompt, str) else type(prompt).__name__}, not text"
+        return (
+            f"'prompt' is {'empty' if isinstance(prompt, str) else type(prompt).__name__}, not text"
+        )
     if len(given) != 1:
-        return "both 'expected' and 'completion'; keep one" if given else "no 'expected' (or 'completion')"
+        return (
+            "both 'expected' and 'completion'; keep one"
+            if given
+            else "no 'expected' (or 'completion')"
+        )
     expected = row[given[0]]
     if not free and (not isinstance(expected, str) or not expected.strip()):
         return f"{given[0]!r} is {'empty' if isinstance(expected, str) else type(expected).__name__}, not text"

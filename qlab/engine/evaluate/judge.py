@@ -1,7 +1,9 @@
-"""Judges models side by side: likelihood of what is right, distance from the unquantized model, answers to prompts.
+"""Judges models side by side.
 
-Only target tokens count: what a row says before is what the model is told, not what it must know. Knows no scheme and no
-adapter: it is given models, and runs them one row at a time.
+Likelihood of what is right, distance from the unquantized model, answers to prompts.
+
+Only target tokens count: what a row says before is what the model is told, not what it must know.
+Knows no scheme and no adapter: it is given models, and runs them one row at a time.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def judge(
         teacher: the unquantized model, in the first column; None if it is not in memory.
         students: models by name of column, such as ``quantized`` and ``quantized + adapter``.
         rows: objects with ``tokens`` and ``mask`` (``core.train.rows``), not trained on.
-        kept: what ``engine.evaluate.teacher.remember`` returned for these rows: then the teacher does not run on them.
+        kept: what ``engine.evaluate.teacher.remember`` returned for these rows: then the teacher
+            does not run on them.
         tokenizer: mlx-lm's wrapper; needed for prompts and golden sets.
         prompts: each model answers them, greedily.
         golden: prompts with expected answers, see ``engine.evaluate.golden.questions``.
@@ -59,7 +62,8 @@ def judge(
         Progress after each row and each token of an answer.
 
     Raises:
-        ConfigError: nothing to judge, or by nothing; ``kept`` belongs to other rows; vocabularies differ.
+        ConfigError: nothing to judge, or by nothing; ``kept`` belongs to other rows; vocabularies
+            differ.
         DataError: rows or golden set have faults.
     """
     start = time.perf_counter()
@@ -72,7 +76,10 @@ def judge(
     if good:
         yield from _on_rows(models, tallies, good, kept)
     texts = yield from _answers(models, tokenizer, asked, max_tokens, tallies)
-    samples = tuple(_sample(item, [texts.get((name, n)) for name in tallies], match) for n, item in enumerate(asked))
+    samples = tuple(
+        _sample(item, [texts.get((name, n)) for name in tallies], match)
+        for n, item in enumerate(asked)
+    )
     columns = []
     for i, (name, tally) in enumerate(tallies.items()):
         marks = [s.scores[i] for s in samples if s.scores] if name in models else []
@@ -101,7 +108,9 @@ class _Tally:
     seconds: float = 0.0
 
     def add(self, nll: Any, hits: Any, kl: Any, flips: Any) -> None:
-        for found, values in zip((self.nll, self.hits, self.kl, self.flips), (nll, hits, kl, flips), strict=True):
+        for found, values in zip(
+            (self.nll, self.hits, self.kl, self.flips), (nll, hits, kl, flips), strict=True
+        ):
             found.append(np.array(values, np.float64))
 
     @contextmanager
@@ -112,7 +121,10 @@ class _Tally:
         self.seconds += time.perf_counter() - start
 
     def scores(self) -> Scores:
-        sums = [np.array([part.sum() for part in parts]) for parts in (self.nll, self.hits, self.kl, self.flips)]
+        sums = [
+            np.array([part.sum() for part in parts])
+            for parts in (self.nll, self.hits, self.kl, self.flips)
+        ]
         each = np.concatenate(self.kl)
         targets = np.array([part.size for part in self.nll], np.float64)
         return Scores(targets, *sums, kl_each=each if not np.isnan(each).all() else each[:0])
@@ -122,10 +134,17 @@ def _on_rows(
     models: dict[str, nn.Module], tallies: dict[str, _Tally], rows: list[Any], kept: Kept | None
 ) -> Generator[Progress, None, None]:
     """Fill the tallies, a row at a time; of every model one chunk of logits exists at once."""
-    running = {name: Predictor(module) for name, module in models.items() if kept is None or name != FULL}
-    sizes = {**({FULL: kept.vocabulary} if kept is not None else {}), **{n: p.vocabulary for n, p in running.items()}}
+    running = {
+        name: Predictor(module) for name, module in models.items() if kept is None or name != FULL
+    }
+    sizes = {
+        **({FULL: kept.vocabulary} if kept is not None else {}),
+        **{n: p.vocabulary for n, p in running.items()},
+    }
     if len(set(sizes.values())) > 1:
-        raise ConfigError(f"These models do not share a vocabulary: {', '.join(f'{n} has {s}' for n, s in sizes.items())}.")
+        raise ConfigError(
+            f"These models do not share a vocabulary: {', '.join(f'{n} has {s}' for n, s in sizes.items())}."
+        )
     check_tokens(rows, min(sizes.values()))
     before = 0
     for number, row in enumerate(rows):
@@ -140,10 +159,18 @@ def _on_rows(
 
 
 def _row(
-    running: dict[str, Predictor], tallies: dict[str, _Tally], tokens: np.ndarray, where: np.ndarray, kept: Kept | None
+    running: dict[str, Predictor],
+    tallies: dict[str, _Tally],
+    tokens: np.ndarray,
+    where: np.ndarray,
+    kept: Kept | None,
 ) -> None:
     """Add what each model makes of a row to its tally."""
-    inputs, places, targets = mx.array(tokens[None, :-1]), mx.array(where), mx.array(tokens[where + 1])
+    inputs, places, targets = (
+        mx.array(tokens[None, :-1]),
+        mx.array(where),
+        mx.array(tokens[where + 1]),
+    )
     hidden: dict[str, mx.array] = {}
     found: dict[str, list[list[np.ndarray]]] = {name: [] for name in running}
     for name, predictor in running.items():
@@ -156,15 +183,21 @@ def _row(
             with tallies[name].clock():
                 own = predictor.log_probs(hidden[name][part])
                 full = own if name == FULL else full
-                values = _compare(own, targets[part], full, kept[part] if kept is not None else None)
+                values = _compare(
+                    own, targets[part], full, kept[part] if kept is not None else None
+                )
                 mx.eval(values)
                 found[name].append([np.array(v, np.float64) for v in values])
     for name, chunks in found.items():
         tallies[name].add(*(np.concatenate(values) for values in zip(*chunks, strict=True)))
 
 
-def _compare(own: mx.array, targets: mx.array, full: mx.array | None, kept: Kept | None) -> list[mx.array]:
-    """Return nll, hits, KL(full ‖ own) and flips at each position, lazily; NaN where there is nothing to compare with.
+def _compare(
+    own: mx.array, targets: mx.array, full: mx.array | None, kept: Kept | None
+) -> list[mx.array]:
+    """Return nll, hits, KL(full ‖ own) and flips at each position, lazily.
+
+    NaN where there is nothing to compare with.
 
     Args:
         own: log-probabilities ``(n, V)``.
@@ -202,7 +235,11 @@ def _asked(prompts: Iterable[str], golden: tuple[Question, ...]) -> list[Questio
 
 
 def _answers(
-    models: dict[str, nn.Module], tokenizer: Any, asked: list[Question], max_tokens: int, tallies: dict[str, _Tally]
+    models: dict[str, nn.Module],
+    tokenizer: Any,
+    asked: list[Question],
+    max_tokens: int,
+    tallies: dict[str, _Tally],
 ) -> Generator[Progress, None, dict[tuple[str, int], str]]:
     """Let every model answer every prompt; return answers by name and number."""
     texts: dict[tuple[str, int], str] = {}
@@ -251,15 +288,21 @@ def _check(
     if teacher is None and not students:
         raise ConfigError("There is no model to judge.")
     if FULL in students:
-        raise ConfigError(f"The column {FULL!r} is the unquantized model's; give it as teacher, or another name.")
+        raise ConfigError(
+            f"The column {FULL!r} is the unquantized model's; give it as teacher, or another name."
+        )
     if not rows and not asked:
         raise ConfigError("There is nothing to judge by: give rows, prompts or a golden set.")
     if asked and tokenizer is None:
         raise ConfigError("Prompts need a tokenizer.")
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ConfigError(f"max_tokens={max_tokens!r} is not legal; it is a whole number, 1 or more.")
+        raise ConfigError(
+            f"max_tokens={max_tokens!r} is not legal; it is a whole number, 1 or more."
+        )
     if kept is not None and (not rows or kept.rows != rows_fingerprint(rows)):
-        raise ConfigError("The kept predictions belong to other rows; call remember again with these.")
+        raise ConfigError(
+            "The kept predictions belong to other rows; call remember again with these."
+        )
 
 
 def _notes(columns: list[Column], empty: int, kept: Kept | None) -> tuple[str, ...]:
@@ -268,7 +311,11 @@ def _notes(columns: list[Column], empty: int, kept: Kept | None) -> tuple[str, .
     for column in columns:
         if column.scores is not None and not np.isfinite(column.scores.nll).all():
             bad = int((~np.isfinite(column.scores.nll)).sum())
-            found.append(f"{column.name} gives no numbers on {bad} rows: its weights or activations overflow.")
+            found.append(
+                f"{column.name} gives no numbers on {bad} rows: its weights or activations overflow."
+            )
         elif kept and column.name != FULL and kept.floor_nats > _FLOOR_NOTE * column.kl_nats:
-            found.append(f"{column.name}: the floor is over half of the KL, which may be larger; keep more tokens (keep=).")
+            found.append(
+                f"{column.name}: the floor is over half of the KL, which may be larger; keep more tokens (keep=)."
+            )
     return tuple(found)

@@ -1,4 +1,5 @@
-"""What a model predicts at chosen positions, a chunk of logits at a time, and its most likely answer to a prompt.
+"""What a model predicts at chosen positions, a chunk of logits at a time, and its most likely
+answer to a prompt.
 
 Knows neither what is right nor any other model.
 """
@@ -36,22 +37,30 @@ class Predictor:
     @cached_property
     def vocabulary(self) -> int:
         """Outcomes of a prediction."""
-        return self.logits(self._rows(mx.zeros((1, 1), mx.int32), lambda x: None)).shape[-1]  # never computed
+        return self.logits(self._rows(mx.zeros((1, 1), mx.int32), lambda x: None)).shape[
+            -1
+        ]  # never computed
 
     def hidden(self, tokens: mx.array, where: mx.array) -> mx.array:
-        """Return what ``logits`` takes for chosen positions, evaluated, ``(n, …)``; a block at a time where that can be.
+        """Return what ``logits`` takes for chosen positions, evaluated, ``(n, …)``.
+
+        A block at a time where that can be.
 
         Args:
             tokens: ``(B, T)``.
             where: positions among all, row after row, integers ``(n,)``.
         """
-        rows = self._rows(tokens, mx.eval)[where]  # else the weights of many blocks would be dequantized at once
+        rows = self._rows(tokens, mx.eval)[
+            where
+        ]  # else the weights of many blocks would be dequantized at once
         mx.eval(rows)
         return rows
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return logits of the next token, float32 ``(n, vocabulary)``, lazily."""
-        return (self._stack.after(hidden[None])[0] if self._stack is not None else hidden).astype(mx.float32)
+        return (self._stack.after(hidden[None])[0] if self._stack is not None else hidden).astype(
+            mx.float32
+        )
 
     def log_probs(self, hidden: mx.array) -> mx.array:
         """Return log-probabilities of the next token, float32 ``(n, vocabulary)``, lazily."""

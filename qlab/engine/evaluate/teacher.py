@@ -1,8 +1,10 @@
-"""What the unquantized model predicts, kept so that it need not be in memory, nor run, when others are judged by it.
+"""What the unquantized model predicts, kept so that it need not be in memory, nor run, when others
+are judged by it.
 
-At each target position the K most likely tokens are kept with their log-probabilities, and the mass of all others as one
-number. KL between what two models make of these K+1 outcomes is a lower bound of their KL (data processing inequality): what
-happens inside the tail is not seen. How much there is to see is told as the floor. Knows no student.
+At each target position the K most likely tokens are kept with their log-probabilities, and the mass
+of all others as one number. KL between what two models make of these K+1 outcomes is a lower bound
+of their KL (data processing inequality): what happens inside the tail is not seen. How much there
+is to see is told as the floor. Knows no student.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class Kept:
         log_probs: of these, float32 ``(T, K)``.
         tail: log of the mass of all other tokens, float32 ``(T,)``.
         nll: negative log-likelihood of the target in nats, float32 ``(T,)``.
-        floor: KL of the prediction to what was kept of it, the tail spread evenly, in nats, float32 ``(T,)``.
+        floor: KL of the prediction to what was kept of it, the tail spread evenly, in nats, float32
+            ``(T,)``.
     """
 
     rows: str
@@ -62,7 +65,11 @@ class Kept:
     def words(self) -> str:
         """What was kept, in words."""
         keep = self.tokens.shape[1]
-        return "exact" if keep == self.vocabulary else f"kept for the {keep} likeliest of {self.vocabulary} tokens"
+        return (
+            "exact"
+            if keep == self.vocabulary
+            else f"kept for the {keep} likeliest of {self.vocabulary} tokens"
+        )
 
     @property
     def floor_nats(self) -> float:
@@ -79,19 +86,26 @@ def checked(rows: Sequence[Any]) -> list[Any]:
     """Return the rows that have targets.
 
     Args:
-        rows: objects with ``tokens`` ``(T,)`` and ``mask`` ``(T,)``, 1 where a token is a target; the first never is.
+        rows: objects with ``tokens`` ``(T,)`` and ``mask`` ``(T,)``, 1 where a token is a target;
+            the first never is.
 
     Raises:
         DataError: tokens and mask differ in length, or no row has a target.
     """
     for number, row in enumerate(rows):
         if not hasattr(row, "tokens") or not hasattr(row, "mask"):
-            raise DataError(f"Row {number} has no tokens and mask: {type(row).__name__}. Rows are what qlab reads from data.")
+            raise DataError(
+                f"Row {number} has no tokens and mask: {type(row).__name__}. Rows are what qlab reads from data."
+            )
         if np.shape(row.tokens) != np.shape(row.mask) or np.ndim(row.tokens) != 1:
-            raise DataError(f"Row {number}: tokens are {np.shape(row.tokens)}, but the mask is {np.shape(row.mask)}.")
+            raise DataError(
+                f"Row {number}: tokens are {np.shape(row.tokens)}, but the mask is {np.shape(row.mask)}."
+            )
     found = [row for row in rows if spots(row).size]
     if rows and not found:
-        raise DataError(f"None of the {len(rows)} rows has a target, so there is nothing to judge by.")
+        raise DataError(
+            f"None of the {len(rows)} rows has a target, so there is nothing to judge by."
+        )
     return found
 
 
@@ -99,7 +113,12 @@ def rows_fingerprint(rows: Sequence[Any]) -> str:
     """Hash of all tokens and masks, in order."""
     digest = sha256()
     for row in rows:
-        digest.update(np.asarray(row.tokens, np.int32).tobytes() + b"|" + np.asarray(row.mask, np.uint8).tobytes() + b";")
+        digest.update(
+            np.asarray(row.tokens, np.int32).tobytes()
+            + b"|"
+            + np.asarray(row.mask, np.uint8).tobytes()
+            + b";"
+        )
     return digest.hexdigest()
 
 
@@ -112,7 +131,9 @@ def check_tokens(rows: Sequence[Any], vocabulary: int) -> None:
     for number, row in enumerate(rows):
         wrong = [int(token) for token in row.tokens if not 0 <= token < vocabulary]
         if wrong:
-            raise DataError(f"Row {number} has token {wrong[0]}, but the model's tokens are 0 to {vocabulary - 1}.")
+            raise DataError(
+                f"Row {number} has token {wrong[0]}, but the model's tokens are 0 to {vocabulary - 1}."
+            )
 
 
 def remember(
@@ -147,19 +168,32 @@ def remember(
     return kept
 
 
-def _run(teacher: nn.Module, rows: list[Any], keep: int, made_of: str) -> Generator[Progress, None, Kept]:
+def _run(
+    teacher: nn.Module, rows: list[Any], keep: int, made_of: str
+) -> Generator[Progress, None, Kept]:
     predictor, parts = Predictor(teacher), []
     check_tokens(rows, predictor.vocabulary)
     for number, row in enumerate(rows):
         where = spots(row)
-        hidden = predictor.hidden(mx.array(np.asarray(row.tokens, np.int32)[None, :-1]), mx.array(where))
-        targets, chunk = mx.array(np.asarray(row.tokens, np.int32)[where + 1]), chunk_length(predictor.vocabulary)
+        hidden = predictor.hidden(
+            mx.array(np.asarray(row.tokens, np.int32)[None, :-1]), mx.array(where)
+        )
+        targets, chunk = (
+            mx.array(np.asarray(row.tokens, np.int32)[where + 1]),
+            chunk_length(predictor.vocabulary),
+        )
         for start in range(0, where.size, chunk):
-            found = _keep(predictor.log_probs(hidden[start : start + chunk]), targets[start : start + chunk], keep)
+            found = _keep(
+                predictor.log_probs(hidden[start : start + chunk]),
+                targets[start : start + chunk],
+                keep,
+            )
             mx.eval(found)
             parts.append([np.array(array) for array in found])
         yield Progress("full precision", number + 1, len(rows))
-    return Kept(made_of, predictor.vocabulary, *(np.concatenate(part) for part in zip(*parts, strict=True)))
+    return Kept(
+        made_of, predictor.vocabulary, *(np.concatenate(part) for part in zip(*parts, strict=True))
+    )
 
 
 def _keep(log_probs: mx.array, targets: mx.array, keep: int) -> list[mx.array]:
@@ -180,7 +214,9 @@ def _keep(log_probs: mx.array, targets: mx.array, keep: int) -> list[mx.array]:
     others = mx.take_along_axis(log_probs, rest, -1)
     tail = mx.logsumexp(others, -1)
     # Σ p log p − P log(P / n) over the n others, P their mass
-    floor = mx.maximum((mx.exp(others) * (others - tail[:, None] + np.log(rest.shape[1]))).sum(-1), 0)
+    floor = mx.maximum(
+        (mx.exp(others) * (others - tail[:, None] + np.log(rest.shape[1]))).sum(-1), 0
+    )
     return [tokens.astype(mx.int32), likely, tail, nll, floor]
 
 
@@ -193,7 +229,13 @@ def _read(path: Path, made_of: str) -> Kept | None:
         with path.open("rb") as file, np.load(file) as stored:
             found = {f.name: stored[f.name] for f in fields(Kept)}
         os.utime(path)  # used now, so it stays longest
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # missing or broken: it is made again
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        BadZipFile,
+    ):  # missing or broken: it is made again
         return None
     kept = Kept(**{**found, "rows": str(found["rows"]), "vocabulary": int(found["vocabulary"])})
     return kept if kept.rows == made_of else None

@@ -1,4 +1,6 @@
-"""Opens the structure of a model without its weights: from a config dict, a config.json, a folder or a hub id.
+"""Opens the structure of a model without its weights.
+
+From a config dict, a config.json, a folder or a hub id.
 
 Runs on the MLX thread. Knows no memory.
 """
@@ -20,17 +22,28 @@ from qlab.errors import ConfigError, LoadError
 from qlab.runtime.paths import ASSETS
 
 _COUNTS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim",
-    "intermediate_size", "max_position_embeddings", "moe_intermediate_size", "num_experts", "num_local_experts",
-)  # fmt: skip
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_local_experts",
+)
 
 
-def structure(source: str | Path | dict[str, Any]) -> tuple[nn.Module, str, dict[str, Any], tuple[str, ...]]:
+def structure(
+    source: str | Path | dict[str, Any],
+) -> tuple[nn.Module, str, dict[str, Any], tuple[str, ...]]:
     """Return a lazy model, its name, its config and what to know about it.
 
     Args:
-        source: contents of a config.json, the path of one or of its folder, ``"demo"``, or a hub id (only its config.json
-            is fetched).
+        source: contents of a config.json, the path of one or of its folder, ``"demo"``, or a hub id
+            (only its config.json is fetched).
 
     Raises:
         LoadError: nothing there, not a config, or of an unknown architecture.
@@ -48,13 +61,17 @@ def structure(source: str | Path | dict[str, Any]) -> tuple[nn.Module, str, dict
     notes = []
     dtype = config.get("torch_dtype") or config.get("dtype")
     if dtype is not None and not isinstance(getattr(mx, str(dtype), None), mx.Dtype):
-        notes.append(f"config.json says that the weights are {dtype}, which MLX does not have; they are counted as bfloat16.")
+        notes.append(
+            f"config.json says that the weights are {dtype}, which MLX does not have; they are counted as bfloat16."
+        )
     configs = _configs(module, config)
     if configs:
         module = stored(module, configs)
     elif config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unknown method")
-        notes.append(f"config.json says that the weights are stored by {method}; they are counted as 16-bit weights.")
+        notes.append(
+            f"config.json says that the weights are stored by {method}; they are counted as 16-bit weights."
+        )
     return module, name or config.get("_name_or_path") or config["model_type"], config, tuple(notes)
 
 
@@ -72,13 +89,21 @@ def check(config: dict[str, Any]) -> None:
     """
     for key in ("text_config", "quantization", "quantization_config"):
         if not isinstance(config.get(key) or {}, dict):
-            raise ConfigError(f"The config's {key}={config[key]!r} is not legal; it is a block of settings.")
+            raise ConfigError(
+                f"The config's {key}={config[key]!r} is not legal; it is a block of settings."
+            )
     for part in (config, config.get("text_config") or {}):
         for key in _COUNTS:
             value = part.get(key)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
-                raise ConfigError(f"The config's {key}={value!r} is not legal; it is a whole number from 1 to {2**31 - 1}.")
-        heads, kv, width = (part.get(k) for k in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31
+            ):
+                raise ConfigError(
+                    f"The config's {key}={value!r} is not legal; it is a whole number from 1 to {2**31 - 1}."
+                )
+        heads, kv, width = (
+            part.get(k) for k in ("num_attention_heads", "num_key_value_heads", "hidden_size")
+        )
         if heads and kv and heads % kv:
             raise ConfigError(
                 f"The config contradicts itself: {heads} attention heads cannot share {kv} key-value heads evenly."
@@ -92,7 +117,11 @@ def check(config: dict[str, Any]) -> None:
 
 def _missing(config: dict[str, Any]) -> list[str]:
     """Names of the fields that a model cannot do without and that a config does not have."""
-    needed = [f for f in fields(model_classes(config)[1]) if f.default is MISSING and f.default_factory is MISSING]
+    needed = [
+        f
+        for f in fields(model_classes(config)[1])
+        if f.default is MISSING and f.default_factory is MISSING
+    ]
     return [f.name for f in needed if config.get(f.name) is None]
 
 
@@ -115,7 +144,11 @@ def _read(source: str | Path) -> tuple[dict[str, Any], str]:
 
 
 def _fetched(source: str) -> Path:
-    if source.startswith((".", "/", "~")) or source.count("/") != 1 or source.endswith((".json", ".gguf")):
+    if (
+        source.startswith((".", "/", "~"))
+        or source.count("/") != 1
+        or source.endswith((".json", ".gguf"))
+    ):
         raise LoadError(
             f"There is no config at {source!r}: neither a config.json, a folder with one, nor a hub id (owner/name)."
         )
@@ -125,11 +158,15 @@ def _fetched(source: str) -> Path:
     try:
         return Path(hf_hub_download(source, "config.json"))
     except RepositoryNotFoundError as error:
-        raise LoadError(f"The hub has no model {source!r}, or it is private and you are not logged in.") from error
+        raise LoadError(
+            f"The hub has no model {source!r}, or it is private and you are not logged in."
+        ) from error
     except EntryNotFoundError as error:
         if isinstance(error, HfHubHTTPError):
             raise LoadError(f"{source!r} on the hub has no config.json.") from error
-        raise LoadError(f"{source!r} is not a local folder, and the hub could not be reached.") from error
+        raise LoadError(
+            f"{source!r} is not a local folder, and the hub could not be reached."
+        ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise LoadError(
             f"{source!r} is not a local folder, and the hub could not be reached ({type(error).__name__}). "
@@ -138,7 +175,10 @@ def _fetched(source: str) -> Path:
 
 
 def _configs(module: nn.Module, config: dict[str, Any]) -> dict[str, QuantConfig]:
-    """Storage of the layers that a folder already holds quantized, by path: mlx-lm's block and qlab's own."""
+    """Storage of the layers that a folder already holds quantized, by path.
+
+    Mlx-lm's block and qlab's own.
+    """
     block = config.get("quantization") or {}
     found: dict[str, QuantConfig] = {}
     own = (config.get("qlab") or {}).get("layers", {})

@@ -1,6 +1,7 @@
 """Opens GGUF files of the llama and qwen2 families as mlx-lm models, tokenizer included.
 
-Packed blocks are dequantized, so that every scheme can be tried on them. Knows no scheme of the shelf.
+Packed blocks are dequantized, so that every scheme can be tried on them. Knows no scheme of the
+shelf.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def load_gguf(path: Path) -> Loaded:
         path: of the file; tensors of type F32, F16, Q4_0, Q4_1 and Q8_0 can be read.
 
     Returns:
-        The model in bfloat16, the usual dtype of the originals (float32 if the file's matrices are F32).
+        The model in bfloat16, the usual dtype of the originals (float32 if the file's matrices are
+        F32).
 
     Raises:
         LoadError: not GGUF, cut short, of another family or type, or without a usable tokenizer.
@@ -63,15 +65,21 @@ def load_gguf(path: Path) -> Loaded:
     mx.eval(module.parameters())
     notes = ()
     if stored.startswith("Q"):
-        notes = (f"From {stored}: the original 16-bit weights are not in the file, errors are measured against {stored}.",)
+        notes = (
+            f"From {stored}: the original 16-bit weights are not in the file, errors are measured against {stored}.",
+        )
     return Loaded(module, tokenizer(path, facts), config, path.stem, notes)
 
 
-def _config(path: Path, facts: dict, family: str, arrays: dict, infos: tuple[TensorInfo, ...]) -> dict[str, Any]:
+def _config(
+    path: Path, facts: dict, family: str, arrays: dict, infos: tuple[TensorInfo, ...]
+) -> dict[str, Any]:
     def fact(key: str) -> Any:
         value = facts.get(f"{family}.{key}")
         if value is None:
-            raise LoadError(f"{path} does not say {family}.{key}, without which the model cannot be built.")
+            raise LoadError(
+                f"{path} does not say {family}.{key}, without which the model cannot be built."
+            )
         return value.item() if isinstance(value, mx.array) else value
 
     shapes = {info.name: info.shape for info in infos}
@@ -98,7 +106,9 @@ def _config(path: Path, facts: dict, family: str, arrays: dict, infos: tuple[Ten
     return config
 
 
-def _weights(infos: tuple[TensorInfo, ...], arrays: dict, facts: dict, family: str, dtype: mx.Dtype) -> dict[str, mx.array]:
+def _weights(
+    infos: tuple[TensorInfo, ...], arrays: dict, facts: dict, family: str, dtype: mx.Dtype
+) -> dict[str, mx.array]:
     heads = facts[f"{family}.attention.head_count"].item()
     kv_heads = facts[f"{family}.attention.head_count_kv"].item()
     found = {}
@@ -127,7 +137,10 @@ def _dense(info: TensorInfo, arrays: dict) -> mx.array:
 
 
 def _unpermute(rows: mx.array, heads: int) -> mx.array:
-    """Undo llama.cpp's order of query and key rows: it interleaves the two halves that RoPE rotates."""
+    """Undo llama.cpp's order of query and key rows.
+
+    It interleaves the two halves that RoPE rotates.
+    """
     order = mx.arange(rows.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
     return rows[order]
 

@@ -1,6 +1,7 @@
 """Reads the header of a GGUF file and checks it against the file's size, before MLX maps the file.
 
-MLX trusts the header, so garbage would end the process. Source of the layout: the GGUF v3 specification (ggml docs/gguf.md).
+MLX trusts the header, so garbage would end the process. Source of the layout: the GGUF v3
+specification (ggml docs/gguf.md).
 """
 
 from __future__ import annotations
@@ -15,19 +16,44 @@ from qlab.errors import LoadError
 
 # type number → (name, weights in a block, bytes of a block)
 _TYPES = {
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 30: ("BF16", 1, 2),
-}  # fmt: skip
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    30: ("BF16", 1, 2),
+}
 READABLE = ("F32", "F16", "Q4_0", "Q4_1", "Q8_0")
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _STRING, _ARRAY = 8, 9
 _LIMIT = 1 << 24  # no count in a real header is larger
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a GGUF file: its name, type name, shape as GGUF has it (fastest first) and size."""
+    """One tensor of a GGUF file.
+
+    Its name, type name, shape as GGUF has it (fastest first) and size.
+    """
 
     name: str
     type: str
@@ -39,7 +65,8 @@ def read_header(path: Path) -> tuple[TensorInfo, ...]:
     """Return the tensors of a GGUF file.
 
     Raises:
-        LoadError: wrong magic, unsupported version, a type that MLX cannot read, or a file that is cut short.
+        LoadError: wrong magic, unsupported version, a type that MLX cannot read, or a file that is
+            cut short.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -55,7 +82,14 @@ def read_header(path: Path) -> tuple[TensorInfo, ...]:
                 alignment = value if key == "general.alignment" else alignment
             found = [_tensor(stream, path) for _ in range(_count(tensors))]
             start = -(-stream.tell() // int(alignment)) * int(alignment)
-        except (struct.error, ValueError, OverflowError, TypeError, ZeroDivisionError, UnicodeDecodeError) as error:
+        except (
+            struct.error,
+            ValueError,
+            OverflowError,
+            TypeError,
+            ZeroDivisionError,
+            UnicodeDecodeError,
+        ) as error:
             raise LoadError(f"{path} is cut short or damaged in its header: {error}.") from error
     end = start + max((offset + info.nbytes for offset, info in found), default=0)
     if end > size:

@@ -1,4 +1,6 @@
-"""Opens models: the embedded demo, a hub id, a local folder, a GGUF file. Every failure is one clear sentence.
+"""Opens models: the embedded demo, a hub id, a local folder, a GGUF file.
+
+Every failure is one clear sentence.
 
 Runs on the MLX thread. Knows no scheme and no panel.
 """
@@ -23,7 +25,8 @@ def load(source: str | Path) -> Loaded:
     """Open a model.
 
     Args:
-        source: ``"demo"``, a local folder, a ``.gguf`` file, or a hub id such as ``mlx-community/Qwen3-0.6B-bf16``.
+        source: ``"demo"``, a local folder, a ``.gguf`` file, or a hub id such as
+            ``mlx-community/Qwen3-0.6B-bf16``.
 
     Raises:
         LoadError: the source is missing, truncated, not a model, or of an unknown architecture.
@@ -32,23 +35,31 @@ def load(source: str | Path) -> Loaded:
     path = ASSETS / "demo" if text == "demo" else Path(text).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise LoadError(f"{text} is a file; a model is a folder with config.json, or a .gguf file.")
+            raise LoadError(
+                f"{text} is a file; a model is a folder with config.json, or a .gguf file."
+            )
         from qlab.engine.io.gguf import load_gguf
 
         return load_gguf(path)
     if not path.is_dir():
         path = _download(text)
-    return _open_folder(path, "demo" if text == "demo" else path.resolve().name if Path(text).exists() else text)
+    return _open_folder(
+        path, "demo" if text == "demo" else path.resolve().name if Path(text).exists() else text
+    )
 
 
 def _download(source: str) -> Path:
     """Fetch a hub repository, or say why there is nothing to open."""
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1 or source.endswith(".gguf")
+    looks_local = (
+        source.startswith((".", "/", "~")) or source.count("/") != 1 or source.endswith(".gguf")
+    )
     if looks_local:
         folder = Path(source).expanduser().parent
         beside = [p.name for p in folder.iterdir()] if folder.is_dir() else []
         hint = nearest(Path(source).name, [*beside, "demo"])
-        raise LoadError(f"There is no model at {source!r}: neither a folder, a .gguf file, nor a hub id (owner/name).{hint}")
+        raise LoadError(
+            f"There is no model at {source!r}: neither a folder, a .gguf file, nor a hub id (owner/name).{hint}"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -56,7 +67,9 @@ def _download(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=wanted))
     except RepositoryNotFoundError as error:
-        raise LoadError(f"The hub has no model {source!r}, or it is private and you are not logged in.") from error
+        raise LoadError(
+            f"The hub has no model {source!r}, or it is private and you are not logged in."
+        ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise LoadError(
             f"{source!r} is not a local folder, and the hub could not be reached ({type(error).__name__}). "
@@ -74,7 +87,9 @@ def _open_folder(path: Path, name: str) -> Loaded:
         module = _module(path, config)
     notes = ()
     if any(is_quantized(leaf) for leaf in module.modules()):
-        notes = ("This model is already quantized: errors are measured against it, not against its 16-bit original.",)
+        notes = (
+            "This model is already quantized: errors are measured against it, not against its 16-bit original.",
+        )
     return Loaded(module, tokenizer(path), config, name, notes)
 
 
@@ -102,6 +117,8 @@ def _module(path: Path, config: dict[str, Any]) -> nn.Module:
     try:
         module, _ = load_model(path)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise LoadError(f"The weights in {path} do not fit config.json ({config['model_type']}): {error}") from error
+        raise LoadError(
+            f"The weights in {path} do not fit config.json ({config['model_type']}): {error}"
+        ) from error
     mx.eval(module.parameters())
     return module

@@ -44,7 +44,9 @@ def check_safetensors(file: Path) -> None:
             if length > size:
                 raise ValueError("its header is longer than the file")
             header = json.loads(stream.read(length))
-        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        end = max(
+            entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
+        )
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise LoadError(f"{file} is not a safetensors file, or is cut short: {error}.") from error
     if 8 + length + end > size:
@@ -59,7 +61,10 @@ def tokenizer(path: Path) -> Any:
     """
     from mlx_lm.utils import load_tokenizer
 
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json")):
+    if not any(
+        (path / name).exists()
+        for name in ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json")
+    ):
         raise LoadError(f"{path} has no tokenizer (tokenizer.json or tokenizer.model).")
     try:
         return load_tokenizer(path)

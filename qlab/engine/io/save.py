@@ -16,16 +16,29 @@ from qlab.nn.stored import _class_of, stored_layer
 from qlab.runtime.atomic import write_folder
 
 _OWN = (  # what a model's folder may hold and still be replaced
-    "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "vocab.*",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates", "README.md",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates",
+    "README.md",
+)
 
 
-def save(path: Path, module: nn.Module, tokenizer: Any, config: dict[str, Any], plan: QuantPlan | None) -> str:
+def save(
+    path: Path, module: nn.Module, tokenizer: Any, config: dict[str, Any], plan: QuantPlan | None
+) -> str:
     """Write a model folder, whole or not at all.
 
     Args:
-        path: of the folder; an existing one is replaced if it is empty or holds a model and nothing else.
+        path: of the folder; an existing one is replaced if it is empty or holds a model and nothing
+            else.
         module: the model.
         tokenizer: mlx-lm's wrapper.
         config: contents of config.json before quantization.
@@ -35,7 +48,8 @@ def save(path: Path, module: nn.Module, tokenizer: Any, config: dict[str, Any], 
         One sentence: who can open the folder.
 
     Raises:
-        SaveError: the disk is full, or the place cannot be written or holds other files; what stood there is untouched.
+        SaveError: the disk is full, or the place cannot be written or holds other files; what stood
+            there is untouched.
     """
     from mlx_lm.utils import save_config, save_model
 
@@ -52,23 +66,38 @@ def save(path: Path, module: nn.Module, tokenizer: Any, config: dict[str, Any], 
     return "Saved as an mlx-lm folder; mlx_lm.load and qlab.load open it."
 
 
-def _facts(module: nn.Module, config: dict[str, Any], plan: QuantPlan | None) -> tuple[dict[str, Any], set[str]]:
-    """Return config.json with the storage of every layer, and the modes in it that mlx-lm cannot read."""
-    facts = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config", "qlab")}
+def _facts(
+    module: nn.Module, config: dict[str, Any], plan: QuantPlan | None
+) -> tuple[dict[str, Any], set[str]]:
+    """Return config.json with the storage of every layer, and the modes in it that mlx-lm cannot
+    read.
+    """
+    facts = {
+        key: value
+        for key, value in config.items()
+        if key not in ("quantization", "quantization_config", "qlab")
+    }
     stock, own, foreign = {}, {}, set()
     for path, leaf in module.named_modules():
         if isinstance(leaf, Packed):
             foreign.add(leaf.config.mode)
             own[path] = {
-                "mode": leaf.config.mode, "bits": leaf.config.bits, "group_size": leaf.config.group_size,
-                "shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("mlx.core."),
-                "kind": _class_of(leaf), "arrays": sorted(leaf.packed),
-            }  # fmt: skip
+                "mode": leaf.config.mode,
+                "bits": leaf.config.bits,
+                "group_size": leaf.config.group_size,
+                "shape": list(leaf.shape),
+                "dtype": str(leaf.dtype).removeprefix("mlx.core."),
+                "kind": _class_of(leaf),
+                "arrays": sorted(leaf.packed),
+            }
         elif "scales" in leaf:
             stock[path] = {"group_size": leaf.group_size, "bits": leaf.bits, "mode": leaf.mode}
     if stock:
         common = max(stock.values(), key=list(stock.values()).count)
-        facts["quantization"] = {**common, **{path: entry for path, entry in stock.items() if entry != common}}
+        facts["quantization"] = {
+            **common,
+            **{path: entry for path, entry in stock.items() if entry != common},
+        }
     if own:
         facts["qlab"] = {"mlx_version": mx.__version__, "layers": own}
     elif plan is not None:
@@ -94,20 +123,34 @@ def open_packed(path: Path, config: dict[str, Any]) -> nn.Module:
     for layer, facts in config["qlab"]["layers"].items():
         packed = {name: weights.pop(f"{layer}.{name}") for name in facts["arrays"]}
         kind = QuantConfig(facts["mode"], facts["bits"], facts["group_size"])
-        made = stored_layer(packed, kind, tuple(facts["shape"]), getattr(mx, facts["dtype"]), facts["kind"])
+        made = stored_layer(
+            packed, kind, tuple(facts["shape"]), getattr(mx, facts["dtype"]), facts["kind"]
+        )
         if f"{layer}.bias" in weights:
             made.bias = weights[f"{layer}.bias"]
         put_module(module, layer, made)
         weights.update({f"{layer}.{name}": value for name, value in packed.items()})
-    common = {key: value for key, value in config.get("quantization", {}).items() if not isinstance(value, dict)}
+    common = {
+        key: value
+        for key, value in config.get("quantization", {}).items()
+        if not isinstance(value, dict)
+    }
     for layer in {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}:
         if layer in config["qlab"]["layers"]:
             continue
         entry = config["quantization"].get(layer, common)
         dense = module_at(module, layer)
-        packed = {name: weights[f"{layer}.{name}"] for name in ("weight", "scales", "biases") if f"{layer}.{name}" in weights}
+        packed = {
+            name: weights[f"{layer}.{name}"]
+            for name in ("weight", "scales", "biases")
+            if f"{layer}.{name}" in weights
+        }
         kind = QuantConfig(entry["mode"], entry["bits"], entry["group_size"])
-        put_module(module, layer, stored_layer(packed, kind, dense.weight.shape, dense.weight.dtype, _class_of(dense)))
+        put_module(
+            module,
+            layer,
+            stored_layer(packed, kind, dense.weight.shape, dense.weight.dtype, _class_of(dense)),
+        )
     module.load_weights(list(weights.items()))
     mx.eval(module.parameters())
     return module

@@ -1,6 +1,8 @@
-"""Reads the graph of a step that is taken a block at a time (``engine/step/blockwise.py``), its compiled pieces put together.
+"""Reads the graph of a step that is taken a block at a time (``engine/step/blockwise.py``), its
+compiled pieces put together.
 
-Each kind of piece is read once; what a model of eighty blocks adds is arithmetic. Runs on the MLX thread. Knows no budget.
+Each kind of piece is read once; what a model of eighty blocks adds is arithmetic. Runs on the MLX
+thread. Knows no budget.
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ class Pieces:
         self.outside: Arrays = {path: a for path, a in every.items() if not path.startswith(prefix)}
         self._own = [f"{prefix}{i}." for i in range(len(self.stack.blocks))]
         self.graph, self.window = Graph(), window
-        self.ids = {path: self._given(a, "adapter" if path in self.trained else "weights") for path, a in every.items()}
+        self.ids = {
+            path: self._given(a, "adapter" if path in self.trained else "weights")
+            for path, a in every.items()
+        }
         self._graphs: dict[Hashable, tuple[Graph, dict[int, int]]] = {}
 
     def read(self) -> Graph:
@@ -71,7 +76,11 @@ class Pieces:
         self._thin(self.hidden.dtype)
         outer = [path for path in self.trained if path in self.outside]
         embeds = any(self._embeds(path) for path in outer)
-        reached = [i for i, own in enumerate(self._own) if any(path.startswith(own) for path in self.trained)]
+        reached = [
+            i
+            for i, own in enumerate(self._own)
+            if any(path.startswith(own) for path in self.trained)
+        ]
         first = 0 if embeds else min(reached, default=len(self._own))
         kept = []
         for i, call in enumerate(calls):
@@ -80,7 +89,11 @@ class Pieces:
             self._ask(x)
         cotangent, grads = self._loss(x, outer)
         for i in reversed(range(first, len(calls))):
-            names = [self._own[i] + name for name in _names(self.stack.blocks[i]) if self._own[i] + name in self.trained]
+            names = [
+                self._own[i] + name
+                for name in _names(self.stack.blocks[i])
+                if self._own[i] + name in self.trained
+            ]
             cotangent, *own = self._block(i, True, kinds[i], [kept.pop(), cotangent], calls[i])
             found = dict(zip(names, own, strict=True))
             grads |= found
@@ -96,10 +109,13 @@ class Pieces:
         self._ask(*self.graph.outputs)
         return self.graph
 
-    # --- pieces -----------------------------------------------------------------------------------------------------
+    # --- pieces -----------------------------------------------------------------------------------
 
     def _before(self, batch: mx.array) -> tuple[int, list[list[int]], list[Any]]:
-        """Add what comes before the blocks; return its output, and for each block its other arguments and their form."""
+        """Add what comes before the blocks.
+
+        Return its output, and for each block its other arguments and their form.
+        """
         forms: list[Any] = []
 
         def run(tokens: mx.array, *arrays: mx.array) -> list[mx.array]:
@@ -107,7 +123,10 @@ class Pieces:
             x, calls = self.stack.before(tokens[:, :-1], tokens[:, 1:] if self.train.pack else None)
             trees = [[list(args), kwargs] for args, kwargs in calls]
             self.hidden = mx.zeros(x.shape, x.dtype)
-            forms[:] = [tree_map(lambda a: mx.zeros(a.shape, a.dtype) if isinstance(a, mx.array) else a, t) for t in trees]
+            forms[:] = [
+                tree_map(lambda a: mx.zeros(a.shape, a.dtype) if isinstance(a, mx.array) else a, t)
+                for t in trees
+            ]
             return [x, *(a for tree in trees for a in _leaves(tree))]
 
         x, *found = self._piece("before", run, [(self.tokens, batch), *self._outer()], False)
@@ -116,14 +135,21 @@ class Pieces:
 
     def _thin(self, dtype: mx.Dtype) -> None:
         """Go on with factors as the products take them."""
-        for path in followers(arrays_of(self.module), f"{self.stack.path}.", self.trained).get(dtype, ()):
+        for path in followers(arrays_of(self.module), f"{self.stack.path}.", self.trained).get(
+            dtype, ()
+        ):
             array = self.trained[path]
             if array.dtype != dtype:
-                (self.ids[path],) = self._piece((path, dtype), lambda a: [a.astype(dtype)], [(self.ids[path], array)], False)
+                (self.ids[path],) = self._piece(
+                    (path, dtype), lambda a: [a.astype(dtype)], [(self.ids[path], array)], False
+                )
                 self._set([path], [mx.zeros(array.shape, dtype)])
 
     def _block(self, i: int, back: bool, form: Any, given: list[int], call: list[int]) -> list[int]:
-        """Add a block's forward pass, or its way back: gradients by its input and by its trained arrays."""
+        """Add a block's forward pass, or its way back.
+
+        Gradients by its input and by its trained arrays.
+        """
         block, own = self.stack.blocks[i], self._own[i]
         arrays = dict(tree_flatten(block.parameters()))
         names = [name for name in _names(block) if name in arrays]
@@ -164,12 +190,19 @@ class Pieces:
             block.update(tree_unflatten(list(arrays.items())))
 
     def _loss(self, hidden: int, outer: list[str]) -> tuple[int, dict[str, int]]:
-        """Add the loss, chunk by chunk; return the gradients by the last hidden state and by what is trained outside."""
+        """Add the loss, chunk by chunk.
+
+        Return the gradients by the last hidden state and by what is trained outside.
+        """
         shape, dtype = self.hidden.shape, self.hidden.dtype
         count = shape[0] * shape[1]
         size = min(self.train.loss_chunk or count, count)
         prefix = f"{self.stack.path}."
-        frozen = [x for path, x in self.module.named_modules() if isinstance(x, Frozen) and not path.startswith(prefix)]
+        frozen = [
+            x
+            for path, x in self.module.named_modules()
+            if isinstance(x, Frozen) and not path.startswith(prefix)
+        ]
         heads = [x for x in frozen if not x.embeds] or frozen
         examples: list[mx.array] = []
 
@@ -177,14 +210,23 @@ class Pieces:
             self._set(self.outside, arrays)
             found = [x.worth(dtype) for x in heads]
             examples[:] = [mx.zeros(a.shape, a.dtype) for a in found if a is not None]
-            return [mx.zeros((count, shape[-1]), dtype), mx.zeros(()), *(a for a in found if a is not None)]
+            return [
+                mx.zeros((count, shape[-1]), dtype),
+                mx.zeros(()),
+                *(a for a in found if a is not None),
+            ]
 
         cotangent, total, *weights = self._piece("dense", dense, self._outer(), False)
-        sums = [self._piece(("zeros", n), lambda n=n: [mx.zeros_like(self.trained[n])], [], False)[0] for n in outer]
+        sums = [
+            self._piece(("zeros", n), lambda n=n: [mx.zeros_like(self.trained[n])], [], False)[0]
+            for n in outer
+        ]
         lent = list(zip(weights, examples, strict=True))
         self._ask(*weights, window=1)
         for start in range(0, count, size):
-            part = min(size, count - start)  # a short last chunk is padded a little, and never the peak
+            part = min(
+                size, count - start
+            )  # a short last chunk is padded a little, and never the peak
             where = self._given(mx.zeros(part, mx.int32), "batch")
             made = self._chunk(part, (hidden, where, total, cotangent, *sums), outer, heads, lent)
             total, cotangent, *sums = made
@@ -194,7 +236,9 @@ class Pieces:
         (cotangent,) = self._piece("cotangent", lambda a: [a.reshape(shape)], [flat], False)
         return cotangent, dict(zip(outer, sums, strict=True))
 
-    def _chunk(self, part: int, given: tuple[int, ...], outer: list[str], heads: list[Frozen], lent: list) -> list[int]:
+    def _chunk(
+        self, part: int, given: tuple[int, ...], outer: list[str], heads: list[Frozen], lent: list
+    ) -> list[int]:
         """Add the loss of some positions and its gradients, and add these to the sums so far."""
         hidden, where, total, cotangent, *sums = given
         index, width = mx.zeros(part, mx.int32), self.hidden.shape[-1]
@@ -203,24 +247,48 @@ class Pieces:
 
         def gather(h: mx.array, tokens: mx.array, at: mx.array) -> list[mx.array]:
             counted = tokens[:, 1:].astype(mx.float32).reshape(-1)
-            return [h.reshape(-1, width)[at][None], tokens[:, 1:].reshape(-1)[at][None], counted[at][None]]
+            return [
+                h.reshape(-1, width)[at][None],
+                tokens[:, 1:].reshape(-1)[at][None],
+                counted[at][None],
+            ]
 
-        taken = self._piece(("gather", part), gather, [(hidden, self.hidden), (self.tokens, ids), (where, index)], False)
+        taken = self._piece(
+            ("gather", part),
+            gather,
+            [(hidden, self.hidden), (self.tokens, ids), (where, index)],
+            False,
+        )
         pairs = list(zip(taken, (rows, index[None], index[None].astype(mx.float32)), strict=True))
         run = partial(self._slope, outer, heads, len(lent))
         loss, slope, *more = self._piece(("chunk", part), run, pairs + lent + self._outer(), True)
         flat = mx.zeros((self.hidden.size // width, width), self.hidden.dtype)
 
-        def add(loss: mx.array, slope: mx.array, total: mx.array, sum_: mx.array, at: mx.array, *rest: mx.array) -> list:
+        def add(
+            loss: mx.array,
+            slope: mx.array,
+            total: mx.array,
+            sum_: mx.array,
+            at: mx.array,
+            *rest: mx.array,
+        ) -> list:
             half = len(rest) // 2
             new = [a + b for a, b in zip(rest[:half], rest[half:], strict=True)]
             return [total + loss, sum_.at[at].add(slope[0]), *new]
 
         zero, own = mx.array(0.0), [self.trained[path] for path in outer]
-        pairs = list(zip((loss, slope, total, cotangent, where), (zero, rows, zero, flat, index), strict=True))
-        return self._piece(("add", part), add, pairs + [*zip([*sums, *more], own * 2, strict=True)], False)
+        pairs = list(
+            zip(
+                (loss, slope, total, cotangent, where), (zero, rows, zero, flat, index), strict=True
+            )
+        )
+        return self._piece(
+            ("add", part), add, pairs + [*zip([*sums, *more], own * 2, strict=True)], False
+        )
 
-    def _slope(self, outer: list[str], heads: list[Frozen], count: int, *arrays: mx.array) -> list[mx.array]:
+    def _slope(
+        self, outer: list[str], heads: list[Frozen], count: int, *arrays: mx.array
+    ) -> list[mx.array]:
         rows, labels, share, *rest = arrays
         weights, outside = rest[:count], dict(zip(self.outside, rest[count:], strict=True))
         lent = [x for x in heads if x.worth(self.hidden.dtype) is not None]
@@ -237,7 +305,9 @@ class Pieces:
         loss, slope = nats_and_slope(logits(*primals), labels, share)
         return [loss, *mx.vjp(lambda *a: [logits(*a)], primals, [slope])[1]]
 
-    def _into(self, outer: list[str], cotangent: int, grads: dict[str, int], batch: mx.array) -> dict[str, int]:
+    def _into(
+        self, outer: list[str], cotangent: int, grads: dict[str, int], batch: mx.array
+    ) -> dict[str, int]:
         """Add the gradients by what is trained before the blocks."""
         count = len(outer)
 
@@ -247,17 +317,26 @@ class Pieces:
             def before(*own: mx.array) -> list[mx.array]:
                 now = outside | dict(zip(outer, own, strict=True))
                 self._set(now, list(now.values()))
-                return [self.stack.before(tokens[:, :-1], tokens[:, 1:] if self.train.pack else None)[0]]
+                return [
+                    self.stack.before(tokens[:, :-1], tokens[:, 1:] if self.train.pack else None)[0]
+                ]
 
-            return [a + b for a, b in zip(sums, mx.vjp(before, [outside[p] for p in outer], [slope])[1], strict=True)]
+            return [
+                a + b
+                for a, b in zip(
+                    sums, mx.vjp(before, [outside[p] for p in outer], [slope])[1], strict=True
+                )
+            ]
 
         pairs = [(self.tokens, batch), (cotangent, self.hidden)]
         pairs += [(grads[path], self.trained[path]) for path in outer]
         return dict(zip(outer, self._piece("into", run, pairs + self._outer(), False), strict=True))
 
-    # --- the graph --------------------------------------------------------------------------------------------------
+    # --- the graph --------------------------------------------------------------------------------
 
-    def _piece(self, key: Hashable, run: Function, given: Sequence[tuple[int, mx.array]], compile_: bool) -> list[int]:
+    def _piece(
+        self, key: Hashable, run: Function, given: Sequence[tuple[int, mx.array]], compile_: bool
+    ) -> list[int]:
         """Go on with a piece, read at its first use."""
         if key not in self._graphs:
             graph = read(run, [array for _, array in given])

@@ -1,4 +1,6 @@
-"""Foresees the memory of a training step from a model's structure: by formula at once, by a full trace, or by a real step.
+"""Foresees the memory of a training step from a model's structure.
+
+By formula at once, by a full trace, or by a real step.
 
 Reads no weights (a real step aside). Runs on the MLX thread. Knows no budget.
 """
@@ -44,16 +46,25 @@ from qlab.runtime import peaks as record
 from qlab.runtime.device import backend, wants_float32
 from qlab.runtime.job import finished
 
-# dispatches of a task, and tasks that may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h): the CPU's as in its source,
-# CUDA's set by eight steps on one H100 (docs/guide/memory_accuracy.md), Metal's read, not measured
+# dispatches of a task, and tasks that may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h):
+# the CPU's as in its source, CUDA's set by eight steps on one H100 (docs/guide/memory_accuracy.md),
+# Metal's read, not measured
 _TASK, _TASKS = {"cpu": 10, "cuda": 27, "metal": 40}, 11
-Look = tuple[tuple, ...]  # role, shape, present storage, chosen storage and whether it is adapted, of each layer
-SAMPLE = {True: 3, False: 4}  # blocks of each kind in the step that a formula is read from, with checkpoints and without
+Look = tuple[
+    tuple, ...
+]  # role, shape, present storage, chosen storage and whether it is adapted, of each layer
+SAMPLE = {
+    True: 3,
+    False: 4,
+}  # blocks of each kind in the step that a formula is read from, with checkpoints and without
 _REMEMBERED = 48  # formulas kept
 
 
 def usual_compute() -> Compute:
-    """Return how frozen layers are computed here: Metal has a fast quantized product, others dequantize."""
+    """Return how frozen layers are computed here.
+
+    Metal has a fast quantized product, others dequantize.
+    """
     return Compute(mx.float32 if wants_float32() else None, dequantize=backend() != "metal")
 
 
@@ -76,7 +87,12 @@ class Forecast:
     """
 
     def __init__(
-        self, module: nn.Module, name: str, context: int | None = None, loaded: bool = False, notes: tuple[str, ...] = ()
+        self,
+        module: nn.Module,
+        name: str,
+        context: int | None = None,
+        loaded: bool = False,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.module, self.context, self.notes = module, context, notes
         self.spec: ModelSpec = describe(module, name)
@@ -90,7 +106,8 @@ class Forecast:
         Args:
             setup: storage, adapter, run.
             machine: the budget to judge by.
-            level: ``formula``, ``traced`` or ``measured`` (runs one real step; the model must be loaded).
+            level: ``formula``, ``traced`` or ``measured`` (runs one real step; the model must be
+                loaded).
 
         Raises:
             ConfigError, LayerNotFoundError: the setup does not fit the model.
@@ -102,7 +119,9 @@ class Forecast:
                 f"the largest is {self.context}."
             )
         self._check(setup.plan)
-        found, moment, parts, notes = self._foreseen(setup, "formula" if level == "formula" else "traced")
+        found, moment, parts, notes = self._foreseen(
+            setup, "formula" if level == "formula" else "traced"
+        )
         measured = None
         if level == "measured":
             measured = self.by_step(setup, machine)
@@ -111,8 +130,17 @@ class Forecast:
             found, parts = level, _scaled(parts, measured)
         band = (1.0, 1.0) if measured else record.band(backend())
         return MemoryEstimate(
-            self.spec, setup, parts, found, moment, band, machine, self.context, measured, (*self.notes, *notes),
-        )  # fmt: skip
+            self.spec,
+            setup,
+            parts,
+            found,
+            moment,
+            band,
+            machine,
+            self.context,
+            measured,
+            (*self.notes, *notes),
+        )
 
     def _check(self, plan: QuantPlan | None) -> None:
         """Refuse a storage that holds no layer."""
@@ -120,20 +148,30 @@ class Forecast:
             return
         largest = max(self.spec.layers, key=lambda x: x.size)
         reason = largest.refusal(plan.default) or "every layer is to be kept as it is"
-        raise ConfigError(f"No layer of {self.spec.name!r} can be stored as {plan.default.label} ({largest.path}: {reason}).")
+        raise ConfigError(
+            f"No layer of {self.spec.name!r} can be stored as {plan.default.label} ({largest.path}: {reason})."
+        )
 
-    def _foreseen(self, setup: Setup, level: str) -> tuple[str, str, dict[str, int], tuple[str, ...]]:
+    def _foreseen(
+        self, setup: Setup, level: str
+    ) -> tuple[str, str, dict[str, int], tuple[str, ...]]:
         """Return level, moment, parts and notes; where one level cannot be had, the other."""
         ways = {"formula": self.by_formula, "traced": self.by_trace}
         other = next(name for name in ways if name != level)
         notes = (
-            (f"Computed as one graph, without checkpoints and chunks of the loss: {self.whole}",) if self._plain(setup) else ()
+            (f"Computed as one graph, without checkpoints and chunks of the loss: {self.whole}",)
+            if self._plain(setup)
+            else ()
         )
         try:
             return level, *ways[level](setup), notes
         except UnsupportedError as error:
             try:
-                return other, *ways[other](setup), (*notes, f"This is {other}, because {level} could not be had: {error}")
+                return (
+                    other,
+                    *ways[other](setup),
+                    (*notes, f"This is {other}, because {level} could not be had: {error}"),
+                )
             except UnsupportedError:
                 raise error from None
 
@@ -158,12 +196,13 @@ class Forecast:
         configs, adapter = self.configs(setup), setup.adapter
         shapes = _trained(adapter, self.spec)
         return {
-            "weights": self.spec.other_nbytes + sum(x.nbytes_as(configs.get(x.path)) for x in self.spec.layers),
+            "weights": self.spec.other_nbytes
+            + sum(x.nbytes_as(configs.get(x.path)) for x in self.spec.layers),
             "adapter": adapter.itemsize * sum(prod(s) for s in shapes),
             "optimizer": sum(setup.train.kind.state_nbytes(s, adapter.itemsize) for s in shapes),
         }
 
-    # --- formula ----------------------------------------------------------------------------------------------------
+    # --- formula ----------------------------------------------------------------------------------
 
     def by_formula(self, setup: Setup) -> tuple[str, dict[str, int]]:
         """Return the moment of the peak and the bytes of every part."""
@@ -179,11 +218,28 @@ class Forecast:
     def formula(self, setup: Setup) -> Formula:
         """Return the formula of a setup's kind of step; it is made at its first use."""
         train, adapter, (groups, outside) = setup.train, setup.adapter, self.looks(setup)
-        several = chunks(train.batch_size, train.max_seq_length, train.loss_chunk) if train.loss_chunk else 0
+        several = (
+            chunks(train.batch_size, train.max_seq_length, train.loss_chunk)
+            if train.loss_chunk
+            else 0
+        )
         most = SAMPLE[train.grad_checkpoint]
-        few = tuple((look, min(len(group), most), len(group) > most) for look, group in groups.items())
-        key = (few, outside, adapter.kind, adapter.dtype, adapter.dropout > 0, train.optimizer, train.grad_checkpoint,
-               train.window, train.grad_accumulation_steps > 1, train.pack, several)  # fmt: skip
+        few = tuple(
+            (look, min(len(group), most), len(group) > most) for look, group in groups.items()
+        )
+        key = (
+            few,
+            outside,
+            adapter.kind,
+            adapter.dtype,
+            adapter.dropout > 0,
+            train.optimizer,
+            train.grad_checkpoint,
+            train.window,
+            train.grad_accumulation_steps > 1,
+            train.pack,
+            several,
+        )
         if key not in self._formulas:
             self._formulas[key] = self._made(setup, list(groups.values()), several)
             while len(self._formulas) > _REMEMBERED:
@@ -192,10 +248,13 @@ class Forecast:
         return self._formulas[key]
 
     def looks(self, setup: Setup) -> tuple[dict[Look, list[int]], Look]:
-        """Return what makes the kind of a step: what layers are, how they are stored and which are adapted.
+        """Return what makes the kind of a step.
+
+        What layers are, how they are stored and which are adapted.
 
         Returns:
-            Numbers of the blocks that a gradient reaches, by the look of their layers; and the look of the layers outside.
+            Numbers of the blocks that a gradient reaches, by the look of their layers; and the look
+            of the layers outside.
 
         Raises:
             ConfigError, LayerNotFoundError: the setup does not fit the model.
@@ -205,7 +264,9 @@ class Forecast:
         for layer in self.spec.layers:
             blocks.setdefault(layer.block, []).append(layer)
         looks = {
-            block: tuple((x.role, x.shape, x.stored, configs.get(x.path), x.path in targets) for x in layers)
+            block: tuple(
+                (x.role, x.shape, x.stored, configs.get(x.path), x.path in targets) for x in layers
+            )
             for block, layers in blocks.items()
         }
         outside = looks.pop(None)
@@ -229,11 +290,15 @@ class Forecast:
             few = groups
             one, two = (self._graph(setup, None, ref) for ref in refs)
         fewer = [
-            self._graph(setup, sum((g[i == j :] for j, g in enumerate(few)), []), refs[0]) if len(group) > most else None
+            self._graph(setup, sum((g[i == j :] for j, g in enumerate(few)), []), refs[0])
+            if len(group) > most
+            else None
             for i, group in enumerate(groups)
         ]
         trained = tuple(_trained(replace(setup.adapter, rank=refs[0].rank), self.spec))
-        sample = Sample((one, two), tuple(fewer), refs, tuple(map(len, few)), self.vocabulary, trained)
+        sample = Sample(
+            (one, two), tuple(fewer), refs, tuple(map(len, few)), self.vocabulary, trained
+        )
         return formula(sample, runahead())
 
     def _graph(self, setup: Setup, blocks: list[int] | None, ref: Reference) -> Graph:
@@ -244,14 +309,20 @@ class Forecast:
             module = twin(module)
             stack = Stack(module)
             put_module(module, stack.path, [stack.blocks[b] for b in sorted(blocks)])  # type: ignore
-            places = {f"{stack.path}.{b}.": f"{stack.path}.{i}." for i, b in enumerate(sorted(blocks))}
-            configs = {new: configs[path] for path in configs if (new := _moved(path, stack.path, places))}
+            places = {
+                f"{stack.path}.{b}.": f"{stack.path}.{i}." for i, b in enumerate(sorted(blocks))
+            }
+            configs = {
+                new: configs[path] for path in configs if (new := _moved(path, stack.path, places))
+            }
             targets = [new for path in targets if (new := _moved(path, stack.path, places))]
         lora = replace(setup.adapter, rank=ref.rank, num_layers=-1, keys=tuple(targets))
-        train = replace(setup.train, batch_size=ref.batch, max_seq_length=ref.tokens + 1, loss_chunk=ref.chunk)
+        train = replace(
+            setup.train, batch_size=ref.batch, max_seq_length=ref.tokens + 1, loss_chunk=ref.chunk
+        )
         return self._read(module, configs, replace(setup, adapter=lora, train=train))
 
-    # --- trace and step ---------------------------------------------------------------------------------------------
+    # --- trace and step ---------------------------------------------------------------------------
 
     def by_trace(self, setup: Setup) -> tuple[str, dict[str, int]]:
         """Return the moment of the peak and the bytes of every part, from the whole step."""
@@ -259,7 +330,11 @@ class Forecast:
         usage = simulate(graph, runahead())
         label = labels(graph, self.vocabulary, _trained(setup.adapter, self.spec))
         at = int(usage.timeline.argmax())
-        logits = [i for i, n in enumerate(usage.steps) if any(label[a] == "logits" for a in graph.nodes[n].outputs)]
+        logits = [
+            i
+            for i, n in enumerate(usage.steps)
+            if any(label[a] == "logits" for a in graph.nodes[n].outputs)
+        ]
         moment = "forward" if at < logits[0] else "loss" if at <= logits[-1] else "backward"
         parts = dict(zip(PARTS, over_time(usage, label, {})[at, :, 0].tolist(), strict=True))
         return moment, {name: round(n) for name, n in (parts | self.inputs(setup)).items()}
@@ -272,7 +347,13 @@ class Forecast:
         made, train = stored(module, configs), setup.train
         if self._plain(setup):  # as make_step does
             train = replace(train, grad_checkpoint=False, loss_chunk=0)
-        work = attach(made, describe(made, self.spec.name), setup.adapter, usual_compute(), train.grad_checkpoint)
+        work = attach(
+            made,
+            describe(made, self.spec.name),
+            setup.adapter,
+            usual_compute(),
+            train.grad_checkpoint,
+        )
         try:
             if not train.grad_checkpoint:
                 return whole(work, train)
@@ -280,10 +361,14 @@ class Forecast:
         except ConfigError:
             raise
         except ValueError as error:  # MLX's own refusal of a shape
-            raise UnsupportedError(f"A step of {self.spec.name!r} cannot be built: {error}") from error
+            raise UnsupportedError(
+                f"A step of {self.spec.name!r} cannot be built: {error}"
+            ) from error
 
     def by_step(self, setup: Setup, machine: Machine) -> int:
-        """Run one real step on random tokens of the largest shape; return its peak, other models in memory not counted.
+        """Run one real step on random tokens of the largest shape.
+
+        Return its peak, other models in memory not counted.
 
         Raises:
             ConfigError: it surely would not fit.
@@ -302,18 +387,35 @@ class Forecast:
 
 
 def measured_peak(module: nn.Module, setup: Setup) -> int:
-    """Run one step as the training loop does; return the peak of what it needs, whatever else MLX holds."""
+    """Run one step as the training loop does.
+
+    Return the peak of what it needs, whatever else MLX holds.
+    """
     train = setup.train
-    made = attach(module, describe(module, ""), setup.adapter, usual_compute(), train.grad_checkpoint)
+    made = attach(
+        module, describe(module, ""), setup.adapter, usual_compute(), train.grad_checkpoint
+    )
     step = make_step(made, train)
     update = Update(train, step.parameters)
     parameters, state = update.by_path(update.kept(step.parameters)), update.state
-    tokens = mx.random.randint(0, 2, (train.batch_size, train.max_seq_length))  # which ones, memory does not mind
-    mask, key, rate = mx.ones(tokens.shape, mx.int32), mx.random.key(0), mx.array(train.learning_rate)
+    tokens = mx.random.randint(
+        0, 2, (train.batch_size, train.max_seq_length)
+    )  # which ones, memory does not mind
+    mask, key, rate = (
+        mx.ones(tokens.shape, mx.int32),
+        mx.random.key(0),
+        mx.array(train.learning_rate),
+    )
     segments = mx.ones(tokens.shape, mx.int32) if train.pack else None
     several = train.grad_accumulation_steps > 1
     zeros = {path: mx.zeros_like(a) for path, a in parameters.items()} if several else {}
-    given = [a for _, a in tree_flatten(made.parameters())] + [*state.values(), *zeros.values(), tokens, mask, segments]
+    given = [a for _, a in tree_flatten(made.parameters())] + [
+        *state.values(),
+        *zeros.values(),
+        tokens,
+        mask,
+        segments,
+    ]
     mx.eval(given, parameters)
     mx.clear_cache()
     own, before = sum(a.nbytes for a in given if a is not None), mx.get_active_memory()
@@ -329,7 +431,11 @@ def measured_peak(module: nn.Module, setup: Setup) -> int:
 
 def _trained(adapter: LoRAConfig, spec: ModelSpec) -> list[tuple[int, ...]]:
     """Shapes of the trained arrays."""
-    return [s for x in adapter.targets(spec) for s in adapter.adapter.shapes(x.shape, adapter.rank, x.kind).values()]
+    return [
+        s
+        for x in adapter.targets(spec)
+        for s in adapter.adapter.shapes(x.shape, adapter.rank, x.kind).values()
+    ]
 
 
 def _moved(path: str, stack: str, places: dict[str, str]) -> str | None:

@@ -1,6 +1,9 @@
-"""Reads the graph of a function of arrays without computing it. Runs on the MLX thread. Knows no model.
+"""Reads the graph of a function of arrays without computing it. Runs on the MLX thread.
 
-``mx.export_function`` is experimental; ``tests/engine/memory/test_read_graph.py`` says what is relied on.
+Knows no model.
+
+``mx.export_function`` is experimental; ``tests/engine/memory/test_read_graph.py`` says what is
+relied on.
 """
 
 from __future__ import annotations
@@ -21,7 +24,11 @@ from qlab.nn import low_rank
 from qlab.ops.custom_gradient import Call, met
 
 
-def read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], roles: Sequence[str] | None = None) -> Graph:
+def read(
+    fun: Callable[..., Sequence[mx.array]],
+    arrays: Sequence[mx.array],
+    roles: Sequence[str] | None = None,
+) -> Graph:
     """Return the graph of a function.
 
     Args:
@@ -47,7 +54,10 @@ def read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], rol
 
 
 def _halves(call: Call, known: dict[Hashable, Halves]) -> Halves:
-    """Read both halves of a function with a gradient of its own; those of calls that are alike are read once."""
+    """Read both halves of a function with a gradient of its own.
+
+    Those of calls that are alike are read once.
+    """
     look = _form([call.forward, call.backward, call.given, call.closed, call.made])
     if look not in known:
         known[look] = _read_halves(call)
@@ -55,7 +65,10 @@ def _halves(call: Call, known: dict[Hashable, Halves]) -> Halves:
 
 
 def _form(value: Any) -> Hashable:
-    """Something equal for values that make the same graph: of a function, its code and the forms of what it has enclosed."""
+    """Something equal for values that make the same graph.
+
+    Of a function, its code and the forms of what it has enclosed.
+    """
     if isinstance(value, mx.array):
         return value.shape, str(value.dtype)
     if isinstance(value, nn.Module):
@@ -65,30 +78,45 @@ def _form(value: Any) -> Hashable:
     if isinstance(value, MethodType):
         return _form(value.__func__), _form(value.__self__)
     if isinstance(value, FunctionType):
-        return value.__code__, _form(value.__defaults__), tuple(_form(cell.cell_contents) for cell in value.__closure__ or ())
+        return (
+            value.__code__,
+            _form(value.__defaults__),
+            tuple(_form(cell.cell_contents) for cell in value.__closure__ or ()),
+        )
     return plain(value)
 
 
 def _read_halves(call: Call) -> Halves:
     """Read them for arrays that look like those of the call."""
-    given, closed, (made,) = ([mx.zeros(*look) for look in looks] for looks in (call.given, call.closed, [call.made]))
+    given, closed, (made,) = (
+        [mx.zeros(*look) for look in looks] for looks in (call.given, call.closed, [call.made])
+    )
     forward = read(lambda *arrays: [call.forward(*arrays)], [*given, *closed])
-    return Halves(forward, read(lambda *arrays: list(call.backward(*arrays)), [made, *given, *closed]), len(given))
+    return Halves(
+        forward,
+        read(lambda *arrays: list(call.backward(*arrays)), [made, *given, *closed]),
+        len(given),
+    )
 
 
-def _read(fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], roles: Sequence[str] | None) -> Graph:
+def _read(
+    fun: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array], roles: Sequence[str] | None
+) -> Graph:
     reader = _Reader(list(roles or [""] * len(arrays)))
     try:
         mx.export_function(reader, fun, *arrays)
     except ValueError as error:
         if "[export_function]" not in str(error):
             raise
-        raise UnsupportedError(f"The training step holds an operation that cannot be read: {error}") from error
+        raise UnsupportedError(
+            f"The training step holds an operation that cannot be read: {error}"
+        ) from error
     return reader.graph
 
 
 def _attend(q: mx.array, k: mx.array, v: mx.array, **_: object) -> mx.array:
-    """Linear attention keeps queries, keys and values, and makes an array for the output and one for each gradient.
+    """Linear attention keeps queries, keys and values, and makes an array for the output and one
+    for each gradient.
 
     Like the fused one it makes none of the length squared.
     """
@@ -103,7 +131,9 @@ def _entropy(logits: mx.array, *_: object) -> mx.array:
 
 
 def _routed(x: mx.array, weights: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
-    """One matrix made of all experts keeps the rows, and makes one gradient of the size of the weights."""
+    """One matrix made of all experts keeps the rows, and makes one gradient of the size of the
+    weights.
+    """
     if sorted_indices:
         return x @ mx.square(weights).sum(0).T
     return mx.gather_mm(x, weights.swapaxes(-1, -2), rhs_indices=indices)
@@ -137,15 +167,24 @@ class _Reader:
     def __call__(self, record: dict[str, Any]) -> None:
         kind = record["type"]
         if kind == "inputs":
-            self.graph.inputs = [self._note(*item, role) for item, role in zip(record["inputs"], self._roles, strict=True)]
+            self.graph.inputs = [
+                self._note(*item, role)
+                for item, role in zip(record["inputs"], self._roles, strict=True)
+            ]
         elif kind == "outputs":
             self.graph.outputs = [self._note(*item) for item in record["outputs"]]
         elif kind == "constants":
             for name, array in record["constants"]:
                 self._note(name, array.shape, array.dtype, "constant")
         elif kind == "primitive":
-            sides = [tuple(self._note(*item) for item in record[side]) for side in ("inputs", "outputs")]
-            arguments = tuple(record["arguments"]) if record["name"] == "Transpose" else tuple(map(str, record["arguments"]))
+            sides = [
+                tuple(self._note(*item) for item in record[side]) for side in ("inputs", "outputs")
+            ]
+            arguments = (
+                tuple(record["arguments"])
+                if record["name"] == "Transpose"
+                else tuple(map(str, record["arguments"]))
+            )
             self.graph.nodes.append(Node(record["name"], *sides, arguments))
 
     def _note(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype, role: str = "") -> int:

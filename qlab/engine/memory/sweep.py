@@ -1,4 +1,6 @@
-"""Finds what the sliders of an estimate reach: exact bytes at every position, and formulas of the kinds of step nearby.
+"""Finds what the sliders of an estimate reach.
+
+Exact bytes at every position, and formulas of the kinds of step nearby.
 
 Runs on the MLX thread. Knows no budget and shows nothing.
 """
@@ -21,7 +23,9 @@ from qlab.engine.memory.forecast import SAMPLE, Forecast
 from qlab.errors import ConfigError
 
 _KEPT = 40  # formulas that the browser holds
-_FEW = max(SAMPLE.values()) + 1  # from so many blocks of a sort on, a formula holds for any number of them
+_FEW = (
+    max(SAMPLE.values()) + 1
+)  # from so many blocks of a sort on, a formula holds for any number of them
 
 
 class Sweep:
@@ -29,7 +33,8 @@ class Sweep:
 
     Args:
         forecast: of the model.
-        setup: shown first. Its overrides, keys, kind and dtype of the adapter hold for all positions until ``follow``.
+        setup: shown first. Its overrides, keys, kind and dtype of the adapter hold for all
+            positions until ``follow``.
     """
 
     def __init__(self, forecast: Forecast, setup: Setup) -> None:
@@ -41,7 +46,10 @@ class Sweep:
         """Take up other overrides or another rank than the slider has; formulas stay."""
         spec, plan, lora = self._forecast.spec, setup.plan, setup.adapter
         modes = () if spec.stored else registry.shelf("schemes").values()
-        configs = (None, *(QuantConfig(s.name, b, g) for s in modes for b in s.bits for g in s.group_sizes))
+        configs = (
+            None,
+            *(QuantConfig(s.name, b, g) for s in modes for b in s.bits for g in s.group_sizes),
+        )
         if plan and plan.default not in configs:
             configs = (*configs, plan.default)
         own = plan.overrides if plan else {}
@@ -52,12 +60,16 @@ class Sweep:
         optimizers = tuple(registry.shelf("optimizers"))
         adapter, states = _trained_nbytes(setup, targets, ranks, optimizers, self._blocks)
         known = self.reach.formulas if hasattr(self, "reach") else {}
-        self.reach = Reach(configs, np.array(sizes, float), ranks, optimizers, adapter, states, {}, known)
+        self.reach = Reach(
+            configs, np.array(sizes, float), ranks, optimizers, adapter, states, {}, known
+        )
         self._held = self._ground(setup)
 
     @property
     def _blocks(self) -> list[int]:
-        return sorted({layer.block for layer in self._forecast.spec.layers if layer.block is not None})
+        return sorted(
+            {layer.block for layer in self._forecast.spec.layers if layer.block is not None}
+        )
 
     def read(self, setup: Setup) -> None:
         """Add the formula of a setup's kind of step, and the kinds of its storage.
@@ -82,7 +94,9 @@ class Sweep:
         self.reach = replace(self.reach, formulas=formulas)
 
     def nearby(self, setup: Setup) -> Iterator[Setup]:
-        """Yield setups of the kinds of step that a user is likely to reach next, the likeliest first."""
+        """Yield setups of the kinds of step that a user is likely to reach next, the likeliest
+        first.
+        """
         train, plan = setup.train, setup.plan
         yield replace(setup, train=replace(train, grad_checkpoint=not train.grad_checkpoint))
         chunk = train.loss_chunk
@@ -92,22 +106,36 @@ class Sweep:
         if plan and plan.default in self.reach.configs:
             own, default = plan.overrides, plan.default
             for bits in default.scheme.bits:
-                yield replace(setup, plan=QuantPlan(QuantConfig(default.mode, bits, default.group_size), own))
+                yield replace(
+                    setup, plan=QuantPlan(QuantConfig(default.mode, bits, default.group_size), own)
+                )
             for group_size in default.scheme.group_sizes:
-                yield replace(setup, plan=QuantPlan(QuantConfig(default.mode, default.bits, group_size), own))
+                yield replace(
+                    setup, plan=QuantPlan(QuantConfig(default.mode, default.bits, group_size), own)
+                )
         for length in lengths:
-            other = replace(train, batch_size=1, max_seq_length=max(length, 2), grad_checkpoint=not train.grad_checkpoint)
+            other = replace(
+                train,
+                batch_size=1,
+                max_seq_length=max(length, 2),
+                grad_checkpoint=not train.grad_checkpoint,
+            )
             yield replace(setup, train=other)
         yield replace(setup, train=replace(train, loss_chunk=0 if chunk else 512))
         yield replace(setup, plan=None)
         for config in {c.mode: c for c in self.reach.configs if c}.values():
             if plan is None or config.mode != plan.default.mode:
-                yield replace(setup, plan=QuantPlan(QuantConfig(config.mode), plan.overrides if plan else {}))
+                yield replace(
+                    setup, plan=QuantPlan(QuantConfig(config.mode), plan.overrides if plan else {})
+                )
         for name in self.reach.optimizers:
             yield replace(setup, train=replace(train, optimizer=name))
 
     def _ground(self, setup: Setup) -> tuple:
-        """What all positions share: a storage without overrides of its own takes over those that are there."""
+        """What all positions share.
+
+        A storage without overrides of its own takes over those that are there.
+        """
         lora, plan = setup.adapter, setup.plan
         own = tuple(plan.overrides.items()) if plan else getattr(self, "_held", ((),))[0]
         return own, lora.keys, lora.kind, lora.dtype, lora.dropout
@@ -116,8 +144,12 @@ class Sweep:
         return self.reach.configs.index(setup.plan.default if setup.plan else None)
 
     def _kinds(self, setup: Setup) -> tuple[tuple[int, tuple[int, ...]] | None, ...]:
-        """For each number of adapted blocks, the kind of step and the blocks of each sort that a gradient reaches."""
-        return tuple(self._kind(setup.with_value("num_layers", n)) for n in range(1, len(self._blocks) + 1))
+        """For each number of adapted blocks, the kind of step and the blocks of each sort that a
+        gradient reaches.
+        """
+        return tuple(
+            self._kind(setup.with_value("num_layers", n)) for n in range(1, len(self._blocks) + 1)
+        )
 
     def _kind(self, setup: Setup) -> tuple[int, tuple[int, ...]] | None:
         try:
@@ -130,14 +162,26 @@ class Sweep:
 
 
 def _plain(look: tuple) -> tuple:
-    """What a layer's storage means for a step: how it is made into numbers, scales on their way included."""
-    return tuple(tuple((x.mode, x.bits, x.group_size) if isinstance(x, QuantConfig) else x for x in layer) for layer in look)
+    """What a layer's storage means for a step.
+
+    How it is made into numbers, scales on their way included.
+    """
+    return tuple(
+        tuple((x.mode, x.bits, x.group_size) if isinstance(x, QuantConfig) else x for x in layer)
+        for layer in look
+    )
 
 
 def _trained_nbytes(
-    setup: Setup, targets: tuple[LayerSpec, ...], ranks: tuple[int, ...], optimizers: tuple[str, ...], blocks: list[int]
+    setup: Setup,
+    targets: tuple[LayerSpec, ...],
+    ranks: tuple[int, ...],
+    optimizers: tuple[str, ...],
+    blocks: list[int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of adapter ``(ranks, blocks)`` and of optimizer state ``(optimizers, ranks, blocks)``, by adapted blocks."""
+    """Bytes of adapter ``(ranks, blocks)`` and of optimizer state ``(optimizers, ranks, blocks)``,
+    by adapted blocks.
+    """
     lora, states = setup.adapter, [registry.get("optimizers", name) for name in optimizers]
     known: dict[tuple[int, ...], np.ndarray] = {}
     for shape in {x.shape for x in targets}:
@@ -145,11 +189,17 @@ def _trained_nbytes(
         for i, rank in enumerate(ranks):
             arrays = lora.adapter.shapes(shape, rank).values()
             known[shape][0, i] = lora.itemsize * sum(map(prod, arrays))
-            known[shape][1:, i] = [sum(s.state_nbytes(a, lora.itemsize) for a in arrays) for s in states]
+            known[shape][1:, i] = [
+                sum(s.state_nbytes(a, lora.itemsize) for a in arrays) for s in states
+            ]
     each = np.zeros((1 + len(states), len(ranks), len(blocks)))
     outside = np.zeros((1 + len(states), len(ranks), 1))
     for layer in targets:
-        place = outside[..., 0] if layer.block is None else each[..., len(blocks) - 1 - blocks.index(layer.block)]
+        place = (
+            outside[..., 0]
+            if layer.block is None
+            else each[..., len(blocks) - 1 - blocks.index(layer.block)]
+        )
         place += known[layer.shape]
     total = outside + np.cumsum(each, axis=2)
     return total[0], total[1:]

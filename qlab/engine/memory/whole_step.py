@@ -1,4 +1,6 @@
-"""Reads the graph of a training step without computing it: from a config alone, for every architecture of mlx-lm.
+"""Reads the graph of a training step without computing it.
+
+From a config alone, for every architecture of mlx-lm.
 
 Knows no budget. Runs on the MLX thread.
 """
@@ -37,21 +39,33 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
     step = Step(module, train)
     if backend() != "cpu":
         _mark(step)
-    frozen = {path: array for path, array in tree_flatten(module.parameters()) if path not in step.parameters}
+    frozen = {
+        path: array
+        for path, array in tree_flatten(module.parameters())
+        if path not in step.parameters
+    }
     batch = mx.zeros((train.batch_size, train.max_seq_length), mx.int32)
     roles = ["weights"] * len(frozen) + ["adapter"] * len(step.parameters) + ["batch"] * 3
 
     def run(*arrays: mx.array) -> list[mx.array]:
         given = iter(arrays)
-        weights, parameters = ({path: next(given) for path in group} for group in (frozen, step.parameters))
+        weights, parameters = (
+            {path: next(given) for path in group} for group in (frozen, step.parameters)
+        )
         tokens, mask, key = given
         module.update(tree_unflatten(list(weights.items())))
-        own = {path: mx.depends([a], [key])[0] for path, a in parameters.items()}  # differentiation copies what it starts from
+        own = {
+            path: mx.depends([a], [key])[0] for path, a in parameters.items()
+        }  # differentiation copies what it starts from
         found = step(own, tokens, mask, key, tokens if train.pack else None)
         return [found.loss, found.count, *found.grads.values()]
 
     try:
-        graph = read(run, [*frozen.values(), *step.parameters.values(), batch, batch, mx.random.key(0)], roles)
+        graph = read(
+            run,
+            [*frozen.values(), *step.parameters.values(), batch, batch, mx.random.key(0)],
+            roles,
+        )
     finally:
         module.update(tree_unflatten(list(frozen.items())))
     graph = compiled(graph).needed() if backend() == "cpu" else unmerged(graph, graph.outputs[0])
@@ -63,18 +77,24 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
 
 
 def _mark(step: Step) -> None:
-    """Keep the two passes behind the blocks, one for the loss and one for its gradients, from being merged by reading.
+    """Keep the two passes behind the blocks, one for the loss and one for its gradients, from being
+    merged by reading.
 
     Compilation would merge them, too.
     """
     if step.stack is None:
         return
     after, numbers = step.stack.after, itertools.count()
-    step.stack.after = lambda hidden: after(mx.depends([hidden], [mx.array(float(next(numbers)))])[0])
+    step.stack.after = lambda hidden: after(
+        mx.depends([hidden], [mx.array(float(next(numbers)))])[0]
+    )
 
 
-def updated(graph: Graph, train: TrainConfig, trained: Arrays, ids: Sequence[int], sums: list[int]) -> None:
-    """Go on with the update as the training loop does, ask for what it asks for, and hold what it holds on to meanwhile.
+def updated(
+    graph: Graph, train: TrainConfig, trained: Arrays, ids: Sequence[int], sums: list[int]
+) -> None:
+    """Go on with the update as the training loop does, ask for what it asks for, and hold what it
+    holds on to meanwhile.
 
     Args:
         graph: of one batch.
@@ -87,7 +107,9 @@ def updated(graph: Graph, train: TrainConfig, trained: Arrays, ids: Sequence[int
     kept, first, examples = update.kept(trained), update.state, [*trained.values(), number, number]
     if train.grad_accumulation_steps > 1:
         half, earlier = len(sums), [_given(graph, a, "gradients") for a in examples]
-        plus = unmerged(read(lambda *a: [x + y for x, y in zip(a[:half], a[half:], strict=True)], examples * 2))
+        plus = unmerged(
+            read(lambda *a: [x + y for x, y in zip(a[:half], a[half:], strict=True)], examples * 2)
+        )
         sums = graph.then(plus, [*earlier, *sums], {})
 
     def gather(*grads: mx.array) -> list[mx.array]:
@@ -96,21 +118,34 @@ def updated(graph: Graph, train: TrainConfig, trained: Arrays, ids: Sequence[int
 
     def run(*arrays: mx.array) -> list[mx.array]:
         given = iter(arrays)
-        own, state, grads = ({name: next(given) for name in group} for group in (kept, first, joined))
+        own, state, grads = (
+            {name: next(given) for name in group} for group in (kept, first, joined)
+        )
         norm, loss, count, rate = given
         new = update(update.by_path(own), state, Gathered(grads, norm, loss, count), rate)
-        return [*update.kept(new.parameters).values(), *new.state.values(), new.loss, new.grad_norm, new.finite]
+        return [
+            *update.kept(new.parameters).values(),
+            *new.state.values(),
+            new.loss,
+            new.grad_norm,
+            new.finite,
+        ]
 
     *grads, loss, count = sums
     pairs = zip(trained.items(), (graph.arrays[a].itemsize for a in grads), strict=True)
-    slopes = {path: a.astype(a.dtype if size == a.dtype.size else mx.bfloat16) for (path, a), size in pairs}  # never computed
+    slopes = {
+        path: a.astype(a.dtype if size == a.dtype.size else mx.bfloat16)
+        for (path, a), size in pairs
+    }  # never computed
     joined = update.gather(Sums(number, slopes, number)).grads
     gathered = graph.then(compiled(read(gather, [*slopes.values()])), grads, {}, "gradients")
     graph.rounds.append((*gathered, loss, count))
     graph.windows.append(1)
     states = [_given(graph, a, "optimizer") for a in first.values()]
     # arrays that are views of vectors are there once
-    own = ids if kept is trained else [graph.add(Array(a.shape, 0, "adapter")) for a in kept.values()]
+    own = (
+        ids if kept is trained else [graph.add(Array(a.shape, 0, "adapter")) for a in kept.values()]
+    )
     given = [*own, *states, *gathered, loss, count, _given(graph, number, "batch")]
     graph.held += [*gathered, loss, count]
     examples = [*kept.values(), *first.values(), *joined.values(), number, number, number, number]
@@ -118,7 +153,10 @@ def updated(graph: Graph, train: TrainConfig, trained: Arrays, ids: Sequence[int
 
 
 def compiled(graph: Graph) -> Graph:
-    """Return a graph as it is after compilation here: on the CPU MLX calls a compiler, and does without where there is none."""
+    """Return a graph as it is after compilation here.
+
+    On the CPU MLX calls a compiler, and does without where there is none.
+    """
     return fused(graph) if backend() != "cpu" or shutil.which("g++") is not None else graph
 
 

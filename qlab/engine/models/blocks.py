@@ -1,7 +1,8 @@
 """A model taken apart into what comes before its blocks, the blocks, and what comes after.
 
-Works for every mlx-lm model whose blocks stand in one list and pass one hidden state on; knows no architecture by name.
-The model's own forward pass is run with its blocks replaced by stand-ins, so masks, scalings and soft caps stay its own.
+Works for every mlx-lm model whose blocks stand in one list and pass one hidden state on; knows no
+architecture by name. The model's own forward pass is run with its blocks replaced by stand-ins, so
+masks, scalings and soft caps stay its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from qlab.engine.models.packed_rows import SILENT, Apart
 from qlab.engine.models.surgery import module_at, put_module
 from qlab.errors import UnsupportedError
 
-_NOISE = 1e-2  # the same operations in the same order, so far below that unless something is left out
+_NOISE = (
+    1e-2  # the same operations in the same order, so far below that unless something is left out
+)
 
 
 class _Stand:
@@ -57,15 +60,19 @@ class Stack:
         for block in self.blocks:
             block.__class__ = _without_checkpoints(type(block), type(block).__call__)
 
-    def before(self, tokens: mx.array, segments: mx.array | None = None) -> tuple[mx.array, list[tuple[tuple, dict]]]:
+    def before(
+        self, tokens: mx.array, segments: mx.array | None = None
+    ) -> tuple[mx.array, list[tuple[tuple, dict]]]:
         """Return the first block's input, and the other arguments of every block.
 
         Args:
             tokens: ``(batch, length)``.
-            segments: ``(batch, length)``, number of the packed row that each token belongs to; None if rows are not packed.
+            segments: ``(batch, length)``, number of the packed row that each token belongs to; None
+                if rows are not packed.
 
         Returns:
-            ``(batch, length, width)`` and, for each block, positional and keyword arguments after the hidden state.
+            ``(batch, length, width)`` and, for each block, positional and keyword arguments after
+            the hidden state.
 
         Raises:
             UnsupportedError: a block is not called once, with one hidden state.
@@ -75,21 +82,39 @@ class Stack:
 
         def take(x: Any, *args: Any, **kwargs: Any) -> Any:
             if not isinstance(x, mx.array) or x.ndim != 3:
-                raise UnsupportedError("The blocks of this model do not pass one hidden state (batch, length, width) on.")
+                raise UnsupportedError(
+                    "The blocks of this model do not pass one hidden state (batch, length, width) on."
+                )
             first.append(x)
-            calls.append((tuple(map(_silent, args)), {name: _silent(value) for name, value in kwargs.items()}))
+            calls.append(
+                (
+                    tuple(map(_silent, args)),
+                    {name: _silent(value) for name, value in kwargs.items()},
+                )
+            )
             return x
 
         with self._standing([take] * len(self.blocks)) as module:
             try:
                 run(module, tokens, segments)
-            except (ValueError, TypeError, AttributeError, IndexError) as error:  # it wants more of a block than a hidden state
-                raise UnsupportedError(f"The model cannot be taken apart into its blocks: {error}") from error
+            except (
+                ValueError,
+                TypeError,
+                AttributeError,
+                IndexError,
+            ) as error:  # it wants more of a block than a hidden state
+                raise UnsupportedError(
+                    f"The model cannot be taken apart into its blocks: {error}"
+                ) from error
         if len(calls) != len(self.blocks):
-            raise UnsupportedError(f"The model calls {len(calls)} of its {len(self.blocks)} blocks.")
+            raise UnsupportedError(
+                f"The model calls {len(calls)} of its {len(self.blocks)} blocks."
+            )
         return first[0], calls
 
-    def logits(self, tokens: mx.array, segments: mx.array | None = None, last: int | None = None) -> mx.array:
+    def logits(
+        self, tokens: mx.array, segments: mx.array | None = None, last: int | None = None
+    ) -> mx.array:
         """Return logits computed block by block, each evaluated; of all positions or the last ones.
 
         Raises:
@@ -99,7 +124,9 @@ class Stack:
         for block, (args, kwargs) in zip(self.blocks, calls, strict=True):
             y = block(x, *args, **kwargs)
             if not isinstance(y, mx.array) or y.shape != x.shape:
-                raise UnsupportedError("The blocks of this model do not pass one hidden state (batch, length, width) on.")
+                raise UnsupportedError(
+                    "The blocks of this model do not pass one hidden state (batch, length, width) on."
+                )
             mx.eval(y)
             x = y
         return self.after(x if last is None else x[:, -last:])
@@ -112,9 +139,13 @@ class Stack:
         """
         tokens = mx.arange(6)[None]
         whole, pieces = self.module(tokens), self.logits(tokens)
-        far = mx.linalg.norm((whole - pieces).astype(mx.float32)) / mx.linalg.norm(whole.astype(mx.float32))
+        far = mx.linalg.norm((whole - pieces).astype(mx.float32)) / mx.linalg.norm(
+            whole.astype(mx.float32)
+        )
         if not far.item() < _NOISE:
-            raise UnsupportedError("The model does more with its blocks than to run one after the other.")
+            raise UnsupportedError(
+                "The model does more with its blocks than to run one after the other."
+            )
 
     def after(self, hidden: mx.array) -> mx.array:
         """Return the logits that follow from the last block's output, ``(batch, length, width)``."""
@@ -138,14 +169,20 @@ class Stack:
 
 @cache
 def _without_checkpoints(kind: type, call: Callable[..., Any]) -> type:
-    """Return a class of blocks as it was before mlx-lm's ``grad_checkpoint`` changed it, for the rest of the process.
+    """Return a class of blocks as it was before mlx-lm's ``grad_checkpoint`` changed it, for the
+    rest of the process.
 
-    Its function leaves arrays of a trace behind in the block; here a step knows itself what it computes again.
+    Its function leaves arrays of a trace behind in the block; here a step knows itself what it
+    computes again.
     """
     original = call
     while getattr(original, "__module__", "") == "mlx_lm.tuner.trainer":
         original = inspect.getclosurevars(original).nonlocals["fn"]
-    return kind if original is call else type(kind.__name__, (kind,), {"__call__": original, "__module__": kind.__module__})
+    return (
+        kind
+        if original is call
+        else type(kind.__name__, (kind,), {"__call__": original, "__module__": kind.__module__})
+    )
 
 
 def run(module: nn.Module, tokens: mx.array, segments: mx.array | None) -> mx.array:
@@ -157,7 +194,10 @@ def run(module: nn.Module, tokens: mx.array, segments: mx.array | None) -> mx.ar
 
 
 def _silent(value: Any) -> Any:
-    """A block gets its mask as an argument; what stands for a cache must hold no array, or a compiled block would keep it."""
+    """A block gets its mask as an argument.
+
+    What stands for a cache must hold no array, or a compiled block would keep it.
+    """
     return SILENT if isinstance(value, Apart) else value
 
 

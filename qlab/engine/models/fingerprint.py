@@ -15,7 +15,10 @@ _PROBED = 64  # numbers of each array that go into a model's fingerprint
 def fingerprint(module: nn.Module) -> str:
     """Return a hash of every array's name, shape, dtype and first numbers. Runs on the MLX thread."""
     digest = sha256()
-    heads = [(path, a, a.reshape(-1)[:_PROBED].astype(mx.float32)) for path, a in sorted(tree_flatten(module.parameters()))]
+    heads = [
+        (path, a, a.reshape(-1)[:_PROBED].astype(mx.float32))
+        for path, a in sorted(tree_flatten(module.parameters()))
+    ]
     mx.eval([head for _, _, head in heads])
     for path, array, head in heads:
         digest.update(f"{path} {array.shape} {array.dtype}".encode())

@@ -9,7 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-_NUMBERS = ("layer_idx", "layer_id", "layer_number")  # attributes that only say where a block stands, as a rule
+_NUMBERS = (
+    "layer_idx",
+    "layer_id",
+    "layer_number",
+)  # attributes that only say where a block stands, as a rule
 
 
 class Piece:
@@ -21,7 +25,8 @@ class Piece:
 
     Attributes:
         places: path, holder and key of every array.
-        form: everything else about it; two pieces of one form compute the same from the same arrays.
+        form: everything else about it; two pieces of one form compute the same from the same
+            arrays.
         numbered: whether an attribute that says where it stands was left out of the form.
     """
 

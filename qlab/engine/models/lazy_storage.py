@@ -11,11 +11,17 @@ from qlab.nn.linear import PackedEmbedding, PackedLinear, weight_of
 from qlab.nn.stored import stored_layer
 from qlab.runtime.device import backend
 
-_UNREADABLE = {"nvfp4", "nvfp4_plain", "mxfp8"}  # the CPU's dequantization has a primitive that cannot be exported (FromFP8)
+_UNREADABLE = {
+    "nvfp4",
+    "nvfp4_plain",
+    "mxfp8",
+}  # the CPU's dequantization has a primitive that cannot be exported (FromFP8)
 
 
 def stored(module: nn.Module, configs: dict[str, QuantConfig]) -> nn.Module:
-    """Return a twin of a model, to be read and never run, whose layers are stored under configs; nothing is computed.
+    """Return a twin of a model, to be read and never run, whose layers are stored under configs.
+
+    Nothing is computed.
 
     Args:
         module: the model; its own weights may be lazy.
@@ -26,8 +32,16 @@ def stored(module: nn.Module, configs: dict[str, QuantConfig]) -> nn.Module:
         config, weight = configs[path], weight_of(layer)
         dtype = str(weight.dtype).removeprefix("mlx.core.")
         layout = config.scheme.layout(weight.shape, config, dtype)
-        packed = {name: mx.zeros(shape, getattr(mx, kind)) for name, (shape, kind) in layout.items()}
-        kind = "embedding" if hasattr(layer, "as_linear") else "linear" if weight.ndim == 2 else "switch"
+        packed = {
+            name: mx.zeros(shape, getattr(mx, kind)) for name, (shape, kind) in layout.items()
+        }
+        kind = (
+            "embedding"
+            if hasattr(layer, "as_linear")
+            else "linear"
+            if weight.ndim == 2
+            else "switch"
+        )
         if config.mode in _UNREADABLE and kind != "switch" and backend() == "cpu":
             made: nn.Module = (_ReadableEmbedding if kind == "embedding" else _ReadableLinear)(
                 packed, config, weight.shape, weight.dtype
@@ -42,7 +56,9 @@ def stored(module: nn.Module, configs: dict[str, QuantConfig]) -> nn.Module:
 
 
 class _ReadableLinear(PackedLinear):
-    """A layer whose dequantization makes the same arrays as MLX's, without the primitive that cannot be read."""
+    """A layer whose dequantization makes the same arrays as MLX's, without the primitive that
+    cannot be read.
+    """
 
     def dense(self, dtype: mx.Dtype | None = None) -> mx.array:
         return _numbers(self.packed, self.config, dtype or self._dtype)
@@ -50,21 +66,38 @@ class _ReadableLinear(PackedLinear):
 
 class _ReadableEmbedding(PackedEmbedding):
     def __call__(self, tokens: mx.array) -> mx.array:
-        dtype = mx.bfloat16 if self.config.scheme.stock_mode else self._dtype  # MLX's own layer gives bfloat16
+        dtype = (
+            mx.bfloat16 if self.config.scheme.stock_mode else self._dtype
+        )  # MLX's own layer gives bfloat16
         return _numbers(self.config.scheme.take(self.packed, tokens), self.config, dtype)
 
     dense = _ReadableLinear.dense
 
 
 def _numbers(packed: dict[str, mx.array], config: QuantConfig, dtype: mx.Dtype) -> mx.array:
-    """Arrays of the sizes that ``mx.dequantize`` makes on the CPU (``mlx/ops.cpp``); the values mean nothing."""
+    """Arrays of the sizes that ``mx.dequantize`` makes on the CPU (``mlx/ops.cpp``).
+
+    The values mean nothing.
+    """
     codes, scales, group = packed["weight"], packed["scales"], config.group_size
     if config.bits == 8:
         values = codes.view(mx.uint8).astype(dtype).reshape(-1, group)
-        factors = mx.power(mx.array(2.0, dtype), scales.reshape(-1, 1).astype(dtype) - mx.array(127.0, dtype))
+        factors = mx.power(
+            mx.array(2.0, dtype), scales.reshape(-1, 1).astype(dtype) - mx.array(127.0, dtype)
+        )
     else:
         table, bytes_ = mx.zeros(16, dtype), codes.reshape(-1, 4).view(mx.int8)
-        halves = [table[(bytes_ & 15).astype(mx.int8)][..., None], table[(bytes_ >> 4).astype(mx.int8)][..., None]]
-        values, factors = mx.concatenate(halves, -1).reshape(-1, group), scales.reshape(-1, 1).astype(dtype)
+        halves = [
+            table[(bytes_ & 15).astype(mx.int8)][..., None],
+            table[(bytes_ >> 4).astype(mx.int8)][..., None],
+        ]
+        values, factors = (
+            mx.concatenate(halves, -1).reshape(-1, group),
+            scales.reshape(-1, 1).astype(dtype),
+        )
     dense = (values * factors).reshape(*codes.shape[:-1], -1)
-    return dense * (packed["global_scale"].astype(dtype) / 2688.0) if "global_scale" in packed else dense
+    return (
+        dense * (packed["global_scale"].astype(dtype) / 2688.0)
+        if "global_scale" in packed
+        else dense
+    )

@@ -1,6 +1,9 @@
-"""Several rows in one, none seeing another: a mask that is handed to a model's own forward pass as if it were a cache.
+"""Several rows in one, none seeing another.
 
-No model is patched, so whether a model honours the mask is tried out on the model itself. Knows no data.
+A mask that is handed to a model's own forward pass as if it were a cache.
+
+No model is patched, so whether a model honours the mask is tried out on the model itself. Knows no
+data.
 """
 
 from __future__ import annotations
@@ -35,13 +38,16 @@ class Apart(Silent):
     Positions are counted through the packed row: rotary embeddings know only differences.
 
     Args:
-        segments: ``(batch, length)`` integers, one number for each packed row; padding sees padding.
+        segments: ``(batch, length)`` integers, one number for each packed row; padding sees
+            padding.
     """
 
     def __init__(self, segments: mx.array) -> None:
         self._segments = segments
 
-    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+    def make_mask(
+        self, n: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array:
         """Return ``(batch, 1, length, length)``, true where a position is seen."""
         own, at = self._segments, mx.arange(n)
         mask = (own[:, None, :, None] == own[:, None, None, :]) & (at[:, None] >= at)
@@ -49,7 +55,9 @@ class Apart(Silent):
 
 
 def takes_batches(logits: Callable[[mx.array, mx.array | None], mx.array], length: int) -> bool:
-    """Whether a model keeps packed rows apart in a batch of several; if not, it does so one row at a time.
+    """Whether a model keeps packed rows apart in a batch of several.
+
+    If not, it does so one row at a time.
 
     Args:
         logits: of tokens and their segments, ``(batch, length)``; the last positions at least.
@@ -66,10 +74,15 @@ def takes_batches(logits: Callable[[mx.array, mx.array | None], mx.array], lengt
         alone = [logits(tokens[i : i + 1, cut:], None)[:, -_TAIL:] for i, cut in enumerate(cuts)]
         if _same(lambda: logits(tokens, segments)[:, -_TAIL:], mx.concatenate(alone)):
             return True
-        if all(_same(lambda i=i: logits(tokens[i : i + 1], segments[i : i + 1])[:, -_TAIL:], alone[i]) for i in (0, 1)):
+        if all(
+            _same(lambda i=i: logits(tokens[i : i + 1], segments[i : i + 1])[:, -_TAIL:], alone[i])
+            for i in (0, 1)
+        ):
             return False
     except (AttributeError, TypeError, ValueError, IndexError) as error:
-        raise UnsupportedError(f"This model cannot keep packed rows apart; use pack=False. ({error})") from None
+        raise UnsupportedError(
+            f"This model cannot keep packed rows apart; use pack=False. ({error})"
+        ) from None
     raise UnsupportedError("This model does not keep packed rows apart; use pack=False.")
 
 
@@ -79,5 +92,7 @@ def _same(found: Callable[[], mx.array], expected: mx.array) -> bool:
         mx.eval(made, expected)
     except (ValueError, RuntimeError):  # the mask has no place for rows of a batch
         return False
-    far = mx.linalg.norm((made - expected).astype(mx.float32)) / mx.linalg.norm(expected.astype(mx.float32))
+    far = mx.linalg.norm((made - expected).astype(mx.float32)) / mx.linalg.norm(
+        expected.astype(mx.float32)
+    )
     return far.item() < _SHARE.get(expected.dtype, _COARSE)

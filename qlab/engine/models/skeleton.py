@@ -1,6 +1,7 @@
 """What a model is made of: from a module tree or from a config alone, without touching a weight.
 
-Works for every architecture that mlx-lm has, because it asks the modules. Knows no error and no plan.
+Works for every architecture that mlx-lm has, because it asks the modules. Knows no error and no
+plan.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ def describe(module: nn.Module, name: str) -> ModelSpec:
         name: what to call it.
     """
     paths = [(path, leaf) for path, leaf in module.named_modules() if _kind(leaf)]
-    order = {path: i for i, (path, _) in enumerate(tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module))}
+    order = {
+        path: i
+        for i, (path, _) in enumerate(
+            tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module)
+        )
+    }
     paths.sort(key=lambda item: order.get(item[0], len(order)))
     tied = not any(path.split(".")[-1] == "lm_head" for path, _ in paths)
     layers = tuple(_layer(path, leaf, tied) for path, leaf in paths)
@@ -38,10 +44,13 @@ def describe(module: nn.Module, name: str) -> ModelSpec:
 
 
 def skeleton(config: dict[str, Any]) -> nn.Module:
-    """Build mlx-lm's model from a config dict, lazily: paths, shapes and dtypes of a model that need not exist.
+    """Build mlx-lm's model from a config dict, lazily.
+
+    Paths, shapes and dtypes of a model that need not exist.
 
     Args:
-        config: the contents of a ``config.json``; ``torch_dtype`` or ``dtype`` names the checkpoint's dtype.
+        config: the contents of a ``config.json``; ``torch_dtype`` or ``dtype`` names the
+            checkpoint's dtype.
 
     Raises:
         LoadError: unknown architecture, or a config that its class refuses.
@@ -50,9 +59,16 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
     try:
         module = model_class(args_class.from_dict(config))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise LoadError(f"The config does not describe a {config['model_type']!r} model: {error}.") from error
+        raise LoadError(
+            f"The config does not describe a {config['model_type']!r} model: {error}."
+        ) from error
     text = config.get("text_config") or {}
-    wanted = config.get("torch_dtype") or config.get("dtype") or text.get("torch_dtype") or text.get("dtype")
+    wanted = (
+        config.get("torch_dtype")
+        or config.get("dtype")
+        or text.get("torch_dtype")
+        or text.get("dtype")
+    )
     return cast(module, getattr(mx, str(wanted or "bfloat16"), mx.bfloat16))
 
 
@@ -69,12 +85,16 @@ def model_classes(config: dict[str, Any]) -> tuple[type, type]:
 
     kind = config.get("model_type")
     if not isinstance(kind, str):
-        raise LoadError("config.json has no model_type, so this is not a model that mlx-lm could open.")
+        raise LoadError(
+            "config.json has no model_type, so this is not a model that mlx-lm could open."
+        )
     try:
         return _get_classes(config)
     except ValueError:
         known = [info.name for info in pkgutil.iter_modules(models.__path__)]
-        raise LoadError(f"Unknown architecture {kind!r}: mlx-lm has no such model_type.{nearest(kind, known)}") from None
+        raise LoadError(
+            f"Unknown architecture {kind!r}: mlx-lm has no such model_type.{nearest(kind, known)}"
+        ) from None
 
 
 def _kind(leaf: nn.Module) -> str | None:
@@ -82,7 +102,10 @@ def _kind(leaf: nn.Module) -> str | None:
         return "linear"
     if isinstance(leaf, (nn.Embedding, nn.QuantizedEmbedding, PackedEmbedding)):
         return "embedding"
-    if isinstance(leaf, PackedExperts) or type(leaf).__name__ in ("SwitchLinear", "QuantizedSwitchLinear"):
+    if isinstance(leaf, PackedExperts) or type(leaf).__name__ in (
+        "SwitchLinear",
+        "QuantizedSwitchLinear",
+    ):
         return "switch"
     return None
 
@@ -96,7 +119,9 @@ def _layer(path: str, leaf: nn.Module, tied: bool) -> LayerSpec:
     kind = _kind(leaf)
     nbytes = sum(leaf[name].nbytes for name in _weight_arrays(leaf))
     shape, dtype = _logical(leaf)
-    groups = {g for scheme in registry.shelf("schemes").values() for g in scheme.group_sizes if g >= 32}
+    groups = {
+        g for scheme in registry.shelf("schemes").values() for g in scheme.group_sizes if g >= 32
+    }
     obstacle = None
     if all(shape[-1] % group for group in groups):
         obstacle = f"input width {shape[-1]} is not a multiple of 32, the smallest group"

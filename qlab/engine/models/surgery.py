@@ -63,12 +63,22 @@ def _copy(node: Any, seen: dict[int, Any]) -> Any:
 
 
 def cast(root: nn.Module, dtype: mx.Dtype) -> nn.Module:
-    """Cast every floating-point parameter of a model in place, lazily; integers (packed codes) stay."""
-    root.update(tree_map(lambda a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a, root.parameters()))
+    """Cast every floating-point parameter of a model in place, lazily.
+
+    Integers (packed codes) stay.
+    """
+    root.update(
+        tree_map(
+            lambda a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a,
+            root.parameters(),
+        )
+    )
     return root
 
 
-def map_layers(root: nn.Module, paths: list[str], make: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
+def map_layers(
+    root: nn.Module, paths: list[str], make: Callable[[str, nn.Module], nn.Module]
+) -> nn.Module:
     """Return a twin in which each named module is replaced by ``make(path, module)``."""
     made = twin(root)
     for path in paths:

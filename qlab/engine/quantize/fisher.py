@@ -1,7 +1,7 @@
 """One forward and backward pass over a short text: what an error in each weight costs, in nats.
 
-Gives Fisher weights, and the second moments of every layer's inputs. Knows no scheme: importance is a property of the
-model and the text.
+Gives Fisher weights, and the second moments of every layer's inputs. Knows no scheme: importance is
+a property of the model and the text.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from qlab.engine.models.surgery import map_layers
 class Calibration:
     """Importance of the weights of every layer that the text reached.
 
-    The predicted ΔKL of a layer whose weight W becomes W+E is ½ Σ_oi F[o,i]·E[o,i]² nats per token, F the diagonal of the
-    Fisher information of the weights, F[o,i] = E[(Σ_t g[t,o]·x[t,i])²] / T over rows of T tokens. Rounding errors are
-    nearly independent of each other, so the diagonal is what counts; the sum over tokens stands inside the square because
-    one error acts on all tokens at once. F is kept as the product of its margins, Σ_p r_p ⊗ c_p. (A product of
-    *separate* second moments of g and x, as in K-FAC, ranks layers worse: docs/log.md.)
+    The predicted ΔKL of a layer whose weight W becomes W+E is ½ Σ_oi F[o,i]·E[o,i]² nats per token,
+    F the diagonal of the Fisher information of the weights, F[o,i] = E[(Σ_t g[t,o]·x[t,i])²] / T
+    over rows of T tokens. Rounding errors are nearly independent of each other, so the diagonal is
+    what counts; the sum over tokens stands inside the square because one error acts on all tokens
+    at once. F is kept as the product of its margins, Σ_p r_p ⊗ c_p. (A product of *separate* second
+    moments of g and x, as in K-FAC, ranks layers worse: docs/log.md.)
 
     Attributes:
-        pairs: by path, ``(r, c)`` float32 vectors of lengths ``out`` and ``in``; a tied embedding has two pairs.
+        pairs: by path, ``(r, c)`` float32 vectors of lengths ``out`` and ``in``; a tied embedding
+            has two pairs.
         input_power: by path, float32 ``(in,)``, mean square of each input feature.
         tokens: number of tokens in the text.
         text: what the text was, in words.
@@ -45,7 +47,8 @@ class Calibration:
 def _tap(y: mx.array, x: mx.array, rows: mx.array, columns: mx.array, power: mx.array) -> mx.array:
     """Identity on y, whose "gradients" are the margins of (gᵀx)² and Σ_t x².
 
-    The margins need no matrix of the weight's size: Σ_i (gᵀx)²[o,i] = Σ_ts g[t,o]·(x·xᵀ)[t,s]·g[s,o].
+    The margins need no matrix of the weight's size: Σ_i (gᵀx)²[o,i] = Σ_ts
+    g[t,o]·(x·xᵀ)[t,s]·g[s,o].
     """
     return y + mx.zeros((), y.dtype)
 
@@ -72,16 +75,28 @@ def _tap_lookup_vjp(primals, cotangent, _):
     g, ids = cotangent.astype(mx.float32).reshape(-1, columns.shape[0]), tokens.reshape(-1)
     same = (ids[:, None] == ids[None]).astype(mx.float32)
     product = (same @ g) * g
-    return cotangent, mx.zeros_like(tokens), mx.zeros_like(rows).at[ids].add(product.sum(1)), product.sum(0)
+    return (
+        cotangent,
+        mx.zeros_like(tokens),
+        mx.zeros_like(rows).at[ids].add(product.sum(1)),
+        product.sum(0),
+    )
 
 
 class _Tapped(nn.Module):
-    """A layer that reports what passes through it; an embedding does so as look-up and as tied output head."""
+    """A layer that reports what passes through it.
+
+    An embedding does so as look-up and as tied output head.
+    """
 
     def __init__(self, inner: nn.Module, shape: tuple[int, int]) -> None:
         super().__init__()
         self.inner = inner
-        self.rows, self.columns, self.power = mx.zeros(shape[0]), mx.zeros(shape[1]), mx.zeros(shape[1])
+        self.rows, self.columns, self.power = (
+            mx.zeros(shape[0]),
+            mx.zeros(shape[1]),
+            mx.zeros(shape[1]),
+        )
         self.freeze()
         self.unfreeze(recurse=False, keys=["rows", "columns", "power"])
 
@@ -107,12 +122,17 @@ class _TappedEmbedding(_Tapped):
 
 
 def calibrate(
-    model: nn.Module, shapes: dict[str, tuple[int, int]], batches: list[mx.array], text: str, seed: int = 0
+    model: nn.Module,
+    shapes: dict[str, tuple[int, int]],
+    batches: list[mx.array],
+    text: str,
+    seed: int = 0,
 ) -> Generator[Progress, None, Calibration]:
     """Run the text through a model once, forward and backward.
 
-    The label of each position is drawn from the model's own prediction, which makes the squared gradient an unbiased
-    estimate of the Fisher information (Kunstner et al., arXiv:1905.12558 §3: not the "empirical" one).
+    The label of each position is drawn from the model's own prediction, which makes the squared
+    gradient an unbiased estimate of the Fisher information (Kunstner et al., arXiv:1905.12558 §3:
+    not the "empirical" one).
 
     Args:
         model: a dense model; it is not changed.
@@ -126,7 +146,9 @@ def calibrate(
     """
 
     def tapped(path: str, inner: nn.Module) -> nn.Module:
-        return (_TappedEmbedding if hasattr(inner, "as_linear") else _TappedLinear)(inner, shapes[path])
+        return (_TappedEmbedding if hasattr(inner, "as_linear") else _TappedLinear)(
+            inner, shapes[path]
+        )
 
     watched = map_layers(model, list(shapes), tapped)
     for module in watched.modules():

@@ -1,7 +1,8 @@
 """Fills the error table of one model: sampled, exact, and predicted ΔKL, piece by piece.
 
-One ``Measurer`` belongs to one model, so two panels on it share what was measured. Its methods are generators that run
-on the MLX thread; what they have filled stays when they are stopped. Knows no plan and no panel.
+One ``Measurer`` belongs to one model, so two panels on it share what was measured. Its methods are
+generators that run on the MLX thread; what they have filled stays when they are stopped. Knows no
+plan and no panel.
 """
 
 from __future__ import annotations
@@ -55,10 +56,13 @@ class Measurer:
         self._weighted: dict[int, dict[int, float]] = {}
 
     def sample(self, first: QuantConfig) -> Events:
-        """Fill the whole table from the sample bank; the config ``first`` comes first, so that it can be shown at once.
+        """Fill the whole table from the sample bank.
 
-        Before the one pass over all weights has ended, errors are relative to the sample; afterwards the sum of squared
-        group ranges of the whole layer is the covariate (``core.quantize.sampling``).
+        The config ``first`` comes first, so that it can be shown at once.
+
+        Before the one pass over all weights has ended, errors are relative to the sample;
+        afterwards the sum of squared group ranges of the whole layer is the covariate
+        (``core.quantize.sampling``).
 
         Raises:
             WeightsError: a layer holds NaN or infinity.
@@ -68,12 +72,15 @@ class Measurer:
         if not self._done(first):
             self._fill(first)
             yield Progress("first look", 1, 1)
-        # another job may have done a part since this one began, so each part is looked at again when its turn comes
+        # another job may have done a part since this one began, so each part is looked at again
+        # when its turn comes
         columns = [i for i, layer in enumerate(self.layers) if not layer.obstacle]
         refined = all(column in self._moments for column in columns)
         for n, column in enumerate(columns):
             if column not in self._moments:
-                self._moments[column] = moments(self.layers[column], self._weight_of(self.layers[column].path))
+                self._moments[column] = moments(
+                    self.layers[column], self._weight_of(self.layers[column].path)
+                )
                 self.table.kurtosis[column] = self._moments[column].kurtosis
                 yield Progress("reading the weights", n + 1, len(columns))
         for n, config in enumerate(_nearest_first(self.table.configs, first)):
@@ -99,9 +106,15 @@ class Measurer:
         self.calibration = calibration
         self.table.values[MEASURES.index("kl_nats") :] = np.nan
         self.table.exact[:] = False
-        pairs = {i: calibration.pairs[x.path] for i, x in enumerate(self.layers) if x.path in calibration.pairs}
+        pairs = {
+            i: calibration.pairs[x.path]
+            for i, x in enumerate(self.layers)
+            if x.path in calibration.pairs
+        }
         for n, column in enumerate(pairs):
-            self._weighted[column] = weighted_ranges(self._weight_of(self.layers[column].path), pairs[column])
+            self._weighted[column] = weighted_ranges(
+                self._weight_of(self.layers[column].path), pairs[column]
+            )
             yield Progress("weighing the layers", n + 1, len(pairs))
         for stack in self._stacks:
             stack.weigh(pairs)
@@ -122,11 +135,17 @@ class Measurer:
             amax = [self._moments[c].amax if c in self._moments else np.nan for c in stack.columns]
             self._store(row, stack, bank.evaluate(stack, config, np.array(amax)), config)
 
-    def _store(self, row: int, stack: bank.Stack, found: bank.ChunkErrors, config: QuantConfig) -> None:
+    def _store(
+        self, row: int, stack: bank.Stack, found: bank.ChunkErrors, config: QuantConfig
+    ) -> None:
         open_ = ~self.table.exact[row, stack.columns]
         columns = stack.columns[open_]
         value, se, largest = self._relative(stack, found, config)
-        for name, values in (("relative_error", value), ("relative_error_se", se), ("max_abs_error", largest)):
+        for name, values in (
+            ("relative_error", value),
+            ("relative_error_se", se),
+            ("max_abs_error", largest),
+        ):
             self.table.measure(name)[row, columns] = values[open_]
         if found.weighted is not None:
             kl, kl_se = self._nats(stack, found, config)
@@ -146,26 +165,38 @@ class Measurer:
             x = stack.energy
             x_total = weight_sq = x.sum(1) * stack.population / x.shape[1]
         return (
-            *relative_error(*ratio_estimate(found.squared, x, x_total, stack.population), weight_sq),
+            *relative_error(
+                *ratio_estimate(found.squared, x, x_total, stack.population), weight_sq
+            ),
             found.largest,
         )
 
-    def _nats(self, stack: bank.Stack, found: bank.ChunkErrors, config: QuantConfig) -> tuple[np.ndarray, np.ndarray]:
+    def _nats(
+        self, stack: bank.Stack, found: bank.ChunkErrors, config: QuantConfig
+    ) -> tuple[np.ndarray, np.ndarray]:
         group = max(config.group_size, 32)
         x_total = np.array([self._weighted.get(c, {}).get(group, np.nan) for c in stack.columns])
-        total, se = ratio_estimate(found.weighted, stack.weighted_spans(group), x_total, stack.population)
+        total, se = ratio_estimate(
+            found.weighted, stack.weighted_spans(group), x_total, stack.population
+        )
         return total / 2, se / 2
 
     def _fill_exact(self, column: int, config: QuantConfig) -> None:
         layer, row = self.layers[column], self.table.row(config)
         weight = self._weight_of(layer.path)
-        stored = config.scheme.dequantize(config.scheme.quantize(weight, config), config, mx.float32)
+        stored = config.scheme.dequantize(
+            config.scheme.quantize(weight, config), config, mx.float32
+        )
         error = stored - weight.astype(mx.float32)
         squared = mx.square(error)
-        sums = mx.stack([squared.sum(), mx.square(weight.astype(mx.float32)).sum(), mx.abs(error).max()])
+        sums = mx.stack(
+            [squared.sum(), mx.square(weight.astype(mx.float32)).sum(), mx.abs(error).max()]
+        )
         error_sq, weight_sq, largest = np.array(sums, np.float64)
         self.table.exact[row, column] = True
-        self.table.measure("relative_error")[row, column] = np.sqrt(error_sq / weight_sq) if weight_sq else 0.0
+        self.table.measure("relative_error")[row, column] = (
+            np.sqrt(error_sq / weight_sq) if weight_sq else 0.0
+        )
         self.table.measure("relative_error_se")[row, column] = 0.0
         self.table.measure("max_abs_error")[row, column] = largest
         pairs = self.calibration.pairs.get(layer.path) if self.calibration else None
@@ -179,6 +210,10 @@ def _nearest_first(configs: tuple[QuantConfig, ...], first: QuantConfig) -> list
     """Order configs by how soon a slider can reach them from the first."""
 
     def distance(config: QuantConfig) -> tuple:
-        return (config.mode != first.mode, abs(config.bits - first.bits), abs(config.group_size - first.group_size))
+        return (
+            config.mode != first.mode,
+            abs(config.bits - first.bits),
+            abs(config.group_size - first.group_size),
+        )
 
     return sorted(configs, key=distance)

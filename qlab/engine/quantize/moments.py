@@ -1,6 +1,7 @@
 """One pass over the weights of a layer: what every slider position can be computed from.
 
-Reads a layer in blocks of rows, so that a large one is never held in float32 whole. Knows no scheme.
+Reads a layer in blocks of rows, so that a large one is never held in float32 whole. Knows no
+scheme.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class LayerMoments:
         sum_sq: Σw².
         amax: max |w|.
         kurtosis: n·Σ(w−m)⁴ / (Σ(w−m)²)², 3 for a Gaussian.
-        squared_ranges: by group size that divides the width, Σ over weights of (max − min)² of their group.
+        squared_ranges: by group size that divides the width, Σ over weights of (max − min)² of
+            their group.
     """
 
     sum_sq: float
@@ -44,7 +46,9 @@ def _blocks(weight: mx.array) -> Iterator[tuple[int, mx.array]]:
 
 
 def _ranges(rows: mx.array) -> Iterator[tuple[int, mx.array]]:
-    """Yield each group size that divides the width, and (max − min)² of its groups, ``(rows, groups)``."""
+    """Yield each group size that divides the width, and (max − min)² of its groups, ``(rows,
+    groups)``.
+    """
     high = low = rows
     held = 1
     for group in GROUPS:
@@ -69,13 +73,21 @@ def moments(layer: LayerSpec, weight: mx.array) -> LayerMoments:
     amax, spans = 0.0, dict.fromkeys((g for g in GROUPS if layer.shape[-1] % g == 0), 0.0)
     for _, rows in _blocks(weight):
         square = mx.square(rows)
-        parts = [rows.sum(), square.sum(), (square * rows).sum(), mx.square(square).sum(), mx.abs(rows).max()]
+        parts = [
+            rows.sum(),
+            square.sum(),
+            (square * rows).sum(),
+            mx.square(square).sum(),
+            mx.abs(rows).max(),
+        ]
         ranges = [(group, squared.sum()) for group, squared in _ranges(rows)]
         mx.eval(parts, [value for _, value in ranges])
         power += [part.item() for part in parts[:4]]
         amax = max(amax, parts[4].item())
         if not np.isfinite(power).all():
-            raise WeightsError(f"Layer {layer.path!r} holds NaN or infinite weights; nothing was quantized.")
+            raise WeightsError(
+                f"Layer {layer.path!r} holds NaN or infinite weights; nothing was quantized."
+            )
         for group, value in ranges:
             spans[group] += group * value.item()
     return LayerMoments(power[1], amax, _kurtosis(power / layer.size), spans)
@@ -85,11 +97,18 @@ def _kurtosis(mean: np.ndarray) -> float:
     """Fourth standardized moment from the means of w, w², w³, w⁴."""
     m1, m2, m3, m4 = mean
     variance = m2 - m1**2
-    return float((m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2) if variance > 0 else float("nan")
+    return (
+        float((m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2)
+        if variance > 0
+        else float("nan")
+    )
 
 
-def weighted_ranges(weight: mx.array, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[int, float]:
-    """Sum over weights of (max − min)² of their group, each counted by its importance Σ_p r_p[o]·c_p[i].
+def weighted_ranges(
+    weight: mx.array, pairs: list[tuple[np.ndarray, np.ndarray]]
+) -> dict[int, float]:
+    """Sum over weights of (max − min)² of their group, each counted by its importance Σ_p
+    r_p[o]·c_p[i].
 
     Args:
         weight: ``(out, in)``.
@@ -102,6 +121,10 @@ def weighted_ranges(weight: mx.array, pairs: list[tuple[np.ndarray, np.ndarray]]
     for start, rows in _blocks(weight):
         for group, squared in _ranges(rows):
             for r, c in pairs:
-                part = mx.array(r[start : start + rows.shape[0]]) @ squared @ mx.array(c.reshape(-1, group).sum(1))
+                part = (
+                    mx.array(r[start : start + rows.shape[0]])
+                    @ squared
+                    @ mx.array(c.reshape(-1, group).sum(1))
+                )
                 total[group] = total.get(group, 0.0) + part.item()
     return total

@@ -1,7 +1,11 @@
-"""The sample bank: a few random chunks of every layer, evaluated together, so that the cost does not grow with the model.
+"""The sample bank.
 
-A chunk is 128 neighbouring weights of one row (64 or 32 where the width does not divide), which covers every group size
-on the shelf up to its length. Knows nothing of tables and text: it turns a config into errors per chunk.
+A few random chunks of every layer, evaluated together, so that the cost does not grow with the
+model.
+
+A chunk is 128 neighbouring weights of one row (64 or 32 where the width does not divide), which
+covers every group size on the shelf up to its length. Knows nothing of tables and text: it turns a
+config into errors per chunk.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ class Stack:
         rows: int ``(L, n)``, row of its matrix that each chunk was taken from.
         starts: int ``(L, n)``, first input feature of each chunk.
         population: int ``(L,)``, chunks in the whole layer.
-        weights: float32 ``(L·n, width)``, importance of each weight's squared error, or None before calibration.
+        weights: float32 ``(L·n, width)``, importance of each weight's squared error, or None before
+            calibration.
     """
 
     columns: np.ndarray
@@ -57,7 +62,10 @@ class Stack:
         return self.sums(mx.square(self.chunks.astype(mx.float32)))
 
     def spans(self, group: int) -> np.ndarray:
-        """Sum over each chunk's weights of their group's squared range, float64 ``(L, n)``; group is 32, 64 or 128."""
+        """Sum over each chunk's weights of their group's squared range, float64 ``(L, n)``.
+
+        Group is 32, 64 or 128.
+        """
         if group not in self._spans:
             self._spans[group] = self.sums(self._squared_ranges(group))
         return self._spans[group]
@@ -69,7 +77,9 @@ class Stack:
         return self._weighted_spans[group]
 
     def weigh(self, pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]]) -> None:
-        """Give every sampled weight its importance Σ_p r_p[row]·c_p[feature]; NaN in layers without pairs.
+        """Give every sampled weight its importance Σ_p r_p[row]·c_p[feature].
+
+        NaN in layers without pairs.
 
         Args:
             pairs: by table column, ``(r, c)`` vectors of lengths ``out`` and ``in``.
@@ -121,7 +131,15 @@ def gather(
     stacks = []
     for parts in found.values():
         columns, chunks, rows, starts, population = zip(*parts, strict=True)
-        stacks.append(Stack(np.array(columns), mx.concatenate(chunks), np.stack(rows), np.stack(starts), np.array(population)))
+        stacks.append(
+            Stack(
+                np.array(columns),
+                mx.concatenate(chunks),
+                np.stack(rows),
+                np.stack(starts),
+                np.array(population),
+            )
+        )
     mx.eval([stack.chunks for stack in stacks])
     return stacks
 
@@ -129,7 +147,9 @@ def gather(
 def _draw(rng: np.random.Generator, population: int, count: int) -> np.ndarray:
     if population < 64 * count:
         return rng.permutation(population)[:count]
-    drawn = rng.permutation(np.unique(rng.integers(0, population, 2 * count)))  # a large layer is not listed
+    drawn = rng.permutation(
+        np.unique(rng.integers(0, population, 2 * count))
+    )  # a large layer is not listed
     return drawn[:count]
 
 

@@ -1,7 +1,9 @@
-"""Everything that is measured of one model, and the order in which it is done: look, predict, measure, judge, quantize.
+"""Everything that is measured of one model, and the order in which it is done.
 
-One ``Study`` belongs to one model; panels on the same model share it. Its methods are generators for the MLX thread.
-Knows no panel.
+Look, predict, measure, judge, quantize.
+
+One ``Study`` belongs to one model; panels on the same model share it. Its methods are generators
+for the MLX thread. Knows no panel.
 """
 
 from __future__ import annotations
@@ -59,15 +61,21 @@ class Study:
         """Fill the table from samples, the given config first."""
         yield from self.measurer.sample(first)
 
-    def predict(self, text: Any = None, tokens: int = CALIBRATION_TOKENS) -> Generator[Progress, None, Calibration]:
+    def predict(
+        self, text: Any = None, tokens: int = CALIBRATION_TOKENS
+    ) -> Generator[Progress, None, Calibration]:
         """Predict ΔKL of every config, from one forward and backward pass over a text.
 
         Args:
             text: see ``engine.data.text.read_text``; None is the embedded text.
             tokens: to use at most.
         """
-        rows, words = batches(self._tokenizer, text, "calibration.txt", tokens, self.spec.vocabulary)
-        shapes = {x.path: x.shape for x in self.spec.layers if x.kind != "switch" and not x.obstacle}
+        rows, words = batches(
+            self._tokenizer, text, "calibration.txt", tokens, self.spec.vocabulary
+        )
+        shapes = {
+            x.path: x.shape for x in self.spec.layers if x.kind != "switch" and not x.obstacle
+        }
         full = self.full_model()
         found = yield from calibrate(full, shapes, rows, words)
         yield from self.measurer.predict(found)
@@ -92,7 +100,9 @@ class Study:
         yield from self._inputs(solver)
         rows, _ = batches(self._tokenizer, text, "heldout.txt", tokens, self.spec.vocabulary)
         full = self.full_model()
-        student = yield from export.dense_twin(self.module, self.spec, plan, solver, self.input_power(), full)
+        student = yield from export.dense_twin(
+            self.module, self.spec, plan, solver, self.input_power(), full
+        )
         report = yield from evaluate(full, student, rows)
         if text is None:
             self.judged[plan, solver] = report
@@ -114,7 +124,9 @@ class Study:
         """
         rows, _ = batches(self._tokenizer, text, "heldout.txt", tokens, self.spec.vocabulary)
         full, students = self.full_model(), {}
-        for path, config in ((p, c) for p, c in export.chosen(self.spec, plan).items() if p in paths):
+        for path, config in (
+            (p, c) for p, c in export.chosen(self.spec, plan).items() if p in paths
+        ):
             target = module_at(full, path)
             packed = config.scheme.quantize(weight_of(module_at(self.module, path)), config)
             values = config.scheme.dequantize(packed, config, target.weight.dtype)
@@ -124,7 +136,9 @@ class Study:
         self.layers_judged.update({(path, plan.config_for(path)): kl for path, kl in found.items()})
         return found
 
-    def quantize(self, plan: QuantPlan, solver: str, text: Any = None) -> Generator[Progress, None, nn.Module]:
+    def quantize(
+        self, plan: QuantPlan, solver: str, text: Any = None
+    ) -> Generator[Progress, None, nn.Module]:
         """Quantize the model into a new one."""
         yield from self._inputs(solver, text)
         made = yield from export.quantize(self.module, self.spec, plan, solver, self.input_power())
@@ -135,7 +149,10 @@ class Study:
         return self.calibration.input_power if self.calibration else {}
 
     def full_model(self) -> nn.Module:
-        """Return the model to compute with: dense float32 where 16-bit and quantized products are slow, else itself."""
+        """Return the model to compute with.
+
+        Dense float32 where 16-bit and quantized products are slow, else itself.
+        """
         if not wants_float32():
             return self.module
         packed = [path for path, leaf in self.module.named_modules() if is_quantized(leaf)]
@@ -143,5 +160,7 @@ class Study:
         return cast(made, mx.float32)
 
     def _inputs(self, solver: str, text: Any = None) -> Generator[Progress, None, None]:
-        if registry.get("solvers", solver).needs_inputs and (self.calibration is None or text is not None):
+        if registry.get("solvers", solver).needs_inputs and (
+            self.calibration is None or text is not None
+        ):
             yield from self.predict(text)

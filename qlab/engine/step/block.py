@@ -1,4 +1,7 @@
-"""A part of a model as a function of its arrays, and what a step must know of a block. Computes nothing."""
+"""A part of a model as a function of its arrays, and what a step must know of a block.
+
+Computes nothing.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,17 @@ class Block:
 
 
 def arrays_of(module: nn.Module) -> list[tuple[str, Any, Any]]:
-    """Return path, holder and key of every array, in the order in which a block's are handed over and its gradients come."""
+    """Return path, holder and key of every array, in the order in which a block's are handed over
+    and its gradients come.
+    """
     return Piece(module).places
 
 
-def followers(places: list[tuple[str, Any, Any]], prefix: str, trained: Arrays) -> dict[mx.Dtype, list[str]]:
-    """Return which trained arrays of the blocks serve as cast to the dtype of what enters them, by that dtype.
+def followers(
+    places: list[tuple[str, Any, Any]], prefix: str, trained: Arrays
+) -> dict[mx.Dtype, list[str]]:
+    """Return which trained arrays of the blocks serve as cast to the dtype of what enters them, by
+    that dtype.
 
     None do where something else in the blocks would make activations wider on their way.
 
@@ -38,22 +46,34 @@ def followers(places: list[tuple[str, Any, Any]], prefix: str, trained: Arrays) 
         prefix: of paths within the blocks.
         trained: arrays by path.
     """
-    inside = [(path, holder, holder[key]) for path, holder, key in places if path.startswith(prefix)]
-    others = (a for path, holder, a in inside if path not in trained and not isinstance(holder, Packed))
+    inside = [
+        (path, holder, holder[key]) for path, holder, key in places if path.startswith(prefix)
+    ]
+    others = (
+        a for path, holder, a in inside if path not in trained and not isinstance(holder, Packed)
+    )
     dtypes = {array.dtype for array in others if mx.issubdtype(array.dtype, mx.floating)}
-    own = [path for path, holder, _ in inside if path in trained and getattr(holder, "follows", False)]
+    own = [
+        path for path, holder, _ in inside if path in trained and getattr(holder, "follows", False)
+    ]
     return {dtypes.pop(): own} if len(dtypes) == 1 else {}
 
 
 def first_back(block: nn.Module, path: str, trained: list[str]) -> list[str]:
-    """Return those of a block's trained arrays whose gradients are there when half of the way back is done.
+    """Return those of a block's trained arrays whose gradients are there when half of the way back
+    is done.
 
-    They are those of the part that was put into the block last, and so, as a rule, is the last on the way forward.
+    They are those of the part that was put into the block last, and so, as a rule, is the last on
+    the way forward.
 
     Args:
         block: its parts in order.
         path: of the block.
         trained: paths.
     """
-    parts = [own for key in block if (own := [name for name in trained if name.startswith(f"{path}.{key}.")])]
+    parts = [
+        own
+        for key in block
+        if (own := [name for name in trained if name.startswith(f"{path}.{key}.")])
+    ]
     return parts[-1] if len(parts) > 1 else []

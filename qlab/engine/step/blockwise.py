@@ -1,8 +1,11 @@
-"""One step of training, a block at a time: one block's forward and one block's way back are compiled, and serve all alike.
+"""One step of training, a block at a time.
 
-Only the input of each block is kept. Each block is computed when it is handed over, at most a window of them in flight, so
-that the memory in flight is chosen instead of suffered; and what is compiled does not grow with depth. The loss is made of
-the positions that count, a chunk of them at a time. The same numbers as ``Step``. Knows no data and no schedule.
+One block's forward and one block's way back are compiled, and serve all alike.
+
+Only the input of each block is kept. Each block is computed when it is handed over, at most a
+window of them in flight, so that the memory in flight is chosen instead of suffered; and what is
+compiled does not grow with depth. The loss is made of the positions that count, a chunk of them at
+a time. The same numbers as ``Step``. Knows no data and no schedule.
 """
 
 from __future__ import annotations
@@ -27,14 +30,17 @@ from qlab.engine.step.vectors import cast
 from qlab.nn.frozen import Frozen
 from qlab.runtime.device import backend
 
-# blocks in flight that pay, from the fewest on (docs/adr/0006-layer-stepped.md); a single one is a third slower on a GPU
+# blocks in flight that pay, from the fewest on (docs/adr/0006-layer-stepped.md); a single one is a
+# third slower on a GPU
 WINDOWS = {"cpu": (1,), "cuda": (2, 4), "metal": (2,)}
 CHUNKS = 2  # of the loss in flight at most: they are large, and more of them are no faster
 _PARTS = 8  # sizes of the last chunk of the loss: each is compiled once
 
 
 class Stepped:
-    """Loss and gradients of a model, a block at a time; computes at once, so it must not be compiled or traced.
+    """Loss and gradients of a model, a block at a time.
+
+    Computes at once, so it must not be compiled or traced.
 
     Args:
         module: what ``attach`` returned, its arrays in memory; nobody else may use it.
@@ -48,7 +54,8 @@ class Stepped:
         users: see ``patches.users``.
 
     Raises:
-        UnsupportedError: the model has no list of blocks. Whether it is no more than its blocks, ``make_step`` checks.
+        UnsupportedError: the model has no list of blocks. Whether it is no more than its blocks,
+            ``make_step`` checks.
     """
 
     how = "stepped"
@@ -61,19 +68,26 @@ class Stepped:
         for frozen in (x for x in module.modules() if isinstance(x, Frozen)):
             frozen.keep()  # for the moment of one block
         prefix = f"{self._stack.path}."
-        self._blocks = [Block(block, f"{prefix}{i}", self.parameters) for i, block in enumerate(self._stack.blocks)]
+        self._blocks = [
+            Block(block, f"{prefix}{i}", self.parameters)
+            for i, block in enumerate(self._stack.blocks)
+        ]
         self._outside = [path for path in self.parameters if not path.startswith(prefix)]
         self.users = users(module)
         places = Piece(module).places
         self._places = {path: (holder, key) for path, holder, key in places}
-        self._keys = [path for path, _ in tree_flatten(module.parameters()) if path.endswith("dropout_key")]
+        self._keys = [
+            path for path, _ in tree_flatten(module.parameters()) if path.endswith("dropout_key")
+        ]
         self._followers = followers(places, prefix, self.parameters)
         self._end = _End(self._stack, self._outside)
         self._kinds: dict[Hashable, _Kind] = {}
         self._different: set[int] = set()  # blocks for which it matters where they stand
         self._checked = False
         kinds = len({block.piece.form for block in self._blocks})
-        self.notes = (f"step: {len(self._blocks)} blocks of {kinds} kind{'s' * (kinds > 1)} one by one, window {self.window}",)
+        self.notes = (
+            f"step: {len(self._blocks)} blocks of {kinds} kind{'s' * (kinds > 1)} one by one, window {self.window}",
+        )
 
     def __call__(
         self,
@@ -89,8 +103,10 @@ class Stepped:
             parameters: trainable arrays by path.
             tokens: ``(batch, length)`` integers.
             mask: ``(batch, length)``, 1 where a token is a target; the first of a row never is.
-            key: of the random generator, for dropout; the same key drops the same inputs. Needed if there is dropout.
-            segments: ``(batch, length)``, 1, 2, … for the packed rows in a row, 0 for padding; None if rows are not packed.
+            key: of the random generator, for dropout; the same key drops the same inputs. Needed if
+                there is dropout.
+            segments: ``(batch, length)``, 1, 2, … for the packed rows in a row, 0 for padding; None
+                if rows are not packed.
         """
         if self._keys:
             if key is None:
@@ -98,7 +114,9 @@ class Stepped:
             self._set(dict(zip(self._keys, mx.random.split(key, len(self._keys)), strict=True)))
         self._set(parameters)
         batch = given(tokens, mask, segments)
-        counted = np.flatnonzero(np.array(batch.weights.reshape(-1)))  # before there is anything else to wait for
+        counted = np.flatnonzero(
+            np.array(batch.weights.reshape(-1))
+        )  # before there is anything else to wait for
         x, calls = self._stack.before(batch.inputs, batch.segments)
         self._set(self._thin(parameters, x.dtype))
         kinds = [self._kind(i, call, x) for i, call in enumerate(calls)]
@@ -117,15 +135,22 @@ class Stepped:
         self._set(parameters)
         if self._end.embeds:
             names = self._outside
-            _, more = mx.vjp(lambda *a: self._before(a, batch), [parameters[p] for p in names], [cotangent])
+            _, more = mx.vjp(
+                lambda *a: self._before(a, batch), [parameters[p] for p in names], [cotangent]
+            )
             grads |= {path: grads[path] + grad for path, grad in zip(names, more, strict=True)}
         return Sums(loss, grads, batch.weights.sum())
 
     def _thin(self, parameters: Arrays, dtype: mx.Dtype) -> Arrays:
-        """Return the blocks' trained factors as products will take them: cast once, not on every way through a block."""
+        """Return the blocks' trained factors as products will take them.
+
+        Cast once, not on every way through a block.
+        """
         return cast(parameters, dtype, self._followers.get(dtype, ()))
 
-    def _forward(self, x: mx.array, kinds: list[tuple[_Kind, Piece]], flight: _Flight) -> list[mx.array]:
+    def _forward(
+        self, x: mx.array, kinds: list[tuple[_Kind, Piece]], flight: _Flight
+    ) -> list[mx.array]:
         """Return the inputs of all blocks that a gradient reaches, and the output of the last."""
         reached = [i for i, block in enumerate(self._blocks) if block.trained]
         first = 0 if self._end.embeds else min(reached, default=len(self._blocks))
@@ -137,8 +162,12 @@ class Stepped:
             flight.add(self.window, x)
         return [*kept, x]
 
-    def _loss(self, hidden: mx.array, batch: Given, counted: np.ndarray, flight: _Flight) -> tuple[mx.array, mx.array, Arrays]:
-        """Sum of the loss, and its gradients by the last hidden state and by the parameters outside the blocks."""
+    def _loss(
+        self, hidden: mx.array, batch: Given, counted: np.ndarray, flight: _Flight
+    ) -> tuple[mx.array, mx.array, Arrays]:
+        """Sum of the loss, and its gradients by the last hidden state and by the parameters outside
+        the blocks.
+        """
         flat = hidden.reshape(-1, hidden.shape[-1])
         size = min(self.config.loss_chunk or flat.shape[0], flat.shape[0])
         targets, weights = batch.targets.reshape(-1), batch.weights.reshape(-1)
@@ -146,13 +175,19 @@ class Stepped:
         total, cotangent = mx.array(0.0), mx.zeros_like(flat)
         sums = [mx.zeros_like(self.parameters[path]) for path in self._outside]
         weight = self._end.weights(hidden.dtype)
-        flight.add(1, *weight)  # a head may be large: no block is in flight beside it, neither before nor behind
+        flight.add(
+            1, *weight
+        )  # a head may be large: no block is in flight beside it, neither before nor behind
         for n, start in enumerate(range(0, counted.size, size)):
             part = counted[start : start + size]
-            full = -(-part.size * _PARTS // size) * size // _PARTS  # a few sizes only; the rest counts nothing
+            full = (
+                -(-part.size * _PARTS // size) * size // _PARTS
+            )  # a few sizes only; the rest counts nothing
             where = mx.array(np.pad(part, (0, max(full, part.size) - part.size)).astype(np.int32))
             share = weights[where] * (mx.arange(where.size) < part.size)
-            loss, slope, *outer = self._end.run(self, flat[where][None], targets[where][None], share[None], weight, drops[n])
+            loss, slope, *outer = self._end.run(
+                self, flat[where][None], targets[where][None], share[None], weight, drops[n]
+            )
             total, cotangent = total + loss, cotangent.at[where].add(slope[0])
             sums = [a + b for a, b in zip(sums, outer, strict=True)]
             last = start + size >= counted.size
@@ -164,7 +199,12 @@ class Stepped:
         block, piece = self._blocks[i], Piece([list(call[0]), call[1]])
         key = (block.piece.form, piece.form, i if i in self._different else None)
         kind = self._kinds.setdefault(key, _Kind(self, block))
-        if not self._checked and block.piece.numbered and kind.block is not block and not kind.serves(block, piece, x):
+        if (
+            not self._checked
+            and block.piece.numbered
+            and kind.block is not block
+            and not kind.serves(block, piece, x)
+        ):
             self._different.add(i)
             return self._kind(i, call, x)
         return kind, piece
@@ -180,7 +220,9 @@ class Stepped:
 
 
 def between_halves(window: int) -> int:
-    """Return the window that holds between the two halves of a way back: for its own first half no block waits.
+    """Return the window that holds between the two halves of a way back.
+
+    For its own first half no block waits.
 
     A half holds as much as a block on the way forward, and counts as one.
     """
@@ -194,7 +236,9 @@ class _Flight:
         self._unfinished: deque[mx.array] = deque()
 
     def add(self, window: int, *arrays: mx.array) -> None:
-        """Hand over what belongs together, and wait until fewer than ``window`` such handfuls are unfinished."""
+        """Hand over what belongs together, and wait until fewer than ``window`` such handfuls are
+        unfinished.
+        """
         if arrays:
             mx.async_eval(arrays)
             self._unfinished.append(arrays[0])
@@ -203,11 +247,16 @@ class _Flight:
 
 
 class _Kind:
-    """What blocks that differ in their arrays only have in common: a forward pass and a way back, each compiled once."""
+    """What blocks that differ in their arrays only have in common.
+
+    A forward pass and a way back, each compiled once.
+    """
 
     def __init__(self, step: Stepped, block: Block) -> None:
         self.block, self._step = block, step
-        self._call: Piece | None = None  # whatever is no array in it is the same for all calls of this kind
+        self._call: Piece | None = (
+            None  # whatever is no array in it is the same for all calls of this kind
+        )
         self._forward, self._back = mx.compile(self._run), mx.compile(self._way_back)
 
     def forward(self, block: Block, call: Piece, x: mx.array) -> mx.array:
@@ -216,7 +265,10 @@ class _Kind:
         return self._forward(x, block.piece.arrays, call.arrays)
 
     def back(self, block: Block, call: Piece, x: mx.array, cotangent: mx.array) -> list[mx.array]:
-        """Return the gradients by the block's input and by its trained arrays; its output is computed again."""
+        """Return the gradients by the block's input and by its trained arrays.
+
+        Its output is computed again.
+        """
         self._call = call
         return self._back(x, cotangent, block.piece.arrays, call.arrays)
 
@@ -232,7 +284,9 @@ class _Kind:
         with patched(self._step.users, forward=True):
             return self._apply(x, arrays, others)
 
-    def _way_back(self, x: mx.array, cotangent: mx.array, arrays: list[mx.array], others: list[mx.array]) -> list[mx.array]:
+    def _way_back(
+        self, x: mx.array, cotangent: mx.array, arrays: list[mx.array], others: list[mx.array]
+    ) -> list[mx.array]:
         self._step.traces += 1
         chosen = self.block.chosen
 
@@ -264,7 +318,11 @@ class _End:
         names = [name for name, *_ in self._piece.places]
         self._chosen = [names.index(path) for path in trained]
         self._dropped = [n for n, name in enumerate(names) if name.endswith("dropout_key")]
-        frozen = [x for path, x in stack.module.named_modules() if isinstance(x, Frozen) and not path.startswith(stack.path)]
+        frozen = [
+            x
+            for path, x in stack.module.named_modules()
+            if isinstance(x, Frozen) and not path.startswith(stack.path)
+        ]
         linear = [x for x in frozen if not x.embeds]
         self._heads = linear or frozen
         self.embeds = any(_owner(stack.module, path).base.embeds for path in trained)
@@ -283,15 +341,32 @@ class _End:
         split = [mx.random.split(key, chunks) if chunks > 1 else [key] for key in own]
         return [[keys[i] for keys in split] for i in range(max(chunks, 1))]
 
-    def run(self, step: Stepped, rows: Any, labels: Any, share: Any, weights: list[mx.array], drops: list[mx.array]) -> Any:
-        """Return the loss, its gradient by ``rows`` ``(1, n, width)``, and those by the trained arrays."""
+    def run(
+        self,
+        step: Stepped,
+        rows: Any,
+        labels: Any,
+        share: Any,
+        weights: list[mx.array],
+        drops: list[mx.array],
+    ) -> Any:
+        """Return the loss, its gradient by ``rows`` ``(1, n, width)``, and those by the trained
+        arrays.
+        """
         self._step = step
         arrays = self._piece.arrays
         for n, key in zip(self._dropped, drops, strict=True):
             arrays[n] = key
         return self._compiled(rows, labels, share, arrays, weights)
 
-    def _chunk(self, rows: mx.array, labels: mx.array, share: mx.array, arrays: list[mx.array], weights: list[mx.array]) -> Any:
+    def _chunk(
+        self,
+        rows: mx.array,
+        labels: mx.array,
+        share: mx.array,
+        arrays: list[mx.array],
+        weights: list[mx.array],
+    ) -> Any:
         self._step.traces += 1
 
         def logits(h: mx.array, *own: mx.array) -> mx.array:

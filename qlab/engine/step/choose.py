@@ -19,13 +19,15 @@ from qlab.errors import ConfigError, UnsupportedError
 
 
 def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto") -> Any:
-    """Return the step of a run: ``step(parameters, tokens, mask, key=None, segments=None) -> Sums``. Computes on few tokens.
+    """Return the step of a run.
+
+    ``step(parameters, tokens, mask, key=None, segments=None) -> Sums``. Computes on few tokens.
 
     Args:
         module: what ``attach`` returned, its arrays in memory; nobody else may use it.
         config: checkpoints, blocks in flight, chunk of the loss, packing.
-        how: ``whole`` (one graph), ``stepped`` (a block at a time) or ``auto``: stepped wherever blocks are computed again
-            on the way back, if the model can be taken apart.
+        how: ``whole`` (one graph), ``stepped`` (a block at a time) or ``auto``: stepped wherever
+            blocks are computed again on the way back, if the model can be taken apart.
 
     Raises:
         ConfigError: no such way.
@@ -55,18 +57,26 @@ def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto") -> A
 WAYS = ("auto", "whole", "stepped")
 
 
-def _logits(module: nn.Module, stack: Stack | None) -> Callable[[mx.array, mx.array | None], mx.array]:
+def _logits(
+    module: nn.Module, stack: Stack | None
+) -> Callable[[mx.array, mx.array | None], mx.array]:
     if stack:
         return lambda tokens, segments: stack.logits(tokens, segments, last=8)
     return lambda tokens, segments: run(module, tokens, segments)
 
 
 class _RowByRow:
-    """A step for models whose attention takes one mask for all rows: packed rows pass one at a time, and are added up."""
+    """A step for models whose attention takes one mask for all rows.
+
+    Packed rows pass one at a time, and are added up.
+    """
 
     def __init__(self, step: Any) -> None:
         self._step = step
-        self.notes = (*step.notes, "packed rows pass one at a time: this model takes one mask for all")
+        self.notes = (
+            *step.notes,
+            "packed rows pass one at a time: this model takes one mask for all",
+        )
 
     def __call__(
         self,

@@ -1,4 +1,7 @@
-"""What a batch adds up to, and the loss of logits with its slope. Everything stays lazy. Knows no model."""
+"""What a batch adds up to, and the loss of logits with its slope. Everything stays lazy.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,9 @@ class Sums(NamedTuple):
 
     def like(self, parameters: Arrays) -> Sums:
         """Return the gradients in the dtype of the parameters, to be added up in it."""
-        return self._replace(grads={path: grad.astype(parameters[path].dtype) for path, grad in self.grads.items()})
+        return self._replace(
+            grads={path: grad.astype(parameters[path].dtype) for path, grad in self.grads.items()}
+        )
 
     def plus(self, other: Sums) -> Sums:
         """Add another batch."""
@@ -63,11 +68,16 @@ def nats(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
     return (nn.losses.cross_entropy(logits.astype(mx.float32), targets) * weights).sum()
 
 
-def nats_and_slope(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-    """Sum of the cross-entropy in nats, and its gradient by the logits: probabilities, less one at the target, weighted.
+def nats_and_slope(
+    logits: mx.array, targets: mx.array, weights: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Sum of the cross-entropy in nats, and its gradient by the logits.
 
-    Written out, because it needs one array of the size of the logits where differentiation keeps four. On a GPU MLX has a
-    kernel for each, which read the logits as they are, and reckon in float32.
+    Probabilities, less one at the target, weighted.
+
+    Written out, because it needs one array of the size of the logits where differentiation keeps
+    four. On a GPU MLX has a kernel for each, which read the logits as they are, and reckon in
+    float32.
     """
     if mx.default_device() == mx.gpu:
         (each,), (slope,) = mx.vjp(lambda x: mx.fast.cross_entropy(x, targets), [logits], [weights])
@@ -77,4 +87,6 @@ def nats_and_slope(logits: mx.array, targets: mx.array, weights: mx.array) -> tu
     total = ((log_sum - mx.take_along_axis(full, targets[..., None], -1))[..., 0] * weights).sum()
     hit = mx.arange(logits.shape[-1]) == targets[..., None]
     probabilities = mx.exp(full - log_sum)
-    return total, (mx.where(hit, probabilities - 1, probabilities) * weights[..., None]).astype(logits.dtype)
+    return total, (mx.where(hit, probabilities - 1, probabilities) * weights[..., None]).astype(
+        logits.dtype
+    )

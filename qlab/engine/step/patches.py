@@ -1,4 +1,7 @@
-"""Functions of qlab's in the place of mlx-lm's that are called alike, while a step is computed. Knows no model."""
+"""Functions of qlab's in the place of mlx-lm's that are called alike, while a step is computed.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,21 @@ Users = list[tuple[ModuleType, str, Callable[..., Any]]]
 
 
 def users(module: nn.Module) -> Users:
-    """Return where a model's layers call a function of mlx-lm's that qlab has, too: Python module, name, qlab's."""
+    """Return where a model's layers call a function of mlx-lm's that qlab has, too.
+
+    Python module, name, qlab's.
+    """
     from mlx_lm.models import activations, base
 
     found = {sys.modules[type(layer).__module__] for layer in module.modules()}
     name = "scaled_dot_product_attention"
     ours = [("swiglu", activations.swiglu, swiglu), (name, getattr(base, name), attention)]
-    return [(each, name, own) for each in found for name, stock, own in ours if vars(each).get(name) is stock]
+    return [
+        (each, name, own)
+        for each in found
+        for name, stock, own in ours
+        if vars(each).get(name) is stock
+    ]
 
 
 @contextmanager
@@ -33,7 +44,8 @@ def patched(users: Users, forward: bool = False) -> Iterator[None]:
 
     Args:
         users: what the function of that name returns.
-        forward: whether no gradient is made: then qlab's are of use on a CPU only, where they are faster.
+        forward: whether no gradient is made: then qlab's are of use on a CPU only, where they are
+            faster.
     """
     with ExitStack() as stack:
         for each, name, own in users if not forward or mx.default_device() == mx.cpu else ():

@@ -16,10 +16,12 @@ from qlab.engine.step.loss import Arrays
 
 
 class Layout:
-    """Where in the vectors each array lies; it does not depend on the order in which a model lists them.
+    """Where in the vectors each array lies.
 
-    Those whose size a large power of two divides come first, then by path. So each begins at a multiple of whatever power of
-    two divides its rows, as a GPU's products count on.
+    It does not depend on the order in which a model lists them.
+
+    Those whose size a large power of two divides come first, then by path. So each begins at a
+    multiple of whatever power of two divides its rows, as a GPU's products count on.
 
     Args:
         arrays: by path; their shapes and dtypes count.
@@ -31,28 +33,44 @@ class Layout:
 
     def __init__(self, arrays: Arrays) -> None:
         self.dtypes: dict[str, mx.Dtype] = {}
-        self.paths = sorted(arrays, key=lambda path: (-(arrays[path].size & -arrays[path].size), path))
+        self.paths = sorted(
+            arrays, key=lambda path: (-(arrays[path].size & -arrays[path].size), path)
+        )
         self._places: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
         for path in self.paths:
             name = str(arrays[path].dtype).rpartition(".")[2]
             self.dtypes[name] = arrays[path].dtype
             self._places.setdefault(name, []).append((path, arrays[path].shape))
-        self._ends = {n: list(accumulate(prod(s) for _, s in places))[:-1] for n, places in self._places.items()}
+        self._ends = {
+            n: list(accumulate(prod(s) for _, s in places))[:-1]
+            for n, places in self._places.items()
+        }
 
     def vectors(self, arrays: Arrays) -> Arrays:
-        """Return the arrays joined, in their own dtype; nothing is copied of what is joined, or was handed out as views."""
+        """Return the arrays joined, in their own dtype.
+
+        Nothing is copied of what is joined, or was handed out as views.
+        """
         if isinstance(arrays, Joined) and arrays.layout is self:
             return arrays.vectors
         if arrays.keys() == self.dtypes.keys():
             return arrays
-        return {name: mx.concatenate([arrays[path].reshape(-1) for path, _ in places]) for name, places in self._places.items()}
+        return {
+            name: mx.concatenate([arrays[path].reshape(-1) for path, _ in places])
+            for name, places in self._places.items()
+        }
 
     def views(self, vectors: Arrays) -> Arrays:
-        """Return the arrays by path that vectors are made of, in the vectors' dtype; nothing is copied."""
+        """Return the arrays by path that vectors are made of, in the vectors' dtype.
+
+        Nothing is copied.
+        """
         found = {}
         for name, places in self._places.items():
             parts = mx.split(vectors[name], self._ends[name])
-            found |= {path: part.reshape(shape) for (path, shape), part in zip(places, parts, strict=True)}
+            found |= {
+                path: part.reshape(shape) for (path, shape), part in zip(places, parts, strict=True)
+            }
         return found
 
 
@@ -70,24 +88,36 @@ class Joined(dict[str, mx.array]):
         self.layout, self.vectors = layout, vectors
 
     def _fixed(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("These arrays are views of one vector: make a dict of them and change that.")
+        raise TypeError(
+            "These arrays are views of one vector: make a dict of them and change that."
+        )
 
     __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _fixed
 
 
 def cast(arrays: Arrays, dtype: mx.Dtype, paths: Collection[str]) -> Arrays:
-    """Return some of the arrays in another dtype; where they are views of vectors, the vectors are cast."""
+    """Return some of the arrays in another dtype.
+
+    Where they are views of vectors, the vectors are cast.
+    """
     if paths and isinstance(arrays, Joined):
-        arrays = arrays.layout.views({name: vector.astype(dtype) for name, vector in arrays.vectors.items()})
+        arrays = arrays.layout.views(
+            {name: vector.astype(dtype) for name, vector in arrays.vectors.items()}
+        )
     return {path: arrays[path].astype(dtype) for path in paths}
 
 
 def total(vector: mx.array, of: Callable[[mx.array], mx.array] = lambda part: part) -> mx.array:
-    """Sum of what a function makes of all numbers of a vector, in float32; not finite if any of them is not.
+    """Sum of what a function makes of all numbers of a vector, in float32.
 
-    In two stages: MLX's CPU adds one by one, and 2²⁵ ones or more are 2²⁵ then, since a sum in float32 no longer grows.
+    Not finite if any of them is not.
+
+    In two stages: MLX's CPU adds one by one, and 2²⁵ ones or more are 2²⁵ then, since a sum in
+    float32 no longer grows.
     """
     rows = isqrt(vector.size)
-    even = max(vector.size - 2, 0) // rows * rows  # more than one are left, so that every length takes the same operations
+    even = (
+        max(vector.size - 2, 0) // rows * rows
+    )  # more than one are left, so that every length takes the same operations
     most, rest = vector[:even].reshape(rows, even // rows), vector[even:]
     return of(most.astype(mx.float32)).sum(1).sum() + of(rest.astype(mx.float32)).sum()

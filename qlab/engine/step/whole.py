@@ -1,8 +1,9 @@
 """One step of training: a batch → the sum of the loss, its gradients, and the number of tokens.
 
-Three ways to the same numbers. The whole graph keeps what every block computed until the way back; with checkpoints only
-the input of each block is kept, and a block is computed again when its gradient is due; both stay lazy. ``blockwise.py`` does
-the latter a block at a time. Knows no data and no schedule.
+Three ways to the same numbers. The whole graph keeps what every block computed until the way back;
+with checkpoints only the input of each block is kept, and a block is computed again when its
+gradient is due; both stay lazy. ``blockwise.py`` does the latter a block at a time. Knows no data
+and no schedule.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Step:
         traces: compiled so far: on a CPU one for each shape, elsewhere none.
 
     Raises:
-        UnsupportedError: checkpoints or a chunked loss are wanted, and the model cannot be taken apart.
+        UnsupportedError: checkpoints or a chunked loss are wanted, and the model cannot be taken
+            apart.
     """
 
     def __init__(self, module: nn.Module, config: TrainConfig) -> None:
@@ -46,11 +48,19 @@ class Step:
         self.stack = Stack(module) if config.grad_checkpoint or config.loss_chunk else None
         self.parameters: Arrays = dict(tree_flatten(module.trainable_parameters()))
         within = f"{self.stack.path}." if self.stack else ""
-        self._heads = [x for path, x in module.named_modules() if isinstance(x, Frozen) and not path.startswith(within)]
-        self._keys = [path for path, _ in tree_flatten(module.parameters()) if path.endswith("dropout_key")]
+        self._heads = [
+            x
+            for path, x in module.named_modules()
+            if isinstance(x, Frozen) and not path.startswith(within)
+        ]
+        self._keys = [
+            path for path, _ in tree_flatten(module.parameters()) if path.endswith("dropout_key")
+        ]
         self._users = users(module)
         self._drops: Arrays = {}  # the key of each layer, for the batch at hand
-        self._compiled = mx.compile(self._trace)  # a CPU computes exponentials fast only where they are compiled
+        self._compiled = mx.compile(
+            self._trace
+        )  # a CPU computes exponentials fast only where they are compiled
 
     def __call__(
         self,
@@ -66,8 +76,10 @@ class Step:
             parameters: trainable arrays by path.
             tokens: ``(batch, length)`` integers.
             mask: ``(batch, length)``, 1 where a token is a target; the first of a row never is.
-            key: of the random generator, for dropout; the same key drops the same inputs. Needed if there is dropout.
-            segments: ``(batch, length)``, 1, 2, … for the packed rows in a row, 0 for padding; None if rows are not packed.
+            key: of the random generator, for dropout; the same key drops the same inputs. Needed if
+                there is dropout.
+            segments: ``(batch, length)``, 1, 2, … for the packed rows in a row, 0 for padding; None
+                if rows are not packed.
         """
         drops: Arrays = {}
         if self._keys:
@@ -75,7 +87,9 @@ class Step:
                 raise ValueError("Dropout needs a key, a new one for every batch.")
             drops = dict(zip(self._keys, mx.random.split(key, len(self._keys)), strict=True))
         compute = self._compiled if mx.default_device() == mx.cpu else self._compute
-        ordered = {path: parameters[path] for path in self.parameters}  # another order would be compiled anew
+        ordered = {
+            path: parameters[path] for path in self.parameters
+        }  # another order would be compiled anew
         try:
             loss, grads, count = compute(ordered, drops, tokens, mask, segments)
         finally:
@@ -87,7 +101,12 @@ class Step:
         return self._compute(*given)
 
     def _compute(
-        self, parameters: Arrays, drops: Arrays, tokens: mx.array, mask: mx.array, segments: mx.array | None
+        self,
+        parameters: Arrays,
+        drops: Arrays,
+        tokens: mx.array,
+        mask: mx.array,
+        segments: mx.array | None,
     ) -> tuple[mx.array, Arrays, mx.array]:
         self._drops = drops
         self._set(drops)
@@ -100,16 +119,22 @@ class Step:
     def _whole(self, parameters: Arrays, batch: Given) -> tuple[mx.array, Arrays]:
         targets, weights = batch.targets, batch.weights
         if not self.config.loss_chunk:
-            return mx.value_and_grad(lambda p: nats(self._run(p, batch), targets, weights))(parameters)
+            return mx.value_and_grad(lambda p: nats(self._run(p, batch), targets, weights))(
+                parameters
+            )
 
         def surrogate(p: Arrays) -> tuple[mx.array, mx.array, Arrays]:
             hidden = self._hidden(p, batch)
-            loss, cotangent, outer = self._loss(mx.stop_gradient(hidden), self._outside(parameters), targets, weights)
+            loss, cotangent, outer = self._loss(
+                mx.stop_gradient(hidden), self._outside(parameters), targets, weights
+            )
             self._set(p)
             return (hidden * mx.stop_gradient(cotangent)).sum(), loss, outer
 
         (_, loss, outer), grads = mx.value_and_grad(surrogate)(parameters)
-        return loss, {path: grad + outer[path] if path in outer else grad for path, grad in grads.items()}
+        return loss, {
+            path: grad + outer[path] if path in outer else grad for path, grad in grads.items()
+        }
 
     def _checkpointed(self, parameters: Arrays, batch: Given) -> tuple[mx.array, Arrays]:
         stack, prefix = self.stack, f"{self.stack.path}."
@@ -131,19 +156,28 @@ class Step:
             cotangent, own = _back(stack.blocks[i], kept.pop(), mine[i], calls[i], cotangent)
             grads |= {f"{prefix}{i}.{path}": grad for path, grad in own.items()}
         if outside:
-            _, more = mx.vjp(lambda *a: self._before(outside, a, batch), list(outside.values()), [cotangent])
+            _, more = mx.vjp(
+                lambda *a: self._before(outside, a, batch), list(outside.values()), [cotangent]
+            )
             grads |= {path: grads[path] + grad for path, grad in zip(outside, more, strict=True)}
-        return loss, {path: grads[path] for path in parameters}  # evaluated in this order, each block's input is let go in time
+        return loss, {
+            path: grads[path] for path in parameters
+        }  # evaluated in this order, each block's input is let go in time
 
     def _loss(
         self, hidden: mx.array, outside: Arrays, targets: mx.array, weights: mx.array
     ) -> tuple[mx.array, mx.array, Arrays]:
-        """Sum of the loss, and its gradients by the last hidden state and by the parameters outside the blocks.
+        """Sum of the loss, and its gradients by the last hidden state and by the parameters outside
+        the blocks.
 
         The logits of one chunk of tokens exist at a time.
         """
         shape, chunk = hidden.shape, self.config.loss_chunk or hidden.shape[0] * hidden.shape[1]
-        rows, labels, share = hidden.reshape(1, -1, shape[-1]), targets.reshape(1, -1), weights.reshape(1, -1)
+        rows, labels, share = (
+            hidden.reshape(1, -1, shape[-1]),
+            targets.reshape(1, -1),
+            weights.reshape(1, -1),
+        )
 
         def logits(h: mx.array, *outer: mx.array) -> mx.array:
             self._set(dict(zip(outside, outer, strict=True)))
@@ -153,14 +187,19 @@ class Step:
         starts = range(0, rows.shape[1], chunk)
         # each chunk drops inputs of its own
         several = len(starts) > 1
-        drops = {p: mx.random.split(k, len(starts)) if several else [k] for p, k in self._outside(self._drops).items()}
+        drops = {
+            p: mx.random.split(k, len(starts)) if several else [k]
+            for p, k in self._outside(self._drops).items()
+        }
         with ExitStack() as stack:
             for head in self._heads:
                 stack.enter_context(head.once(hidden))
             for n, start in enumerate(starts):
                 self._set({path: keys[n] for path, keys in drops.items()})
                 label, part = labels[:, start : start + chunk], share[:, start : start + chunk]
-                (piece,) = mx.depends([rows[:, start : start + chunk]], [total, *found[-1:]])  # one chunk after the other
+                (piece,) = mx.depends(
+                    [rows[:, start : start + chunk]], [total, *found[-1:]]
+                )  # one chunk after the other
                 given = [piece, *outside.values()]
                 made = logits(*given)
                 loss, slope = nats_and_slope(made, label, part)
@@ -168,7 +207,11 @@ class Step:
                 _, (cotangent, *outer) = mx.vjp(lambda *a: [logits(*a)], given, [slope])
                 total, found = total + loss, [*found, cotangent]
                 sums = [a + b for a, b in zip(sums, outer, strict=True)]
-        return total, mx.concatenate(found, axis=1).reshape(shape), dict(zip(outside, sums, strict=True))
+        return (
+            total,
+            mx.concatenate(found, axis=1).reshape(shape),
+            dict(zip(outside, sums, strict=True)),
+        )
 
     def _run(self, parameters: Arrays, batch: Given) -> mx.array:
         self._set(parameters)
@@ -181,12 +224,18 @@ class Step:
             x = block(x, *args, **kwargs)
         return x
 
-    def _before(self, outside: Arrays, arrays: tuple[mx.array, ...], batch: Given) -> list[mx.array]:
+    def _before(
+        self, outside: Arrays, arrays: tuple[mx.array, ...], batch: Given
+    ) -> list[mx.array]:
         self._set(dict(zip(outside, arrays, strict=True)))
         return [self.stack.before(batch.inputs, batch.segments)[0]]
 
     def _outside(self, parameters: Arrays) -> Arrays:
-        return {path: array for path, array in parameters.items() if not path.startswith(f"{self.stack.path}.")}
+        return {
+            path: array
+            for path, array in parameters.items()
+            if not path.startswith(f"{self.stack.path}.")
+        }
 
     def _set(self, parameters: Arrays) -> None:
         self.module.update(tree_unflatten(list(parameters.items())))
@@ -197,14 +246,19 @@ def _back(
 ) -> tuple[mx.array, Arrays]:
     """Compute a block again and return the gradients by its input and by its trainable arrays."""
     args, kwargs = call
-    frozen = [(path, array) for path, array in tree_flatten(block.parameters()) if path not in parameters]
+    frozen = [
+        (path, array) for path, array in tree_flatten(block.parameters()) if path not in parameters
+    ]
     names, arrays = [path for path, _ in frozen], [array for _, array in frozen]
-    # nothing of the block may be computed before its gradient is due, or it would be kept since the way forward
+    # nothing of the block may be computed before its gradient is due, or it would be kept since the
+    # way forward
     tied = mx.depends([x, *parameters.values(), *arrays], [cotangent])
     leaves, rest = tied[: 1 + len(parameters)], tied[1 + len(parameters) :]
 
     def forward(h: mx.array, *own: mx.array) -> list[mx.array]:
-        block.update(tree_unflatten([*zip(names, rest, strict=True), *zip(parameters, own, strict=True)]))
+        block.update(
+            tree_unflatten([*zip(names, rest, strict=True), *zip(parameters, own, strict=True)])
+        )
         return [block(h, *args, **kwargs)]
 
     try:

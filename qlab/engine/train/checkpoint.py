@@ -1,7 +1,10 @@
-"""What a training run needs to go on, on disk: written whole or not at all, so that the last one always opens.
+"""What a training run needs to go on, on disk.
 
-A checkpoint is a folder that stock mlx-lm opens as an adapter; beside the adapter lie the optimizer's state and the run's.
-Everything else that a step depends on (rows, dropout, learning rate) follows from the config and the step's number.
+Written whole or not at all, so that the last one always opens.
+
+A checkpoint is a folder that stock mlx-lm opens as an adapter; beside the adapter lie the
+optimizer's state and the run's. Everything else that a step depends on (rows, dropout, learning
+rate) follows from the config and the step's number.
 """
 
 from __future__ import annotations
@@ -72,7 +75,9 @@ def read_parameters(path: Path) -> Arrays:
     return found  # type: ignore
 
 
-_PLAIN = [f.name for f in fields(TrainState) if f.name not in ("parameters", "optimizer", "history")]
+_PLAIN = [
+    f.name for f in fields(TrainState) if f.name not in ("parameters", "optimizer", "history")
+]
 
 
 class Checkpoints:
@@ -90,7 +95,8 @@ class Checkpoints:
         """Write a checkpoint to go on from; of older ones the last is kept.
 
         Raises:
-            SaveError: the disk is full or the place cannot be written; what stood there is untouched.
+            SaveError: the disk is full or the place cannot be written; what stood there is
+                untouched.
         """
         return self._write("step", state, whole=True, kept=_KEPT)
 
@@ -119,11 +125,17 @@ class Checkpoints:
                 made.rename(final)
                 _sync(self.folder)
         except (OSError, RuntimeError) as error:
-            error = error.__cause__ or error if isinstance(error, SaveError) else error  # place and room are said once
+            error = (
+                error.__cause__ or error if isinstance(error, SaveError) else error
+            )  # place and room are said once
             free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
-            raise SaveError(f"{final} was not written ({error}); {free / 1e9:.2f} GB are free there.") from error
+            raise SaveError(
+                f"{final} was not written ({error}); {free / 1e9:.2f} GB are free there."
+            ) from error
         found = sorted(self.folder.glob(f"{kind}-*"))
-        end = found.index(final) + 1  # what comes later is of a course that was left: it was resumed here
+        end = (
+            found.index(final) + 1
+        )  # what comes later is of a course that was left: it was resumed here
         for old in [*found[: max(end - kept, 0)], *found[end:]]:
             shutil.rmtree(old, ignore_errors=True)
         return final
@@ -139,7 +151,10 @@ def _sync(path: Path) -> None:
 
 
 def _facts(state: TrainState) -> dict[str, Any]:
-    return {**{name: getattr(state, name) for name in _PLAIN}, "history": [asdict(event) for event in state.history]}
+    return {
+        **{name: getattr(state, name) for name in _PLAIN},
+        "history": [asdict(event) for event in state.history],
+    }
 
 
 def latest(folder: Path) -> Path:
@@ -163,7 +178,10 @@ def latest(folder: Path) -> Path:
             return path
         except LoadError:
             continue  # cut short by something other than us; an older one will do
-    raise LoadError(f"{folder} holds no checkpoint that opens" + (f" ({len(found)} are broken)." if found else "."))
+    raise LoadError(
+        f"{folder} holds no checkpoint that opens"
+        + (f" ({len(found)} are broken)." if found else ".")
+    )
 
 
 def best(folder: Path) -> Path:
@@ -186,7 +204,8 @@ def load(path: Path, parameters: Arrays) -> TrainState:
         parameters: of the adapter that it was made of, read from the same folder.
 
     Raises:
-        LoadError: a file is missing or cut short, or the optimizer's state is not that of these parameters.
+        LoadError: a file is missing or cut short, or the optimizer's state is not that of these
+            parameters.
     """
     facts, optimizer = _read(path)
     state = TrainState(parameters, optimizer, **facts)
@@ -203,8 +222,14 @@ def _read(path: Path) -> tuple[dict[str, Any], Arrays]:
         found = json.loads((path / "state.json").read_text())
         if missing := [name for name in [*_PLAIN, "history"] if name not in found]:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        marked = [{**event, "marks": tuple(Mark(**mark) for mark in event["marks"])} for event in found["history"]]
-        facts = {**{name: found[name] for name in _PLAIN}, "history": [StepEvent(**event) for event in marked]}
+        marked = [
+            {**event, "marks": tuple(Mark(**mark) for mark in event["marks"])}
+            for event in found["history"]
+        ]
+        facts = {
+            **{name: found[name] for name in _PLAIN},
+            "history": [StepEvent(**event) for event in marked],
+        }
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise LoadError(f"{path / 'state.json'} cannot be read: {error}.") from error
     return facts, mx.load(str(path / "optimizer.safetensors"))

@@ -1,7 +1,9 @@
-"""The processes of one run, joined by ``mx.distributed``. A single process is a run like any other: nothing is sent.
+"""The processes of one run, joined by ``mx.distributed``. A single process is a run like any other.
 
-What is sent is computed first and awaited at once, so that every process sends in the same order, whatever graph it built.
-Knows no model and no file.
+Nothing is sent.
+
+What is sent is computed first and awaited at once, so that every process sends in the same order,
+whatever graph it built. Knows no model and no file.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from qlab.errors import RankError
 
 _BUNDLE = 1 << 23  # numbers sent at once: few messages, and little memory beside the gradients
 _LONGEST = 1024  # bytes of a text
-_WORLDS = ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")  # where a launcher says how many processes it started
+_WORLDS = (
+    "MLX_WORLD_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+)  # where a launcher says how many processes it started
 
 
 class Ranks:
@@ -82,7 +87,9 @@ class Ranks:
         """Return every process's text, cut to 1024 bytes, by rank."""
         if self.size == 1:
             return [text]
-        said = np.zeros((self.size, _LONGEST), np.int32)  # each fills a row of its own, so that the sum has all of them
+        said = np.zeros(
+            (self.size, _LONGEST), np.int32
+        )  # each fills a row of its own, so that the sum has all of them
         own = np.frombuffer(text.encode()[:_LONGEST], np.uint8)
         said[self.rank, : own.size] = own
         found = np.array(self._sum(mx.array(said))).astype(np.uint8)
@@ -101,11 +108,25 @@ class Ranks:
         Raises:
             RankError: names what differs, and where.
         """
-        digests = [text.split() for text in self.gather(" ".join(sha256(x.encode()).hexdigest()[:16] for x in facts.values()))]
-        differ = {name: [rank for rank, own in enumerate(digests) if own[n] != digests[0][n]] for n, name in enumerate(facts)}
-        told = [f"{name} ({', '.join(f'rank {rank}' for rank in ranks)})" for name, ranks in differ.items() if ranks]
+        digests = [
+            text.split()
+            for text in self.gather(
+                " ".join(sha256(x.encode()).hexdigest()[:16] for x in facts.values())
+            )
+        ]
+        differ = {
+            name: [rank for rank, own in enumerate(digests) if own[n] != digests[0][n]]
+            for n, name in enumerate(facts)
+        }
+        told = [
+            f"{name} ({', '.join(f'rank {rank}' for rank in ranks)})"
+            for name, ranks in differ.items()
+            if ranks
+        ]
         if told:
-            raise RankError(f"These differ from rank 0, so the processes cannot train together: {'; '.join(told)}.")
+            raise RankError(
+                f"These differ from rank 0, so the processes cannot train together: {'; '.join(told)}."
+            )
 
     def _added(self, arrays: list[mx.array]) -> list[mx.array]:
         """Add arrays over all processes, in float32."""
@@ -134,14 +155,18 @@ class Ranks:
             mx.eval(made)
             return made
         except RuntimeError as error:
-            raise RankError(f"Rank {self.rank} of {self.size} lost another process: {error}.") from None
+            raise RankError(
+                f"Rank {self.rank} of {self.size} lost another process: {error}."
+            ) from None
 
 
 ALONE = Ranks()
 
 
 def joined() -> Ranks:
-    """Return the processes that were launched together, ``ALONE`` if there is one. Runs on the MLX thread.
+    """Return the processes that were launched together, ``ALONE`` if there is one.
+
+    Runs on the MLX thread.
 
     Raises:
         RankError: several were launched, but this MLX cannot join them.

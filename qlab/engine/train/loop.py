@@ -1,8 +1,9 @@
 """The training loop: a generator of events, one for each optimizer step. Shows nothing.
 
-A step is a function of the config, the parameters and its own number: rows, dropout and learning rate follow from these. So
-a run that is stopped, killed and resumed makes the same steps, bit for bit, as one that never was. Where several processes
-train together, each computes its rows of every batch; whatever decides how the run goes on is the same in all of them.
+A step is a function of the config, the parameters and its own number: rows, dropout and learning
+rate follow from these. So a run that is stopped, killed and resumed makes the same steps, bit for
+bit, as one that never was. Where several processes train together, each computes its rows of every
+batch; whatever decides how the run goes on is the same in all of them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from qlab.errors import SaveError
 from qlab.runtime.limits import Guard
 
 Events = Generator[StepEvent | Progress, None, Any]
-_MOST_SKIPPED = 5  # steps in a row without a finite loss and gradient, after which going on is pointless
+_MOST_SKIPPED = (
+    5  # steps in a row without a finite loss and gradient, after which going on is pointless
+)
 _LEAST_STEPS = 10  # between validations that were not asked for
 _VALIDATIONS = 4  # at least, in a whole run
 _GUARDED = "The memory guard ended the run"
@@ -51,7 +54,8 @@ class Task:
         checkpoints: where to write, or None.
         on_good: called with the state after every validation and checkpoint, and at the end.
         wanted_rate: a new base rate that a user has set, taken up by the next step.
-        wanted_end: why the run shall end after the present step, or an empty string; one process's word counts for all.
+        wanted_end: why the run shall end after the present step, or an empty string; one process's
+            word counts for all.
         ranks: the processes that train together.
         marks: what has happened since the last event.
         other_nbytes: what MLX holds beside the run, such as the model before it was quantized.
@@ -97,8 +101,8 @@ def train_steps(task: Task, state: TrainState) -> Events:
         state: changed in place, and consistent whenever the generator waits.
 
     Yields:
-        A ``StepEvent`` after each optimizer step (and one before the first, if there are rows held out), and ``Progress``
-        where a step or a validation takes several batches.
+        A ``StepEvent`` after each optimizer step (and one before the first, if there are rows held
+        out), and ``Progress`` where a step or a validation takes several batches.
 
     Returns:
         Why it ended, in words; empty if all steps are done.
@@ -154,9 +158,14 @@ def _whole_step(task: Task, state: TrainState) -> Generator[Progress, None, str]
     rate = learning_rate(task.config, state.learning_rate, state.step, task.iters)
     new, batches, seconds = yield from _one_update(task, state, rate)
     reason = _taken(task, state, new, batches)
-    # from here to the event nothing waits: whoever stops the run finds both the step and its event, or neither
+    # from here to the event nothing waits: whoever stops the run finds both the step and its event,
+    # or neither
     tokens = sum(batch.real for batch in batches)
-    state.step, state.seconds, state.tokens = state.step + 1, state.seconds + seconds, state.tokens + tokens
+    state.step, state.seconds, state.tokens = (
+        state.step + 1,
+        state.seconds + seconds,
+        state.tokens + tokens,
+    )
     event = StepEvent(
         step=state.step,
         epoch=state.step * task.config.grad_accumulation_steps / task.feed.per_epoch,
@@ -182,13 +191,17 @@ def _whole_step(task: Task, state: TrainState) -> Generator[Progress, None, str]
 def _told_to_end(task: Task) -> str:
     """Return why memory, or somebody, wants the run to end now, in any of the processes."""
     danger = task.guard.reason()
-    reason = task.ranks.agreed(f"{_GUARDED}: {danger}. The adapter as it is was kept." if danger else task.wanted_end)
+    reason = task.ranks.agreed(
+        f"{_GUARDED}: {danger}. The adapter as it is was kept." if danger else task.wanted_end
+    )
     if reason.startswith(_GUARDED):
         task.marks.append(Mark("guard", reason))
     return reason
 
 
-def _one_update(task: Task, state: TrainState, rate: float) -> Generator[Progress, None, tuple[Updated, list[Batch], float]]:
+def _one_update(
+    task: Task, state: TrainState, rate: float
+) -> Generator[Progress, None, tuple[Updated, list[Batch], float]]:
     """Sum over the step's batches and update; nothing is taken over yet."""
     count, seconds, batches = task.config.grad_accumulation_steps, 0.0, []
     sums: Sums | None = None
@@ -204,7 +217,9 @@ def _one_update(task: Task, state: TrainState, rate: float) -> Generator[Progres
             _measured(task)
             seconds += time.perf_counter() - began
             yield Progress("training", i + 1, count)
-    if task.ranks.size > 1:  # as one vector: hundreds of small arrays would take longer to send than to sum
+    if (
+        task.ranks.size > 1
+    ):  # as one vector: hundreds of small arrays would take longer to send than to sum
         sums = task.ranks.total(sums._replace(grads=task.update.kept(sums.grads)))
     gathered = task.update.gather(sums)
     del sums, found  # or each gradient would be there twice
@@ -218,12 +233,23 @@ def _one_update(task: Task, state: TrainState, rate: float) -> Generator[Progres
 def _sums(task: Task, state: TrainState, batch: Batch, number: int) -> Sums:
     """Compute what a batch adds up to; one without rows is nothing."""
     if not batch.numbers:
-        return Sums(mx.array(0.0), {path: mx.zeros_like(array) for path, array in state.parameters.items()}, mx.array(0.0))
+        return Sums(
+            mx.array(0.0),
+            {path: mx.zeros_like(array) for path, array in state.parameters.items()},
+            mx.array(0.0),
+        )
     sums = task.step(
-        state.parameters, mx.array(batch.tokens), mx.array(batch.mask), task.ranks.key(_key(task.config, number)),
+        state.parameters,
+        mx.array(batch.tokens),
+        mx.array(batch.mask),
+        task.ranks.key(_key(task.config, number)),
         None if batch.segments is None else mx.array(batch.segments),
-    )  # fmt: skip
-    return sums.like(state.parameters) if task.config.grad_accumulation_steps * task.ranks.size > 1 else sums
+    )
+    return (
+        sums.like(state.parameters)
+        if task.config.grad_accumulation_steps * task.ranks.size > 1
+        else sums
+    )
 
 
 def _key(config: TrainConfig, number: int) -> mx.array:
@@ -287,7 +313,10 @@ def _save(task: Task, state: TrainState) -> int:
 
 
 def _written(task: Task, write: Callable[[], Any], mark: Mark | None = None) -> None:
-    """Write; a full disk is told on the time line and does not end a run whose weights are in memory."""
+    """Write.
+
+    A full disk is told on the time line and does not end a run whose weights are in memory.
+    """
     try:
         write()
     except SaveError as error:

@@ -1,4 +1,6 @@
-"""A run of qlab as a recipe for stock ``mlx_lm.lora``: the same settings in its words, and what it does otherwise, named.
+"""A run of qlab as a recipe for stock ``mlx_lm.lora``.
+
+The same settings in its words, and what it does otherwise, named.
 
 Knows no data and no weights; what both packages mean by a setting is compared with mlx-lm 0.32.
 """
@@ -25,9 +27,23 @@ _OPTIMIZERS = {
 }
 # every setting of TrainConfig is written, or named in the header
 WRITTEN = {
-    "iters", "epochs", "batch_size", "max_seq_length", "learning_rate", "lr_schedule", "warmup", "optimizer", "weight_decay",
-    "grad_checkpoint", "grad_accumulation_steps", "mask_prompt", "steps_per_eval", "val_batches", "steps_per_save", "seed",
-}  # fmt: skip
+    "iters",
+    "epochs",
+    "batch_size",
+    "max_seq_length",
+    "learning_rate",
+    "lr_schedule",
+    "warmup",
+    "optimizer",
+    "weight_decay",
+    "grad_checkpoint",
+    "grad_accumulation_steps",
+    "mask_prompt",
+    "steps_per_eval",
+    "val_batches",
+    "steps_per_save",
+    "seed",
+}
 NAMED = {"max_grad_norm", "window", "loss_chunk", "pack", "early_stop", "on_nonfinite"}
 
 
@@ -55,11 +71,14 @@ def to_yaml(
         rows: what the rows are: ``text``, ``completion`` or ``chat``.
         adapter_path: folder that mlx-lm writes.
         iters: optimizer steps, where ``train`` gives epochs.
-        steps_per_eval: optimizer steps between validations, where ``train`` leaves it at a quarter of an epoch.
-        resume_adapter_file: an ``adapters.safetensors`` to start from; needed to start as ``lora.init`` says.
+        steps_per_eval: optimizer steps between validations, where ``train`` leaves it at a quarter
+            of an epoch.
+        resume_adapter_file: an ``adapters.safetensors`` to start from; needed to start as
+            ``lora.init`` says.
 
     Raises:
-        ConfigError: mlx-lm cannot do that: the kind of adapter on that base, the optimizer, or epochs without ``iters``.
+        ConfigError: mlx-lm cannot do that: the kind of adapter on that base, the optimizer, or
+            epochs without ``iters``.
     """
     _refuse(spec, lora, train, rows, iters)
     import yaml  # mlx-lm reads its recipes with it
@@ -81,19 +100,27 @@ def to_yaml(
         "seed": train.seed,
     }
     notes = [*_always(train), *_here(lora, train, resume_adapter_file, steps_per_eval)]
-    head = "\n".join(textwrap.fill(n, 116, initial_indent="# - ", subsequent_indent="#   ") for n in notes)
+    head = "\n".join(
+        textwrap.fill(n, 116, initial_indent="# - ", subsequent_indent="#   ") for n in notes
+    )
     return f"{_HEAD}{head}\n{yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}"
 
 
-def _refuse(spec: ModelSpec, lora: LoRAConfig, train: TrainConfig, rows: str, iters: int | None) -> None:
+def _refuse(
+    spec: ModelSpec, lora: LoRAConfig, train: TrainConfig, rows: str, iters: int | None
+) -> None:
     """Refuse what mlx-lm cannot do at all."""
     obstacle = mlx_obstacle(lora, spec)
     if obstacle:
         raise ConfigError(f"Stock mlx-lm cannot run this: {obstacle}.")
     if train.optimizer not in _OPTIMIZERS:
-        raise ConfigError(f"mlx-lm has no optimizer {train.optimizer!r}; one of {', '.join(_OPTIMIZERS)} can be said.")
+        raise ConfigError(
+            f"mlx-lm has no optimizer {train.optimizer!r}; one of {', '.join(_OPTIMIZERS)} can be said."
+        )
     if rows == "mixed":
-        raise ConfigError("mlx-lm takes every row for what the first one is; give rows of one kind.")
+        raise ConfigError(
+            "mlx-lm takes every row for what the first one is; give rows of one kind."
+        )
     if rows not in ROWS:
         raise ConfigError(f"rows={rows!r} is not legal; choose one of {', '.join(ROWS)}.")
     if train.epochs is not None and iters is None:
@@ -108,7 +135,12 @@ _HEAD = """\
 
 def _adapter(lora: LoRAConfig, spec: ModelSpec) -> dict[str, Any]:
     num_layers, keys = mlx_targets(lora, spec)
-    settings = {"rank": lora.rank, "scale": float(lora.scale), "dropout": float(lora.dropout), "keys": keys}
+    settings = {
+        "rank": lora.rank,
+        "scale": float(lora.scale),
+        "dropout": float(lora.dropout),
+        "keys": keys,
+    }
     return {"fine_tune_type": lora.kind, "num_layers": num_layers, "lora_parameters": settings}
 
 
@@ -119,12 +151,19 @@ def _optimizer(train: TrainConfig, updates: int) -> dict[str, Any]:
         "optimizer": name,
         "optimizer_config": config,
         "learning_rate": float(train.learning_rate),
-        **({"lr_schedule": _schedule(train, updates)} if train.warmup or train.lr_schedule != "constant" else {}),
+        **(
+            {"lr_schedule": _schedule(train, updates)}
+            if train.warmup or train.lr_schedule != "constant"
+            else {}
+        ),
     }
 
 
 def _schedule(train: TrainConfig, updates: int) -> dict[str, Any]:
-    """Say schedule and warm-up; with both, mlx-lm's schedule runs one step behind, since it holds the full rate twice."""
+    """Say schedule and warm-up.
+
+    With both, mlx-lm's schedule runs one step behind, since it holds the full rate twice.
+    """
     rate, left = float(train.learning_rate), max(updates - train.warmup, 1)
     arguments = {
         "constant": ("step_decay", [rate, 1.0, 1]),
@@ -164,25 +203,55 @@ def _always(train: TrainConfig) -> list[str]:
     ]
 
 
-def _here(lora: LoRAConfig, train: TrainConfig, resume: str | None, steps_per_eval: int | None) -> list[str]:
+def _here(
+    lora: LoRAConfig, train: TrainConfig, resume: str | None, steps_per_eval: int | None
+) -> list[str]:
     """What is different because of these settings."""
     both = train.warmup and train.lr_schedule != "constant"
     found = [
-        (train.max_grad_norm, f"Gradients are not clipped (qlab: max_grad_norm={train.max_grad_norm!r})."),
-        (train.grad_accumulation_steps > 1, "Accumulation averages the means of batches, not the tokens; a step here is one "
-         f"batch, so the counts below are {train.grad_accumulation_steps} times those of qlab."),
-        (train.optimizer.endswith("8bit"), f"It has no {train.optimizer!r}: AdamW with float32 moments, four times the state."),
+        (
+            train.max_grad_norm,
+            f"Gradients are not clipped (qlab: max_grad_norm={train.max_grad_norm!r}).",
+        ),
+        (
+            train.grad_accumulation_steps > 1,
+            "Accumulation averages the means of batches, not the tokens; a step here is one "
+            f"batch, so the counts below are {train.grad_accumulation_steps} times those of qlab.",
+        ),
+        (
+            train.optimizer.endswith("8bit"),
+            f"It has no {train.optimizer!r}: AdamW with float32 moments, four times the state.",
+        ),
         (both, f"After the warm-up the {train.lr_schedule} schedule runs one step behind."),
-        (train.pack, "Rows are not packed (qlab: pack=True): more padding, and more steps for an epoch."),
-        (train.grad_checkpoint, "The whole step is handed over at once (qlab: a window of blocks): more memory in flight."),
-        (train.loss_chunk, f"All logits exist at once (qlab: loss_chunk={train.loss_chunk}): the peak of memory is higher."),
+        (
+            train.pack,
+            "Rows are not packed (qlab: pack=True): more padding, and more steps for an epoch.",
+        ),
+        (
+            train.grad_checkpoint,
+            "The whole step is handed over at once (qlab: a window of blocks): more memory in flight.",
+        ),
+        (
+            train.loss_chunk,
+            f"All logits exist at once (qlab: loss_chunk={train.loss_chunk}): the peak of memory is higher.",
+        ),
         (train.early_stop, f"It never stops early (qlab: early_stop={train.early_stop})."),
         (train.epochs is not None, f"epochs={train.epochs!r} is said in steps."),
-        (not train.steps_per_eval and not steps_per_eval, "It validates every tenth of the steps, not every quarter epoch."),
+        (
+            not train.steps_per_eval and not steps_per_eval,
+            "It validates every tenth of the steps, not every quarter epoch.",
+        ),
         (lora.dtype != "float32", f"The adapter is float32 (qlab: {lora.dtype})."),
         (lora.rslora, f"rslora and alpha are one number here: scale={lora.scale!r}."),
-        (lora.init != "default", f"The adapter starts without effect (qlab: init={lora.init!r})." if not resume else
-         f"It starts from {resume} (qlab: init={lora.init!r})."),
-        (lora.dropout and train.grad_checkpoint, "Dropout with grad_checkpoint drops other inputs on the way back."),
-    ]  # fmt: skip
+        (
+            lora.init != "default",
+            f"The adapter starts without effect (qlab: init={lora.init!r})."
+            if not resume
+            else f"It starts from {resume} (qlab: init={lora.init!r}).",
+        ),
+        (
+            lora.dropout and train.grad_checkpoint,
+            "Dropout with grad_checkpoint drops other inputs on the way back.",
+        ),
+    ]
     return [text for applies, text in found if applies]

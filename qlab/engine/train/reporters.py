@@ -1,6 +1,9 @@
-"""Sends a run's events to an experiment tracker: callbacks for ``Trainer(callbacks=[…])``. Knows no step and no panel.
+"""Sends a run's events to an experiment tracker: callbacks for ``Trainer(callbacks=[…])``.
 
-Trackers are optional packages, imported when a reporter is made, so that a missing one is told before the run.
+Knows no step and no panel.
+
+Trackers are optional packages, imported when a reporter is made, so that a missing one is told
+before the run.
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ _INSTALL = {"wandb": "pip install wandb", "trackio": "pip install trackio"}
 class Reporter:
     """Logs every event of a training run to a run of a tracker.
 
-    The tracker's run begins here and not with the first event: what it prints then belongs to this cell, and what it lacks
-    (a login, a network) is told at once. Later failures never reach the training: nothing more is sent, and ``error`` says why.
+    The tracker's run begins here and not with the first event: what it prints then belongs to this
+    cell, and what it lacks (a login, a network) is told at once. Later failures never reach the
+    training: nothing more is sent, and ``error`` says why.
 
     Args:
-        run: has ``log(values, step=…)`` and ``finish()``, as the runs of W&B and trackio have; it is used from the MLX thread.
+        run: has ``log(values, step=…)`` and ``finish()``, as the runs of W&B and trackio have; it
+            is used from the MLX thread.
 
     Attributes:
         error: what the tracker failed with, in words, or an empty string.
@@ -43,7 +48,9 @@ class Reporter:
             self._try(lambda: self._run.log(values, step=step))
 
     def finish(self, report: RunReport | None = None) -> None:
-        """End the tracker's run, once; whether the training was done, stopped or failed. Never raises.
+        """End the tracker's run, once; whether the training was done, stopped or failed.
+
+        Never raises.
 
         Args:
             report: of the training; its figures become the tracker's summary, where it has one.
@@ -53,7 +60,11 @@ class Reporter:
         self._ended = True
         if report is not None and hasattr(self._run, "summary"):
             facts = {f.name: getattr(report, f.name) for f in fields(report) if f.name != "notes"}
-            self._try(lambda: self._run.summary.update({key: value for key, value in facts.items() if _told(value)}))
+            self._try(
+                lambda: self._run.summary.update(
+                    {key: value for key, value in facts.items() if _told(value)}
+                )
+            )
         self._try(self._run.finish)
 
     def _try(self, work: Callable[[], Any]) -> None:
@@ -93,8 +104,14 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"The package {name} is missing ({error}): {_INSTALL[name]}. The run needs no reporter.") from None
+        raise ConfigError(
+            f"The package {name} is missing ({error}): {_INSTALL[name]}. The run needs no reporter."
+        ) from None
 
 
 def _told(value: Any) -> bool:
-    return value is not None and value != "" and not (isinstance(value, float) and not math.isfinite(value))
+    return (
+        value is not None
+        and value != ""
+        and not (isinstance(value, float) and not math.isfinite(value))
+    )

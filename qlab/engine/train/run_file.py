@@ -1,6 +1,9 @@
-"""A run as a YAML file: what a notebook's cells say, each section the arguments of one of them, for ``python -m qlab.run``.
+"""A run as a YAML file.
 
-Every key that is not known is refused; what is left out has its default. Knows no model and no rows.
+What a notebook's cells say, each section the arguments of one of them, for ``python -m qlab.run``.
+
+Every key that is not known is refused; what is left out has its default. Knows no model and no
+rows.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ def read(path: Path) -> RunFile:
 
     Raises:
         LoadError: it is missing, or no YAML; names the line.
-        ConfigError: a key is unknown, missing or of the wrong kind, or its value is not legal; names the nearest legal one.
+        ConfigError: a key is unknown, missing or of the wrong kind, or its value is not legal;
+            names the nearest legal one.
     """
     import yaml
 
@@ -109,7 +113,9 @@ def _run_file(found: Any) -> RunFile:
         raise ConfigError(f"{' and '.join(missing)} must be given.")
     for key in ("model", "data", "path"):
         _kind(key, found.get(key), (str,), "a text")
-    _kind("val", found.get("val"), (str, int, float), "a file, a number of rows, or a share of them")
+    _kind(
+        "val", found.get("val"), (str, int, float), "a file, a number of rows, or a share of them"
+    )
     plan, solver = _plan(found.get("quantize"))
     lora, seed, start = _adapter(found.get("adapter"))
     train = TrainConfig(**_known("train", found.get("train"), _TRAIN))
@@ -125,7 +131,9 @@ def _plan(found: Any) -> tuple[QuantPlan | None, str]:
     _kind("quantize.solver", solver, (str,), "a text")
     default, overrides = QuantConfig(**held), {}
     for path, storage in _mapping("quantize.overrides", {} if own is None else own).items():
-        if storage is not None:  # what it does not say is as in the default, if the mode is the same
+        if (
+            storage is not None
+        ):  # what it does not say is as in the default, if the mode is the same
             said = _known(f"quantize.overrides.{path}", storage, _STORAGE)
             rest = asdict(default) if said.get("mode", default.mode) == default.mode else {}
             storage = QuantConfig(**{**rest, **said})
@@ -159,13 +167,17 @@ def _known(section: str, found: Any, legal: Iterable[str]) -> Mapping[str, Any]:
     held = _mapping(section, {} if found is None else found)
     unknown = [f"{key!r} is no setting.{nearest(key, legal)}" for key in held if key not in legal]
     if unknown:
-        raise ConfigError(f"{section + ': ' if section else ''}{' '.join(unknown)} The settings are {', '.join(legal)}.")
+        raise ConfigError(
+            f"{section + ': ' if section else ''}{' '.join(unknown)} The settings are {', '.join(legal)}."
+        )
     return held
 
 
 def _mapping(name: str, found: Any) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
-        raise ConfigError(f"{name} holds {found!r}; it is a list of settings, each a line 'name: value'.")
+        raise ConfigError(
+            f"{name} holds {found!r}; it is a list of settings, each a line 'name: value'."
+        )
     return found
 
 
@@ -181,7 +193,9 @@ def _loader(yaml: Any) -> Any:
             for key, _ in node.value:
                 name = str(key.value)
                 if name in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{name!r} is there twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{name!r} is there twice", key.start_mark
+                    )
                 seen.add(name)
             return super().construct_mapping(node, deep)
 

@@ -1,7 +1,8 @@
 """The folder of a run: what it was made of, so that it can be made again in another process.
 
-``run.json`` names the model, its storage and the two configs; ``rows.npz`` holds the tokens that the run is trained on, so
-that a resumed run sees the same rows whatever became of the data. Knows no step.
+``run.json`` names the model, its storage and the two configs; ``rows.npz`` holds the tokens that
+the run is trained on, so that a resumed run sees the same rows whatever became of the data. Knows
+no step.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def write(folder: Path, facts: RunFacts, rows: Rows, held: Rows | None) -> None:
         (folder / ".run.json").write_text(json.dumps(_plain(facts), indent=1))
         os.replace(folder / ".run.json", folder / "run.json")
     except OSError as error:
-        raise SaveError(f"{folder} cannot be written ({error}); give the run another path.") from error
+        raise SaveError(
+            f"{folder} cannot be written ({error}); give the run another path."
+        ) from error
 
 
 def read(folder: Path) -> tuple[RunFacts, Rows, Rows | None]:
@@ -78,9 +81,14 @@ def read(folder: Path) -> tuple[RunFacts, Rows, Rows | None]:
     try:
         facts = _facts(json.loads((folder / "run.json").read_text()))
         with np.load(folder / "rows.npz") as stored:
-            parts = [_unpacked(stored, name) if f"{name}_tokens" in stored else None for name in ("rows", "held")]
+            parts = [
+                _unpacked(stored, name) if f"{name}_tokens" in stored else None
+                for name in ("rows", "held")
+            ]
     except FileNotFoundError as error:
-        raise LoadError(f"{folder} is not the folder of a run: it has no {Path(error.filename).name}.") from None
+        raise LoadError(
+            f"{folder} is not the folder of a run: it has no {Path(error.filename).name}."
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise LoadError(f"The run in {folder} cannot be read: {error}.") from error
     if parts[0] is None:
@@ -94,16 +102,26 @@ def _plain(facts: RunFacts) -> dict[str, Any]:
         "default": asdict(plan.default),
         "overrides": {path: config and asdict(config) for path, config in plan.overrides.items()},
     }
-    return {**facts.__dict__, "plan": storage, "lora": asdict(facts.lora), "train": asdict(facts.train)}
+    return {
+        **facts.__dict__,
+        "plan": storage,
+        "lora": asdict(facts.lora),
+        "train": asdict(facts.train),
+    }
 
 
 def _facts(found: dict[str, Any]) -> RunFacts:
     plan = found["plan"] and QuantPlan(
         QuantConfig(**found["plan"]["default"]),
-        {path: config and QuantConfig(**config) for path, config in found["plan"]["overrides"].items()},
+        {
+            path: config and QuantConfig(**config)
+            for path, config in found["plan"]["overrides"].items()
+        },
     )
     lora, train = LoRAConfig(**found["lora"]), TrainConfig(**found["train"])
-    return RunFacts(**{**found, "plan": plan, "lora": lora, "train": train, "prompts": tuple(found["prompts"])})
+    return RunFacts(
+        **{**found, "plan": plan, "lora": lora, "train": train, "prompts": tuple(found["prompts"])}
+    )
 
 
 def _packed(rows: Rows) -> list[tuple[str, np.ndarray]]:
@@ -127,13 +145,17 @@ def _unpacked(stored: Any, name: str) -> Rows:
 
     numbers, cut = stored[f"{name}_numbers"].tolist(), stored[f"{name}_cut"].tolist()
     beyond = [part if part.size else None for part in parts("beyond", "beyond_lengths")]
-    made = zip(numbers, parts("tokens", "lengths"), parts("mask", "lengths"), cut, beyond, strict=True)
+    made = zip(
+        numbers, parts("tokens", "lengths"), parts("mask", "lengths"), cut, beyond, strict=True
+    )
     dropped = tuple((number, why) for number, why in json.loads(str(stored[f"{name}_dropped"])))
     return Rows(tuple(Row(*part) for part in made), str(stored[f"{name}_kind"]), dropped)
 
 
 def free(path: str | Path) -> Path:
-    """Return a path that holds no run yet: this one, or the first with a number at its end that does not.
+    """Return a path that holds no run yet.
+
+    This one, or the first with a number at its end that does not.
 
     Raises:
         ConfigError: it is no path.

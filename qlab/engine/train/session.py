@@ -1,4 +1,6 @@
-"""One run from its first start to its end: the job on the MLX thread, where the run stands, and what it has to say.
+"""One run from its first start to its end.
+
+The job on the MLX thread, where the run stands, and what it has to say.
 
 Knows no adapter and no panel.
 """
@@ -22,7 +24,9 @@ from qlab.runtime import peaks as record
 from qlab.runtime.device import backend
 from qlab.runtime.job import Job
 
-_TICK_S = 0.2  # panels are told no more often than this: a browser that draws on the same machine takes its time from the run
+# panels are told no more often than this: a browser that draws on the same machine takes its time
+# from the run
+_TICK_S = 0.2
 
 Made = tuple[Task, TrainState, tuple[str, ...]]
 
@@ -34,8 +38,10 @@ class Session:
         name: of the run.
         config: the run.
         feed: its batches.
-        callbacks: called with every ``StepEvent``, on the MLX thread; one that fails is told and called no more.
-        on_change: called, at most five times a second while the run goes on, whenever there is something new to show.
+        callbacks: called with every ``StepEvent``, on the MLX thread; one that fails is told and
+            called no more.
+        on_change: called, at most five times a second while the run goes on, whenever there is
+            something new to show.
 
     Attributes:
         config: the run; the learning rate may still change before the first start.
@@ -52,14 +58,24 @@ class Session:
     """
 
     def __init__(
-        self, name: str, config: TrainConfig, feed: Feed, callbacks: Iterable[Callable[[StepEvent], Any]],
+        self,
+        name: str,
+        config: TrainConfig,
+        feed: Feed,
+        callbacks: Iterable[Callable[[StepEvent], Any]],
         on_change: Callable[[], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.name, self.config, self.feed = name, config, feed
-        found = callbacks if isinstance(callbacks, Iterable) and not callable(callbacks) else (callbacks,)
+        found = (
+            callbacks
+            if isinstance(callbacks, Iterable) and not callable(callbacks)
+            else (callbacks,)
+        )
         self._callbacks, self._on_change = list(found), on_change
         if wrong := [callback for callback in self._callbacks if not callable(callback)]:
-            raise ConfigError(f"callbacks={wrong[0]!r} is not legal; give functions that take a StepEvent.")
+            raise ConfigError(
+                f"callbacks={wrong[0]!r} is not legal; give functions that take a StepEvent."
+            )
         self.task: Task | None = None
         self.state: TrainState | None = None
         self.phase = self.error = self.reason = ""
@@ -83,7 +99,10 @@ class Session:
 
     @property
     def events(self) -> tuple[StepEvent, ...]:
-        """Every event so far. One that a validation may still add to is not among them, so none ever changes."""
+        """Every event so far.
+
+        One that a validation may still add to is not among them, so none ever changes.
+        """
         return tuple(self._events)
 
     @property
@@ -110,7 +129,9 @@ class Session:
         if self.active:
             raise BusyError(f"The run {self.name!r} is {self.status} already.")
         if self.status == "done":
-            raise BusyError("All steps are done. A new Trainer on the same adapter goes on from its parameters.")
+            raise BusyError(
+                "All steps are done. A new Trainer on the same adapter goes on from its parameters."
+            )
 
     def start(self, make: Callable[[], Made], on_end: Callable[[], None]) -> None:
         """Run in the background from where it stands.
@@ -124,7 +145,9 @@ class Session:
         def ended(job: Job) -> None:
             self.phase = ""
             self._settle()
-            if self.task is not None:  # marks of the save at the end: no later step can tell what went wrong
+            if (
+                self.task is not None
+            ):  # marks of the save at the end: no later step can tell what went wrong
                 self.notes += tuple(mark.text for mark in self.task.marks if mark.text != mark.kind)
                 self.task.marks.clear()
             if job.error is not None:
@@ -155,7 +178,9 @@ class Session:
             self._job.wait()
 
     def finish(self, report: RunReport, exact_nbytes: int) -> None:
-        """Tell the callbacks that want to know; record the peak, if the run was long enough to have seen its largest batch.
+        """Tell the callbacks that want to know.
+
+        Record the peak, if the run was long enough to have seen its largest batch.
 
         Args:
             report: of the run, as it ended.
@@ -190,8 +215,12 @@ class Session:
                     callback(event)
                 except Exception as error:  # somebody else's; the run must not end for it
                     self._callbacks.remove(callback)
-                    self.notes += (f"a callback failed at step {event.step} and is called no more: {error!r}",)
-        if time.monotonic() - self._told > _TICK_S or self.status != "running":  # a paused run has no later tick to tell it
+                    self.notes += (
+                        f"a callback failed at step {event.step} and is called no more: {error!r}",
+                    )
+        if (
+            time.monotonic() - self._told > _TICK_S or self.status != "running"
+        ):  # a paused run has no later tick to tell it
             self._told = time.monotonic()
             self._on_change()
 

@@ -1,4 +1,7 @@
-"""Makes a run ready: the frozen base and its adapter as something to step, and the batches. Knows no files."""
+"""Makes a run ready: the frozen base and its adapter as something to step, and the batches.
+
+Knows no files.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ def held_out(rows: Rows, wanted: float | None, seed: int) -> tuple[Rows, Rows | 
 
     Args:
         rows: all.
-        wanted: to hold out: a number, or a share below 1; None is 5 %, at most 100 rows, and none of fewer than 20; 0 is none.
+        wanted: to hold out: a number, or a share below 1; None is 5 %, at most 100 rows, and none
+            of fewer than 20; 0 is none.
         seed: of the choice.
 
     Raises:
@@ -64,7 +68,9 @@ def describe(feed: Feed, held: Rows | None) -> str:
 
 
 def largest(config: TrainConfig, feed: Feed, size: int = 1) -> TrainConfig:
-    """Return the run with the largest batch that its rows make for one of ``size`` processes, for an estimate."""
+    """Return the run with the largest batch that its rows make for one of ``size`` processes, for
+    an estimate.
+    """
     rows, length = max(((ceil(rows / size), length) for rows, length in feed.shapes), key=prod)
     return replace(config, batch_size=rows, max_seq_length=max(length, 2))
 
@@ -107,7 +113,9 @@ def make_task(
     limit_nbytes: int | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Task, TrainState, tuple[str, ...]]:
-    """Return a run, where it stands at first, and what to know about how it is computed. Runs on the MLX thread.
+    """Return a run, where it stands at first, and what to know about how it is computed.
+
+    Runs on the MLX thread.
 
     Args:
         module: the base; it is not changed.
@@ -150,8 +158,15 @@ def resumed(path: Path, parameters: Arrays, task: Task) -> TrainState:
     wanted = task.update.state_by_path(task.update.state)
     for name in sorted(state.optimizer.keys() | wanted.keys()):
         found, other = state.optimizer.get(name), wanted.get(name)
-        if found is None or other is None or found.shape != other.shape or found.dtype != other.dtype:
-            raise ConfigError(f"The optimizer's state in {path} is not that of this run: {name!r} differs.")
+        if (
+            found is None
+            or other is None
+            or found.shape != other.shape
+            or found.dtype != other.dtype
+        ):
+            raise ConfigError(
+                f"The optimizer's state in {path} is not that of this run: {name!r} differs."
+            )
     state.parameters = task.update.by_path(task.update.kept(state.parameters))
     state.optimizer = task.update.state_joined(state.optimizer)
     mx.eval(state.parameters, state.optimizer)

@@ -1,7 +1,10 @@
-"""One optimizer step: the sums over a step's batches → new parameters and new state, compiled. Everything stays lazy.
+"""One optimizer step: the sums over a step's batches → new parameters and new state, compiled.
 
-Gradients are divided by all tokens of the step, so rows of different lengths weigh as they should. An adapter is hundreds of
-small arrays, so whatever is done number by number is done to all of them as one vector. Knows no model.
+Everything stays lazy.
+
+Gradients are divided by all tokens of the step, so rows of different lengths weigh as they should.
+An adapter is hundreds of small arrays, so whatever is done number by number is done to all of them
+as one vector. Knows no model.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ class Updated(NamedTuple):
         state: new arrays of the optimizer, by the names of ``Update.state``.
         loss: in nats per target, float32; 0 without any target.
         grad_norm: global norm of the mean gradient before it was clipped, float32.
-        finite: whether loss, norm and every new parameter are numbers. What comes of numbers is one, but for float16, which
-            ends at 65504: only there the parameters themselves are looked at.
+        finite: whether loss, norm and every new parameter are numbers. What comes of numbers is
+            one, but for float16, which ends at 65504: only there the parameters themselves are
+            looked at.
     """
 
     parameters: Arrays
@@ -60,41 +64,57 @@ class Update:
     """
 
     def __init__(self, config: TrainConfig, parameters: Arrays) -> None:
-        self._most, self._whole, self._layout = config.max_grad_norm, config.kind.elementwise, Layout(parameters)
+        self._most, self._whole, self._layout = (
+            config.max_grad_norm,
+            config.kind.elementwise,
+            Layout(parameters),
+        )
         self._optimizer = config.kind.make(config.learning_rate, config.weight_decay)
         self._numbers = dict(self._optimizer.state)
-        self._shapes = {name: (array.shape, array.dtype) for name, array in self.kept(parameters).items()}
+        self._shapes = {
+            name: (array.shape, array.dtype) for name, array in self.kept(parameters).items()
+        }
         # what it keeps for each parameter; the rest is one number for all
-        self._moments = sorted({moment for _, dot, moment in (name.partition(".") for name in self.state) if dot})
+        self._moments = sorted(
+            {moment for _, dot, moment in (name.partition(".") for name in self.state) if dot}
+        )
         self._gather, self._compiled = mx.compile(self._join), mx.compile(self._apply)
 
     @property
     def state(self) -> Arrays:
-        """The optimizer's arrays at first, lazy and made anew each time: nobody holds them for a whole run.
+        """The optimizer's arrays at first, lazy and made anew each time.
 
-        Where it takes each number by itself they are as long as all parameters of a dtype, and named for that instead of for
-        a path.
+        Nobody holds them for a whole run.
+
+        Where it takes each number by itself they are as long as all parameters of a dtype, and
+        named for that instead of for a path.
         """
         self._optimizer.state = dict(self._numbers)
-        self._optimizer.init(tree_unflatten([(name, mx.zeros(*like)) for name, like in self._shapes.items()]))
+        self._optimizer.init(
+            tree_unflatten([(name, mx.zeros(*like)) for name, like in self._shapes.items()])
+        )
         made, self._optimizer.state = dict(tree_flatten(self._optimizer.state)), {}
         return made
 
     def gather(self, sums: Sums) -> Gathered:
         """Join the gradients, lazily.
 
-        Who computes this, and lets go of the sums, has neither them nor squares in memory while the update makes new arrays.
+        Who computes this, and lets go of the sums, has neither them nor squares in memory while the
+        update makes new arrays.
 
         Args:
             sums: over all batches of the step; its gradients may be as ``kept`` returns them.
         """
         return Gathered(*self._gather(sums.grads), sums.loss, sums.count)
 
-    def __call__(self, parameters: Arrays, state: Arrays, sums: Sums | Gathered, learning_rate: mx.array) -> Updated:
+    def __call__(
+        self, parameters: Arrays, state: Arrays, sums: Sums | Gathered, learning_rate: mx.array
+    ) -> Updated:
         """Compute lazily.
 
         Args:
-            parameters: trainable arrays by path. Those that ``by_path`` made, as of the step before, are not copied.
+            parameters: trainable arrays by path. Those that ``by_path`` made, as of the step
+                before, are not copied.
             state: the optimizer's arrays.
             sums: over all batches of the step.
             learning_rate: for this step, float32.
@@ -104,7 +124,10 @@ class Update:
         return Updated(self.by_path(kept), *rest)
 
     def kept(self, parameters: Arrays) -> Arrays:
-        """Return parameters, or their gradients, as the optimizer takes them: in vectors, if it takes each number by itself."""
+        """Return parameters, or their gradients, as the optimizer takes them.
+
+        In vectors, if it takes each number by itself.
+        """
         return self._layout.vectors(parameters) if self._whole else parameters
 
     def by_path(self, kept: Arrays) -> Arrays:
@@ -117,7 +140,9 @@ class Update:
             return state
         made = {name: array for name, array in state.items() if "." not in name}
         for moment in self._moments:
-            views = self._layout.views({name: state[f"{name}.{moment}"] for name in self._layout.dtypes})
+            views = self._layout.views(
+                {name: state[f"{name}.{moment}"] for name in self._layout.dtypes}
+            )
             made |= {f"{path}.{moment}": array for path, array in views.items()}
         return made
 
@@ -128,7 +153,9 @@ class Update:
         names = self.state
         made = {name: array for name, array in arrays.items() if name in names}
         for moment in self._moments:
-            vectors = self._layout.vectors({path: arrays[f"{path}.{moment}"] for path in self._layout.paths})
+            vectors = self._layout.vectors(
+                {path: arrays[f"{path}.{moment}"] for path in self._layout.paths}
+            )
             made |= {f"{name}.{moment}": vector for name, vector in vectors.items()}
         return {name: made[name] for name in names}
 
@@ -146,10 +173,17 @@ class Update:
         grads, norm, loss, count = gathered
         share = 1 / mx.maximum(count, 1)
         norm, loss = norm * share, loss * share
-        factor = share * mx.minimum(self._most / mx.maximum(norm, 1e-12), 1) if self._most else share
-        mean = {name: (grad.astype(mx.float32) * factor).astype(parameters[name].dtype) for name, grad in grads.items()}
+        factor = (
+            share * mx.minimum(self._most / mx.maximum(norm, 1e-12), 1) if self._most else share
+        )
+        mean = {
+            name: (grad.astype(mx.float32) * factor).astype(parameters[name].dtype)
+            for name, grad in grads.items()
+        }
         self._optimizer.state = tree_unflatten([*{**state, "learning_rate": learning_rate}.items()])
-        pairs = self._optimizer.apply_gradients(tree_unflatten(list(mean.items())), tree_unflatten(list(parameters.items())))
+        pairs = self._optimizer.apply_gradients(
+            tree_unflatten(list(mean.items())), tree_unflatten(list(parameters.items()))
+        )
         new, after = dict(tree_flatten(pairs)), dict(tree_flatten(self._optimizer.state))
         self._optimizer.state = {}  # what it holds here are no numbers
         narrow = [total(array.reshape(-1)) for array in new.values() if array.dtype == mx.float16]

@@ -1,4 +1,6 @@
-"""The adapter panel without a kernel: one line of text, a table that survives any viewer, and a self-contained page.
+"""The adapter panel without a kernel.
+
+One line of text, a table that survives any viewer, and a self-contained page.
 
 Sees states, never a model.
 """
@@ -31,7 +33,9 @@ def text_line(state: AdapterState) -> str:
 def html(state: AdapterState) -> str:
     """Return a table made of styled cells, which untrusted notebooks and code hosts show too."""
     report, lora = state.report, state.config
-    rows = sorted(report.layers, key=lambda x: -x.relative_error if math.isfinite(x.relative_error) else 0)[:_ROWS]
+    rows = sorted(
+        report.layers, key=lambda x: -x.relative_error if math.isfinite(x.relative_error) else 0
+    )[:_ROWS]
     measured = any(math.isfinite(x.recovered) for x in rows)
     body = "".join(_row(layer) for layer in rows)
     words = "largest error first" if measured else "nothing measured yet"
@@ -69,4 +73,6 @@ def _percent(share: float) -> str:
 
 def page(state: AdapterState) -> str:
     """Return one self-contained file in which the sliders still work, offline and without a kernel."""
-    return document(f"adapter on {state.spec.name} · qlab", payload(state), ESM, html(state), STYLES)
+    return document(
+        f"adapter on {state.spec.name} · qlab", payload(state), ESM, html(state), STYLES
+    )

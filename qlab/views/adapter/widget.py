@@ -18,7 +18,9 @@ from qlab.core.config.lora import INITS
 from qlab.core.panels.adapter import AdapterState
 from qlab.views.shared.wire import CSS, Controls, source
 
-ESM = source("shared/panel.js", "adapter/widget.js")  # text, not a Path: a Path keeps every instance alive
+ESM = source(
+    "shared/panel.js", "adapter/widget.js"
+)  # text, not a Path: a Path keeps every instance alive
 STYLES = CSS + "\n" + source("adapter/widget.css")
 CURVES = ("singular", "weight", "residual", "diagonal", "qera")
 _UNKNOWN = 65535  # curves are sent as whole numbers from 0 to 65534, for shares from 0 to 1
@@ -26,9 +28,15 @@ _EVERY_S = 1.0  # while a job runs, curves are sent no more often than this
 
 _OPS = {"hello": {}, "set": {"config": dict}, "measure": {}, "cancel": {}, "reset": {}}
 _SETTINGS = {
-    "kind": str, "rank": int, "scale": (int, float), "dropout": (int, float), "num_layers": int, "init": str, "rslora": bool,
+    "kind": str,
+    "rank": int,
+    "scale": (int, float),
+    "dropout": (int, float),
+    "num_layers": int,
+    "init": str,
+    "rslora": bool,
     "keys": (list, str, type(None)),
-}  # fmt: skip
+}
 
 
 class AdapterView(anywidget.AnyWidget):
@@ -53,7 +61,10 @@ def choice(state: AdapterState, ack: int | None) -> dict[str, Any]:
     lora = state.config
     matched = {layer.path for layer in replace(lora, num_layers=-1).targets(state.spec)}
     return {
-        **{name: getattr(lora, name) for name in ("kind", "rank", "scale", "dropout", "num_layers", "init", "rslora")},
+        **{
+            name: getattr(lora, name)
+            for name in ("kind", "rank", "scale", "dropout", "num_layers", "init", "rslora")
+        },
         "keys": list(lora.keys) if lora.keys else None,
         "on": [layer.path in matched for layer in state.spec.layers],
         "dtype": lora.dtype,
@@ -63,7 +74,9 @@ def choice(state: AdapterState, ack: int | None) -> dict[str, Any]:
         "obstacle": state.obstacle,
         "origin": state.origin,
         "optimizer": list(state.optimizer),
-        "progress": [state.progress.what, state.progress.done, state.progress.total] if state.progress else None,
+        "progress": [state.progress.what, state.progress.done, state.progress.total]
+        if state.progress
+        else None,
         "error": state.error,
         "ack": ack or 0,
     }
@@ -78,11 +91,20 @@ def _meta(state: AdapterState) -> dict[str, Any]:
         "params": state.spec.size,
         "source": state.source,
         "grid": list(GRID),
-        "layers": [{key: getattr(x, key) for key in ("path", "kind", "role", "block", "shape", "tied")} for x in layers],
-        "noise": {key: [_rounded(on_grid(np.sqrt(n))), _rounded(on_grid(np.cumsum(n)))] for key, n in noise.items()},
+        "layers": [
+            {key: getattr(x, key) for key in ("path", "kind", "role", "block", "shape", "tied")}
+            for x in layers
+        ],
+        "noise": {
+            key: [_rounded(on_grid(np.sqrt(n))), _rounded(on_grid(np.cumsum(n)))]
+            for key, n in noise.items()
+        },
         "kinds": [[name, title, list(adapts)] for name, title, adapts in state.kinds],
         # numbers of a rank: those of every kind are a fixed part and one that grows with the rank
-        "sizes": {name: [_parts(registry.get("adapters", name), x.shape) for x in layers] for name, _, _ in state.kinds},
+        "sizes": {
+            name: [_parts(registry.get("adapters", name), x.shape) for x in layers]
+            for name, _, _ in state.kinds
+        },
         "inits": [[name, title] for name, title in INITS.items()],
     }
 
@@ -107,7 +129,11 @@ def _arrays(state: AdapterState) -> dict[str, bytes]:
             for number, name in enumerate(CURVES[2:], 2):
                 if name in found.output:
                     curves[number, column] = found.output[name]
-    codes = np.where(np.isfinite(curves), np.round(np.clip(np.nan_to_num(curves), 0, 1) * (_UNKNOWN - 1)), _UNKNOWN)
+    codes = np.where(
+        np.isfinite(curves),
+        np.round(np.clip(np.nan_to_num(curves), 0, 1) * (_UNKNOWN - 1)),
+        _UNKNOWN,
+    )
     return {"curves": codes.astype("<u2").tobytes(), "errors": errors.astype("<f4").tobytes()}
 
 
@@ -116,7 +142,8 @@ class AdapterPanel:
 
     Args:
         state: shown first.
-        on_intent: called on a widget thread with a checked intent; what it raises is shown in the panel.
+        on_intent: called on a widget thread with a checked intent; what it raises is shown in the
+            panel.
     """
 
     def __init__(self, state: AdapterState, on_intent: Callable[[dict[str, Any]], None]) -> None:
@@ -128,7 +155,10 @@ class AdapterPanel:
         self._controls.listen(_OPS, self._heard, self._refused)
 
     def show(self, state: AdapterState, ack: int | None = None) -> None:
-        """Send what has changed, in one message; after a job everything, so that a view can never stay behind."""
+        """Send what has changed, in one message.
+
+        After a job everything, so that a view can never stay behind.
+        """
         # hold_sync loses what another thread sets while it flushes
         with self._lock:
             ended = self._state.progress is not None and state.progress is None
@@ -153,7 +183,10 @@ class AdapterPanel:
 
     def _choice(self, ack: int | None) -> dict[str, Any]:
         sent = choice(self._state, ack)
-        return {**sent, "error": sent["error"] or self._complaint}  # a running job must not wipe it away
+        return {
+            **sent,
+            "error": sent["error"] or self._complaint,
+        }  # a running job must not wipe it away
 
     def _heard(self, intent: dict[str, Any]) -> None:
         self._complaint = ""
@@ -174,4 +207,7 @@ def _settled(intent: dict[str, Any]) -> dict[str, Any]:
         if name not in _SETTINGS or not isinstance(value, _SETTINGS[name]):
             raise ValueError(f"The panel sent no usable {name!r}: {value!r}.")
     keys = config.get("keys")
-    return {**intent, "config": {**config, "keys": tuple(keys)} if isinstance(keys, list) else config}
+    return {
+        **intent,
+        "config": {**config, "keys": tuple(keys)} if isinstance(keys, list) else config,
+    }

@@ -53,7 +53,10 @@ class Comparison:
 
 
 def figure(report: CompareReport) -> Any:
-    """Return a static plotly figure: bits per weight against error, the Pareto front as a line, the rest paler."""
+    """Return a static plotly figure.
+
+    Bits per weight against error, the Pareto front as a line, the rest paler.
+    """
     import plotly.graph_objects as go
 
     def trace(points: list[SchemePoint], **style: Any) -> Any:
@@ -67,18 +70,37 @@ def figure(report: CompareReport) -> Any:
 
     made = go.Figure()
     modes = list(dict.fromkeys(p.config.mode for p in report.points))
-    symbols = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star", "hexagon")
+    symbols = (
+        "circle",
+        "square",
+        "diamond",
+        "cross",
+        "x",
+        "triangle-up",
+        "triangle-down",
+        "star",
+        "hexagon",
+    )
     for n, mode in enumerate(modes):
         points = [p for p in report.points if p.config.mode == mode]
         opacity = [0.35 if p.dominated_by else 1.0 for p in points]
         marker = {"symbol": symbols[n % len(symbols)], "size": 9, "opacity": opacity}
         made.add_trace(trace(points, mode="markers", name=mode, marker=marker))
     front = list(report.front)
-    labels = [f"{p.config.bits}b g{p.config.group_size}" if p.config.mode == "affine" else p.config.mode for p in front]
+    labels = [
+        f"{p.config.bits}b g{p.config.group_size}" if p.config.mode == "affine" else p.config.mode
+        for p in front
+    ]
     made.add_trace(
-        trace(front, mode="lines+text", name="Pareto front", text=labels, textposition="top right",
-              line={"color": "gray", "width": 1.5})
-    )  # fmt: skip
+        trace(
+            front,
+            mode="lines+text",
+            name="Pareto front",
+            text=labels,
+            textposition="top right",
+            line={"color": "gray", "width": 1.5},
+        )
+    )
     made.update_layout(
         title=f"{report.model}: every scheme on the shelf",
         xaxis_title="bits per weight, whole model",
@@ -92,7 +114,10 @@ def figure(report: CompareReport) -> Any:
 
 
 def html(report: CompareReport) -> str:
-    """Return a table, the smallest first; schemes on the front are bold, others name what dominates them."""
+    """Return a table, the smallest first.
+
+    Schemes on the front are bold, others name what dominates them.
+    """
     rows = "".join(_row(point) for point in report.points)
     picture = base64.b64encode(svg(report).encode()).decode()
     table = (
@@ -120,7 +145,10 @@ def _row(point: SchemePoint) -> str:
 
 
 def svg(report: CompareReport, width: int = 720, height: int = 380) -> str:
-    """Return the chart as an SVG picture: log error against bits per weight, the front joined, the rest hollow."""
+    """Return the chart as an SVG picture.
+
+    Log error against bits per weight, the front joined, the rest hollow.
+    """
     left, bottom, top = 60, 40, 20
     known = [p for p in report.points if p.error > 0]
     xs, ys = [p.bits_per_weight for p in known], [math.log10(p.error) for p in known]
@@ -128,15 +156,25 @@ def svg(report: CompareReport, width: int = 720, height: int = 380) -> str:
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (x - min(xs)) / (max(xs) - min(xs) or 1)
-        return left + across * (width - left - 70), top + (high - y) / (high - low or 1) * (height - top - bottom)
+        return left + across * (width - left - 70), top + (high - y) / (high - low or 1) * (
+            height - top - bottom
+        )
 
     parts = [f'<rect width="{width}" height="{height}" fill="#fff"/>']
     for decade in range(low, high + 1):
         _, y = at(min(xs), decade)
-        parts.append(f'<path d="M{left} {y:.1f}H{width - 10}" stroke="#ddd"/><text x="8" y="{y + 4:.1f}">1e{decade}</text>')
+        parts.append(
+            f'<path d="M{left} {y:.1f}H{width - 10}" stroke="#ddd"/><text x="8" y="{y + 4:.1f}">1e{decade}</text>'
+        )
     for bits in range(math.ceil(min(xs)), math.floor(max(xs)) + 1):
-        parts.append(f'<text x="{at(bits, low)[0]:.1f}" y="{height - 22}" text-anchor="middle">{bits}</text>')
-    joined = " ".join("{:.1f},{:.1f}".format(*at(p.bits_per_weight, math.log10(p.error))) for p in report.front if p.error > 0)
+        parts.append(
+            f'<text x="{at(bits, low)[0]:.1f}" y="{height - 22}" text-anchor="middle">{bits}</text>'
+        )
+    joined = " ".join(
+        "{:.1f},{:.1f}".format(*at(p.bits_per_weight, math.log10(p.error)))
+        for p in report.front
+        if p.error > 0
+    )
     parts.append(f'<polyline points="{joined}" fill="none" stroke="#888"/>')
     labelled = 0.0
     for point, x, y in zip(known, xs, ys, strict=True):
@@ -145,7 +183,11 @@ def svg(report: CompareReport, width: int = 720, height: int = 380) -> str:
         parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4" fill="{fill}" stroke="#4c78a8"/>')
         if not point.dominated_by and cx - labelled > 48:  # labels must not lie on each other
             labelled, config = cx, point.config
-            name = f"{config.bits}b g{config.group_size}" if config.mode == "affine" else _html.escape(config.mode)
+            name = (
+                f"{config.bits}b g{config.group_size}"
+                if config.mode == "affine"
+                else _html.escape(config.mode)
+            )
             parts.append(f'<text x="{cx + 6:.1f}" y="{cy - 4:.1f}">{name}</text>')
     caption = f"bits per weight, whole model, against {_html.escape(report.measure)} (log); hollow: dominated"
     return (

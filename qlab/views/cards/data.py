@@ -1,4 +1,7 @@
-"""Draws what will be trained on: which tokens are targets, how long rows are, what was dropped. Sees a report, no tokenizer."""
+"""Draws what will be trained on: which tokens are targets, how long rows are, what was dropped.
+
+Sees a report, no tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,12 @@ _TOKENS = 320  # of a row that are shown
 _BINS = 10
 _REASONS = 6
 _NUMBERS = 12  # of dropped rows named for each reason
-# seen on light and dark ground; the tags alone tell targets (underlined) and cuts (struck out) where styles are removed
-_TARGET = ("background-color:#4c78a866", "background-color:#4c78a82b")  # neighbours differ, so that tokens can be counted
+# seen on light and dark ground; the tags alone tell targets (underlined) and cuts (struck out)
+# where styles are removed
+_TARGET = (
+    "background-color:#4c78a866",
+    "background-color:#4c78a82b",
+)  # neighbours differ, so that tokens can be counted
 _MASKED = "opacity:0.62"
 _CUT = "background-color:#e4575633;opacity:0.8"
 _FLOW = (
@@ -48,11 +55,21 @@ def headline(report: DataReport) -> str:
     """Return one line of numbers."""
     rows = report.rows
     share = 100 * rows.targets / max(rows.tokens, 1)
-    parts = [f"{len(rows):,} {rows.kind} rows", f"{rows.tokens:,} tokens", f"{rows.targets:,} targets ({share:.0f} %)"]
-    for count, what in ((rows.duplicates, "repeat another"), (rows.cut, "cut at the end"), (len(rows.dropped), "dropped")):
+    parts = [
+        f"{len(rows):,} {rows.kind} rows",
+        f"{rows.tokens:,} tokens",
+        f"{rows.targets:,} targets ({share:.0f} %)",
+    ]
+    for count, what in (
+        (rows.duplicates, "repeat another"),
+        (rows.cut, "cut at the end"),
+        (len(rows.dropped), "dropped"),
+    ):
         parts += [f"{count:,} {what}"] if count else []
     if report.held:
-        shared = f", of which {report.held_shared:,} are also trained on" if report.held_shared else ""
+        shared = (
+            f", of which {report.held_shared:,} are also trained on" if report.held_shared else ""
+        )
         parts.append(f"{report.held:,} held out{shared}")
     return " · ".join(parts)
 
@@ -60,7 +77,11 @@ def headline(report: DataReport) -> str:
 def batches(report: DataReport) -> str:
     """Return a line about batches."""
     shapes = [f"{rows} × {length}" for rows, length in report.shapes]
-    few = f"of {', '.join(shapes)} tokens" if len(shapes) < 4 else f"of {len(shapes)} shapes up to {shapes[0]} tokens"
+    few = (
+        f"of {', '.join(shapes)} tokens"
+        if len(shapes) < 4
+        else f"of {len(shapes)} shapes up to {shapes[0]} tokens"
+    )
     kind = f"{'packed' if report.packed else 'padded'} batch{'es' if report.per_epoch > 1 else ''}"
     return f"{report.per_epoch:,} {kind} an epoch {few}; {report.waste:.2f} tokens computed per real one"
 
@@ -71,7 +92,9 @@ def dropped(report: DataReport) -> list[str]:
     reasons = Counter(reason for _, reason in report.rows.dropped)
     for reason, count in reasons.most_common(_REASONS):
         numbers = [str(n) for n, why in report.rows.dropped if why == reason][:_NUMBERS]
-        lines.append(f"{count:,}: {reason} (row {', '.join(numbers)}{', …' if count > len(numbers) else ''})")
+        lines.append(
+            f"{count:,}: {reason} (row {', '.join(numbers)}{', …' if count > len(numbers) else ''})"
+        )
     left = len(report.rows.dropped) - sum(count for _, count in reasons.most_common(_REASONS))
     return [*lines, f"{left:,} for other reasons"] if left else lines
 
@@ -83,10 +106,13 @@ def histogram(report: DataReport) -> list[tuple[str, int]]:
     step = max(-(-(high - low + 1) // _BINS), 1)
     counts = np.bincount((lengths - low) // step)
     spans = [(low + i * step, min(low + (i + 1) * step - 1, high)) for i in range(len(counts))]
-    return [(str(a) if a == b else f"{a}–{b}", int(count)) for (a, b), count in zip(spans, counts, strict=True)]
+    return [
+        (str(a) if a == b else f"{a}–{b}", int(count))
+        for (a, b), count in zip(spans, counts, strict=True)
+    ]
 
 
-# --- text -----------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 
 def text(report: DataReport) -> str:
@@ -94,7 +120,12 @@ def text(report: DataReport) -> str:
     lines = [headline(report), batches(report)]
     lines += [f"dropped {line}" for line in dropped(report)]
     for shown in report.shown:
-        lines += ["", _title(shown), "".join(f"⟦{part}⟧" if target else part for target, part in _runs(shown)) + _rest(shown)]
+        lines += [
+            "",
+            _title(shown),
+            "".join(f"⟦{part}⟧" if target else part for target, part in _runs(shown))
+            + _rest(shown),
+        ]
         if shown.row.cut:
             lines[-1] += f" ✂ {shown.beyond}…"
     return "\n".join(lines)
@@ -108,7 +139,10 @@ def _title(shown: Shown) -> str:
 
 def _runs(shown: Shown) -> list[tuple[bool, str]]:
     pairs = zip(shown.row.mask[:_TOKENS].tolist(), shown.pieces[:_TOKENS], strict=True)
-    return [(bool(target), "".join(piece for _, piece in run)) for target, run in groupby(pairs, lambda pair: pair[0])]
+    return [
+        (bool(target), "".join(piece for _, piece in run))
+        for target, run in groupby(pairs, lambda pair: pair[0])
+    ]
 
 
 def _rest(shown: Shown) -> str:
@@ -116,7 +150,7 @@ def _rest(shown: Shown) -> str:
     return f" … {left:,} more tokens" if left > 0 else ""
 
 
-# --- html -----------------------------------------------------------------------------------------------------------
+# --- html -----------------------------------------------------------------------------------------
 
 
 def html(report: DataReport) -> str:
@@ -142,7 +176,9 @@ def _more(report: DataReport) -> str:
 
 def _row(shown: Shown, opened: bool) -> str:
     parts, n = [], 0
-    for target, run in groupby(range(min(len(shown.pieces), _TOKENS)), lambda k: bool(shown.row.mask[k])):
+    for target, run in groupby(
+        range(min(len(shown.pieces), _TOKENS)), lambda k: bool(shown.row.mask[k])
+    ):
         pieces = [_visible(shown.pieces[k]) for k in run]
         if not target:
             parts.append(f"<span style='{_MASKED}'>{''.join(pieces)}</span>")
@@ -171,4 +207,6 @@ def _bars(counts: list[tuple[str, int]]) -> str:
         f"<div style='background-color:#4c78a8;height:10px;width:{round(260 * count / top)}px'></div></td></tr>"
         for span, count in counts
     )
-    return wide(f"<table><thead><tr><th>tokens</th><th>rows</th><th></th></tr></thead><tbody>{cells}</tbody></table>")
+    return wide(
+        f"<table><thead><tr><th>tokens</th><th>rows</th><th></th></tr></thead><tbody>{cells}</tbody></table>"
+    )

@@ -1,4 +1,7 @@
-"""The judgement card: full precision, quantized, and quantized + adapter side by side. Sees a report, never a model."""
+"""The judgement card: full precision, quantized, and quantized + adapter side by side.
+
+Sees a report, never a model.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from qlab.core.evaluate.judge import Column, JudgeReport, Sample
 _BAR = 90  # pixels
 _LEFT = "style='text-align:left;vertical-align:top'"
 _TEXT = "style='text-align:left;vertical-align:top;white-space:pre-wrap;max-width:320px'"
-# measures with a bar under the number, so that three columns are compared at a glance: (line of the table, value, its error)
+# measures with a bar under the number, so that three columns are compared at a glance: (line of the
+# table, value, its error)
 _DRAWN = {
     "perplexity": (lambda c: c.perplexity, lambda c: c.perplexity_se),
     "token accuracy": (lambda c: c.token_accuracy, lambda c: c.token_accuracy_se),
@@ -54,7 +58,10 @@ class Judged:
     def __repr__(self) -> str:
         samples = [
             f"\n> {sample.prompt}\n"
-            + "\n".join(f"  {column.name}: {text}" for column, text in zip(self.columns, sample.texts, strict=False))
+            + "\n".join(
+                f"  {column.name}: {text}"
+                for column, text in zip(self.columns, sample.texts, strict=False)
+            )
             for sample in self.samples
         ]
         return "\n".join([repr(self.report), *samples])
@@ -64,7 +71,10 @@ class Judged:
 
 
 def html(report: JudgeReport) -> str:
-    """Return the card: what changed in words, a line a measure with bars, then the answers to the same prompts."""
+    """Return the card.
+
+    What changed in words, a line a measure with bars, then the answers to the same prompts.
+    """
     verdict = "".join(f"<p>{_html.escape(sentence)}</p>" for sentence in report.verdict)
     head = "".join(f"<th {_LEFT}>{_html.escape(column.name)}</th>" for column in report.columns)
     rows = "".join(_line(report, line) for line in report.table())
@@ -86,7 +96,10 @@ def _line(report: JudgeReport, line: tuple[str, ...]) -> str:
 
 
 def _bar(share: float, error: float) -> str:
-    """Draw a bar from styled blocks, since untrusted notebooks drop SVG; its paler end is one standard error wide."""
+    """Draw a bar from styled blocks, since untrusted notebooks drop SVG.
+
+    Its paler end is one standard error wide.
+    """
     width = max(1, round(_BAR * share))
     spread = 0 if not math.isfinite(error) else round(_BAR * error)
     return (
@@ -102,12 +115,19 @@ def _samples(report: JudgeReport) -> str:
     expected = any(sample.expected is not None for sample in report.samples)
     rows = "".join(_sample(sample, expected) for sample in report.samples)
     right = f"<th {_LEFT}>expected</th>" if expected else ""
-    return wide(f"<table><thead><tr><th {_LEFT}>prompt</th>{head}{right}</tr></thead><tbody>{rows}</tbody></table>")
+    return wide(
+        f"<table><thead><tr><th {_LEFT}>prompt</th>{head}{right}</tr></thead><tbody>{rows}</tbody></table>"
+    )
 
 
 def _sample(sample: Sample, expected: bool) -> str:
-    marks = [f"<b>{'✓' if s == 1 else '✕' if s == 0 else f'{s:.0%}'}</b> " for s in sample.scores] or [""] * len(sample.texts)
-    answers = "".join(f"<td {_TEXT}>{mark}{_html.escape(text)}</td>" for mark, text in zip(marks, sample.texts, strict=True))
+    marks = [
+        f"<b>{'✓' if s == 1 else '✕' if s == 0 else f'{s:.0%}'}</b> " for s in sample.scores
+    ] or [""] * len(sample.texts)
+    answers = "".join(
+        f"<td {_TEXT}>{mark}{_html.escape(text)}</td>"
+        for mark, text in zip(marks, sample.texts, strict=True)
+    )
     right = f"<td {_TEXT}>{_html.escape(sample.expected or '')}</td>" if expected else ""
     return f"<tr><td {_TEXT}>{_html.escape(sample.prompt)}</td>{answers}{right}</tr>"
 
@@ -116,7 +136,13 @@ def _small_print(report: JudgeReport) -> str:
     lines = []
     if report.rows:
         rows = f"{report.targets} target tokens in {report.rows} rows"
-        lines.append(f"{rows}; ± and the pale end of a bar are one standard error, a row being one draw.")
+        lines.append(
+            f"{rows}; ± and the pale end of a bar are one standard error, a row being one draw."
+        )
     if report.teacher:
-        lines.append(f"Predictions at full precision: {report.teacher}; floor of the KL {report.floor_nats:.2g} nats.")
-    return "".join(f"<p><small>{_html.escape(line)}</small></p>" for line in [*lines, *report.notes])
+        lines.append(
+            f"Predictions at full precision: {report.teacher}; floor of the KL {report.floor_nats:.2g} nats."
+        )
+    return "".join(
+        f"<p><small>{_html.escape(line)}</small></p>" for line in [*lines, *report.notes]
+    )

@@ -1,4 +1,7 @@
-"""Runs side by side: a table, and their curves over one another. Sees reports and events, never a trainer."""
+"""Runs side by side: a table, and their curves over one another.
+
+Sees reports and events, never a trainer.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,16 @@ from qlab.views.trainer import words
 from qlab.views.trainer.curve import LOSS, SMOOTH, VAL, Curve
 
 _POINTS = 300  # of each curve: pictures are saved with the notebook
-_HEAD = ("run", "storage", "adapter", "steps", "loss", "best validation", "tokens/s", "peak (predicted)")
+_HEAD = (
+    "run",
+    "storage",
+    "adapter",
+    "steps",
+    "loss",
+    "best validation",
+    "tokens/s",
+    "peak (predicted)",
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,9 @@ class Runs:
 
     def __post_init__(self) -> None:
         if len(self.reports) != len(self.histories):
-            raise ConfigError(f"{len(self.reports)} reports need as many histories, not {len(self.histories)}.")
+            raise ConfigError(
+                f"{len(self.reports)} reports need as many histories, not {len(self.histories)}."
+            )
 
     def __len__(self) -> int:
         return len(self.reports)
@@ -47,17 +61,26 @@ class Runs:
     @property
     def best(self) -> int | None:
         """Number of the run with the lowest validation loss; None if none was validated."""
-        known = [(report.best_val_loss, n) for n, report in enumerate(self.reports) if math.isfinite(report.best_val_loss)]
+        known = [
+            (report.best_val_loss, n)
+            for n, report in enumerate(self.reports)
+            if math.isfinite(report.best_val_loss)
+        ]
         return min(known)[1] if known else None
 
     def to_pandas(self) -> Any:
         """Return a data frame, a row a run, a column a field of ``RunReport``."""
         import pandas as pd
 
-        return pd.DataFrame([{**asdict(report), "notes": "; ".join(report.notes)} for report in self.reports])
+        return pd.DataFrame(
+            [{**asdict(report), "notes": "; ".join(report.notes)} for report in self.reports]
+        )
 
     def plot(self) -> Any:
-        """Return the curves as a static plotly figure: training smoothed, validation dashed with markers."""
+        """Return the curves as a static plotly figure.
+
+        Training smoothed, validation dashed with markers.
+        """
         import plotly.graph_objects as go
 
         made = go.Figure()
@@ -65,17 +88,30 @@ class Runs:
             color, rows = PALETTE[n % len(PALETTE)], _rows(history, 2000)
             validated = np.isfinite(rows[:, VAL])
             common = {"legendgroup": name, "name": name}
-            made.add_trace(go.Scatter(x=rows[:, 0], y=rows[:, SMOOTH], mode="lines", line={"color": color}, **common))
             made.add_trace(
                 go.Scatter(
-                    x=rows[validated, 0], y=rows[validated, VAL], mode="lines+markers", showlegend=False, **common,
-                    line={"color": color, "dash": "dash"}, marker={"symbol": "diamond", "size": 7},
+                    x=rows[:, 0], y=rows[:, SMOOTH], mode="lines", line={"color": color}, **common
                 )
-            )  # fmt: skip
+            )
+            made.add_trace(
+                go.Scatter(
+                    x=rows[validated, 0],
+                    y=rows[validated, VAL],
+                    mode="lines+markers",
+                    showlegend=False,
+                    **common,
+                    line={"color": color, "dash": "dash"},
+                    marker={"symbol": "diamond", "size": 7},
+                )
+            )
         made.update_layout(
-            title="training (smoothed) and validation (dashed) loss", xaxis_title="step",
-            yaxis_title="nats per target token", template="plotly_white", width=820, height=480,
-        )  # fmt: skip
+            title="training (smoothed) and validation (dashed) loss",
+            xaxis_title="step",
+            yaxis_title="nats per target token",
+            template="plotly_white",
+            width=820,
+            height=480,
+        )
         return made
 
     def __repr__(self) -> str:
@@ -83,8 +119,13 @@ class Runs:
             return "Runs(none yet)"
         lines = [_HEAD, *self._cells()]
         widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
-        rows = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
-        return "\n".join([*rows, *(f"{name}: {report.path}" for name, report in self._named() if report.path)])
+        rows = (
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+        return "\n".join(
+            [*rows, *(f"{name}: {report.path}" for name, report in self._named() if report.path)]
+        )
 
     def _repr_html_(self) -> str:
         if not self.reports:
@@ -93,8 +134,12 @@ class Runs:
         rows = []
         for n, cells in enumerate(self._cells()):
             number, model = cells[0].split(" ", 1)
-            swatch = f"<b style='color:{PALETTE[n % len(PALETTE)]}'>{number}</b> {_html.escape(model)}"
-            shown = "".join(f"<td style='text-align:left'>{_unbroken(cell)}</td>" for cell in cells[1:])
+            swatch = (
+                f"<b style='color:{PALETTE[n % len(PALETTE)]}'>{number}</b> {_html.escape(model)}"
+            )
+            shown = "".join(
+                f"<td style='text-align:left'>{_unbroken(cell)}</td>" for cell in cells[1:]
+            )
             rows.append(
                 f"<tr title='{_html.escape(self.reports[n].path)}'><td style='text-align:left'>{swatch}</td>{shown}</tr>"
             )
@@ -103,7 +148,10 @@ class Runs:
 
     def _labels(self) -> list[str]:
         """Name runs by number and by what tells them apart."""
-        kinds = [{getattr(report, part) for report in self.reports} for part in ("model", "storage", "adapter")]
+        kinds = [
+            {getattr(report, part) for report in self.reports}
+            for part in ("model", "storage", "adapter")
+        ]
         names = []
         for n, report in enumerate(self.reports, 1):
             parts = (report.model, report.storage, report.adapter)
@@ -121,12 +169,16 @@ class Runs:
             steps = f"{words.count_text(report.steps)} of {words.count_text(report.iters)}"
             rows.append(
                 (
-                    f"{name} {report.model}", report.storage, report.adapter,
-                    f"{words.ICONS.get(report.status, '○')} {report.status}, {steps}", words.loss_text(report.loss),
-                    words.best_text(report) + star, words.speed_text(report.tokens_per_second).replace(" tokens/s", ""),
+                    f"{name} {report.model}",
+                    report.storage,
+                    report.adapter,
+                    f"{words.ICONS.get(report.status, '○')} {report.status}, {steps}",
+                    words.loss_text(report.loss),
+                    words.best_text(report) + star,
+                    words.speed_text(report.tokens_per_second).replace(" tokens/s", ""),
                     f"{_size(report.peak_nbytes)} ({_size(report.predicted_nbytes)})",
                 )
-            )  # fmt: skip
+            )
         return rows
 
     def _picture(self) -> str:
@@ -139,10 +191,17 @@ class Runs:
             validated = bool(np.isfinite(rows[:, VAL]).any())
             lines.append(Line("" if validated else name, rows[:, 0], rows[:, SMOOTH], color, dash))
             if validated:
-                lines.append(Line(name, rows[:, 0], rows[:, VAL], color, dash or "5 3", look="marked"))
+                lines.append(
+                    Line(name, rows[:, 0], rows[:, VAL], color, dash or "5 3", look="marked")
+                )
         if not lines:
             return ""
-        return image(tuple(lines), "step", "loss, nats per target token; line: training, smoothed; ◇: validation", height=320)
+        return image(
+            tuple(lines),
+            "step",
+            "loss, nats per target token; line: training, smoothed; ◇: validation",
+            height=320,
+        )
 
 
 def _size(nbytes: int) -> str:
@@ -152,7 +211,11 @@ def _size(nbytes: int) -> str:
 def _unbroken(cell: str) -> str:
     """Escape a cell; one of two parts is broken between them if the page is narrow."""
     parts = re.split(r"(?<=,) | (?=\()", _html.escape(cell))
-    return " ".join(f"<span style='white-space:nowrap'>{part}</span>" for part in parts) if len(parts) > 1 else parts[0]
+    return (
+        " ".join(f"<span style='white-space:nowrap'>{part}</span>" for part in parts)
+        if len(parts) > 1
+        else parts[0]
+    )
 
 
 def _rows(history: tuple[StepEvent, ...], limit: int) -> np.ndarray:

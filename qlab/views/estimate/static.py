@@ -15,14 +15,20 @@ from qlab.views.estimate.widget import ESM, STYLES, payload
 from qlab.views.shared.wire import document
 
 COLOURS = dict(
-    zip(PARTS, ("#4c78a8", "#72b7b2", "#54a24b", "#9d755d", "#f58518", "#e45756", "#b279a2", "#9a9a9a"), strict=True)
+    zip(
+        PARTS,
+        ("#4c78a8", "#72b7b2", "#54a24b", "#9d755d", "#f58518", "#e45756", "#b279a2", "#9a9a9a"),
+        strict=True,
+    )
 )
 _WIDTH = 560  # pixels of the bar
 _WORDS = {"fits": "✓ fits", "tight": "▲ tight", "does not fit": "✕ does not fit"}
 
 
 def html(est: MemoryEstimate) -> str:
-    """Return tables and bars made of styled cells, which untrusted notebooks and code hosts show too."""
+    """Return tables and bars made of styled cells, which untrusted notebooks and code hosts show
+    too.
+    """
     train, lora, verdict = est.setup.train, est.setup.adapter, est.verdict()
     settings = f"{lora.kind} r{lora.rank}, {train.batch_size} × {train.max_seq_length} tokens, {train.optimizer}"
     settings += ", checkpoints" if train.grad_checkpoint else ""

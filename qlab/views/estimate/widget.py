@@ -20,7 +20,9 @@ from qlab.core.memory.estimate import MemoryEstimate
 from qlab.core.panels.estimate import Choice, EstimateState
 from qlab.views.shared.wire import CSS, Controls, source
 
-ESM = source("shared/panel.js", "estimate/widget.js")  # text, not a Path: a Path keeps every instance alive
+ESM = source(
+    "shared/panel.js", "estimate/widget.js"
+)  # text, not a Path: a Path keeps every instance alive
 STYLES = CSS + "\n" + source("estimate/widget.css")
 
 _OPS = {
@@ -54,7 +56,10 @@ def payload(state: EstimateState) -> dict[str, Any]:
 
 
 def choice(state: EstimateState, ack: int | None) -> dict[str, Any]:
-    """Return what changes while a user works: the settings, what is known of them, the running job, the last error."""
+    """Return what changes while a user works.
+
+    The settings, what is known of them, the running job, the last error.
+    """
     own = state.setup.plan.overrides if state.setup.plan else {}
     return {
         "choice": asdict(state.choice),
@@ -62,21 +67,38 @@ def choice(state: EstimateState, ack: int | None) -> dict[str, Any]:
         "band": list(state.band),
         "budget": _budget(state.machine),
         "budgets": [_budget(m) for m in state.budgets],
-        "changes": None if state.changes is None else [
-            {"name": c.name, "now": str(c.now), "then": str(c.then), "total": c.total_nbytes, "quality": c.quality,
-             "remark": c.remark, "choice": asdict(Choice.of(c.setup, state.blocks))} for c in state.changes
+        "changes": None
+        if state.changes is None
+        else [
+            {
+                "name": c.name,
+                "now": str(c.now),
+                "then": str(c.then),
+                "total": c.total_nbytes,
+                "quality": c.quality,
+                "remark": c.remark,
+                "choice": asdict(Choice.of(c.setup, state.blocks)),
+            }
+            for c in state.changes
         ],
         "own": _own(own),
         "scale": state.setup.adapter.scale,
         "notes": list(state.notes),
-        "progress": [state.progress.what, state.progress.done, state.progress.total] if state.progress else None,
+        "progress": [state.progress.what, state.progress.done, state.progress.total]
+        if state.progress
+        else None,
         "error": state.error,
         "ack": ack or 0,
-    }  # fmt: skip
+    }
 
 
 def _known(est: MemoryEstimate) -> dict[str, Any]:
-    return {"level": est.level, "moment": est.moment, "parts": list(est.parts.values()), "band": list(est.band)}
+    return {
+        "level": est.level,
+        "moment": est.moment,
+        "parts": list(est.parts.values()),
+        "band": list(est.band),
+    }
 
 
 def _budget(machine: Machine) -> list[Any]:
@@ -98,11 +120,16 @@ def _meta(state: EstimateState) -> dict[str, Any]:
         "parts": [[name, text, name in INPUTS] for name, text in PARTS.items()],
         "phases": list(PHASES),
         "chunks": CHUNKS,
-        "modes": [[s.name, s.title, s.bits, s.group_sizes, s.default_bits, s.default_group_size]
-                  for s in registry.shelf("schemes").values()],
-        "adapter": _fields(lora), "train": _fields(train), "rslora": lora.rslora,
-        "loaded": state.loaded, "linked": state.linked,
-    }  # fmt: skip
+        "modes": [
+            [s.name, s.title, s.bits, s.group_sizes, s.default_bits, s.default_group_size]
+            for s in registry.shelf("schemes").values()
+        ],
+        "adapter": _fields(lora),
+        "train": _fields(train),
+        "rslora": lora.rslora,
+        "loaded": state.loaded,
+        "linked": state.linked,
+    }
 
 
 def _fields(config: LoRAConfig | TrainConfig) -> list[list[Any]]:
@@ -118,7 +145,10 @@ def _reach(state: EstimateState) -> dict[str, Any]:
             "weights": reach.weights_nbytes.tolist(),
             "ranks": list(reach.ranks),
             "optimizers": list(reach.optimizers),
-            "kinds": {str(row): [[k[0], list(k[1])] if k else None for k in kinds] for row, kinds in reach.kinds.items()},
+            "kinds": {
+                str(row): [[k[0], list(k[1])] if k else None for k in kinds]
+                for row, kinds in reach.kinds.items()
+            },
         },
         "adapters": reach.adapter_nbytes.astype("<f8").tobytes(),
         "states": reach.optimizer_nbytes.astype("<f8").tobytes(),
@@ -140,7 +170,8 @@ class EstimatePanel:
 
     Args:
         state: shown first.
-        on_intent: called on a widget thread with a checked intent; what it raises is shown in the panel.
+        on_intent: called on a widget thread with a checked intent; what it raises is shown in the
+            panel.
     """
 
     def __init__(self, state: EstimateState, on_intent: Callable[[dict[str, Any]], None]) -> None:
@@ -151,7 +182,10 @@ class EstimatePanel:
         self._controls.listen(_OPS, lambda intent: on_intent(_settled(intent)), self._refused)
 
     def show(self, state: EstimateState, ack: int | None = None) -> None:
-        """Send what has changed, in one message; after a job everything, so that a view can never stay behind."""
+        """Send what has changed, in one message.
+
+        After a job everything, so that a view can never stay behind.
+        """
         # hold_sync loses what another thread sets while it flushes
         with self._lock:
             ended = self._state.progress is not None and state.progress is None

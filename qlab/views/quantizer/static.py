@@ -1,4 +1,6 @@
-"""The quantizer panel without a kernel: one line of text, tables that survive any viewer, and a self-contained page.
+"""The quantizer panel without a kernel.
+
+One line of text, tables that survive any viewer, and a self-contained page.
 
 Sees states, never a model.
 """
@@ -24,7 +26,11 @@ def _report(state: PanelState) -> QuantReport:
 def text_line(state: PanelState) -> str:
     """Return one line of numbers."""
     report = _report(state)
-    own = f", {len(state.plan.overrides)} layers with their own setting" if state.plan.overrides else ""
+    own = (
+        f", {len(state.plan.overrides)} layers with their own setting"
+        if state.plan.overrides
+        else ""
+    )
     line = (
         f"Quantizer({state.spec.name}: {state.plan.default.label}{own}, {report.bits_per_weight:.2f} bits/weight, "
         f"{size_text(report.nbytes_before)} → {size_text(report.nbytes)}"
@@ -35,15 +41,24 @@ def text_line(state: PanelState) -> str:
 
 
 def html(state: PanelState) -> str:
-    """Return tables and bars made of styled cells, which untrusted notebooks and code hosts show too."""
+    """Return tables and bars made of styled cells, which untrusted notebooks and code hosts show
+    too.
+    """
     report = _report(state)
     worst = report.worst(_ROWS)
     predicted = bool(state.calibration) and any(not math.isnan(x.kl_nats) for x in worst)
     costs = [x.kl_nats if predicted else x.relative_error for x in worst]
     top = max((c for c in costs if not math.isnan(c)), default=0) or 1.0
     rows = "".join(_row(layer, cost / top) for layer, cost in zip(worst, costs, strict=True))
-    measure = "predicted ΔKL" if predicted else "weight error (which does not rank layers by their effect on the output)"
-    skipped = "".join(f"<li>{_html.escape(x.path)}: {_html.escape(x.note)}, {size_text(x.nbytes)}</li>" for x in report.skipped)
+    measure = (
+        "predicted ΔKL"
+        if predicted
+        else "weight error (which does not rank layers by their effect on the output)"
+    )
+    skipped = "".join(
+        f"<li>{_html.escape(x.path)}: {_html.escape(x.note)}, {size_text(x.nbytes)}</li>"
+        for x in report.skipped
+    )
     left_out = f"<details><summary>{len(report.skipped)} layers cannot be quantized</summary><ul>{skipped}</ul></details>"
     table = (
         f"<table><thead><tr><th>worst {len(worst)} of {len(report.layers)} layers by {measure}</th><th>stored as</th>"
@@ -59,7 +74,11 @@ def html(state: PanelState) -> str:
 
 
 def _kl_text(report: QuantReport) -> str:
-    return "" if math.isnan(report.kl_nats) else f" · predicted ΔKL <b>{report.kl_nats:.3g}</b> nats/token"
+    return (
+        ""
+        if math.isnan(report.kl_nats)
+        else f" · predicted ΔKL <b>{report.kl_nats:.3g}</b> nats/token"
+    )
 
 
 def _row(layer: LayerError, share: float) -> str:
@@ -68,7 +87,14 @@ def _row(layer: LayerError, share: float) -> str:
     kl = "–" if math.isnan(layer.kl_nats) else f"{layer.kl_nats:.2g}"
     sqnr = "–" if math.isnan(layer.relative_error) else f"{layer.sqnr_db:.1f} dB"
     label = layer.config.label if layer.config else "kept"
-    cells = [_html.escape(layer.path), _html.escape(label), error, sqnr, kl, size_text(layer.nbytes)]
+    cells = [
+        _html.escape(layer.path),
+        _html.escape(label),
+        error,
+        sqnr,
+        kl,
+        size_text(layer.nbytes),
+    ]
     bar = f'<div style="background:#4c78a8;width:{width}px;height:9px"></div>'
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}<td>{bar}</td></tr>"
 

@@ -13,7 +13,9 @@ import traitlets as T
 from qlab.core.panels.quantizer import PanelState
 from qlab.views.shared.wire import CSS, Controls, source
 
-ESM = source("shared/panel.js", "quantizer/widget.js")  # text, not a Path: a Path keeps every instance alive
+ESM = source(
+    "shared/panel.js", "quantizer/widget.js"
+)  # text, not a Path: a Path keeps every instance alive
 
 _OPS = {
     "hello": {},
@@ -55,8 +57,12 @@ def choice(state: PanelState, ack: int | None) -> dict[str, Any]:
         "group_size": default.group_size,
         "solver": state.solver,
         "measure": state.measure,
-        "overrides": {columns[p]: table.row(c) if c else -1 for p, c in state.plan.overrides.items()},
-        "progress": [state.progress.what, state.progress.done, state.progress.total] if state.progress else None,
+        "overrides": {
+            columns[p]: table.row(c) if c else -1 for p, c in state.plan.overrides.items()
+        },
+        "progress": [state.progress.what, state.progress.done, state.progress.total]
+        if state.progress
+        else None,
         "error": state.error,
         "calibration": state.calibration,
         "totals": [[name, value] for name, value in state.totals],
@@ -101,7 +107,8 @@ class QuantizerPanel:
 
     Args:
         state: shown first.
-        on_intent: called on a widget thread with a checked intent; what it raises is shown in the panel.
+        on_intent: called on a widget thread with a checked intent; what it raises is shown in the
+            panel.
     """
 
     def __init__(self, state: PanelState, on_intent: Callable[[dict[str, Any]], None]) -> None:
@@ -112,7 +119,10 @@ class QuantizerPanel:
         self._controls.listen(_OPS, on_intent, self._refused)
 
     def show(self, state: PanelState, ack: int | None = None) -> None:
-        """Send what has changed, in one message; after a job everything, so that a view can never stay behind."""
+        """Send what has changed, in one message.
+
+        After a job everything, so that a view can never stay behind.
+        """
         arrays = _arrays(state)
         # hold_sync loses what another thread sets while it flushes
         with self._lock:

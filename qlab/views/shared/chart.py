@@ -1,4 +1,6 @@
-"""A small line chart as a picture: SVG text for an ``<img>``, since untrusted notebooks drop inline SVG.
+"""A small line chart as a picture.
+
+SVG text for an ``<img>``, since untrusted notebooks drop inline SVG.
 
 Knows nothing of runs: it draws named lines with direct labels over a linear axis each.
 """
@@ -12,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# distinct for colour-blind readers (Okabe & Ito 2008, without yellow); dashes tell lines apart without colour
+# distinct for colour-blind readers (Okabe & Ito 2008, without yellow); dashes tell lines apart
+# without colour
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 150, 14, 34
@@ -72,23 +75,38 @@ def robust_range(lines: tuple[Line, ...]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def image(lines: tuple[Line, ...], x_label: str, y_label: str, width: int = 720, height: int = 300) -> str:
+def image(
+    lines: tuple[Line, ...], x_label: str, y_label: str, width: int = 720, height: int = 300
+) -> str:
     """Return the chart as an ``<img>``; its alternative text tells the last height of every line."""
-    last = "; ".join(f"{line.label} {line.known()[1][-1]:.3g}" for line in lines if line.label and len(line.known()[1]))
+    last = "; ".join(
+        f"{line.label} {line.known()[1][-1]:.3g}"
+        for line in lines
+        if line.label and len(line.known()[1])
+    )
     data = base64.b64encode(svg(lines, x_label, y_label, width, height).encode()).decode()
     alt = _html.escape(f"{y_label} against {x_label}: {last}")
     return f'<img alt="{alt}" width="{width}" height="{height}" src="data:image/svg+xml;base64,{data}"/>'
 
 
-def svg(lines: tuple[Line, ...], x_label: str, y_label: str, width: int = 720, height: int = 300) -> str:
+def svg(
+    lines: tuple[Line, ...], x_label: str, y_label: str, width: int = 720, height: int = 300
+) -> str:
     """Return the chart as SVG on white: a picture cannot follow the theme of its page."""
     xs = [x for line in lines if len(x := line.known()[0])]
-    x0, x1 = (float(min(x.min() for x in xs)), float(max(x.max() for x in xs))) if xs else (0.0, 1.0)
+    x0, x1 = (
+        (float(min(x.min() for x in xs)), float(max(x.max() for x in xs))) if xs else (0.0, 1.0)
+    )
     y0, y1 = robust_range(lines)
-    across, down = (width - _LEFT - _RIGHT) / ((x1 - x0) or 1), (height - _TOP - _BOTTOM) / (y1 - y0)
+    across, down = (
+        (width - _LEFT - _RIGHT) / ((x1 - x0) or 1),
+        (height - _TOP - _BOTTOM) / (y1 - y0),
+    )
 
     def at(x: np.ndarray | float, y: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-        return np.asarray(_LEFT + (x - x0) * across), np.asarray(_TOP + (y1 - np.clip(y, y0, y1)) * down)
+        return np.asarray(_LEFT + (x - x0) * across), np.asarray(
+            _TOP + (y1 - np.clip(y, y0, y1)) * down
+        )
 
     parts = [f'<rect width="{width}" height="{height}" fill="#fff"/>']
     for value in ticks(y0, y1):
@@ -96,7 +114,9 @@ def svg(lines: tuple[Line, ...], x_label: str, y_label: str, width: int = 720, h
         parts.append(f'<path d="M{_LEFT} {y:.1f}H{width - _RIGHT}" stroke="#e2e2e2"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
     for value in ticks(x0, x1):
-        parts.append(f'<text x="{at(value, y0)[0]:.1f}" y="{height - 18}" text-anchor="middle">{value:g}</text>')
+        parts.append(
+            f'<text x="{at(value, y0)[0]:.1f}" y="{height - 18}" text-anchor="middle">{value:g}</text>'
+        )
     ends: list[tuple[float, float, str, str]] = []
     for line in lines:
         x, y = line.known()
@@ -107,7 +127,9 @@ def svg(lines: tuple[Line, ...], x_label: str, y_label: str, width: int = 720, h
         if line.label:
             ends.append((float(py[-1]), float(px[-1]), line.label, line.color))
     parts += _labels(ends, width - _RIGHT + 6, height - _BOTTOM)
-    parts.append(f'<text x="{_LEFT}" y="{height - 4}" fill="#555">{_html.escape(f"{y_label}, against {x_label}")}</text>')
+    parts.append(
+        f'<text x="{_LEFT}" y="{height - 4}" fill="#555">{_html.escape(f"{y_label}, against {x_label}")}</text>'
+    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         f'font-family="sans-serif" font-size="11">{"".join(parts)}</svg>'
@@ -122,13 +144,18 @@ def _drawn(line: Line, px: np.ndarray, py: np.ndarray) -> str:
     dash = f' stroke-dasharray="{line.dash}"' if line.dash else ""
     drawn = f'<path d="M{"L".join(points)}" fill="none" stroke="{line.color}" stroke-width="1.6"{dash}/>'
     if line.look == "marked":
-        marks = "".join(f"M{x:.1f} {y - 3.5:.1f}l3.5 3.5-3.5 3.5-3.5-3.5z" for x, y in zip(px, py, strict=True))
+        marks = "".join(
+            f"M{x:.1f} {y - 3.5:.1f}l3.5 3.5-3.5 3.5-3.5-3.5z" for x, y in zip(px, py, strict=True)
+        )
         drawn += f'<path d="{marks}" fill="#fff" stroke="{line.color}" stroke-width="1.4"/>'
     return drawn
 
 
 def _labels(ends: list[tuple[float, float, str, str]], x: float, bottom: float) -> list[str]:
-    """Write labels beside the ends of their lines, pushed apart so that none lies on another; led to where lines end early."""
+    """Write labels beside the ends of their lines, pushed apart so that none lies on another.
+
+    Led to where lines end early.
+    """
     ends = sorted(ends)
     ys = [y for y, _, _, _ in ends]
     for n in range(1, len(ys)):
@@ -139,10 +166,14 @@ def _labels(ends: list[tuple[float, float, str, str]], x: float, bottom: float) 
             ys[n] = min(ys[n], ys[n + 1] - _LABEL_GAP)
     parts = []
     for y, (end_y, end_x, label, color) in zip(ys, ends, strict=True):
-        parts.append(f'<text x="{x:.0f}" y="{y + 4:.1f}" fill="{color}">{_html.escape(_short(label))}</text>')
+        parts.append(
+            f'<text x="{x:.0f}" y="{y + 4:.1f}" fill="{color}">{_html.escape(_short(label))}</text>'
+        )
         if x - end_x > 20 or abs(y - end_y) > _LABEL_GAP:
             lead = f"M{end_x + 6:.1f} {end_y:.1f}L{x - 4:.1f} {y:.1f}"
-            parts.append(f'<path d="{lead}" stroke="{color}" stroke-opacity=".5" stroke-dasharray="1 3"/>')
+            parts.append(
+                f'<path d="{lead}" stroke="{color}" stroke-opacity=".5" stroke-dasharray="1 3"/>'
+            )
     return parts
 
 

@@ -1,7 +1,9 @@
-"""What every live panel is made of: its sources, and the widget that carries what the browser wants to the kernel.
+"""What every live panel is made of.
 
-What the kernel sends and what the browser sends go over separate comms: a comm on which a busy cell publishes would hold
-back the browser's messages until the cell ends. Sees no state.
+Its sources, and the widget that carries what the browser wants to the kernel.
+
+What the kernel sends and what the browser sends go over separate comms: a comm on which a busy cell
+publishes would hold back the browser's messages until the cell ends. Sees no state.
 """
 
 from __future__ import annotations
@@ -20,8 +22,15 @@ _VIEWS = Path(__file__).parents[1]
 
 
 def source(*names: str) -> str:
-    """Read sources, one after the other, without indentation and comment lines: every panel carries its own copy."""
-    lines = (line.strip() for name in names for line in (_VIEWS / name).read_text(encoding="utf-8").splitlines())
+    """Read sources, one after the other, without indentation and comment lines.
+
+    Every panel carries its own copy.
+    """
+    lines = (
+        line.strip()
+        for name in names
+        for line in (_VIEWS / name).read_text(encoding="utf-8").splitlines()
+    )
     return "\n".join(line for line in lines if line and not line.startswith(("//", "/**")))
 
 
@@ -35,15 +44,18 @@ class Controls(anywidget.AnyWidget):
     intent = T.Dict().tag(sync=True)
 
     def listen(
-        self, ops: dict[str, dict[str, Any]], on_intent: Callable[[dict[str, Any]], None],
+        self,
+        ops: dict[str, dict[str, Any]],
+        on_intent: Callable[[dict[str, Any]], None],
         on_refused: Callable[[int | None, str], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Pass every intent on that has the form of one.
 
         Args:
             ops: see ``checked``.
             on_intent: called on a widget thread.
-            on_refused: called with the intent's number and what was raised, in words: in an observer it would vanish.
+            on_refused: called with the intent's number and what was raised, in words: in an
+                observer it would vanish.
         """
 
         def receive(change: Any) -> None:
@@ -51,7 +63,9 @@ class Controls(anywidget.AnyWidget):
                 on_intent(checked(change["new"], ops))
             except Exception as error:
                 seq = change["new"].get("seq") if isinstance(change["new"], dict) else None
-                on_refused(seq if isinstance(seq, int) else None, str(error) or type(error).__name__)
+                on_refused(
+                    seq if isinstance(seq, int) else None, str(error) or type(error).__name__
+                )
 
         self.observe(receive, "intent")
 
@@ -71,11 +85,17 @@ def checked(intent: Any, ops: dict[str, dict[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: it has not; says what is wrong.
     """
-    if not isinstance(intent, dict) or intent.get("op") not in ops or not isinstance(intent.get("seq"), int):
+    if (
+        not isinstance(intent, dict)
+        or intent.get("op") not in ops
+        or not isinstance(intent.get("seq"), int)
+    ):
         raise ValueError(f"The panel sent something that is no intent: {intent!r}.")
     for key, kind in ops[intent["op"]].items():
         if key not in intent or not isinstance(intent[key], kind):
-            raise ValueError(f"The panel's intent {intent['op']!r} has no usable {key!r}: {intent.get(key)!r}.")
+            raise ValueError(
+                f"The panel's intent {intent['op']!r} has no usable {key!r}: {intent.get(key)!r}."
+            )
     return intent
 
 
@@ -103,7 +123,9 @@ def document(title: str, traits: dict[str, Any], esm: str, static: str, css: str
         css: the panel's styles.
     """
     # a closing tag or a comment inside a name must not end the script
-    embedded = json.dumps({key: _encoded(value) for key, value in traits.items()}).replace("<", "\\u003c")
+    embedded = json.dumps({key: _encoded(value) for key, value in traits.items()}).replace(
+        "<", "\\u003c"
+    )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title>"

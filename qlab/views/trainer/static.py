@@ -1,4 +1,6 @@
-"""The trainer panel without a kernel: one line of text, a report that survives any viewer, and a self-contained page.
+"""The trainer panel without a kernel.
+
+One line of text, a report that survives any viewer, and a self-contained page.
 
 Sees states, never a model.
 """
@@ -34,11 +36,14 @@ def html(state: RunState) -> str:
     """Return headline, curve and tables, which untrusted notebooks and code hosts show too."""
     report = state.report
     icon, word = words.status_words(state)
-    what = " · ".join(_html.escape(part) for part in (report.model, report.storage, report.adapter) if part)
+    what = " · ".join(
+        _html.escape(part) for part in (report.model, report.storage, report.adapter) if part
+    )
     error = f"<p><b>✕ {_html.escape(state.error)}</b></p>" if state.error else ""
     lines = words.summary(report)[3:]  # the first three are in the heading
     rows = "".join(
-        f"<tr><th style='text-align:left'>{_html.escape(name)}</th><td>{_html.escape(text)}</td></tr>" for name, text in lines
+        f"<tr><th style='text-align:left'>{_html.escape(name)}</th><td>{_html.escape(text)}</td></tr>"
+        for name, text in lines
     )
     notes = "".join(f"<li>{_html.escape(note)}</li>" for note in report.notes)
     return (
@@ -69,7 +74,11 @@ def picture(history: tuple[StepEvent, ...]) -> str:
 def _marks(state: RunState) -> str:
     marks = [(event.step, mark.text) for event in state.history for mark in event.marks]
     items = "".join(f"<li>step {step}: {_html.escape(text)}</li>" for step, text in marks)
-    return f"<details><summary>{len(marks)} events</summary><ul>{items}</ul></details>" if marks else ""
+    return (
+        f"<details><summary>{len(marks)} events</summary><ul>{items}</ul></details>"
+        if marks
+        else ""
+    )
 
 
 def _voices(state: RunState) -> str:
@@ -86,5 +95,7 @@ def _voices(state: RunState) -> str:
 
 
 def page(state: RunState) -> str:
-    """Return one self-contained file with the whole curve to point at, offline and without a kernel."""
+    """Return one self-contained file with the whole curve to point at, offline and without a
+    kernel.
+    """
     return document(f"{state.report.name} · qlab", payload(state), ESM, html(state), CSS)

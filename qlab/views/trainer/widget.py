@@ -15,7 +15,9 @@ from qlab.views.shared.wire import Controls, source
 from qlab.views.trainer import words
 from qlab.views.trainer.curve import Curve
 
-ESM = source("shared/panel.js", "trainer/widget.js")  # text, not a Path: a Path keeps every instance alive
+ESM = source(
+    "shared/panel.js", "trainer/widget.js"
+)  # text, not a Path: a Path keeps every instance alive
 CSS = source("shared/panel.css", "trainer/widget.css")
 
 _OPS = {
@@ -32,7 +34,10 @@ _TEXT = 4000  # characters of an answer that are sent
 
 
 class TrainerView(anywidget.AnyWidget):
-    """Kernel → browser: the whole run, thinned where it is long; what seldom changes apart from what always does."""
+    """Kernel → browser: the whole run, thinned where it is long.
+
+    What seldom changes apart from what always does.
+    """
 
     _esm = ESM
     _css = CSS
@@ -53,7 +58,13 @@ def payload(state: RunState) -> dict[str, Any]:
 
 def _traits(curve: Curve, state: RunState, known: dict[str, Any]) -> dict[str, Any]:
     settled, newest = curve.parts()
-    return {"curve": settled, "newest": newest, "marks": list(curve.marks), "voices": voices_of(state), "state": known}
+    return {
+        "curve": settled,
+        "newest": newest,
+        "marks": list(curve.marks),
+        "voices": voices_of(state),
+        "state": known,
+    }
 
 
 def facts(state: RunState, ack: int | None) -> dict[str, Any]:
@@ -72,7 +83,9 @@ def facts(state: RunState, ack: int | None) -> dict[str, Any]:
         "allowed": list(words.allowed(state)),
         "ended": report.status in words.ENDED,
         "rate": _number(state.learning_rate),
-        "best": [report.best_step, report.best_val_loss] if math.isfinite(report.best_val_loss) else None,
+        "best": [report.best_step, report.best_val_loss]
+        if math.isfinite(report.best_val_loss)
+        else None,
         "predicted": report.predicted_nbytes,
         "limit": state.limit_nbytes,
         "active": state.active_nbytes,
@@ -92,7 +105,9 @@ def _number(value: float) -> float | None:
 
 
 def voices_of(state: RunState) -> list[Any]:
-    """Return ``[prompt, [step, text] first, [step, text] last]`` of each prompt, the one asked last at the end."""
+    """Return ``[prompt, [step, text] first, [step, text] last]`` of each prompt, the one asked last
+    at the end.
+    """
     by_prompt: dict[str, list[Any]] = {}
     for voice in state.voices:
         said = by_prompt.pop(voice.prompt, [])  # moves it to the end
@@ -105,22 +120,30 @@ class TrainerPanel:
 
     Args:
         state: shown first.
-        on_intent: called on a widget thread with a checked intent: ``hello``, ``start``, ``pause``, ``resume``, ``stop``,
-            ``learning_rate`` (``value``) or ``generate`` (``prompt``); what it raises is shown in the panel.
+        on_intent: called on a widget thread with a checked intent: ``hello``, ``start``, ``pause``,
+            ``resume``, ``stop``, ``learning_rate`` (``value``) or ``generate`` (``prompt``); what
+            it raises is shown in the panel.
     """
 
     def __init__(self, state: RunState, on_intent: Callable[[dict[str, Any]], None]) -> None:
         self._state, self._on_intent = state, on_intent
-        self._ack, self._complaint = 0, ""  # newest intent heard; why it was refused, shown until the next one
+        self._ack, self._complaint = (
+            0,
+            "",
+        )  # newest intent heard; why it was refused, shown until the next one
         self._lock = threading.RLock()
         self._curve = Curve()
         self._curve.extend(state.history)
         self._controls = Controls()
-        self.widget = TrainerView(controls=self._controls, **_traits(self._curve, state, facts(state, None)))
+        self.widget = TrainerView(
+            controls=self._controls, **_traits(self._curve, state, facts(state, None))
+        )
         self._controls.listen(_OPS, self._heard, self._refused)
 
     def show(self, state: RunState, ack: int | None = None) -> None:
-        """Send what has changed, in one message; after the run everything, so that a view can never stay behind.
+        """Send what has changed, in one message.
+
+        After the run everything, so that a view can never stay behind.
 
         Args:
             state: the run now.
@@ -128,7 +151,9 @@ class TrainerPanel:
         """
         # hold_sync loses what another thread sets while it flushes
         with self._lock:
-            ended = self._state.report.status not in words.ENDED and state.report.status in words.ENDED
+            ended = (
+                self._state.report.status not in words.ENDED and state.report.status in words.ENDED
+            )
             self._state, self._ack = state, max(self._ack, ack or 0)
             self._curve.extend(state.history)
             traits = _traits(self._curve, state, self._facts())

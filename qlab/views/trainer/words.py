@@ -1,4 +1,6 @@
-"""A training run in words and numbers with units: the headline, the state, the summary. Shared by panel, report and table.
+"""A training run in words and numbers with units: the headline, the state, the summary.
+
+Shared by panel, report and table.
 
 Sees states and reports, draws nothing.
 """
@@ -58,7 +60,9 @@ def losses(report: RunReport) -> str:
     """Write training and validation loss, such as ``loss 2.31 (val 2.40)``; empty without either."""
     parts = [f"loss {loss_text(report.loss)}"] if math.isfinite(report.loss) else []
     if math.isfinite(report.val_loss):
-        parts.append(f"(val {loss_text(report.val_loss)})" if parts else f"val {loss_text(report.val_loss)}")
+        parts.append(
+            f"(val {loss_text(report.val_loss)})" if parts else f"val {loss_text(report.val_loss)}"
+        )
     return " ".join(parts)
 
 
@@ -74,7 +78,9 @@ def headline(state: RunState) -> str:
     else:
         time = f"{duration(state.seconds_left)} left" if math.isfinite(state.seconds_left) else ""
     speed = speed_text(report.tokens_per_second)
-    return " · ".join(part for part in (far, time, losses(report), "" if speed == NOTHING else speed) if part)
+    return " · ".join(
+        part for part in (far, time, losses(report), "" if speed == NOTHING else speed) if part
+    )
 
 
 def status_words(state: RunState) -> tuple[str, str]:
@@ -89,7 +95,11 @@ def status_words(state: RunState) -> tuple[str, str]:
 def memory_text(report: RunReport) -> str:
     """Write the measured peak and how far the prediction was from it."""
     if not report.peak_nbytes:
-        return f"{size_text(report.predicted_nbytes)} predicted" if report.predicted_nbytes else NOTHING
+        return (
+            f"{size_text(report.predicted_nbytes)} predicted"
+            if report.predicted_nbytes
+            else NOTHING
+        )
     if not report.predicted_nbytes:
         return f"{size_text(report.peak_nbytes)} measured"
     off = report.predicted_nbytes / report.peak_nbytes - 1
@@ -110,8 +120,16 @@ def summary(report: RunReport) -> list[tuple[str, str]]:
         ("storage", report.storage),
         ("adapter", report.adapter),
         ("steps", f"{count_text(report.steps)} of {count_text(report.iters)}"),
-        ("training loss", f"{loss_text(report.loss)} nats/token" if math.isfinite(report.loss) else NOTHING),
-        ("last validation", f"{loss_text(report.val_loss)} nats/token" if math.isfinite(report.val_loss) else NOTHING),
+        (
+            "training loss",
+            f"{loss_text(report.loss)} nats/token" if math.isfinite(report.loss) else NOTHING,
+        ),
+        (
+            "last validation",
+            f"{loss_text(report.val_loss)} nats/token"
+            if math.isfinite(report.val_loss)
+            else NOTHING,
+        ),
         ("best validation", best_text(report)),
         ("speed", speed_text(report.tokens_per_second)),
         ("tokens", count_text(report.tokens)),

@@ -29,7 +29,8 @@ def made(rows: int = 60) -> JudgeReport:
     rng = np.random.default_rng(0)
     counts, hard = rng.integers(5, 40, rows), rng.normal(0, 0.5, rows)
     columns = [
-        Column.of(n, drawn(rng, x, hard, counts), [1, 0, 1.0], 1.5) for n, x in zip(COLUMNS, (2.0, 2.3, 2.1), strict=True)
+        Column.of(n, drawn(rng, x, hard, counts), [1, 0, 1.0], 1.5)
+        for n, x in zip(COLUMNS, (2.0, 2.3, 2.1), strict=True)
     ]
     sample = Sample("Who?", ("a", "b", "a"), "a", (1.0, 0.0, 1.0))
     return JudgeReport(tuple(columns), (sample,), rows, int(counts.sum()), "exact")
@@ -52,7 +53,9 @@ def test_tokens_of_a_row_are_not_counted_as_draws():
 
 def test_rows_of_one_token_give_the_usual_error_of_a_mean():
     values = np.random.default_rng(2).normal(size=50)
-    assert ratio(values, np.ones(50)) == pytest.approx((values.mean(), values.std(ddof=1) / math.sqrt(50)))
+    assert ratio(values, np.ones(50)) == pytest.approx(
+        (values.mean(), values.std(ddof=1) / math.sqrt(50))
+    )
 
 
 def test_one_row_has_no_error_and_none_has_no_mean():
@@ -61,7 +64,9 @@ def test_one_row_has_no_error_and_none_has_no_mean():
     assert math.isnan(ratio(np.array([]), np.array([]))[0])
 
 
-@pytest.mark.parametrize("right, low, high", [(0, 0.0, 0.2775), (5, 0.2366, 0.7634), (10, 0.7225, 1.0)])
+@pytest.mark.parametrize(
+    "right, low, high", [(0, 0.0, 0.2775), (5, 0.2366, 0.7634), (10, 0.7225, 1.0)]
+)
 def test_wilson_has_an_interval_where_all_or_none_is_right(right, low, high):
     # the figures for ten draws, as in R's prop.test(..., correct = FALSE)
     assert wilson(right / 10, 10) == pytest.approx((low, high), abs=1e-4)
@@ -87,9 +92,16 @@ def test_figures_of_a_column_are_means_over_targets():
 
 def test_the_report_reads_as_a_table_and_says_what_changed():
     text = repr(made())
-    assert all(name in text for name in COLUMNS) and "±" in text and "66.7%" in text and "exact" in text
+    assert (
+        all(name in text for name in COLUMNS)
+        and "±" in text
+        and "66.7%" in text
+        and "exact" in text
+    )
     change, error = made().change("nll", "quantized", "full precision")
-    assert f"quantized: {change:.3g} ± {error:.2g} nats per target more than full precision." in text
+    assert (
+        f"quantized: {change:.3g} ± {error:.2g} nats per target more than full precision." in text
+    )
     assert "less than quantized." in text
 
 
@@ -122,5 +134,7 @@ def test_misspelt_columns_and_measures_get_the_nearest():
 
 def test_the_data_frame_has_a_row_a_column():
     frame = made().to_pandas()
-    assert list(frame.index) == list(COLUMNS) and {"perplexity", "kl_nats_se", "golden_low"} <= set(frame.columns)
+    assert list(frame.index) == list(COLUMNS) and {"perplexity", "kl_nats_se", "golden_low"} <= set(
+        frame.columns
+    )
     assert "scores" not in frame.columns

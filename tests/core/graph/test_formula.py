@@ -22,8 +22,13 @@ from tests.tiny import on_mlx, tiny
 
 def test_quantities_follow_from_settings():
     assert dict(zip(QUANTITIES, sizes(2, 257, 8, 100), strict=True)) == {
-        "batch": 2, "tokens": 256, "length": 257, "rank": 8, "chunk": 100, "rest": 12,
-    }  # fmt: skip
+        "batch": 2,
+        "tokens": 256,
+        "length": 257,
+        "rank": 8,
+        "chunk": 100,
+        "rest": 12,
+    }
     assert sizes(1, 65, 8, 512)[4:] == sizes(1, 65, 8, 0)[4:] == (1, 1)  # one chunk is no chunk
 
 
@@ -52,15 +57,23 @@ def test_ratios_of_references_tell_products_apart(tiles):
 @pytest.mark.parametrize("checkpoint", [True, False])
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 @on_mlx
-def test_a_formula_of_few_blocks_tells_of_many_blocks_and_other_sizes(checkpoint, name, monkeypatch):
+def test_a_formula_of_few_blocks_tells_of_many_blocks_and_other_sizes(
+    checkpoint, name, monkeypatch
+):
     if name == "cuda":
         monkeypatch.setattr(forecasts, "backend", lambda: name)
     module, _ = tiny(num_hidden_layers=9)
     forecast = Forecast(module, "tiny", None, True)
-    for (batch, length), (rank, count), chunk in itertools.product([(1, 400), (6, 100)], [(2, -1), (16, 5)], [0, 64]):
-        train = TrainConfig(batch_size=batch, max_seq_length=length, grad_checkpoint=checkpoint, loss_chunk=chunk)
+    for (batch, length), (rank, count), chunk in itertools.product(
+        [(1, 400), (6, 100)], [(2, -1), (16, 5)], [0, 64]
+    ):
+        train = TrainConfig(
+            batch_size=batch, max_seq_length=length, grad_checkpoint=checkpoint, loss_chunk=chunk
+        )
         setup = Setup(None, LoRAConfig(rank=rank, num_layers=count), train)
-        found, whole = (sum(how(setup)[1].values()) for how in (forecast.by_formula, forecast.by_trace))
+        found, whole = (
+            sum(how(setup)[1].values()) for how in (forecast.by_formula, forecast.by_trace)
+        )
         assert 0.95 * whole < found < 1.12 * whole, (batch, length, rank, count, chunk)
     assert len(forecast._formulas) <= 6  # most of these are one kind of step
 
@@ -74,5 +87,7 @@ def test_an_adapter_on_a_tied_embedding_has_an_estimate_like_any_other(kind, key
     for checkpoint, length in itertools.product([False, True], [40, 200]):
         train = TrainConfig(batch_size=2, max_seq_length=length, grad_checkpoint=checkpoint)
         setup = Setup(None, LoRAConfig(rank=4, kind=kind, keys=keys), train)
-        found, whole = (sum(how(setup)[1].values()) for how in (forecast.by_formula, forecast.by_trace))
+        found, whole = (
+            sum(how(setup)[1].values()) for how in (forecast.by_formula, forecast.by_trace)
+        )
         assert 0.95 * whole < found < 1.25 * whole, (checkpoint, length, found, whole)

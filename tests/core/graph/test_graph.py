@@ -7,7 +7,9 @@ from qlab.core.graph.graph import Graph
 from qlab.core.graph.graph import Node
 
 
-def graph(sizes: list[int], nodes: list[Node], outputs: list[int], roles: dict[int, str] | None = None) -> Graph:
+def graph(
+    sizes: list[int], nodes: list[Node], outputs: list[int], roles: dict[int, str] | None = None
+) -> Graph:
     """A graph of float32 vectors; those that no node makes are its inputs, unless they are constants."""
     roles = roles or {}
     arrays = {a: Array((size,), 4, roles.get(a, "")) for a, size in enumerate(sizes)}

@@ -7,7 +7,12 @@ from qlab.core.graph.graph import Node
 from tests.core.graph.test_graph import graph
 
 # 0 is given; 1 and 2 follow from it, 3 from both, 4 is asked for by nobody
-NODES = [Node("Exp", (0,), (1,)), Node("Sin", (0,), (2,)), Node("Add", (1, 2), (3,)), Node("Abs", (2,), (4,))]
+NODES = [
+    Node("Exp", (0,), (1,)),
+    Node("Sin", (0,), (2,)),
+    Node("Add", (1, 2), (3,)),
+    Node("Abs", (2,), (4,)),
+]
 
 
 def test_what_is_needed_comes_first_and_what_is_not_asked_for_never():

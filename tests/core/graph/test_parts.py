@@ -19,7 +19,14 @@ MADE = graph([3, 64, 9, 7, 5, 5], NODES, [3, 5], {0: "weights", 2: "batch", 4: "
 
 def test_arrays_belong_to_the_part_that_they_are_needed_for():
     found = labels(MADE, 7, [(5,)])
-    assert found == {0: "weights", 1: "dequantized", 2: "activations", 3: "logits", 4: "adapter", 5: "gradients"}
+    assert found == {
+        0: "weights",
+        1: "dequantized",
+        2: "activations",
+        3: "logits",
+        4: "adapter",
+        5: "gradients",
+    }
 
 
 def test_parts_sum_to_use_at_every_moment():

@@ -20,7 +20,9 @@ def chain(count: int, name: str = "Matmul") -> Graph:
 
 
 def test_what_nobody_reads_any_more_is_free_at_once_without_run_ahead():
-    assert simulate(chain(10)).peak_nbytes == 3 * BYTES  # the input stays; one is read while the next is made
+    assert (
+        simulate(chain(10)).peak_nbytes == 3 * BYTES
+    )  # the input stays; one is read while the next is made
 
 
 def test_elementwise_operations_write_over_what_they_read():
@@ -34,14 +36,21 @@ def test_a_buffer_that_is_kept_is_not_written_over():
 
 
 def test_views_cost_nothing():
-    nodes = [Node("Matmul", (0, 0), (1,)), Node("ExpandDims", (1,), (2,)), Node("Squeeze", (2,), (3,)), Node("Abs", (3,), (4,))]
+    nodes = [
+        Node("Matmul", (0, 0), (1,)),
+        Node("ExpandDims", (1,), (2,)),
+        Node("Squeeze", (2,), (3,)),
+        Node("Abs", (3,), (4,)),
+    ]
     made = graph([SIZE] * 5, nodes, [4])
     made.arrays[2] = Array((1, SIZE), 4)
     assert simulate(made).peak_nbytes == 2 * BYTES
 
 
 def test_a_transposed_array_is_copied_when_it_is_reshaped():
-    made = graph([SIZE] * 3, [Node("Transpose", (0,), (1,), ((1, 0),)), Node("Reshape", (1,), (2,))], [2])
+    made = graph(
+        [SIZE] * 3, [Node("Transpose", (0,), (1,), ((1, 0),)), Node("Reshape", (1,), (2,))], [2]
+    )
     made.arrays |= {0: Array((100, SIZE // 100), 4), 1: Array((SIZE // 100, 100), 4)}
     assert simulate(made).peak_nbytes == 2 * BYTES
 
@@ -77,7 +86,10 @@ def test_every_byte_is_accounted_for():
 
 def test_an_operation_with_several_outputs_writes_over_nothing():
     # each output holds on to the inputs, so none is the only one that needs them
-    one, two = (graph([SIZE] * 4, [Node("Exp", (0,), (1,)), Node("Compiled", (1,), o)], list(o)) for o in ((2,), (2, 3)))
+    one, two = (
+        graph([SIZE] * 4, [Node("Exp", (0,), (1,)), Node("Compiled", (1,), o)], list(o))
+        for o in ((2,), (2, 3))
+    )
     two.arrays[3] = Array((SIZE,), 4)
     del one.arrays[3]
     assert simulate(one).peak_nbytes == 2 * BYTES
@@ -85,7 +97,9 @@ def test_an_operation_with_several_outputs_writes_over_nothing():
 
 
 def test_what_an_update_writes_into_is_copied_first_unless_it_may_be_written_over():
-    chained = graph([SIZE] * 5, [Node("SliceUpdate", (0, 1), (2,)), Node("SliceUpdate", (2, 1), (3,))], [3])
+    chained = graph(
+        [SIZE] * 5, [Node("SliceUpdate", (0, 1), (2,)), Node("SliceUpdate", (2, 1), (3,))], [3]
+    )
     del chained.arrays[4]
     assert simulate(chained).peak_nbytes == 3 * BYTES
 

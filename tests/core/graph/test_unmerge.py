@@ -14,12 +14,19 @@ def names(found) -> list[str]:
 
 def test_on_the_way_forward_every_operation_has_its_own_broadcast_and_its_gradient_reads_the_same():
     # 0 → broadcast 1, read by two operations (3, 5); loss 6; the gradient of the first (7) reads the broadcast, too
-    nodes = [Node("Broadcast", (0,), (1,)), Node("Add", (2, 1), (3,)), Node("Add", (4, 1), (5,)), Node("Add", (3, 5), (6,)),
-             Node("Multiply", (6, 1), (7,))]  # fmt: skip
+    nodes = [
+        Node("Broadcast", (0,), (1,)),
+        Node("Add", (2, 1), (3,)),
+        Node("Add", (4, 1), (5,)),
+        Node("Add", (3, 5), (6,)),
+        Node("Multiply", (6, 1), (7,)),
+    ]
     made = graph([1] + [8] * 7, nodes, [6, 7])
     forward, gradient = unmerged(made, 6), unmerged(made, 6).nodes[-1]
     assert names(forward).count("Broadcast") == 2 and gradient.inputs == (6, 1)
-    assert names(unmerged(made)).count("Broadcast") == 3  # without a way back everything is a way forward
+    assert (
+        names(unmerged(made)).count("Broadcast") == 3
+    )  # without a way back everything is a way forward
 
 
 def test_numbers_that_follow_from_numbers_are_computed_by_every_reader():
@@ -37,15 +44,27 @@ def test_numbers_that_follow_from_numbers_are_computed_by_every_reader():
 
 def test_on_the_way_forward_every_product_flattens_for_itself():
     # x 0 is flattened → 1, multiplied by 2 → 3 and by 4 → 5; loss 6; the gradient of the first (7) reads what was flattened
-    nodes = [Node("Flatten", (0,), (1,)), Node("Matmul", (1, 2), (3,)), Node("Matmul", (1, 4), (5,)), Node("Add", (3, 5), (6,)),
-             Node("Matmul", (1, 6), (7,))]  # fmt: skip
+    nodes = [
+        Node("Flatten", (0,), (1,)),
+        Node("Matmul", (1, 2), (3,)),
+        Node("Matmul", (1, 4), (5,)),
+        Node("Add", (3, 5), (6,)),
+        Node("Matmul", (1, 6), (7,)),
+    ]
     found = unmerged(graph([8] * 8, nodes, [6, 7]), 6)
     assert names(found).count("Flatten") == 2 and found.nodes[-1].inputs == (1, 6)
 
 
 def test_what_is_taken_apart_makes_the_same_arrays():
-    nodes = [Node("Broadcast", (0,), (1,)), Node("Add", (2, 1), (3,)), Node("Add", (4, 1), (5,)), Node("Add", (3, 5), (6,))]
+    nodes = [
+        Node("Broadcast", (0,), (1,)),
+        Node("Add", (2, 1), (3,)),
+        Node("Add", (4, 1), (5,)),
+        Node("Add", (3, 5), (6,)),
+    ]
     made = graph([1] + [8] * 6, nodes, [6])
     found = unmerged(made, 6)
-    assert {a: found.arrays[a] for a in made.arrays} == made.arrays and len(made.nodes) == len(nodes)
+    assert {a: found.arrays[a] for a in made.arrays} == made.arrays and len(made.nodes) == len(
+        nodes
+    )
     assert all(array == Array((8,), 4) for a, array in found.arrays.items() if a not in made.arrays)

@@ -29,7 +29,9 @@ def test_ratio_estimate_is_exact_for_a_whole_population_and_covers_the_truth_oth
     z = []
     for _ in range(300):
         drawn = rng.permutation(4000)[:200]
-        total, se = ratio_estimate(y[None, drawn], x[None, drawn], np.array([x.sum()]), np.array([4000]))
+        total, se = ratio_estimate(
+            y[None, drawn], x[None, drawn], np.array([x.sum()]), np.array([4000])
+        )
         z.append((total[0] - y.sum()) / se[0])
     assert np.std(z) == pytest.approx(1, abs=0.15) and abs(np.mean(z)) < 0.2
 
@@ -78,7 +80,11 @@ def test_plan_drops_an_override_that_equals_the_default_and_is_a_value():
 
 def test_front_holds_what_nothing_beats():
     layers = tuple(LayerSpec(f"l.{i}.w", "linear", (128, 128), nbytes=32768) for i in range(3))
-    configs = (QuantConfig("affine", 4, 64), QuantConfig("affine", 5, 64), QuantConfig("symmetric", 5, 64))
+    configs = (
+        QuantConfig("affine", 4, 64),
+        QuantConfig("affine", 5, 64),
+        QuantConfig("symmetric", 5, 64),
+    )
     table = ErrorTable.empty(layers, configs)
     for row, error in enumerate((0.1, 0.05, 0.06)):
         table.values[0, row] = error

@@ -35,7 +35,9 @@ LORAS = [
     LoRAConfig(rank=4, scale=3.0),
     LoRAConfig(rank=4, kind="dora", dropout=0.1),
     LoRAConfig(rank=2, keys=("q_proj", "v_proj"), num_layers=2, rslora=True),
-    LoRAConfig(rank=4, keys=("*.1.mlp.*", "model.layers.0.self_attn.o_proj"), dtype="bfloat16", init="qera"),
+    LoRAConfig(
+        rank=4, keys=("*.1.mlp.*", "model.layers.0.self_attn.o_proj"), dtype="bfloat16", init="qera"
+    ),
     LoRAConfig(rank=4, keys=("down_proj", "lm_head"), num_layers=1),
     LoRAConfig(rank=4, keys=("lm_head",), kind="dora"),
 ]
@@ -47,7 +49,9 @@ def stirred(module, spec, lora: LoRAConfig) -> dict[str, mx.array]:
     for number, (path, shape) in enumerate(expected(spec, lora).items()):
         made[path] = mx.random.normal(shape, key=mx.random.key(number)) * 0.2
         if path.endswith(".m"):
-            made[path] = mx.linalg.norm(weight_of(module_at(module, path[:-2]), mx.float32), axis=-1) * (1 + made[path])
+            made[path] = mx.linalg.norm(
+                weight_of(module_at(module, path[:-2]), mx.float32), axis=-1
+            ) * (1 + made[path])
         made[path] = made[path].astype(getattr(mx, lora.dtype))
     mx.eval(made)
     return made
@@ -58,7 +62,9 @@ def words(lora: LoRAConfig) -> str:
 
 
 def equal(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and mx.array_equal(a[k], b[k]).item() for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and mx.array_equal(a[k], b[k]).item() for k in a
+    )
 
 
 # --- mlx-lm -----------------------------------------------------------------------------------------------------------
@@ -95,7 +101,9 @@ def test_stock_mlx_lm_gives_the_same_logits(storage, kind, keys, bases, tmp_path
         note = save_adapter(tmp_path / "a", parameters, lora, base.spec, str(bases[storage]))
         assert note.startswith("Saved in mlx-lm's layout; mlx_lm.load")
         plain = cast(base.module, mx.float32)(TOKENS)
-        return np.array(twin_with(base.module, base.spec, lora, parameters)(TOKENS)), np.array(plain)
+        return np.array(twin_with(base.module, base.spec, lora, parameters)(TOKENS)), np.array(
+            plain
+        )
 
     def stock():
         import mlx_lm
@@ -104,10 +112,18 @@ def test_stock_mlx_lm_gives_the_same_logits(storage, kind, keys, bases, tmp_path
         return np.array(cast(module, mx.float32)(TOKENS))
 
     (wanted, plain), got = mlx_call(ours), mlx_call(stock)
-    assert np.abs(got - wanted).max() < 1e-3 * wanted.std() < 0.1 * wanted.std() < np.abs(plain - wanted).max()
+    assert (
+        np.abs(got - wanted).max()
+        < 1e-3 * wanted.std()
+        < 0.1 * wanted.std()
+        < np.abs(plain - wanted).max()
+    )
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma3_text", "gpt_neox", "lfm2", "mistral3", "mamba", "nanochat"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "qwen3_moe", "gemma3_text", "gpt_neox", "lfm2", "mistral3", "mamba", "nanochat"],
+)
 @pytest.mark.parametrize("num_layers", [-1, 2])
 @on_mlx
 def test_mlx_lm_adapts_exactly_the_layers_of_the_adapter_in_every_architecture(name, num_layers):
@@ -119,7 +135,9 @@ def test_mlx_lm_adapts_exactly_the_layers_of_the_adapter_in_every_architecture(n
         lora = LoRAConfig(rank=2, keys=keys, num_layers=num_layers)
         count, said_keys = mlx_targets(lora, spec)
         module = skeleton(settings(name))
-        linear_to_lora_layers(module, count, {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": said_keys})
+        linear_to_lora_layers(
+            module, count, {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": said_keys}
+        )
         found = {path for path, leaf in module.named_modules() if "lora_a" in leaf}
         assert found == {layer.path for layer in lora.targets(spec)}
 
@@ -129,14 +147,21 @@ def test_names_within_blocks_are_used_where_they_can_say_it_and_paths_elsewhere(
     _, spec = tiny()
     last = LoRAConfig(rank=2, keys=("q_proj",), num_layers=2)
     assert mlx_targets(last, spec) == (2, ["self_attn.q_proj"])
-    assert mlx_targets(LoRAConfig(rank=2, keys=("q_proj", "lm_head")), spec) == (-1, ["self_attn.q_proj", "lm_head"])
+    assert mlx_targets(LoRAConfig(rank=2, keys=("q_proj", "lm_head")), spec) == (
+        -1,
+        ["self_attn.q_proj", "lm_head"],
+    )
     assert mlx_targets(LoRAConfig(rank=2, keys=("lm_head",)), spec) == (-1, ["lm_head"])
     middle = LoRAConfig(rank=2, keys=("*.1.*",))
-    assert mlx_targets(middle, spec)[0] == -1 and all(key.startswith("model.layers.1.") for key in mlx_targets(middle, spec)[1])
+    assert mlx_targets(middle, spec)[0] == -1 and all(
+        key.startswith("model.layers.1.") for key in mlx_targets(middle, spec)[1]
+    )
     for lora in (last, middle, LoRAConfig(rank=2, num_layers=1)):
         paths = [layer.path for layer in lora.targets(spec)]
         assert said(LoRAConfig(rank=2), paths, spec).targets(spec) == lora.targets(spec)
-    assert said(LoRAConfig(rank=2), [x.path for x in LoRAConfig(rank=2).targets(spec)], spec) == LoRAConfig(rank=2)
+    assert said(
+        LoRAConfig(rank=2), [x.path for x in LoRAConfig(rank=2).targets(spec)], spec
+    ) == LoRAConfig(rank=2)
 
 
 @on_mlx
@@ -145,7 +170,12 @@ def test_what_mlx_lm_cannot_open_is_said_with_the_reason(tmp_path):
     for storage, kind, keys, reason in [
         (QuantConfig("affine", 3), "dora", None, "DoRA fails on 3-bit weights"),
         (QuantConfig("nf4"), "lora", None, "cannot read the base"),
-        (QuantConfig("affine", 4), "dora", ("q_proj", "embed_tokens"), "DoRA reads no quantized embedding"),
+        (
+            QuantConfig("affine", 4),
+            "dora",
+            ("q_proj", "embed_tokens"),
+            "DoRA reads no quantized embedding",
+        ),
     ]:
         base = quantized(module, spec, storage)
         about = describe(base, "tiny")
@@ -176,11 +206,19 @@ def test_an_adapter_that_mlx_lm_trained_is_read(tmp_path):
         stock.eval()
         (tmp_path / kind).mkdir()
         mx.save_safetensors(str(tmp_path / kind / "adapters.safetensors"), arrays)
-        written = {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": parameters, "iters": 5, "train": True}
+        written = {
+            "fine_tune_type": kind,
+            "num_layers": 2,
+            "lora_parameters": parameters,
+            "iters": 5,
+            "train": True,
+        }
         (tmp_path / kind / "adapter_config.json").write_text(json.dumps(written))
         lora, found, notes = load_adapter(tmp_path / kind, spec)
         assert (lora.kind, lora.scale, lora.num_layers, notes) == (kind, 20.0, 2, ())
-        assert mx.allclose(twin_with(module, spec, lora, found)(TOKENS), stock(TOKENS), rtol=1e-3, atol=1e-4)
+        assert mx.allclose(
+            twin_with(module, spec, lora, found)(TOKENS), stock(TOKENS), rtol=1e-3, atol=1e-4
+        )
 
 
 # --- PEFT -------------------------------------------------------------------------------------------------------------
@@ -189,7 +227,10 @@ def test_an_adapter_that_mlx_lm_trained_is_read(tmp_path):
 def peft_weight(folder: Path, module, path: str) -> np.ndarray:
     """The weight that PEFT's forward amounts to (``tuners/lora/layer.py``: ``W + B·A·scaling``; DoRA as in ``dora.py``)."""
     config = json.loads((folder / "adapter_config.json").read_text())
-    arrays = {k: np.array(v.astype(mx.float32)) for k, v in mx.load(str(folder / "adapter_model.safetensors")).items()}
+    arrays = {
+        k: np.array(v.astype(mx.float32))
+        for k, v in mx.load(str(folder / "adapter_model.safetensors")).items()
+    }
     scaling = config["lora_alpha"] / (np.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     name = f"base_model.model.{path}"
     weight = np.array(module_at(module, path).weight)
@@ -204,16 +245,22 @@ def peft_weight(folder: Path, module, path: str) -> np.ndarray:
 def test_pefts_documented_forward_on_the_peft_files_gives_the_same_logits(lora, tmp_path):
     module, spec = tiny()
     parameters = stirred(module, spec, lora)
-    note = save_adapter(tmp_path / "a", parameters, lora, spec, "some/base", format="peft", model_type="llama")
+    note = save_adapter(
+        tmp_path / "a", parameters, lora, spec, "some/base", format="peft", model_type="llama"
+    )
     assert "PeftModel.from_pretrained" in note
     dense = skeleton(settings("llama"))
     dense.update(module.parameters())
     for layer in lora.targets(spec):
-        module_at(dense, layer.path).weight = mx.array(peft_weight(tmp_path / "a", module, layer.path))
+        module_at(dense, layer.path).weight = mx.array(
+            peft_weight(tmp_path / "a", module, layer.path)
+        )
     got, wanted = dense(TOKENS), twin_with(module, spec, lora, parameters)(TOKENS)
     assert mx.abs(got - wanted).max().item() < (1e-3 if lora.dtype == "float32" else 0.02)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "some/base" and config["lora_alpha"] == pytest.approx(lora.alpha)
+    assert config["base_model_name_or_path"] == "some/base" and config[
+        "lora_alpha"
+    ] == pytest.approx(lora.alpha)
 
 
 @on_mlx
@@ -239,7 +286,15 @@ def test_peft_targets_are_said_as_short_as_they_can_be(tmp_path):
 def test_names_that_transformers_may_not_have_are_said(tmp_path):
     module, spec = tiny("gpt_neox")
     lora = LoRAConfig(rank=2)
-    note = save_adapter(tmp_path / "a", stirred(module, spec, lora), lora, spec, "b", format="peft", model_type="gpt_neox")
+    note = save_adapter(
+        tmp_path / "a",
+        stirred(module, spec, lora),
+        lora,
+        spec,
+        "b",
+        format="peft",
+        model_type="gpt_neox",
+    )
     assert "for model_type 'gpt_neox' transformers may have others" in note
 
 
@@ -252,7 +307,9 @@ def test_ranks_and_alphas_by_layer_become_one_rank_and_one_scale_exactly(tmp_pat
     wanted = {}
     for layer in lora.targets(spec):
         a, b = (arrays[f"base_model.model.{layer.path}.lora_{x}.weight"] for x in "AB")
-        rank, alpha = (2, 8) if layer.path.endswith("q_proj") else (4, 16 if ".1." in layer.path else 8)
+        rank, alpha = (
+            (2, 8) if layer.path.endswith("q_proj") else (4, 16 if ".1." in layer.path else 8)
+        )
         arrays[f"base_model.model.{layer.path}.lora_A.weight"] = a = a[:rank]
         arrays[f"base_model.model.{layer.path}.lora_B.weight"] = b = b[:, :rank]
         wanted[layer.path] = alpha / rank * (b @ a)
@@ -269,11 +326,16 @@ def test_ranks_and_alphas_by_layer_become_one_rank_and_one_scale_exactly(tmp_pat
 
 @on_mlx
 def test_what_peft_has_no_word_for_is_refused_with_the_reason(tmp_path):
-    for name, kind, reason in [("llama tied", "lora", "output head too"), ("llama", "dora", "scales columns")]:
+    for name, kind, reason in [
+        ("llama tied", "lora", "output head too"),
+        ("llama", "dora", "scales columns"),
+    ]:
         module, spec = tiny(name)
         lora = LoRAConfig(rank=2, kind=kind, keys="embed_tokens")
         with pytest.raises(ConfigError, match=reason):
-            save_adapter(tmp_path / "a", stirred(module, spec, lora), lora, spec, "b", format="peft")
+            save_adapter(
+                tmp_path / "a", stirred(module, spec, lora), lora, spec, "b", format="peft"
+            )
     assert not os.listdir(tmp_path)
 
 
@@ -281,7 +343,9 @@ def test_what_peft_has_no_word_for_is_refused_with_the_reason(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["mlx", "peft"])
-@pytest.mark.parametrize("lora", [*LORAS, LoRAConfig(rank=2, keys=("embed_tokens", "q_proj"))], ids=words)
+@pytest.mark.parametrize(
+    "lora", [*LORAS, LoRAConfig(rank=2, keys=("embed_tokens", "q_proj"))], ids=words
+)
 @on_mlx
 def test_what_was_written_comes_back_bit_for_bit(lora, format, tmp_path):
     module, spec = tiny()
@@ -300,10 +364,16 @@ def test_without_what_qlab_adds_the_same_adapter_comes_back(format, tmp_path):
         parameters = stirred(module, spec, lora)
         save_adapter(folder, parameters, lora, spec, "base", format=format)
         file = folder / "adapter_config.json"
-        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "qlab"}))
+        file.write_text(
+            json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "qlab"})
+        )
         if format == "peft":
             weights = folder / "adapter_model.safetensors"
-            mx.save_safetensors(str(weights), {k: mx.array(v) for k, v in mx.load(str(weights)).items()}, {"format": "pt"})
+            mx.save_safetensors(
+                str(weights),
+                {k: mx.array(v) for k, v in mx.load(str(weights)).items()},
+                {"format": "pt"},
+            )
         found, arrays, _ = load_adapter(folder, spec)
         assert found.targets(spec) == lora.targets(spec) and equal(arrays, parameters)
         assert (found.kind, found.rank, found.dtype) == (lora.kind, lora.rank, lora.dtype)
@@ -337,7 +407,10 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     save_adapter(target, parameters, lora, spec, "base")
     before = {file.name: file.read_bytes() for file in target.iterdir()}
     bad = {path: array * mx.inf for path, array in parameters.items()}
-    for wrong, error in [((bad, lora), WeightsError), ((parameters, LoRAConfig(rank=4)), ConfigError)]:
+    for wrong, error in [
+        ((bad, lora), WeightsError),
+        ((parameters, LoRAConfig(rank=4)), ConfigError),
+    ]:
         with pytest.raises(error):
             save_adapter(target, *wrong, spec, "base")
     with pytest.raises(ConfigError, match="choose one of mlx, peft.*Did you mean 'peft'"):
@@ -360,7 +433,9 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
         patch.setattr(Path, "rename", second)
         with pytest.raises(SaveError):
             save_adapter(target, parameters, lora, spec, "base")
-    assert {file.name: file.read_bytes() for file in target.iterdir()} == before and os.listdir(target.parent) == ["a"]
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before and os.listdir(
+        target.parent
+    ) == ["a"]
 
 
 @on_mlx

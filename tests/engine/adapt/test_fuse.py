@@ -28,7 +28,13 @@ from qlab.errors import WeightsError
 from tests.tiny import on_mlx, quantized, tiny
 
 TOKENS = mx.array([[5, 10, 7, 90, 33, 2]])
-BASES = [None, QuantConfig("affine", 4), QuantConfig("affine", 3), QuantConfig("mxfp4"), QuantConfig("nf4")]
+BASES = [
+    None,
+    QuantConfig("affine", 4),
+    QuantConfig("affine", 3),
+    QuantConfig("mxfp4"),
+    QuantConfig("nf4"),
+]
 
 
 def label(value) -> str:
@@ -51,8 +57,15 @@ def stirred(module, spec, lora: LoRAConfig, size: float = 0.3) -> dict[str, mx.a
         shapes = lora.adapter.shapes(layer.shape, lora.rank, layer.kind)
         keys = [mx.random.key(7 * number + i) for i in range(3)]
         weight = weight_of(module_at(module, layer.path), mx.float32)
-        own = {name: mx.random.normal(shapes[name], key=k) for name, k in zip(("lora_a", "lora_b"), keys, strict=False)}
-        factors = (own["lora_b"], own["lora_a"]) if layer.kind == "switch" else (own["lora_a"], own["lora_b"])
+        own = {
+            name: mx.random.normal(shapes[name], key=k)
+            for name, k in zip(("lora_a", "lora_b"), keys, strict=False)
+        }
+        factors = (
+            (own["lora_b"], own["lora_a"])
+            if layer.kind == "switch"
+            else (own["lora_a"], own["lora_b"])
+        )
         product = lora.scale * (factors[0] @ factors[1])
         own["lora_b"] = own["lora_b"] * (size * mx.linalg.norm(weight) / mx.linalg.norm(product))
         if "m" in shapes:
@@ -100,7 +113,11 @@ def test_biases_are_kept_and_layers_without_adapter_stay_or_become_dense_as_told
     some, whole = (done(fuse(module, spec, parameters, lora, rest=rest)) for rest in ("base", 16))
     assert far(some(TOKENS), wanted) < 1e-3 and far(whole(TOKENS), wanted) < 1e-3
     assert mx.array_equal(module_at(some, q).bias, module_at(module, q).bias)
-    assert module_at(some, up) is not None and "scales" in module_at(some, up) and "scales" not in module_at(whole, up)
+    assert (
+        module_at(some, up) is not None
+        and "scales" in module_at(some, up)
+        and "scales" not in module_at(whole, up)
+    )
     assert "scales" in module_at(module, q), "the base is not changed"
 
 
@@ -132,10 +149,14 @@ def test_onto_the_original_adds_the_same_change_to_the_weights_before_quantizati
         path = "model.layers.0.mlp.down_proj"
         own = {name: parameters[f"{path}.{name}"] for name in lora.adapter.shapes((1, 1), 1)}
         delta = change(module_at(module, path), "linear", lora, own)
-        assert mx.allclose(module_at(made, path).weight - module_at(first, path).weight, delta, atol=1e-6)
+        assert mx.allclose(
+            module_at(made, path).weight - module_at(first, path).weight, delta, atol=1e-6
+        )
     assert far(made(TOKENS), first(TOKENS)) > 1e-3
     plain = module_at(made, "model.layers.0.mlp.up_proj").weight
-    assert mx.array_equal(plain, module_at(first, "model.layers.0.mlp.up_proj").weight), "rest=16 is the original too"
+    assert mx.array_equal(plain, module_at(first, "model.layers.0.mlp.up_proj").weight), (
+        "rest=16 is the original too"
+    )
 
 
 # retention by size of the change: dequantized base, original base, 8 bits (a 1024² Gaussian, rank 16)
@@ -148,7 +169,9 @@ def test_preview_finds_the_dead_zone_of_four_bits(size):
     mx.random.seed(1)
     first = nn.Sequential(nn.Linear(1024, 1024, bias=False))
     first.layers[0].weight = (mx.random.normal((1024, 1024)) * 0.02).astype(mx.bfloat16)
-    module = nn.Sequential(quantized_layer(first.layers[0], "x", QuantConfig("affine", 4), "rtn", None))
+    module = nn.Sequential(
+        quantized_layer(first.layers[0], "x", QuantConfig("affine", 4), "rtn", None)
+    )
     spec = describe(module, "one layer")
     lora = LoRAConfig(rank=16, keys="layers.0")
     found = done(preview(module, spec, stirred(module, spec, lora, size), lora, first))
@@ -172,8 +195,12 @@ def test_rows_that_speak_for_all_of_a_large_layer_say_nearly_the_same(monkeypatc
     lora = LoRAConfig(rank=4)
     parameters = stirred(base, spec, lora, 0.05)
     monkeypatch.setattr("qlab.engine.adapt.fuse._SAMPLE", 2**16)
-    some, whole = (done(preview(base, spec, parameters, lora, module, exact=exact)) for exact in (False, True))
-    assert {layer.depth for layer in some.layers} == {"exact", "sampled"} and {x.depth for x in whole.layers} == {"exact"}
+    some, whole = (
+        done(preview(base, spec, parameters, lora, module, exact=exact)) for exact in (False, True)
+    )
+    assert {layer.depth for layer in some.layers} == {"exact", "sampled"} and {
+        x.depth for x in whole.layers
+    } == {"exact"}
     for target in ("8", "base", "base_from_original"):
         assert some.kept(target) == pytest.approx(whole.kept(target), abs=0.03)
     for a, b in zip(some.layers, whole.layers, strict=True):
@@ -193,7 +220,10 @@ def test_codes_changed_counts_codes_of_any_width():
         packed = []
         for values in (codes, other):
             weight = mx.array(values.astype(np.float32))
-            weight[:, 0], weight[:, 1] = 0, 2**bits - 1  # the range of every group, so that codes are the values
+            weight[:, 0], weight[:, 1] = (
+                0,
+                2**bits - 1,
+            )  # the range of every group, so that codes are the values
             packed.append(config.scheme.quantize(weight, config)["weight"])
         assert _differing(*packed, bits) == 17 / 256
 
@@ -215,10 +245,16 @@ def test_the_report_reads_as_text_table_and_html():
     module, spec = tiny()
     module = quantized(module, spec, QuantConfig("affine", 4))
     spec = describe(module, "a <b>")
-    found = done(preview(module, spec, stirred(module, spec, LoRAConfig(rank=4), 0.01), LoRAConfig(rank=4)))
-    assert isinstance(found, Survival) and "affine 4-bit g64" in repr(found) and "base " in repr(found)
+    found = done(
+        preview(module, spec, stirred(module, spec, LoRAConfig(rank=4), 0.01), LoRAConfig(rank=4))
+    )
+    assert (
+        isinstance(found, Survival) and "affine 4-bit g64" in repr(found) and "base " in repr(found)
+    )
     frame = found.to_pandas()
-    assert len(frame) == 21 and frame.kept_base.between(-0.5, 0.9).all() and frame.kept_8.gt(0.9).all()
+    assert (
+        len(frame) == 21 and frame.kept_base.between(-0.5, 0.9).all() and frame.kept_8.gt(0.9).all()
+    )
     page = found._repr_html_()
     assert "a &lt;b&gt;" in page and page.count("<tr>") == 3 + 1 + 12
     worst = found.worst(3)
@@ -233,16 +269,22 @@ def test_options_that_are_not_legal_are_refused_and_name_what_is():
     lora = LoRAConfig(rank=4)
     parameters = stirred(module, spec, lora)
     for options, words in [
-        ({"bits": 4}, "bits=4 is not legal; choose one of 16, 8, 'base'"), ({"bits": True}, "bits=True"),
-        ({"onto": "first"}, "'base', 'original'"), ({"rest": 8}, "rest=8"),
+        ({"bits": 4}, "bits=4 is not legal; choose one of 16, 8, 'base'"),
+        ({"bits": True}, "bits=True"),
+        ({"onto": "first"}, "'base', 'original'"),
+        ({"rest": 8}, "rest=8"),
         ({"onto": "original"}, "needs the model before quantization"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(ConfigError, match=words):
             done(fuse(module, spec, parameters, lora, **options))
     with pytest.raises(ConfigError, match="missing"):
         done(fuse(module, spec, dict(list(parameters.items())[1:]), lora))
     with pytest.raises(WeightsError, match="NaN"):
-        done(preview(module, spec, {path: array * mx.nan for path, array in parameters.items()}, lora))
+        done(
+            preview(
+                module, spec, {path: array * mx.nan for path, array in parameters.items()}, lora
+            )
+        )
     with pytest.raises(WeightsError, match="merged weight of 'model.layers.0"):
         done(fuse(module, spec, {path: array * 1e25 for path, array in parameters.items()}, lora))
 
@@ -269,7 +311,11 @@ def test_a_fused_folder_opens_in_stock_mlx_lm_with_the_same_logits(bits, tmp_pat
     lora = LoRAConfig(rank=4, keys=("all-linear", "embed_tokens"))
 
     def make():
-        made = done(fuse(base.module, base.spec, stirred(base.module, base.spec, lora, 0.1), lora, bits=bits))
+        made = done(
+            fuse(
+                base.module, base.spec, stirred(base.module, base.spec, lora, 0.1), lora, bits=bits
+            )
+        )
         said = save(tmp_path / "fused", made, model.tokenizer, model.config, None)
         return np.array(made(TOKENS).astype(mx.float32)), said
 

@@ -104,8 +104,16 @@ def test_white_noise_has_the_singular_values_of_the_noise_curve(shape):
 
 
 def test_the_grid_holds_every_rank_to_16_and_every_power_of_two():
-    assert set(range(1, 17)) | {2**n for n in range(13)} <= set(GRID) and list(GRID) == sorted(set(GRID))
-    assert np.isnan(on_grid(np.arange(5.0))[5:]).all() and list(on_grid(np.arange(5.0))[:5]) == [0, 1, 2, 3, 4]
+    assert set(range(1, 17)) | {2**n for n in range(13)} <= set(GRID) and list(GRID) == sorted(
+        set(GRID)
+    )
+    assert np.isnan(on_grid(np.arange(5.0))[5:]).all() and list(on_grid(np.arange(5.0))[:5]) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 def run(events):
@@ -134,11 +142,19 @@ def rows() -> list[mx.array]:
 @pytest.mark.parametrize("init", STARTS)
 def test_a_start_brings_every_layer_nearer_to_its_original(models, init, kind, scale):
     module, small, spec = models
-    lora = LoRAConfig(rank=8, init=init, kind=kind, scale=scale, keys=("all-linear", "embed_tokens"))
+    lora = LoRAConfig(
+        rank=8, init=init, kind=kind, scale=scale, keys=("all-linear", "embed_tokens")
+    )
     layers = lora.targets(spec)
     texts = rows()
     arrays = run(
-        start(lora, layers, weights(module), weights(small), passing(module, [x.path for x in layers], texts[:6], texts[6:]))
+        start(
+            lora,
+            layers,
+            weights(module),
+            weights(small),
+            passing(module, [x.path for x in layers], texts[:6], texts[6:]),
+        )
     )
 
     @on_mlx
@@ -151,13 +167,21 @@ def test_a_start_brings_every_layer_nearer_to_its_original(models, init, kind, s
                 share = float(mx.square(error - change).sum() / mx.square(error).sum())
                 squares = np.linalg.svd(np.array(error), compute_uv=False) ** 2
                 assert share == pytest.approx(squares[8:].sum() / squares.sum(), rel=1e-2)
-            assert mx.abs(change).max() > 0 and mx.linalg.norm(a).item() == pytest.approx(mx.linalg.norm(b).item(), rel=0.5)
+            assert mx.abs(change).max() > 0 and mx.linalg.norm(a).item() == pytest.approx(
+                mx.linalg.norm(b).item(), rel=0.5
+            )
             if kind == "dora":
-                assert mx.allclose(arrays[f"{layer.path}.m"], mx.linalg.norm(weights(module)(layer.path), axis=1), rtol=1e-5)
+                assert mx.allclose(
+                    arrays[f"{layer.path}.m"],
+                    mx.linalg.norm(weights(module)(layer.path), axis=1),
+                    rtol=1e-5,
+                )
         made = attach(small, spec, lora, Compute(None, True), False)
         from mlx.utils import tree_flatten, tree_unflatten
 
-        assert {p: x.shape for p, x in tree_flatten(made.trainable_parameters())} == {p: x.shape for p, x in arrays.items()}
+        assert {p: x.shape for p, x in tree_flatten(made.trainable_parameters())} == {
+            p: x.shape for p, x in arrays.items()
+        }
         made.update(tree_unflatten(list(arrays.items())))
         distances = [mx.square(m(texts[7]) - module(texts[7])).sum().item() for m in (made, small)]
         assert distances[0] < (1.0 if init == "residual" else 0.8) * distances[1]
@@ -180,7 +204,9 @@ def test_inputs_are_what_each_layer_was_given_block_by_block(models):
     head = groups[3]["model.embed_tokens"]
     assert head.seen.shape == (6 * 24, 64) and head.heldout.shape == (2 * 24, 64)
     assert mx.allclose(
-        module.model.embed_tokens.as_linear(head.seen), module(mx.concatenate(texts[:6])).reshape(-1, 97), atol=1e-4
+        module.model.embed_tokens.as_linear(head.seen),
+        module(mx.concatenate(texts[:6])).reshape(-1, 97),
+        atol=1e-4,
     )
 
 
@@ -188,7 +214,9 @@ def test_inputs_are_what_each_layer_was_given_block_by_block(models):
 def test_recovered_shares_are_those_of_the_corrections(models):
     module, small, spec = models
     path, texts = "model.layers.1.mlp.down_proj", rows()
-    inputs = {k: v for group in passing(module, [path], texts[:6], texts[6:]) for k, v in group.items()}[path]
+    inputs = {
+        k: v for group in passing(module, [path], texts[:6], texts[6:]) for k, v in group.items()
+    }[path]
     found = recovery(path, weights(module), weights(small), inputs)
     error = weights(module)(path) - weights(small)(path)
     for init in STARTS:
@@ -220,7 +248,11 @@ def test_survey_measures_the_plan_and_keeps_what_is_known(models):
     assert survey.found((plan, "rtn")) == ({}, False)
     run(survey.measure((plan, "rtn"), lora, outputs=False))
     found, stale = survey.found((plan, "rtn"))
-    assert not stale and set(found) == {x.path for x in lora.targets(spec)} and found["model.layers.0.mlp.up_proj"] is None
+    assert (
+        not stale
+        and set(found) == {x.path for x in lora.targets(spec)}
+        and found["model.layers.0.mlp.up_proj"] is None
+    )
     other, stale = survey.found((QuantPlan(QuantConfig("affine", 2, 32)), "rtn"))
     assert stale and set(other) == set(found)
     kept = dict(found)

@@ -42,9 +42,14 @@ def alpaca(count=4000) -> Rows:
 
 
 SHAPES = {
-    "like": [40] * 10, "one": [7], "fewer than a batch": [9, 30], "short": range(20, 61), "long tail": [500, *[20] * 21],
-    "just fits": [512, 512, 2, 2], "unlike": range(2, 300, 7),
-}  # fmt: skip
+    "like": [40] * 10,
+    "one": [7],
+    "fewer than a batch": [9, 30],
+    "short": range(20, 61),
+    "long tail": [500, *[20] * 21],
+    "just fits": [512, 512, 2, 2],
+    "unlike": range(2, 300, 7),
+}
 
 
 @pytest.mark.parametrize("pack", [False, True], ids=["padded", "packed"])
@@ -57,19 +62,35 @@ def test_every_row_passes_once_an_epoch_whole_and_nothing_else_is_a_target(name,
         seen = Counter()
         for i in range(feed.per_epoch):
             batch = feed.batch(epoch * feed.per_epoch + i)
-            assert batch.shape in feed.shapes and batch.targets > 0 and (batch.segments is None) != pack
+            assert (
+                batch.shape in feed.shapes
+                and batch.targets > 0
+                and (batch.segments is None) != pack
+            )
             computed += batch.tokens.size if epoch == 0 else 0
             for b, numbers in enumerate(batch.numbers):
                 seen.update(numbers)
                 expected = np.concatenate([rows.rows[n].tokens for n in numbers])
                 length = expected.size
-                assert np.array_equal(batch.tokens[b, :length], expected) and not batch.tokens[b, length:].any()
-                assert np.array_equal(batch.mask[b, :length], np.concatenate([rows.rows[n].mask for n in numbers]))
+                assert (
+                    np.array_equal(batch.tokens[b, :length], expected)
+                    and not batch.tokens[b, length:].any()
+                )
+                assert np.array_equal(
+                    batch.mask[b, :length], np.concatenate([rows.rows[n].mask for n in numbers])
+                )
                 assert not batch.mask[b, length:].any()
                 if pack:
-                    marks = np.repeat(np.arange(len(numbers)) + 1, [rows.rows[n].tokens.size for n in numbers])
-                    assert np.array_equal(batch.segments[b, :length], marks) and not batch.segments[b, length:].any()
-            assert batch.real == sum(rows.rows[n].tokens.size for numbers in batch.numbers for n in numbers)
+                    marks = np.repeat(
+                        np.arange(len(numbers)) + 1, [rows.rows[n].tokens.size for n in numbers]
+                    )
+                    assert (
+                        np.array_equal(batch.segments[b, :length], marks)
+                        and not batch.segments[b, length:].any()
+                    )
+            assert batch.real == sum(
+                rows.rows[n].tokens.size for numbers in batch.numbers for n in numbers
+            )
         assert seen == Counter(range(len(rows)))
     assert feed.waste == pytest.approx(computed / rows.tokens)
 
@@ -90,7 +111,9 @@ def test_another_process_gives_the_same_batches():
         "import numpy as np; from tests.engine.data.test_batches import *;"
         "print([Feed(alpaca(60), TrainConfig(seed=3, pack=p)).batch(40).numbers for p in (False, True)])"
     )
-    expected = str([Feed(alpaca(60), TrainConfig(seed=3, pack=p)).batch(40).numbers for p in (False, True)])
+    expected = str(
+        [Feed(alpaca(60), TrainConfig(seed=3, pack=p)).batch(40).numbers for p in (False, True)]
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == expected
 
 
@@ -100,7 +123,9 @@ def test_order_is_the_same_for_ever():
 
 def test_epochs_differ_in_order_and_in_who_meets_whom():
     feed = Feed(rows_of([30] * 40), TrainConfig(batch_size=4))
-    first, second = ([feed.batch(e * feed.per_epoch + i).numbers for i in range(feed.per_epoch)] for e in (0, 1))
+    first, second = (
+        [feed.batch(e * feed.per_epoch + i).numbers for i in range(feed.per_epoch)] for e in (0, 1)
+    )
     assert first != second and {frozenset(b) for b in first} != {frozenset(b) for b in second}
 
 
@@ -108,11 +133,15 @@ def test_lengths_are_few_and_padding_is_little():
     feed = Feed(alpaca(), TrainConfig())
     assert len({length for _, length in feed.shapes}) <= 16 and feed.waste < 1.09
     assert len({length for _, length in Feed(alpaca(900), TrainConfig()).shapes}) <= 8
-    assert feed.shapes[0][0] * feed.shapes[0][1] == max(rows * length for rows, length in feed.shapes)
+    assert feed.shapes[0][0] * feed.shapes[0][1] == max(
+        rows * length for rows, length in feed.shapes
+    )
     packed = Feed(alpaca(), TrainConfig(pack=True))
     assert packed.waste < 1.01 and len(packed.shapes) <= 2
     short = rows_of(np.random.default_rng(1).integers(20, 61, 1000))
-    assert Feed(short, TrainConfig()).waste < 1.06 and Feed(short, TrainConfig(pack=True)).waste < 1.02
+    assert (
+        Feed(short, TrainConfig()).waste < 1.06 and Feed(short, TrainConfig(pack=True)).waste < 1.02
+    )
 
 
 def test_no_other_parting_wastes_less():
@@ -124,8 +153,9 @@ def test_no_other_parting_wastes_less():
     ends = range(3, 30, 3)
     best = min(
         sum((b - a) * int(sizes[b - 1]) for a, b in zip((0, *cuts), (*cuts, 30), strict=True))
-        for k in range(4) for cuts in combinations(ends, k)
-    )  # fmt: skip
+        for k in range(4)
+        for cuts in combinations(ends, k)
+    )
     assert cost == best and len(found) <= 4 and found[0][0] == 0 and found[-1][1] == 30
 
 
@@ -156,13 +186,18 @@ def test_padding_and_packing_add_nothing_to_loss_and_gradient():
         TrainConfig(batch_size=1),
         TrainConfig(batch_size=2, pack=True, max_seq_length=26),
     ):
-        step = make_step(attach(module, spec, LoRAConfig(rank=2), Compute(None, True), False), config)
+        step = make_step(
+            attach(module, spec, LoRAConfig(rank=2), Compute(None, True), False), config
+        )
         mx.random.seed(0)
         drawn = {p: mx.random.normal(a.shape) * 0.1 for p, a in sorted(step.parameters.items())}
         feed = Feed(rows, config)
         batches = [feed.batch(i) for i in range(feed.per_epoch)]
         segments = [None if b.segments is None else mx.array(b.segments) for b in batches]
-        sums = [step(drawn, mx.array(b.tokens), mx.array(b.mask), segments=s) for b, s in zip(batches, segments, strict=True)]
+        sums = [
+            step(drawn, mx.array(b.tokens), mx.array(b.mask), segments=s)
+            for b, s in zip(batches, segments, strict=True)
+        ]
         total = functools.reduce(Sums.plus, sums)
         mx.eval(total)
         totals.append(total)

@@ -25,7 +25,10 @@ def said(role, content, **more):
 def trained(row, tokenizer):
     """Text of each run of targets."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], row.mask, [0]])))
-    return [tokenizer.decode(row.tokens[a:b].tolist()) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    return [
+        tokenizer.decode(row.tokens[a:b].tolist())
+        for a, b in zip(edges[::2], edges[1::2], strict=True)
+    ]
 
 
 def targets(tokenizer, messages, **more):
@@ -33,13 +36,26 @@ def targets(tokenizer, messages, **more):
     return trained(rows.rows[0], tokenizer)
 
 
-TWO = [said(USER, "Hi there"), said(ASSISTANT, "Hello."), said(USER, "And now?"), said(ASSISTANT, "Now\n\nthis: 1+1=2")]
+TWO = [
+    said(USER, "Hi there"),
+    said(ASSISTANT, "Hello."),
+    said(USER, "And now?"),
+    said(ASSISTANT, "Now\n\nthis: 1+1=2"),
+]
 CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}]
-TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}},
+    }
+]
 
 
 def test_chatml_trains_answers_with_the_mark_that_ends_them(demo):
-    assert targets(t.speaking(demo.tokenizer, t.CHATML), TWO) == ["Hello.<|im_end|>", "Now\n\nthis: 1+1=2<|im_end|>"]
+    assert targets(t.speaking(demo.tokenizer, t.CHATML), TWO) == [
+        "Hello.<|im_end|>",
+        "Now\n\nthis: 1+1=2<|im_end|>",
+    ]
 
 
 def test_smollm2_trains_answers_though_it_adds_a_system_message(smollm2_path):
@@ -50,7 +66,9 @@ def test_smollm2_trains_answers_though_it_adds_a_system_message(smollm2_path):
     assert "You are a helpful AI assistant" in tokenizer.decode(row.tokens[row.mask == 0].tolist())
 
 
-@pytest.mark.parametrize("system", [[], [said(SYSTEM, "Be brief.")]], ids=["default system prompt", "own system prompt"])
+@pytest.mark.parametrize(
+    "system", [[], [said(SYSTEM, "Be brief.")]], ids=["default system prompt", "own system prompt"]
+)
 def test_llama3_trains_answers(demo, system):
     tokenizer = t.speaking(demo.tokenizer, t.LLAMA3)
     assert targets(tokenizer, system + TWO) == ["Hello.<|eot_id|>", "Now\n\nthis: 1+1=2<|eot_id|>"]
@@ -58,36 +76,62 @@ def test_llama3_trains_answers(demo, system):
 
 def test_thoughts_stripped_from_earlier_turns_are_no_targets(demo):
     tokenizer = t.speaking(demo.tokenizer, t.THINKING)
-    turns = [said(USER, "a?"), said(ASSISTANT, "<think>\nhm\n</think>\n\nA."), said(USER, "b?"),
-             said(ASSISTANT, "<think>\noh\n</think>\n\nB.")]  # fmt: skip
+    turns = [
+        said(USER, "a?"),
+        said(ASSISTANT, "<think>\nhm\n</think>\n\nA."),
+        said(USER, "b?"),
+        said(ASSISTANT, "<think>\noh\n</think>\n\nB."),
+    ]
     assert targets(tokenizer, turns) == ["A.<|im_end|>", "<think>\noh\n</think>\n\nB.<|im_end|>"]
     assert targets(tokenizer, TWO[:2]) == ["<think>\n\n</think>\n\nHello.<|im_end|>"]
 
 
 def test_thoughts_between_tool_calls_are_targets_where_they_are_shown(demo):
     tokenizer = t.speaking(demo.tokenizer, t.THINKING)
-    turns = [said(USER, "a?"), said(ASSISTANT, "<think>\nx\n</think>\n\nlook"), said("tool", "7"),
-             said(ASSISTANT, "<think>\ny\n</think>\n\nA."), said(USER, "b?"), said(ASSISTANT, "B.")]  # fmt: skip
+    turns = [
+        said(USER, "a?"),
+        said(ASSISTANT, "<think>\nx\n</think>\n\nlook"),
+        said("tool", "7"),
+        said(ASSISTANT, "<think>\ny\n</think>\n\nA."),
+        said(USER, "b?"),
+        said(ASSISTANT, "B."),
+    ]
     # the prompt for "A." shows thought x, which the whole render drops
-    assert targets(tokenizer, turns) == ["look<|im_end|>", "A.<|im_end|>", "<think>\n\n</think>\n\nB.<|im_end|>"]
+    assert targets(tokenizer, turns) == [
+        "look<|im_end|>",
+        "A.<|im_end|>",
+        "<think>\n\n</think>\n\nB.<|im_end|>",
+    ]
     assert targets(tokenizer, turns[:4]) == [
-        "<think>\nx\n</think>\n\nlook<|im_end|>", "<think>\ny\n</think>\n\nA.<|im_end|>"]  # fmt: skip
+        "<think>\nx\n</think>\n\nlook<|im_end|>",
+        "<think>\ny\n</think>\n\nA.<|im_end|>",
+    ]
 
 
 @pytest.mark.parametrize("answer", ["Yes.", "<b>bold", "<thin", "\nspaced"])
 def test_a_thought_that_only_the_prompt_opens_shifts_nothing(demo, answer):
     tokenizer = t.speaking(demo.tokenizer, t.OPENED)
-    turns = [said(USER, "a?"), said(ASSISTANT, "<think>\nhm\n</think>\nA."), said(USER, "b?"), said(ASSISTANT, answer)]
+    turns = [
+        said(USER, "a?"),
+        said(ASSISTANT, "<think>\nhm\n</think>\nA."),
+        said(USER, "b?"),
+        said(ASSISTANT, answer),
+    ]
     assert targets(tokenizer, turns) == ["A.<|end|>", answer.lstrip("\n") + "<|end|>"]
 
 
 def test_a_template_that_opens_no_turn_trains_what_follows_the_question(demo):
-    assert targets(t.speaking(demo.tokenizer, t.INST), TWO) == [" Hello.</s>", " Now\n\nthis: 1+1=2</s>"]
+    assert targets(t.speaking(demo.tokenizer, t.INST), TWO) == [
+        " Hello.</s>",
+        " Now\n\nthis: 1+1=2</s>",
+    ]
 
 
 def test_another_mark_for_the_last_turn_is_seen(demo):
     assert targets(t.speaking(demo.tokenizer, t.RETURN), TWO) == [
-        "<|message|>Hello.<|end|>", "<|message|>Now\n\nthis: 1+1=2<|return|>"]  # fmt: skip
+        "<|message|>Hello.<|end|>",
+        "<|message|>Now\n\nthis: 1+1=2<|return|>",
+    ]
 
 
 def test_marks_of_the_template_are_used_and_the_end_of_the_turn_is_added(demo):
@@ -119,7 +163,9 @@ def test_tool_calls_are_targets_and_results_are_not(demo):
     text = json.loads(json.dumps(turns))
     text[1]["tool_calls"][0]["function"]["arguments"] = '{"a": 1, "b": 2}'
     assert targets(tokenizer, text, tools=json.dumps(TOOLS)) == [call, "It is 3.<|eot_id|>"]
-    assert isinstance(text[1]["tool_calls"][0]["function"]["arguments"], str)  # the user's data stays as it was
+    assert isinstance(
+        text[1]["tool_calls"][0]["function"]["arguments"], str
+    )  # the user's data stays as it was
 
 
 @pytest.mark.parametrize("template", [t.CHATML, t.GENERATION], ids=["found", "marked"])
@@ -135,7 +181,9 @@ def test_a_conversation_may_begin_with_the_assistant_and_end_with_the_user(demo)
 
 
 def test_mask_prompt_false_trains_all_but_the_first_token(demo):
-    rows = read([{"messages": TWO}], t.speaking(demo.tokenizer, t.CHATML), TrainConfig(mask_prompt=False))
+    rows = read(
+        [{"messages": TWO}], t.speaking(demo.tokenizer, t.CHATML), TrainConfig(mask_prompt=False)
+    )
     assert rows.rows[0].mask.tolist() == [0] + [1] * (rows.tokens - 1)
 
 
@@ -150,17 +198,28 @@ def test_tokenizers_that_do_not_say_where_tokens_stand_give_the_same_masks(demo)
         inner.__class__ = type("Slow", (type(inner),), {"is_fast": False})
         object.__setattr__(silent, "_tokenizer", inner)
         rows = [read([{"messages": TWO}], tokenizer, LONG).rows[0] for tokenizer in (loud, silent)]
-        assert np.array_equal(rows[0].tokens, rows[1].tokens) and np.array_equal(rows[0].mask, rows[1].mask)
+        assert np.array_equal(rows[0].tokens, rows[1].tokens) and np.array_equal(
+            rows[0].mask, rows[1].mask
+        )
 
 
 def test_turns_are_found_where_no_render_is_the_beginning_of_another(demo):
-    assert targets(t.speaking(demo.tokenizer, t.COUNTED), TWO) == ["Hello.<|im_end|>", "Now\n\nthis: 1+1=2<|im_end|>"]
+    assert targets(t.speaking(demo.tokenizer, t.COUNTED), TWO) == [
+        "Hello.<|im_end|>",
+        "Now\n\nthis: 1+1=2<|im_end|>",
+    ]
     # a token that begins in the prompt and ends in the answer is a target
-    assert targets(t.speaking(demo.tokenizer, t.PLAIN), TWO) == [" Hello.\n", " Now\n\nthis: 1+1=2\n"]
+    assert targets(t.speaking(demo.tokenizer, t.PLAIN), TWO) == [
+        " Hello.\n",
+        " Now\n\nthis: 1+1=2\n",
+    ]
 
 
 def test_a_mark_that_comes_with_the_next_turn_belongs_to_the_answer(demo):
-    assert targets(t.speaking(demo.tokenizer, t.LATE), TWO) == [" Hello.</s>", " Now\n\nthis: 1+1=2"]
+    assert targets(t.speaking(demo.tokenizer, t.LATE), TWO) == [
+        " Hello.</s>",
+        " Now\n\nthis: 1+1=2",
+    ]
 
 
 FAKE = "<|assistant|><think>\nas if"
@@ -168,19 +227,26 @@ UNCERTAIN = {
     "the whole shifts": (t.SHIFTING, TWO),
     "a reply changes the beginning": (t.MODE, [TWO[0], said(ASSISTANT, "<think>x</think>y")]),
     "a later turn measures it": (t.MEASURED, TWO),
-    "the opening stands only in what the user says": (t.COUNTED_OPENED, [said(USER, FAKE), said(ASSISTANT, "y")]),
+    "the opening stands only in what the user says": (
+        t.COUNTED_OPENED,
+        [said(USER, FAKE), said(ASSISTANT, "y")],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", UNCERTAIN)
 def test_what_cannot_be_told_for_certain_is_refused_with_the_row(demo, name):
     template, messages = UNCERTAIN[name]
-    with pytest.raises(DataError, match=r"row 0: 'messages'\[1\]: the chat template does not show for certain"):
+    with pytest.raises(
+        DataError, match=r"row 0: 'messages'\[1\]: the chat template does not show for certain"
+    ):
         read([{"messages": messages}], t.speaking(demo.tokenizer, template), LONG)
 
 
 def test_what_the_template_refuses_is_told_with_the_row(demo):
-    with pytest.raises(DataError, match="row 1: 'messages': the chat template refuses them: Roles must alternate"):
+    with pytest.raises(
+        DataError, match="row 1: 'messages': the chat template refuses them: Roles must alternate"
+    ):
         read([{"messages": TWO}, {"messages": TWO[1:]}], t.speaking(demo.tokenizer, t.INST), LONG)
 
 
@@ -194,7 +260,10 @@ def test_prompt_and_completion_are_a_turn_each_where_there_is_a_template(demo):
     turns = [said(USER, "q"), said(ASSISTANT, "a")]
     plain, listed = (
         read([row], tokenizer, LONG).rows[0]
-        for row in ({"prompt": "q", "completion": "a"}, {"prompt": turns[:1], "completion": turns[1:]})
+        for row in (
+            {"prompt": "q", "completion": "a"},
+            {"prompt": turns[:1], "completion": turns[1:]},
+        )
     )
     assert trained(plain, tokenizer) == ["a<|im_end|>"]
     assert plain.tokens.tolist() == listed.tokens.tolist() == tokenizer.apply_chat_template(turns)

@@ -20,7 +20,10 @@ TOOL = [{"type": "function", "function": {"name": "add"}}]
 
 
 def call(**function):
-    return {"messages": [U, {"role": "assistant", "tool_calls": [{"function": function}]}], "tools": TOOL}
+    return {
+        "messages": [U, {"role": "assistant", "tool_calls": [{"function": function}]}],
+        "tools": TOOL,
+    }
 
 
 ROWS = {
@@ -29,46 +32,124 @@ ROWS = {
     "no keys": ({}, "row 1: it has no keys; it needs 'text'"),
     "other keys": ({"foo": 1, "bar": 2}, "row 1: it has 'foo', 'bar'; it needs 'text'"),
     "misspelt key": ({"mesages": [U, A]}, "Did you mean 'messages'?"),
-    "alpaca": ({"instruction": "a", "input": "", "output": "b"}, "row 1: it has 'instruction' and 'output'; call them 'prompt' and 'completion'"),
-    "sharegpt": ({"conversations": [{"from": "human", "value": "a"}]}, "row 1: it has 'conversations'; call it 'messages'"),
-    "two ways": ({"text": "a", "messages": [U, A]}, "row 1: it has 'text' and 'messages'; a row is given in one way"),
-    "all three": ({"text": "a", "prompt": "a", "completion": "b"}, "row 1: it has 'text' and 'prompt'; a row is given in one way"),
+    "alpaca": (
+        {"instruction": "a", "input": "", "output": "b"},
+        "row 1: it has 'instruction' and 'output'; call them 'prompt' and 'completion'",
+    ),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "a"}]},
+        "row 1: it has 'conversations'; call it 'messages'",
+    ),
+    "two ways": (
+        {"text": "a", "messages": [U, A]},
+        "row 1: it has 'text' and 'messages'; a row is given in one way",
+    ),
+    "all three": (
+        {"text": "a", "prompt": "a", "completion": "b"},
+        "row 1: it has 'text' and 'prompt'; a row is given in one way",
+    ),
     "text a number": ({"text": 3}, "row 1: 'text' is an int, not a string"),
     "text bytes": ({"text": b"abc"}, "row 1: 'text' is a bytes, not a string"),
     "text NaN": ({"text": math.nan}, "row 1: 'text' holds nothing"),
-    "text and messages None": ({"text": None, "messages": None}, "row 1: 'text' and 'messages' hold nothing"),
+    "text and messages None": (
+        {"text": None, "messages": None},
+        "row 1: 'text' and 'messages' hold nothing",
+    ),
     "half a character": ({"text": "a \ud83d b"}, "row 1: 'text' cannot be tokenized"),
     "no completion": ({"prompt": "a"}, "row 1: 'completion' is missing beside 'prompt'"),
-    "misspelt completion": ({"prompt": "a", "completions": "b"}, "Did you mean 'completion' by 'completions'?"),
+    "misspelt completion": (
+        {"prompt": "a", "completions": "b"},
+        "Did you mean 'completion' by 'completions'?",
+    ),
     "no prompt": ({"completion": "a"}, "row 1: 'prompt' is missing beside 'completion'"),
     "empty completion": ({"prompt": "a", "completion": " \n"}, "row 1: 'completion' is empty"),
-    "prompt a list of strings": ({"prompt": ["a"], "completion": [A]}, "row 1: 'prompt'[0] is a str, not a dict with 'role' and 'content'"),
-    "completion a string beside a chat": ({"prompt": [U], "completion": "a"}, "row 1: 'completion' is a str, not a list of messages"),
-    "completion a dict": ({"prompt": "a", "completion": {"a": 1}}, "row 1: 'completion' is a dict, not a string"),
+    "prompt a list of strings": (
+        {"prompt": ["a"], "completion": [A]},
+        "row 1: 'prompt'[0] is a str, not a dict with 'role' and 'content'",
+    ),
+    "completion a string beside a chat": (
+        {"prompt": [U], "completion": "a"},
+        "row 1: 'completion' is a str, not a list of messages",
+    ),
+    "completion a dict": (
+        {"prompt": "a", "completion": {"a": 1}},
+        "row 1: 'completion' is a dict, not a string",
+    ),
     "messages a string": ({"messages": "hi"}, "row 1: 'messages' is a str, not a list of messages"),
     "messages empty": ({"messages": []}, "row 1: 'messages' is empty"),
-    "message a string": ({"messages": [U, "a"]}, "row 1: 'messages'[1] is a str, not a dict with 'role' and 'content'"),
+    "message a string": (
+        {"messages": [U, "a"]},
+        "row 1: 'messages'[1] is a str, not a dict with 'role' and 'content'",
+    ),
     "no role": ({"messages": [{"content": "a"}, A]}, "row 1: 'messages'[0] has no 'role'"),
-    "from and value": ({"messages": [{"from": "human", "value": "a"}]}, "'from' and 'value' are called 'role' and 'content' here"),
-    "misspelt role": ({"messages": [U, {"role": "asistant", "content": "a"}]}, "row 1: 'messages'[1]['role'] is 'asistant'; it is one of system"),
-    "other words for roles": ({"messages": [{"role": "human", "content": "a"}]}, "Did you mean 'user'?"),
+    "from and value": (
+        {"messages": [{"from": "human", "value": "a"}]},
+        "'from' and 'value' are called 'role' and 'content' here",
+    ),
+    "misspelt role": (
+        {"messages": [U, {"role": "asistant", "content": "a"}]},
+        "row 1: 'messages'[1]['role'] is 'asistant'; it is one of system",
+    ),
+    "other words for roles": (
+        {"messages": [{"role": "human", "content": "a"}]},
+        "Did you mean 'user'?",
+    ),
     "no content": ({"messages": [{"role": "user"}, A]}, "row 1: 'messages'[0] has no 'content'"),
-    "content a number": ({"messages": [{"role": "user", "content": 4}, A]}, "row 1: 'messages'[0]['content'] is an int, not a string"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}, A]}, "'messages'[0]['content'][0] is of the type 'image'; only text"),
-    "answer empty": ({"messages": [U, {"role": "assistant", "content": ""}]}, "row 1: 'messages'[1]['content'] of the assistant is empty"),
-    "no answer": ({"messages": [U]}, "row 1: 'messages' has no message of the assistant to learn; with mask_prompt=False"),
-    "all of weight 0": ({"messages": [U, {**A, "weight": 0}]}, "row 1: 'messages' has no message of the assistant to learn"),
-    "weight a half": ({"messages": [U, {**A, "weight": 0.5}]}, "row 1: 'messages'[1]['weight'] is 0.5; it is 1"),
-    "the user calls a tool": ({"messages": [{**U, "tool_calls": [{}]}, A]}, "only the assistant calls tools"),
-    "call without a name": (call(arguments={}), "row 1: 'messages'[1]['tool_calls'][0] has no 'function' with a 'name'"),
-    "arguments no JSON": (call(name="add", arguments="{a: 1}"), "['tool_calls'][0]['function']['arguments'] is not JSON"),
-    "arguments a list": (call(name="add", arguments="[1]"), "['function']['arguments'] is a list, not a dict"),
-    "tools a number": ({"messages": [U, A], "tools": 3}, "row 1: 'tools' is an int, not a list of JSON schemas"),
+    "content a number": (
+        {"messages": [{"role": "user", "content": 4}, A]},
+        "row 1: 'messages'[0]['content'] is an int, not a string",
+    ),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, A]},
+        "'messages'[0]['content'][0] is of the type 'image'; only text",
+    ),
+    "answer empty": (
+        {"messages": [U, {"role": "assistant", "content": ""}]},
+        "row 1: 'messages'[1]['content'] of the assistant is empty",
+    ),
+    "no answer": (
+        {"messages": [U]},
+        "row 1: 'messages' has no message of the assistant to learn; with mask_prompt=False",
+    ),
+    "all of weight 0": (
+        {"messages": [U, {**A, "weight": 0}]},
+        "row 1: 'messages' has no message of the assistant to learn",
+    ),
+    "weight a half": (
+        {"messages": [U, {**A, "weight": 0.5}]},
+        "row 1: 'messages'[1]['weight'] is 0.5; it is 1",
+    ),
+    "the user calls a tool": (
+        {"messages": [{**U, "tool_calls": [{}]}, A]},
+        "only the assistant calls tools",
+    ),
+    "call without a name": (
+        call(arguments={}),
+        "row 1: 'messages'[1]['tool_calls'][0] has no 'function' with a 'name'",
+    ),
+    "arguments no JSON": (
+        call(name="add", arguments="{a: 1}"),
+        "['tool_calls'][0]['function']['arguments'] is not JSON",
+    ),
+    "arguments a list": (
+        call(name="add", arguments="[1]"),
+        "['function']['arguments'] is a list, not a dict",
+    ),
+    "tools a number": (
+        {"messages": [U, A], "tools": 3},
+        "row 1: 'tools' is an int, not a list of JSON schemas",
+    ),
     "tools no JSON": ({"messages": [U, A], "tools": "[{"}, "row 1: 'tools' is not JSON"),
-    "tool a string": ({"messages": [U, A], "tools": ["add"]}, "row 1: 'tools'[0] is a str, not a JSON schema"),
-    "tool without a name": ({"messages": [U, A], "tools": [{"type": "function", "function": {}}]}, "row 1: 'tools'[0] has no 'name'"),
+    "tool a string": (
+        {"messages": [U, A], "tools": ["add"]},
+        "row 1: 'tools'[0] is a str, not a JSON schema",
+    ),
+    "tool without a name": (
+        {"messages": [U, A], "tools": [{"type": "function", "function": {}}]},
+        "row 1: 'tools'[0] has no 'name'",
+    ),
     "tools beside text": ({"text": "a", "tools": TOOL}, "row 1: 'tools' needs 'messages'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -89,10 +170,13 @@ WHOLES = {
     "no rows": ([], "The data gives nothing to train on: it holds no rows"),
     "empty text": (" ", "The text is empty"),
     "one row as a dict": ({"text": "a"}, "The data is one dict; give a list of dicts"),
-    "columns of different length": ({"prompt": ["a", "b"], "completion": ["c"]}, "The columns differ in length: 'prompt' has 2, 'completion' has 1"),
+    "columns of different length": (
+        {"prompt": ["a", "b"], "completion": ["c"]},
+        "The columns differ in length: 'prompt' has 2, 'completion' has 1",
+    ),
     "only empty rows": ([{"text": ""}] * 3, "none of 3 rows has a target: it is empty (row 0)"),
     "a set on the hub": ("tatsu-lab/alpaca", "give datasets.load_dataset('tatsu-lab/alpaca')"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WHOLES)
@@ -106,16 +190,28 @@ def test_data_is_refused(demo, name):
 FILES = {
     "empty.jsonl": (b"", "empty.jsonl is empty"),
     "empty.txt": (b"  \n", "empty.txt is empty"),
-    "broken.jsonl": (b'{"text": "a"}\n{"text": \n\n{x}\n', "2 of 3 rows cannot be used:\n- row 1: line 2 of broken.jsonl is not JSON: Expecting value at column 10\n- row 2: line 4 "),
+    "broken.jsonl": (
+        b'{"text": "a"}\n{"text": \n\n{x}\n',
+        "2 of 3 rows cannot be used:\n- row 1: line 2 of broken.jsonl is not JSON: Expecting value at column 10\n- row 2: line 4 ",
+    ),
     "broken.json": (b'[{"text": "a"}', "broken.json is not JSON"),
-    "lines.json": (b'{"text": "a"}\n{"text": "b"}\n', "It holds several rows, one a line: name it .jsonl"),
+    "lines.json": (
+        b'{"text": "a"}\n{"text": "b"}\n',
+        "It holds several rows, one a line: name it .jsonl",
+    ),
     "scalar.json": (b'"text"', "scalar.json holds a str; it must hold a list of rows"),
-    "latin1.jsonl": ('{"text": "é"}'.encode("latin-1"), "latin1.jsonl is not UTF-8 text: byte 10 is 0xe9"),
-    "ragged.csv": (b"prompt,completion\na,b\nc\n", "- row 1: line 3 of ragged.csv has not as many cells as the 2 columns"),
+    "latin1.jsonl": (
+        '{"text": "é"}'.encode("latin-1"),
+        "latin1.jsonl is not UTF-8 text: byte 10 is 0xe9",
+    ),
+    "ragged.csv": (
+        b"prompt,completion\na,b\nc\n",
+        "- row 1: line 3 of ragged.csv has not as many cells as the 2 columns",
+    ),
     "quotes.csv": (b'text\n"a"b\n', "line 2 of quotes.csv cannot be read"),
     "broken.parquet": (b"PAR1 no", "broken.parquet is not a Parquet file"),
     "rows.xlsx": (b"x", "rows.xlsx is not read here; give a file of one of the kinds .jsonl"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -130,7 +226,9 @@ def test_file_is_refused(demo, tmp_path, name):
 
 def test_missing_file_and_folder_name_what_is_there(demo, tmp_path):
     (tmp_path / "train.jsonl").write_text("{}")
-    with pytest.raises(DataError, match=r"There is no file .*trian.jsonl'. Did you mean 'train.jsonl'\?"):
+    with pytest.raises(
+        DataError, match=r"There is no file .*trian.jsonl'. Did you mean 'train.jsonl'\?"
+    ):
         read(str(tmp_path / "trian.jsonl"), demo.tokenizer, TrainConfig())
     with pytest.raises(DataError, match="is a folder; give one file of it: train.jsonl"):
         read(tmp_path, demo.tokenizer, TrainConfig())
@@ -140,12 +238,17 @@ def test_a_set_of_splits_names_its_splits(demo):
     import datasets
 
     part = datasets.Dataset.from_list([{"text": "a"}])
-    with pytest.raises(DataError, match=r"a set of splits \(train, test\); give one of them, such as data\['train'\]"):
+    with pytest.raises(
+        DataError,
+        match=r"a set of splits \(train, test\); give one of them, such as data\['train'\]",
+    ):
         read(datasets.DatasetDict(train=part, test=part), demo.tokenizer, TrainConfig())
 
 
 def test_messages_without_a_template_name_the_way_out(demo):
-    with pytest.raises(DataError, match="row 0: 'messages' needs a chat template.*give 'prompt' and 'completion'"):
+    with pytest.raises(
+        DataError, match="row 0: 'messages' needs a chat template.*give 'prompt' and 'completion'"
+    ):
         read([{"messages": [U, A]}], demo.tokenizer, TrainConfig())
 
 
@@ -153,14 +256,20 @@ def test_all_faults_are_told_at_once_and_the_list_stays_short(demo):
     with pytest.raises(DataError) as error:
         read([{f"tex{i}": "?"} for i in range(50)] + ["fine"], demo.tokenizer, TrainConfig())
     lines = str(error.value).splitlines()
-    assert lines[0].startswith("50 of 51 rows cannot be used") and len(lines) == 22 and lines[-1] == "… and 30 more."
+    assert (
+        lines[0].startswith("50 of 51 rows cannot be used")
+        and len(lines) == 22
+        and lines[-1] == "… and 30 more."
+    )
     assert lines[20].startswith("- row 19: ") and "tex19" in lines[20]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
 def test_lines_that_cannot_be_read_are_told_with_all_other_faults(demo, tmp_path, name):
     jsonl = '{"text": 1}\n{"text"\n{"txt": "a"}\n\n{"text": "fine"}\nnull\n'
-    (tmp_path / name).write_text({"rows.jsonl": jsonl, "rows.csv": "txt,prompt\na,\na\n,\nc,b\n"}[name])
+    (tmp_path / name).write_text(
+        {"rows.jsonl": jsonl, "rows.csv": "txt,prompt\na,\na\n,\nc,b\n"}[name]
+    )
     told = {
         "rows.jsonl": [
             "4 of 5",
@@ -198,10 +307,20 @@ def test_a_source_that_fails_says_at_which_row(demo):
 
 
 def test_a_token_that_the_model_does_not_know_is_refused_with_its_row(demo):
-    with pytest.raises(DataError, match=r"1 of 3 rows cannot be used:\n- row 1: token \d+ is none of the model's, 0 to 299"):
+    with pytest.raises(
+        DataError,
+        match=r"1 of 3 rows cannot be used:\n- row 1: token \d+ is none of the model's, 0 to 299",
+    ):
         read(["a b", {"text": "fine"}, "a b"], demo.tokenizer, TrainConfig(), 300)
-    with pytest.raises(DataError, match=r"The text cannot be used: token \d+ is none of the model's, 0 to 2;"):
-        read("Some running text, in which every token is far too high.", demo.tokenizer, TrainConfig(), 3)
+    with pytest.raises(
+        DataError, match=r"The text cannot be used: token \d+ is none of the model's, 0 to 2;"
+    ):
+        read(
+            "Some running text, in which every token is far too high.",
+            demo.tokenizer,
+            TrainConfig(),
+            3,
+        )
     rows = read(["fine"], demo.tokenizer, TrainConfig(), demo.spec.vocabulary)
     assert read(rows, demo.tokenizer, TrainConfig(), demo.spec.vocabulary) is rows
     with pytest.raises(DataError, match=r"1 of 1 rows cannot be used:\n- row 0: token"):

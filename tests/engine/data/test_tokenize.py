@@ -45,7 +45,14 @@ def test_every_way_of_giving_rows_gives_the_same_rows(tokenizer, tmp_path):
         writer.writerows({**row, "score": 1} for row in DICTS)
     frame = pandas.DataFrame(DICTS)
     frame.to_parquet(tmp_path / "a.parquet")
-    ways = [TEXTS, tuple(DICTS), iter(DICTS), {"text": TEXTS}, datasets.Dataset.from_list(DICTS), frame]
+    ways = [
+        TEXTS,
+        tuple(DICTS),
+        iter(DICTS),
+        {"text": TEXTS},
+        datasets.Dataset.from_list(DICTS),
+        frame,
+    ]
     ways += [
         tmp_path / "a.jsonl",
         str(tmp_path / "a.json"),
@@ -74,8 +81,12 @@ def test_a_beginning_that_the_tokenizer_adds_is_not_doubled(tokenizer):
 
     made = t.speaking(tokenizer, t.INST)
     first = made.convert_tokens_to_ids("<s>")
-    made._tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", first)])
-    plain, marked = (read([text], made, CONFIG).rows[0].tokens.tolist() for text in ("[INST] a", "<s>[INST] a"))
+    made._tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", first)]
+    )
+    plain, marked = (
+        read([text], made, CONFIG).rows[0].tokens.tolist() for text in ("[INST] a", "<s>[INST] a")
+    )
     assert plain == marked and plain.count(first) == 1
     chat = read([{"prompt": "a", "completion": "b"}], made, CONFIG).rows[0].tokens.tolist()
     assert chat.count(first) == 1  # the template writes it; the tokenizer must not add another
@@ -86,7 +97,11 @@ def test_without_a_template_completions_are_joined_to_their_prompts(tokenizer):
     head = tokenizer.encode("Q: why?\nA:")
     assert row.tokens.tolist() == [*head, *tokenizer.encode(" because"), tokenizer.eos_token_id]
     assert row.mask.tolist() == [0] * len(head) + [1] * (row.tokens.size - len(head))
-    (whole,) = read([{"prompt": "Q: why?\nA:", "completion": " because"}], tokenizer, TrainConfig(mask_prompt=False))
+    (whole,) = read(
+        [{"prompt": "Q: why?\nA:", "completion": " because"}],
+        tokenizer,
+        TrainConfig(mask_prompt=False),
+    )
     assert whole.mask.tolist() == [0] + [1] * (row.tokens.size - 1)
 
 
@@ -96,7 +111,9 @@ def test_an_end_that_the_tokenizer_adds_stands_at_the_end_alone(tokenizer):
     made = t.speaking(tokenizer, t.INST)
     made._tokenizer.chat_template, made.has_chat_template = None, False
     end = made.eos_token_id
-    made._tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
+    made._tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", end)]
+    )
     for prompt, completion in (("Q: why?\nA:", " because"), ("the oth", "er")):
         (row,) = read([{"prompt": prompt, "completion": completion}], made, CONFIG)
         assert row.tokens.tolist().count(end) == 1 and row.tokens[-1] == end
@@ -108,7 +125,11 @@ def test_no_token_reaches_over_the_end_of_a_prompt(tokenizer):
     prompt = "the oth"
     assert tokenizer.encode(prompt) != together[: len(tokenizer.encode(prompt))]
     (row,) = read([{"prompt": prompt, "completion": "er"}], tokenizer, CONFIG)
-    assert row.tokens.tolist() == [*tokenizer.encode(prompt), *tokenizer.encode("er"), tokenizer.eos_token_id]
+    assert row.tokens.tolist() == [
+        *tokenizer.encode(prompt),
+        *tokenizer.encode("er"),
+        tokenizer.eos_token_id,
+    ]
 
 
 def test_kinds_may_be_mixed_and_what_is_none_is_absent(tokenizer):
@@ -131,7 +152,10 @@ def test_kinds_may_be_mixed_and_what_is_none_is_absent(tokenizer):
     mixed = read(rows, chatty, CONFIG)
     keys = ("text", "prompt", "completion", "messages", "tools")
     columns = datasets.Dataset.from_dict({key: [row.get(key) for row in rows] for key in keys})
-    assert columns[2]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"a": 1, "b": None}
+    assert columns[2]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {
+        "a": 1,
+        "b": None,
+    }
     assert mixed.kind == "mixed" and same(read(columns, chatty, CONFIG), mixed)
 
 
@@ -145,12 +169,18 @@ def test_running_text_is_cut_into_rows_that_train_every_token_once(tokenizer, tm
     rows = read(tmp_path / "a.txt", tokenizer, TrainConfig(max_seq_length=16))
     tokens = [*tokenizer.encode(text), tokenizer.eos_token_id]
     assert np.concatenate([row.tokens[row.mask == 1] for row in rows]).tolist() == tokens[1:]
-    assert max(rows.lengths) == 16 and same(read(text, tokenizer, TrainConfig(max_seq_length=16)), rows)
+    assert max(rows.lengths) == 16 and same(
+        read(text, tokenizer, TrainConfig(max_seq_length=16)), rows
+    )
 
 
 def test_rows_cut_to_nothing_and_empty_ones_are_dropped_and_counted(tokenizer):
     long = {"prompt": "word " * 50, "completion": "yes"}
-    rows = read([long, {"text": ""}, {"prompt": "a", "completion": " yes " * 50}], tokenizer, TrainConfig(max_seq_length=20))
+    rows = read(
+        [long, {"text": ""}, {"prompt": "a", "completion": " yes " * 50}],
+        tokenizer,
+        TrainConfig(max_seq_length=20),
+    )
     assert [row.number for row in rows] == [2] and rows.rows[0].cut > 0 and rows.cut == 1
     assert rows.rows[0].tokens.size == 20
     (first, why), (second, other) = rows.dropped
@@ -167,7 +197,9 @@ def test_equal_rows_are_counted_and_stay_on_one_side_of_a_split(tokenizer):
         assert not {row.digest for row in train} & {row.digest for row in held}
         assert sorted(row.number for part in (train, held) for row in part) == list(range(60))
         assert 8 <= len(held) <= 12
-    assert same(rows.split(12, 3)[1], rows.split(12, 3)[1]) and not same(rows.split(12, 3)[1], rows.split(12, 4)[1])
+    assert same(rows.split(12, 3)[1], rows.split(12, 3)[1]) and not same(
+        rows.split(12, 3)[1], rows.split(12, 4)[1]
+    )
     assert read(["One."] * 9, tokenizer, CONFIG).split(3, 0)[1].rows == ()
 
 

@@ -32,7 +32,10 @@ def rows(count: int = 5, seed: int = 0) -> list[SimpleNamespace]:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(6, 30, count)
     masks = [(np.arange(n) >= n // 3).astype(np.uint8) for n in lengths]
-    return [SimpleNamespace(tokens=rng.integers(0, V, n).astype(np.int32), mask=m) for n, m in zip(lengths, masks, strict=True)]
+    return [
+        SimpleNamespace(tokens=rng.integers(0, V, n).astype(np.int32), mask=m)
+        for n, m in zip(lengths, masks, strict=True)
+    ]
 
 
 @on_mlx
@@ -77,7 +80,9 @@ class Letters:
 def log_probs(module, tokens: np.ndarray) -> np.ndarray:
     logits = np.array(module(mx.array(tokens[None]))[0].astype(mx.float32), np.float64)
     return (
-        logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - logits.max(-1, keepdims=True)
     )
 
 
@@ -134,7 +139,9 @@ def test_chunks_of_logits_change_no_figure(pair, monkeypatch):
     monkeypatch.setattr(judging, "chunk_length", lambda _: 2)
     parts = run(judge(pair[0], {"quantized": pair[1]}, rows()))
     for name in ("nll", "kl_nats", "flips", "token_accuracy", "kl_nats_p99"):
-        assert getattr(parts.columns[1], name) == pytest.approx(getattr(whole.columns[1], name), rel=1e-5)
+        assert getattr(parts.columns[1], name) == pytest.approx(
+            getattr(whole.columns[1], name), rel=1e-5
+        )
 
 
 def test_logits_of_a_large_vocabulary_come_in_small_chunks():
@@ -155,7 +162,9 @@ def test_a_model_that_cannot_be_taken_apart_gives_the_same_figures(pair, monkeyp
 @pytest.mark.parametrize("name", ["llama tied", "gemma2", "mixtral", "mamba"])
 def test_other_architectures_are_at_no_distance_from_themselves(name):
     module, _ = tiny(name)
-    assert run(judge(module, {"same": module}, rows(2)))["same"].kl_nats == pytest.approx(0, abs=1e-6)
+    assert run(judge(module, {"same": module}, rows(2)))["same"].kl_nats == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_dropout_is_off_and_the_model_is_left_as_it_was(pair):
@@ -163,7 +172,9 @@ def test_dropout_is_off_and_the_model_is_left_as_it_was(pair):
 
     @on_mlx
     def adapted():
-        made = attach(module, spec, LoRAConfig(rank=4, dropout=0.5), Compute(mx.float32, True), False)
+        made = attach(
+            module, spec, LoRAConfig(rank=4, dropout=0.5), Compute(mx.float32, True), False
+        )
         for path, layer in made.named_modules():
             if "lora_b" in layer:
                 layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(len(path)))
@@ -195,11 +206,15 @@ def test_predictions_kept_whole_give_the_exact_figures(pair, tmp_path):
     assert report.teacher == "exact" and report.floor_nats == 0
     for name in ("nll", "kl_nats", "flips", "token_accuracy"):
         for i in range(2):
-            assert getattr(report.columns[i], name) == pytest.approx(getattr(exact.columns[i], name), rel=1e-4, abs=1e-6)
+            assert getattr(report.columns[i], name) == pytest.approx(
+                getattr(exact.columns[i], name), rel=1e-4, abs=1e-6
+            )
 
 
 @pytest.mark.parametrize("keep", [1, 8, 32])
-def test_predictions_kept_in_part_give_a_lower_bound_that_lacks_what_happens_in_the_tail(pair, tmp_path, keep):
+def test_predictions_kept_in_part_give_a_lower_bound_that_lacks_what_happens_in_the_tail(
+    pair, tmp_path, keep
+):
     exact, data = run(judge(pair[0], {"quantized": pair[1]}, rows())), rows()
     kept = run(remember(pair[0], data, keep, tmp_path))
     report = run(judge(None, {"quantized": pair[1], "same": pair[0]}, data, kept=kept))
@@ -208,19 +223,28 @@ def test_predictions_kept_in_part_give_a_lower_bound_that_lacks_what_happens_in_
         p, q = (log_probs(module, row.tokens)[np.flatnonzero(row.mask[1:])] for module in pair)
         tail = np.argsort(-p, 1)[:, keep:]
         p, q = (np.exp(np.take_along_axis(x, tail, 1)) for x in (p, q))
-        lacks.append((p * np.log(p / p.sum(1, keepdims=True) / (q / q.sum(1, keepdims=True)))).sum(1))
+        lacks.append(
+            (p * np.log(p / p.sum(1, keepdims=True) / (q / q.sum(1, keepdims=True)))).sum(1)
+        )
     short = exact["quantized"].kl_nats - report["quantized"].kl_nats
     assert short == pytest.approx(np.concatenate(lacks).mean(), rel=1e-3) and short > 0
     assert report["same"].kl_nats == pytest.approx(0, abs=1e-6)
-    assert report["quantized"].flips == exact["quantized"].flips and f"{keep} likeliest of 97" in report.teacher
+    assert (
+        report["quantized"].flips == exact["quantized"].flips
+        and f"{keep} likeliest of 97" in report.teacher
+    )
 
 
 def test_the_floor_is_the_distance_to_the_tail_spread_evenly(pair, tmp_path):
     kept = run(remember(pair[0], rows(), 8, tmp_path))
     data = rows()
-    p = np.concatenate([log_probs(pair[0], row.tokens)[np.flatnonzero(row.mask[1:])] for row in data])
+    p = np.concatenate(
+        [log_probs(pair[0], row.tokens)[np.flatnonzero(row.mask[1:])] for row in data]
+    )
     top = np.argsort(-p, 1)[:, :8]
-    rebuilt = np.log((1 - np.exp(np.take_along_axis(p, top, 1)).sum(1, keepdims=True)) / (V - 8)) * np.ones_like(p)
+    rebuilt = np.log(
+        (1 - np.exp(np.take_along_axis(p, top, 1)).sum(1, keepdims=True)) / (V - 8)
+    ) * np.ones_like(p)
     np.put_along_axis(rebuilt, top, np.take_along_axis(p, top, 1), 1)
     assert kept.floor_nats == pytest.approx((np.exp(p) * (p - rebuilt)).sum(1).mean(), rel=1e-4)
     assert (kept.tokens[:, 0] == p.argmax(1)).all()
@@ -240,7 +264,10 @@ def test_kept_predictions_are_read_from_disk_and_made_again_if_broken(pair, tmp_
 
 
 def test_another_model_and_other_rows_have_files_of_their_own(pair, tmp_path):
-    made = [run(remember(m, r, 8, tmp_path)) for m, r in ((pair[0], rows()), (pair[1], rows()), (pair[0], rows(5, 1)))]
+    made = [
+        run(remember(m, r, 8, tmp_path))
+        for m, r in ((pair[0], rows()), (pair[1], rows()), (pair[0], rows(5, 1)))
+    ]
     assert len(list(tmp_path.iterdir())) == 3 and not (made[0].nll == made[1].nll).all()
 
 
@@ -249,7 +276,11 @@ def test_only_the_newest_eight_files_stay(pair, tmp_path):
         (tmp_path / f"{n}.npz").write_bytes(b"")
         os.utime(tmp_path / f"{n}.npz", (n, n))
     run(remember(pair[0], rows(1), 8, tmp_path))
-    assert len(list(tmp_path.iterdir())) == 8 and not (tmp_path / "1.npz").exists() and (tmp_path / "2.npz").exists()
+    assert (
+        len(list(tmp_path.iterdir())) == 8
+        and not (tmp_path / "1.npz").exists()
+        and (tmp_path / "2.npz").exists()
+    )
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(pair, tmp_path):
@@ -282,47 +313,86 @@ def test_answers_are_what_the_model_finds_likeliest(pair, monkeypatch):
         return Letters().decode(tokens[start:])
 
     prompts = ["a", "hello there, you"]
-    report = run(judge(pair[0], {"quantized": pair[1]}, tokenizer=Letters(), prompts=prompts, max_tokens=6))
+    report = run(
+        judge(pair[0], {"quantized": pair[1]}, tokenizer=Letters(), prompts=prompts, max_tokens=6)
+    )
     assert [sample.texts[0] for sample in report.samples] == [plain(p) for p in prompts]
     assert report.rows == 0 and len(report.samples[0].texts) == 2
 
 
 def test_an_answer_ends_where_the_model_ends_it(pair):
     tokenizer = Letters()
-    text = run(judge(pair[0], {}, tokenizer=tokenizer, prompts=["hello"], max_tokens=8)).samples[0].texts[0]
+    text = (
+        run(judge(pair[0], {}, tokenizer=tokenizer, prompts=["hello"], max_tokens=8))
+        .samples[0]
+        .texts[0]
+    )
     tokenizer.eos_token_ids = frozenset({ord(text[3]) - 33})
-    shorter = run(judge(pair[0], {}, tokenizer=tokenizer, prompts=["hello"], max_tokens=8)).samples[0].texts[0]
+    shorter = (
+        run(judge(pair[0], {}, tokenizer=tokenizer, prompts=["hello"], max_tokens=8))
+        .samples[0]
+        .texts[0]
+    )
     assert shorter == text[: text.index(text[3])]
 
 
 def test_a_chat_template_is_used(pair):
     tokenizer = Letters()
     tokenizer.chat_template = "x"
-    tokenizer.apply_chat_template = lambda turns, add_generation_prompt: tokenizer.encode(f"<{turns[0]['content']}>")
+    tokenizer.apply_chat_template = lambda turns, add_generation_prompt: tokenizer.encode(
+        f"<{turns[0]['content']}>"
+    )
     chat = run(judge(pair[0], {}, tokenizer=tokenizer, prompts=["hello"])).samples[0].texts
-    assert chat == run(judge(pair[0], {}, tokenizer=Letters(), prompts=["<hello>"])).samples[0].texts
+    assert (
+        chat == run(judge(pair[0], {}, tokenizer=Letters(), prompts=["<hello>"])).samples[0].texts
+    )
 
 
 def test_a_golden_set_is_scored_for_every_model(pair):
-    text = run(judge(pair[0], {}, tokenizer=Letters(), prompts=["hello", "you"], max_tokens=5)).samples
-    golden = [{"prompt": "hello", "expected": text[0].texts[0]}, {"prompt": "you", "completion": "no", "id": 7}]
-    report = run(judge(pair[0], {"quantized": pair[1]}, tokenizer=Letters(), golden=golden, max_tokens=5))
-    assert report["full precision"].golden_score == 0.5 and report["full precision"].golden_se == pytest.approx(0.5 / 2**0.5)
+    text = run(
+        judge(pair[0], {}, tokenizer=Letters(), prompts=["hello", "you"], max_tokens=5)
+    ).samples
+    golden = [
+        {"prompt": "hello", "expected": text[0].texts[0]},
+        {"prompt": "you", "completion": "no", "id": 7},
+    ]
+    report = run(
+        judge(pair[0], {"quantized": pair[1]}, tokenizer=Letters(), golden=golden, max_tokens=5)
+    )
+    assert report["full precision"].golden_score == 0.5 and report[
+        "full precision"
+    ].golden_se == pytest.approx(0.5 / 2**0.5)
     assert report.samples[0].scores[0] == 1 and report.samples[1].expected == "no"
 
 
 def test_a_model_that_is_not_in_memory_is_not_asked(pair, tmp_path):
     kept, golden = run(remember(pair[0], rows(), 8, tmp_path)), [{"prompt": "a", "expected": "b"}]
-    report = run(judge(None, {"quantized": pair[1]}, rows(), kept=kept, tokenizer=Letters(), golden=golden, max_tokens=3))
+    report = run(
+        judge(
+            None,
+            {"quantized": pair[1]},
+            rows(),
+            kept=kept,
+            tokenizer=Letters(),
+            golden=golden,
+            max_tokens=3,
+        )
+    )
     assert report.samples[0].texts[0] == "" and np.isnan(report.samples[0].scores[0])
     assert np.isnan(report["full precision"].golden_score) and report["quantized"].golden_score == 0
 
 
 @pytest.mark.parametrize(
     "match, answer, expected, value",
-    [("exact", " Paris\n", "Paris", 1), ("exact", "Paris.", "Paris", 0), ("contains", "It is Paris.", "Paris", 1),
-     ("contains", "paris", "Paris", 0), (lambda a, e: len(a) == e, "four", 4, 1), (lambda a, e: 0.25, "", "x", 0.25)],
-)  # fmt: skip
+    [
+        ("exact", " Paris\n", "Paris", 1),
+        ("exact", "Paris.", "Paris", 0),
+        ("contains", "It is Paris.", "Paris", 1),
+        ("contains", "paris", "Paris", 0),
+        (lambda a, e: len(a) == e, "four", 4, 1),
+        (lambda a, e: 0.25, "", "x", 0.25),
+    ],
+)
 def test_answers_are_matched(match, answer, expected, value):
     (question,) = questions([{"prompt": "?", "expected": expected}], match)
     assert score(answer, question, match) == value
@@ -376,24 +446,53 @@ def test_a_matching_function_must_return_a_share(answer):
 REFUSED = {
     "no model": (lambda p: judge(None, {}, rows()), "no model"),
     "nothing to judge by": (lambda p: judge(p[0], {}), "nothing to judge by"),
-    "a student called full precision": (lambda p: judge(None, {"full precision": p[1]}, rows()), "as teacher"),
+    "a student called full precision": (
+        lambda p: judge(None, {"full precision": p[1]}, rows()),
+        "as teacher",
+    ),
     "prompts without a tokenizer": (lambda p: judge(p[0], {}, prompts=["a"]), "tokenizer"),
-    "a prompt that is no text": (lambda p: judge(p[0], {}, prompts=[5], tokenizer=Letters()), "Prompt 0"),
-    "no tokens to write": (lambda p: judge(p[0], {}, prompts=["a"], tokenizer=Letters(), max_tokens=0), "max_tokens=0"),
+    "a prompt that is no text": (
+        lambda p: judge(p[0], {}, prompts=[5], tokenizer=Letters()),
+        "Prompt 0",
+    ),
+    "no tokens to write": (
+        lambda p: judge(p[0], {}, prompts=["a"], tokenizer=Letters(), max_tokens=0),
+        "max_tokens=0",
+    ),
     "keep of 0": (lambda p: remember(p[0], rows(), 0), "keep=0"),
     "keep of True": (lambda p: remember(p[0], rows(), True), "keep=True"),
     "no rows to remember": (lambda p: remember(p[0], []), "no rows"),
     "rows without tokens": (lambda p: judge(p[0], {}, ["hello"]), "Row 0 has no tokens"),
     "rows as text": (lambda p: judge(p[0], {}, "hello"), "Row 0 has no tokens"),
     "a mask of another length": (
-        lambda p: judge(p[0], {}, [SimpleNamespace(tokens=np.zeros(4, np.int32), mask=np.ones(3))]), "Row 0"),
-    "no targets": (lambda p: judge(p[0], {}, [SimpleNamespace(tokens=np.zeros(4, np.int32), mask=np.zeros(4))]), "target"),
+        lambda p: judge(p[0], {}, [SimpleNamespace(tokens=np.zeros(4, np.int32), mask=np.ones(3))]),
+        "Row 0",
+    ),
+    "no targets": (
+        lambda p: judge(
+            p[0], {}, [SimpleNamespace(tokens=np.zeros(4, np.int32), mask=np.zeros(4))]
+        ),
+        "target",
+    ),
     "a token that the model has not": (
-        lambda p: judge(p[0], {}, [*rows(1), SimpleNamespace(tokens=np.array([1, V], np.int32), mask=np.ones(2))]), "Row 1 has token 97"),
+        lambda p: judge(
+            p[0],
+            {},
+            [*rows(1), SimpleNamespace(tokens=np.array([1, V], np.int32), mask=np.ones(2))],
+        ),
+        "Row 1 has token 97",
+    ),
     "a token below 0": (
-        lambda p: remember(p[0], [SimpleNamespace(tokens=np.array([1, -1], np.int32), mask=np.ones(2))]), "token -1"),
-    "models of two tokenizers": (lambda p: judge(p[0], {"quantized": tiny(vocab_size=64)[0]}, rows()), "share a vocabulary"),
-}  # fmt: skip
+        lambda p: remember(
+            p[0], [SimpleNamespace(tokens=np.array([1, -1], np.int32), mask=np.ones(2))]
+        ),
+        "token -1",
+    ),
+    "models of two tokenizers": (
+        lambda p: judge(p[0], {"quantized": tiny(vocab_size=64)[0]}, rows()),
+        "share a vocabulary",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -25,7 +25,9 @@ def test_an_answer_is_the_one_that_stock_mlx_lm_gives(demo, prompt):
 
         return generate(demo.module, demo.tokenizer, prompt, max_tokens=12)
 
-    assert demo.generate(prompt, 12).removeprefix(" ") == stock() != ""  # which drops the space between prompt and answer
+    assert (
+        demo.generate(prompt, 12).removeprefix(" ") == stock() != ""
+    )  # which drops the space between prompt and answer
 
 
 def test_limits_stay_as_they_are_while_a_model_answers(demo, monkeypatch):
@@ -37,11 +39,15 @@ def test_limits_stay_as_they_are_while_a_model_answers(demo, monkeypatch):
 @pytest.mark.parametrize(
     ("prompt", "tokens", "says"),
     [
-        (None, 4, "prompt=None is not legal"), (7, 4, "prompt=7 is not legal"), (["a"], 4, r"prompt=\['a'\] is not legal"),
-        ("", 4, "The prompt is empty"), ("a", 0, "max_tokens=0 is not legal"), ("a", 2.0, "max_tokens=2.0 is not legal"),
+        (None, 4, "prompt=None is not legal"),
+        (7, 4, "prompt=7 is not legal"),
+        (["a"], 4, r"prompt=\['a'\] is not legal"),
+        ("", 4, "The prompt is empty"),
+        ("a", 0, "max_tokens=0 is not legal"),
+        ("a", 2.0, "max_tokens=2.0 is not legal"),
         ("a", True, "max_tokens=True is not legal"),
     ],
-)  # fmt: skip
+)
 def test_what_no_model_can_answer_is_refused(demo, prompt, tokens, says):
     with pytest.raises(ConfigError, match=says):
         demo.generate(prompt, tokens)
@@ -50,11 +56,15 @@ def test_what_no_model_can_answer_is_refused(demo, prompt, tokens, says):
 
 
 def test_a_token_that_the_model_does_not_know_never_reaches_it(demo):
-    with pytest.raises(ConfigError, match=r"The prompt cannot be used: token \d+ is none of the model's, 0 to 2;"):
+    with pytest.raises(
+        ConfigError, match=r"The prompt cannot be used: token \d+ is none of the model's, 0 to 2;"
+    ):
         prompt_tokens(demo.tokenizer, "The house", 3)
     with pytest.raises(ConfigError, match="the tokenizer knows more"):
         checked_prompts(templates.speaking(demo.tokenizer, templates.CHATML), ["hello"], 3)
-    with pytest.raises(DataError, match=r"The text cannot be used: token \d+ is none of the model's, 0 to 2;"):
+    with pytest.raises(
+        DataError, match=r"The text cannot be used: token \d+ is none of the model's, 0 to 2;"
+    ):
         text.batches(demo.tokenizer, None, "calibration.txt", 64, 3)
     assert demo.spec.vocabulary == 2048
 

@@ -51,9 +51,19 @@ def test_written_file_computes_what_its_weights_say(tmp_path, family, kind):
 
     from qlab.engine.models.skeleton import skeleton
 
-    config = {"model_type": family, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 260, "tie_word_embeddings": False, "rope_theta": 1e4,
-              "torch_dtype": "float32"}  # fmt: skip
+    config = {
+        "model_type": family,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 260,
+        "tie_word_embeddings": False,
+        "rope_theta": 1e4,
+        "torch_dtype": "float32",
+    }
 
     def build():
         mx.random.seed(0)
@@ -77,10 +87,21 @@ def test_written_file_computes_what_its_weights_say(tmp_path, family, kind):
 
 def write(gguf, path, family, kind, config, weights) -> dict[str, np.ndarray]:
     """Write a model with the reference writer; return the weights as they were stored."""
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
-             "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-             "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
-             "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "model.layers.": "blk."}  # fmt: skip
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "model.layers.": "blk.",
+    }
     writer = gguf.GGUFWriter(str(path), family)
     writer.add_embedding_length(64)
     writer.add_block_count(2)
@@ -121,7 +142,11 @@ def test_type_that_mlx_cannot_read_is_named(tmp_path):
 
     path = tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_tensor("blk.0.ffn_up.weight", np.zeros((4, 144), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q4_K)
+    writer.add_tensor(
+        "blk.0.ffn_up.weight",
+        np.zeros((4, 144), np.uint8),
+        raw_dtype=gguf.GGMLQuantizationType.Q4_K,
+    )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -43,7 +43,10 @@ def test_missing_source_is_said_and_the_nearest_named(folder):
 
 
 def test_hub_that_cannot_be_reached_is_said(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda *a, **k: (_ for _ in ()).throw(OSError("no route")),
+    )
     refuses("owner/name", "hub could not be reached")
 
 
@@ -84,7 +87,13 @@ def test_demo_keeps_its_promises():
     model = qlab.load("demo")
     assert model.spec.size <= 8e6
     assert all(n % 128 == 0 for layer in model.spec.layers for n in layer.shape)
-    assert mlx_call(lambda: all(mx.isfinite(v).all().item() for v in mx.load(str(DEMO / "model.safetensors")).values()))
-    known = set((ASSETS / "calibration.txt").read_text().split()) | set((ASSETS / "heldout.txt").read_text().split())
+    assert mlx_call(
+        lambda: all(
+            mx.isfinite(v).all().item() for v in mx.load(str(DEMO / "model.safetensors")).values()
+        )
+    )
+    known = set((ASSETS / "calibration.txt").read_text().split()) | set(
+        (ASSETS / "heldout.txt").read_text().split()
+    )
     words = model.generate("She was", max_tokens=60).split()[:-1]
     assert sum(word in known for word in words) >= 0.9 * len(words)

@@ -28,7 +28,9 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 def ask(url: str, body: dict | None = None) -> dict:
     data = None if body is None else json.dumps(body).encode()
-    with _DIRECT.open(urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=30) as answer:
+    with _DIRECT.open(
+        urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=30
+    ) as answer:
         return json.loads(answer.read())
 
 
@@ -61,17 +63,33 @@ def test_mlx_lm_server_answers_from_a_fused_folder_what_the_fused_model_says(tmp
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(tmp_path / "fused"), "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_lm",
+        "server",
+        "--model",
+        str(tmp_path / "fused"),
+        "--port",
+        str(port),
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_up(url, server)
-        body = {"model": str(tmp_path / "fused"), "prompt": PROMPT, "max_tokens": COUNT, "temperature": 0}
+        body = {
+            "model": str(tmp_path / "fused"),
+            "prompt": PROMPT,
+            "max_tokens": COUNT,
+            "temperature": 0,
+        }
         answer = ask(f"{url}/v1/completions", body)
     finally:
         server.terminate()
         server.wait(10)
-    assert answer["choices"][0]["text"].strip() == wanted.strip()  # the server cuts a leading space off
+    assert (
+        answer["choices"][0]["text"].strip() == wanted.strip()
+    )  # the server cuts a leading space off
     assert qlab.load(tmp_path / "fused").spec.layers

@@ -57,7 +57,11 @@ def own_file(tmp_path, monkeypatch):
 def test_every_architecture_has_an_estimate(name, checkpoint):
     forecast = Forecast(skeleton(settings(name)), name)
     length = 20 if name == "mamba" else 96  # its steps grow with the length
-    setup = Setup(None, LoRAConfig(rank=4), TrainConfig(**{**TRAIN, "max_seq_length": length}, grad_checkpoint=checkpoint))
+    setup = Setup(
+        None,
+        LoRAConfig(rank=4),
+        TrainConfig(**{**TRAIN, "max_seq_length": length}, grad_checkpoint=checkpoint),
+    )
     one, two = (forecast.estimate(setup, MACHINE, level) for level in ("formula", "traced"))
     assert two.level == "traced" and one.level == ("traced" if name == "mamba" else "formula")
     assert (one.level == "formula") == (not one.notes)
@@ -87,7 +91,9 @@ def test_a_model_that_cannot_be_taken_apart_is_foreseen_as_it_will_be_computed(m
     forecast = Forecast(skeleton(settings("llama")), "tiny")
     monkeypatch.setitem(vars(forecast), "whole", "it does more with its blocks")
     found, whole = (
-        forecast.estimate(Setup(None, LoRAConfig(rank=4), TrainConfig(**{**TRAIN, **more})), MACHINE, "traced")
+        forecast.estimate(
+            Setup(None, LoRAConfig(rank=4), TrainConfig(**{**TRAIN, **more})), MACHINE, "traced"
+        )
         for more in (dict(grad_checkpoint=True), dict(loss_chunk=0))
     )
     assert found.total_nbytes == whole.total_nbytes
@@ -100,7 +106,9 @@ def test_a_real_step_is_measured_recorded_and_made_of_the_same_parts():
     forecast = Forecast(module, "tiny", None, True)
     setup = Setup(None, LoRAConfig(rank=4), TrainConfig(**TRAIN))
     found = forecast.estimate(setup, MACHINE, "measured")
-    assert found.level == "measured" and found.measured_peak == found.total_nbytes == found.high_nbytes
+    assert (
+        found.level == "measured" and found.measured_peak == found.total_nbytes == found.high_nbytes
+    )
     assert len(record.path().read_text().splitlines()) == 1
     assert found.exact_nbytes == sum(forecast.inputs(setup).values())
 
@@ -143,7 +151,9 @@ def test_a_70b_model_is_foreseen_within_seconds_and_in_little_memory():
     assert done.returncode == 0, done.stderr[-1000:]
     *levels, memory = done.stdout.splitlines()
     (one, first, formula_s), (two, second, traced_s) = (line.split() for line in levels)
-    assert (first, second) == ("formula", "traced") and int(one) == pytest.approx(int(two), rel=0.01)
+    assert (first, second) == ("formula", "traced") and int(one) == pytest.approx(
+        int(two), rel=0.01
+    )
     assert float(formula_s) < 3 and float(traced_s) < 15  # the first formula imports mlx-lm, too
     assert int(memory) < 500e6
 

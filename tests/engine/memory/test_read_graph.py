@@ -20,7 +20,9 @@ def test_operations_shapes_and_roles_are_read_in_order():
     assert [node.name for node in made.nodes] == ["Transpose", "AsType", "Matmul", "Exp"]
     assert made.nodes[0].arguments[0] == [1, 0] or tuple(made.nodes[0].arguments[0]) == (1, 0)
     assert [made.arrays[a].role for a in made.inputs] == ["batch", "weights"]
-    assert [made.arrays[a].nbytes for a in made.outputs] == [60, 48] and made.outputs[1] == made.inputs[0]
+    assert [made.arrays[a].nbytes for a in made.outputs] == [60, 48] and made.outputs[
+        1
+    ] == made.inputs[0]
 
 
 @on_mlx
@@ -50,13 +52,18 @@ def test_fused_attention_that_cannot_be_read_is_stood_in_for(monkeypatch):
     fused = mx.fast.scaled_dot_product_attention
 
     def refuse(q, *_, **__):
-        raise ValueError("[export_function] Unable to get state for primitive ScaledDotProductAttentionVJP")
+        raise ValueError(
+            "[export_function] Unable to get state for primitive ScaledDotProductAttentionVJP"
+        )
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", refuse)
     q, k = mx.zeros((2, 4, 64, 8)), mx.zeros((2, 2, 64, 8))
 
     def way_back(q, k, v):
-        return mx.grad(lambda *a: mx.fast.scaled_dot_product_attention(*a, scale=1.0, mask="causal").sum(), [0, 1, 2])(q, k, v)
+        return mx.grad(
+            lambda *a: mx.fast.scaled_dot_product_attention(*a, scale=1.0, mask="causal").sum(),
+            [0, 1, 2],
+        )(q, k, v)
 
     made = read(lambda *a: list(way_back(*a)), [q, k, k])
     assert [made.arrays[a].shape for a in made.outputs] == [q.shape, k.shape, k.shape]
@@ -76,5 +83,7 @@ def test_the_gradient_by_the_factors_of_experts_is_stood_in_for(sorted_indices):
     made = read(lambda *a: list(way_back(*a)), [x, weights])
     assert [made.arrays[a].shape for a in made.outputs] == [x.shape, weights.shape]
     if sorted_indices:
-        assert max(array.size for array in made.arrays.values()) <= x.size  # no gradient for every row
+        assert (
+            max(array.size for array in made.arrays.values()) <= x.size
+        )  # no gradient for every row
     assert routed is real

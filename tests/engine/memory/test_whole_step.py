@@ -39,7 +39,9 @@ def assert_close(module, spec, setup, storage=None, low=1.04):
     """The trace is never far below the real peak; above it only as far as the device happens to keep up."""
     found = sum(Forecast(module, "tiny", None, True).by_trace(setup)[1].values())
     real = max(measured_peak(quantized(module, spec, storage), setup) for _ in range(2))
-    assert real / low < found < real * 1.25, found / real - 1  # tiny products let the device keep up
+    assert real / low < found < real * 1.25, (
+        found / real - 1
+    )  # tiny products let the device keep up
 
 
 @WAYS
@@ -69,19 +71,25 @@ def test_every_other_setting(name, checkpoint):
 def test_adapters_on_embedding_and_head(tied, checkpoint):
     module, spec = tiny(tie_word_embeddings=tied)
     keys = ("embed_tokens", "q_proj") if tied else ("lm_head", "embed_tokens", "q_proj")
-    setup = Setup(None, LoRAConfig(rank=8, keys=keys), TrainConfig(**TRAIN, grad_checkpoint=checkpoint))
+    setup = Setup(
+        None, LoRAConfig(rank=8, keys=keys), TrainConfig(**TRAIN, grad_checkpoint=checkpoint)
+    )
     assert_close(module, spec, setup)
 
 
 @WAYS
 @on_mlx
 def test_a_trace_computes_nothing_and_leaves_the_model_as_it_was(checkpoint):
-    module = skeleton(settings("llama", hidden_size=2048, vocab_size=50_000, intermediate_size=4096))
+    module = skeleton(
+        settings("llama", hidden_size=2048, vocab_size=50_000, intermediate_size=4096)
+    )
     before = [(path, array.shape) for path, array in tree_flatten(module.parameters())]
     mx.clear_cache()
     mx.reset_peak_memory()
     forecast = Forecast(module, "large")
-    setup = Setup(QuantPlan(QuantConfig()), LoRAConfig(), TrainConfig(**TRAIN, grad_checkpoint=checkpoint))
+    setup = Setup(
+        QuantPlan(QuantConfig()), LoRAConfig(), TrainConfig(**TRAIN, grad_checkpoint=checkpoint)
+    )
     found = sum(forecast.by_trace(setup)[1].values())
     assert found > 1e8 and mx.get_peak_memory() - mx.get_active_memory() < 5e6
     assert [(path, array.shape) for path, array in tree_flatten(module.parameters())] == before

@@ -43,7 +43,12 @@ class Model(nn.Module):
 
     def __init__(self, run) -> None:
         super().__init__()
-        self.embed, self.layers, self.head, self._run = nn.Embedding(16, 8), [Block() for _ in range(3)], nn.Linear(8, 16), run
+        self.embed, self.layers, self.head, self._run = (
+            nn.Embedding(16, 8),
+            [Block() for _ in range(3)],
+            nn.Linear(8, 16),
+            run,
+        )
 
     def __call__(self, tokens):
         return self.head(self._run(self.layers, self.embed(tokens)))
@@ -74,7 +79,10 @@ def test_the_model_is_whole_afterwards(name):
     hidden, _ = stack.before(tokens())
     stack.after(hidden)
     assert all(a is b for a, b in zip(blocks(stack), own, strict=True))
-    assert all(p == q and a is b for (p, a), (q, b) in zip(tree_flatten(module.parameters()), arrays, strict=True))
+    assert all(
+        p == q and a is b
+        for (p, a), (q, b) in zip(tree_flatten(module.parameters()), arrays, strict=True)
+    )
     assert mx.array_equal(module(tokens()), expected)
 
 
@@ -122,7 +130,9 @@ def test_the_list_with_the_most_in_it_is_the_one_of_the_blocks(last):
     module.norms = [nn.RMSNorm(8) for _ in range(4)]
     module[last] = module.pop(last)
     stack = Stack(module)
-    assert stack.path == "layers" and all(a is b for a, b in zip(stack.blocks, module.layers, strict=True))
+    assert stack.path == "layers" and all(
+        a is b for a, b in zip(stack.blocks, module.layers, strict=True)
+    )
 
 
 @on_mlx
@@ -130,7 +140,12 @@ def test_a_model_without_a_list_of_blocks_is_refused():
     class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed, self.block, self.numbers, self.none = nn.Embedding(16, 8), Block(), [mx.zeros(3)], []
+            self.embed, self.block, self.numbers, self.none = (
+                nn.Embedding(16, 8),
+                Block(),
+                [mx.zeros(3)],
+                [],
+            )
 
     with pytest.raises(UnsupportedError, match="no list of blocks"):
         Stack(Flat())
@@ -140,7 +155,10 @@ def test_a_model_without_a_list_of_blocks_is_refused():
     ("run", "match"),
     [
         (lambda layers, x: layers[0](x), "calls 1 of its 3 blocks"),
-        (lambda layers, x: layers[2](layers[1](layers[0](layers[0](x)))), "calls 4 of its 3 blocks"),
+        (
+            lambda layers, x: layers[2](layers[1](layers[0](layers[0](x)))),
+            "calls 4 of its 3 blocks",
+        ),
         (lambda layers, x: layers[2](layers[1](layers[0]((x, x)))), "do not pass one hidden state"),
         (lambda layers, x: layers[2](layers[1](layers[0](x[0]))), "do not pass one hidden state"),
         (lambda layers, x: layers[2](layers[1](layers[0](x)[0])), "do not pass one hidden state"),
@@ -165,7 +183,9 @@ def test_blocks_whose_class_mlx_lm_has_changed_for_checkpoints_are_stepped_throu
 
     def grads():
         mx.random.seed(5)
-        step = make_step(attach(module, spec, LoRAConfig(rank=2), Compute(None, False), True), train)
+        step = make_step(
+            attach(module, spec, LoRAConfig(rank=2), Compute(None, False), True), train
+        )
         found = step(step.parameters, tokens(), mx.ones((2, 11), mx.int32))
         assert step.how == "stepped" and len({type(block) for block in step._stack.blocks}) == 1
         mx.eval(found)
@@ -175,7 +195,9 @@ def test_blocks_whose_class_mlx_lm_has_changed_for_checkpoints_are_stepped_throu
     try:
         grad_checkpoint(module.layers[0])
         found = grads()
-        assert type(module.layers[0]) is TransformerBlock and TransformerBlock.__call__ is not plain  # mlx-lm's is left
+        assert (
+            type(module.layers[0]) is TransformerBlock and TransformerBlock.__call__ is not plain
+        )  # mlx-lm's is left
     finally:
         TransformerBlock.__call__ = plain
     assert found.loss.item() == expected.loss.item()

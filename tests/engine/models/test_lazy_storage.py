@@ -33,7 +33,9 @@ def test_arrays_and_sizes_are_those_of_the_quantized_model(config, name, dtype):
     made, real = stored(module, fitting(spec, config)), quantized(module, spec, config)
     assert layout(made) == layout(real)
     assert layout(made) != layout(module)
-    sizes = [[(x.path, x.kind, x.shape, x.nbytes) for x in describe(m, "x").layers] for m in (made, real)]
+    sizes = [
+        [(x.path, x.kind, x.shape, x.nbytes) for x in describe(m, "x").layers] for m in (made, real)
+    ]
     assert sizes[0] == sizes[1]
 
 
@@ -61,7 +63,13 @@ def test_layers_without_a_config_stay_and_the_model_does_not_change():
 
 @on_mlx
 def test_storing_a_model_that_does_not_exist_takes_no_memory():
-    large = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, "num_hidden_layers": 8, "head_dim": 128}
+    large = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "num_hidden_layers": 8,
+        "head_dim": 128,
+    }
     module = skeleton(settings("llama", num_attention_heads=32, **large))
     before = mx.get_active_memory()
     mx.reset_peak_memory()

@@ -20,7 +20,19 @@ from tests.tiny import on_mlx, tiny
 
 LENGTHS = ((5, 7), (9, 3))  # rows of packed rows: one full, and one that leaves two of padding
 PACKED = TrainConfig(pack=True, max_seq_length=14, loss_chunk=7)
-KEEPERS = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "cohere2", "gpt_oss", "mixtral", "nanochat"]
+KEEPERS = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "cohere2",
+    "gpt_oss",
+    "mixtral",
+    "nanochat",
+]
 
 
 def packed():
@@ -43,7 +55,9 @@ def packed():
 def step_of(name: str, how: str, lora: LoRAConfig):
     module, spec = tiny(name)
     mx.random.seed(5)
-    return make_step(attach(module, spec, lora, Compute(None, True), how == "stepped"), PACKED, how=how)
+    return make_step(
+        attach(module, spec, lora, Compute(None, True), how == "stepped"), PACKED, how=how
+    )
 
 
 @pytest.mark.parametrize("how", ["whole", "stepped"])
@@ -72,8 +86,12 @@ def test_a_model_that_cannot_keep_rows_apart_is_refused_and_trains_unpacked(name
 
 @on_mlx
 def test_a_model_with_one_mask_for_all_rows_takes_them_one_at_a_time_and_says_so():
-    assert any("one at a time" in note for note in step_of("gemma2", "whole", LoRAConfig(rank=4)).notes)
-    assert not any("one at a time" in note for note in step_of("llama", "whole", LoRAConfig(rank=4)).notes)
+    assert any(
+        "one at a time" in note for note in step_of("gemma2", "whole", LoRAConfig(rank=4)).notes
+    )
+    assert not any(
+        "one at a time" in note for note in step_of("llama", "whole", LoRAConfig(rank=4)).notes
+    )
 
 
 @on_mlx

@@ -16,9 +16,18 @@ from qlab.errors import LoadError
 
 
 def llama(layers=32, hidden=4096, ff=14336, heads=32, kv=8, vocab=128256, tied=False):
-    return {"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": ff,
-            "num_attention_heads": heads, "num_key_value_heads": kv, "rms_norm_eps": 1e-5, "vocab_size": vocab,
-            "tie_word_embeddings": tied, "torch_dtype": "bfloat16"}  # fmt: skip
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": ff,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+    }
 
 
 def spec_of(config):
@@ -26,7 +35,9 @@ def spec_of(config):
 
 
 @pytest.mark.parametrize(
-    ("config", "size"), [(llama(), 8_030_261_248), (llama(80, 8192, 28672, 64), 70_553_706_496)], ids=["8B", "70B"]
+    ("config", "size"),
+    [(llama(), 8_030_261_248), (llama(80, 8192, 28672, 64), 70_553_706_496)],
+    ids=["8B", "70B"],
 )
 def test_spec_of_a_model_that_does_not_exist_is_exact_quick_and_free(config, size):
     before, start = mlx_call(mx.get_active_memory), time.perf_counter()
@@ -53,8 +64,11 @@ def test_width_that_no_group_divides_is_an_obstacle_with_its_reason():
 
 def test_experts_are_one_layer_each():
     config = llama(2, 256, 512, 4, 2, 1024) | {
-        "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "rope_theta": 1e4,
-    }  # fmt: skip
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_theta": 1e4,
+    }
     spec = spec_of(config)
     experts = [layer for layer in spec.layers if layer.kind == "switch"]
     assert len(experts) == 6 and experts[0].shape[0] == 4

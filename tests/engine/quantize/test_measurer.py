@@ -11,7 +11,15 @@ from qlab.runtime.job import Job
 from qlab.engine.quantize.study import Study
 
 CONFIGS = [
-    QuantConfig(m, b) for m, b in [("affine", 2), ("affine", 4), ("symmetric", 4), ("nf4", 4), ("mxfp4", 4), ("nvfp4", 4)]
+    QuantConfig(m, b)
+    for m, b in [
+        ("affine", 2),
+        ("affine", 4),
+        ("symmetric", 4),
+        ("nf4", 4),
+        ("mxfp4", 4),
+        ("nvfp4", 4),
+    ]
 ]
 
 
@@ -33,7 +41,10 @@ def test_sampled_error_is_near_the_exact_one_and_its_standard_error_covers_it(st
         run(lambda c=config: study.measurer.exact([c] * len(demo.spec.layers)))
         row = sampled.row(config)
         exact = study.measurer.table.measure("relative_error")[row]
-        guess, se = sampled.measure("relative_error")[row], sampled.measure("relative_error_se")[row]
+        guess, se = (
+            sampled.measure("relative_error")[row],
+            sampled.measure("relative_error_se")[row],
+        )
         off.append(np.abs(guess / exact - 1))
         z.append(((guess - exact) / np.maximum(se, 1e-9 * exact))[se > 0])
     assert np.quantile(np.concatenate(off), 0.95) < 0.02
@@ -52,7 +63,11 @@ def test_kurtosis_is_the_fourth_moment(study, demo):
     from qlab.engine.models.surgery import module_at
 
     layer = demo.spec.layers[5]
-    w = mlx_call(lambda: np.array(weight_of(module_at(demo.module, layer.path)).astype(qlab.engine.bank.mx.float32)))
+    w = mlx_call(
+        lambda: np.array(
+            weight_of(module_at(demo.module, layer.path)).astype(qlab.engine.bank.mx.float32)
+        )
+    )
     w = w.astype(np.float64)
     expected = ((w - w.mean()) ** 4).mean() / w.var() ** 2
     assert study.measurer.table.kurtosis[5] == pytest.approx(expected, rel=1e-3)
@@ -72,7 +87,10 @@ def test_predicted_kl_adds_up_to_about_the_measured_one(demo):
 def test_stopped_job_keeps_what_it_has_measured_and_goes_on_later(demo):
     made = Study(demo.module, demo.tokenizer, demo.spec)
     seen = []
-    job = Job(lambda: made.look(CONFIGS[1]), on_event=lambda e: (seen.append(e), job.stop() if len(seen) == 20 else None))
+    job = Job(
+        lambda: made.look(CONFIGS[1]),
+        on_event=lambda e: (seen.append(e), job.stop() if len(seen) == 20 else None),
+    )
     assert job.start().wait() is None and job.state == "stopped"
     known = np.isfinite(made.measurer.table.measure("relative_error")).sum()
     assert known > 0

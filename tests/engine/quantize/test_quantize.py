@@ -34,8 +34,16 @@ def stock(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("mode", "bits", "group"),
-    [("affine", 4, 64), ("affine", 3, 32), ("affine", 1, 128), ("symmetric", 5, 64), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4_plain", 4, 16)],
-)  # fmt: skip
+    [
+        ("affine", 4, 64),
+        ("affine", 3, 32),
+        ("affine", 1, 128),
+        ("symmetric", 5, 64),
+        ("mxfp4", 4, 32),
+        ("mxfp8", 8, 32),
+        ("nvfp4_plain", 4, 16),
+    ],
+)
 def test_native_scheme_opens_in_stock_mlx_lm_with_equal_logits(demo, tmp_path, mode, bits, group):
     q = qlab.Quantizer(demo, bits=bits, group_size=group, mode=mode)
     made = q.quantize()
@@ -55,7 +63,11 @@ def test_overrides_are_written_as_mlx_lm_reads_them(demo, tmp_path):
     made.save(tmp_path / "m")
     assert np.array_equal(stock(tmp_path / "m"), logits(made.module))
     written = json.loads((tmp_path / "m" / "config.json").read_text())["quantization"]
-    assert written["model.layers.0.mlp.down_proj"] == {"group_size": 32, "bits": 8, "mode": "affine"}
+    assert written["model.layers.0.mlp.down_proj"] == {
+        "group_size": 32,
+        "bits": 8,
+        "mode": "affine",
+    }
     again = qlab.load(tmp_path / "m")
     assert again.spec["model.layers.1.self_attn.q_proj"].stored == "mxfp4 4-bit g32"
     assert again.spec["model.embed_tokens"].stored is None
@@ -116,7 +128,9 @@ def test_failed_save_leaves_what_was_there(demo, tmp_path, monkeypatch):
     assert sorted((p.name, p.stat().st_mtime_ns) for p in target.iterdir()) == before
     assert os.listdir(tmp_path) == ["m"]
     (target / "thesis.tex").write_text("all there is")
-    with pytest.raises(SaveError, match=r"holds other files too \(thesis.tex\); give the name of a new folder"):
+    with pytest.raises(
+        SaveError, match=r"holds other files too \(thesis.tex\); give the name of a new folder"
+    ):
         demo.save(target)
     assert (target / "thesis.tex").read_text() == "all there is"
     (tmp_path / "file").write_text("x")
@@ -130,7 +144,9 @@ def test_weights_that_are_not_finite_are_refused_and_named(tmp_path):
 
     def spoil():
         layer = module_at(model.module, path)
-        layer.weight = mx.where(mx.arange(layer.weight.size).reshape(layer.weight.shape) == 77, mx.inf, layer.weight)
+        layer.weight = mx.where(
+            mx.arange(layer.weight.size).reshape(layer.weight.shape) == 77, mx.inf, layer.weight
+        )
         mx.eval(layer.weight)
 
     mlx_call(spoil)
@@ -148,10 +164,18 @@ def test_an_override_that_its_layer_cannot_hold_is_refused_with_what_can(demo):
     q.close()
     q.overrides = {path: qlab.QuantConfig(group_size=128)}
     assert q.quantize().plan == q.plan  # 512 wide
-    spec = replace(demo.spec, layers=tuple(replace(x, shape=(256, 96)) if x.path == path else x for x in demo.spec.layers))
+    spec = replace(
+        demo.spec,
+        layers=tuple(
+            replace(x, shape=(256, 96)) if x.path == path else x for x in demo.spec.layers
+        ),
+    )
     with pytest.raises(
-        ConfigError, match=f"'{path}' cannot be stored as affine 4-bit g128: .* nearest group size that does is 32"
+        ConfigError,
+        match=f"'{path}' cannot be stored as affine 4-bit g128: .* nearest group size that does is 32",
     ):
         chosen(spec, q.plan)
     with pytest.raises(ConfigError, match="give None, which keeps it as it is"):
-        chosen(replace(spec, layers=tuple(replace(x, shape=(256, 40)) for x in spec.layers)), q.plan)
+        chosen(
+            replace(spec, layers=tuple(replace(x, shape=(256, 40)) for x in spec.layers)), q.plan
+        )

@@ -35,7 +35,9 @@ KEY = (3, 4)
 def stepped(module, spec, lora, train=TRAIN, compute=None, window=None) -> Stepped:
     mx.random.seed(5)
     train = replace(train, window=window or 0)
-    return make_step(attach(module, spec, lora, compute or Compute(None, True), True), train, how="stepped")
+    return make_step(
+        attach(module, spec, lora, compute or Compute(None, True), True), train, how="stepped"
+    )
 
 
 def both(module, spec, lora, train=TRAIN, compute=None, key=None, given=None, window=None):
@@ -72,13 +74,16 @@ def test_the_same_for_every_architecture(name):
 @pytest.mark.parametrize(
     "lora",
     [
-        LoRAConfig(rank=4, num_layers=1), LoRAConfig(rank=2, num_layers=2, keys=("q_proj", "down_proj")),
-        LoRAConfig(rank=4, keys="model.layers.1.*"), LoRAConfig(rank=4, keys=("lm_head", "v_proj")),
-        LoRAConfig(rank=4, keys="lm_head"), LoRAConfig(rank=4, keys=("embed_tokens", "v_proj")),
+        LoRAConfig(rank=4, num_layers=1),
+        LoRAConfig(rank=2, num_layers=2, keys=("q_proj", "down_proj")),
+        LoRAConfig(rank=4, keys="model.layers.1.*"),
+        LoRAConfig(rank=4, keys=("lm_head", "v_proj")),
+        LoRAConfig(rank=4, keys="lm_head"),
+        LoRAConfig(rank=4, keys=("embed_tokens", "v_proj")),
         LoRAConfig(rank=4, keys="embed_tokens"),
     ],
     ids=lambda x: f"{x.num_layers}-{x.keys}",
-)  # fmt: skip
+)
 @pytest.mark.parametrize("head", HEADS)
 @on_mlx
 def test_the_same_with_adapters_on_some_layers_only(head, lora):
@@ -103,7 +108,9 @@ def test_with_the_same_key_the_same_inputs_are_dropped(kind):
         step(step.parameters, *batch())
 
 
-@pytest.mark.parametrize("compute", [Compute(mx.bfloat16, True), Compute(None, False)], ids=["bfloat16", "kernel"])
+@pytest.mark.parametrize(
+    "compute", [Compute(mx.bfloat16, True), Compute(None, False)], ids=["bfloat16", "kernel"]
+)
 @on_mlx
 def test_the_same_however_products_are_made(compute):
     module, spec = tiny(torch_dtype="bfloat16") if compute.dtype else tiny()
@@ -139,7 +146,9 @@ def test_nothing_is_compiled_twice_for_depth_steps_or_numbers_of_targets():
     traces = []
     for depth in (3, 6):
         module, spec = tiny(num_hidden_layers=depth)
-        step = stepped(module, spec, LoRAConfig(rank=4), TrainConfig(grad_checkpoint=True, loss_chunk=512))
+        step = stepped(
+            module, spec, LoRAConfig(rank=4), TrainConfig(grad_checkpoint=True, loss_chunk=512)
+        )
         tokens, mask = batch()
         for n in range(1, 12):
             mx.eval(step(step.parameters, tokens, mask * (mx.arange(13) <= n)))
@@ -163,7 +172,11 @@ def test_no_more_than_the_inputs_of_blocks_that_a_gradient_reaches_is_kept():
 @on_mlx
 def test_gradients_of_the_part_that_comes_last_are_handed_over_first():
     module, spec = tiny()
-    for keys, expected in [(None, "mlp."), (["q_proj"], None), (["q_proj", "gate_proj"], "mlp.gate_proj")]:
+    for keys, expected in [
+        (None, "mlp."),
+        (["q_proj"], None),
+        (["q_proj", "gate_proj"], "mlp.gate_proj"),
+    ]:
         step = stepped(module, spec, LoRAConfig(rank=4, keys=keys))
         block = step._blocks[1]
         assert set(block.first) <= set(block.trained)
@@ -213,7 +226,9 @@ def test_a_blocks_number_makes_it_another_kind_only_if_it_minds(minds, traces):
     mx.random.seed(1)
     module = Model(minds)
     tokens, mask = batch()
-    found, expected, step = both(module, describe(module, "m"), LoRAConfig(rank=4), given=(tokens % 61, mask))
+    found, expected, step = both(
+        module, describe(module, "m"), LoRAConfig(rank=4), given=(tokens % 61, mask)
+    )
     assert_same(found, expected)
     assert step.traces - traces in (1, 2)  # and the chunks
 
@@ -278,7 +293,9 @@ def test_the_loss_curve_of_many_updates_is_that_of_the_whole_graph():
     for how in ("stepped", "whole"):
         mx.random.seed(5)
         train = TrainConfig(grad_checkpoint=how == "stepped", loss_chunk=7, learning_rate=3e-3)
-        step = make_step(attach(module, spec, LoRAConfig(rank=4), Compute(None, True), True), train, how=how)
+        step = make_step(
+            attach(module, spec, LoRAConfig(rank=4), Compute(None, True), True), train, how=how
+        )
         update = Update(train, step.parameters)
         parameters, state, losses = step.parameters, update.state, []
         for _ in range(200):
@@ -297,11 +314,17 @@ def test_factors_are_cast_once_a_step_where_nothing_but_products_reads_them(kind
     step = stepped(module, spec, LoRAConfig(kind=kind, rank=4))
     found = followers(arrays_of(step.module), "model.layers.", step.parameters)
     factors = sorted(path for path in step.parameters if path.endswith(("lora_a", "lora_b")))
-    assert sorted(found.get(mx.bfloat16, [])) == (factors if kind == "lora" else []) and len(found) < 2
+    assert (
+        sorted(found.get(mx.bfloat16, [])) == (factors if kind == "lora" else []) and len(found) < 2
+    )
     sums = step(step.parameters, *batch())
-    assert {sums.grads[path].dtype for path in factors} == {mx.bfloat16 if kind == "lora" else mx.float32}
+    assert {sums.grads[path].dtype for path in factors} == {
+        mx.bfloat16 if kind == "lora" else mx.float32
+    }
     assert {grad.dtype for grad in sums.like(step.parameters).grads.values()} == {mx.float32}
     wide, spec = tiny()
-    wide.model.embed_tokens.weight = wide.model.embed_tokens.weight.astype(mx.bfloat16)  # and norms that make it wider
+    wide.model.embed_tokens.weight = wide.model.embed_tokens.weight.astype(
+        mx.bfloat16
+    )  # and norms that make it wider
     places = arrays_of(stepped(wide, spec, LoRAConfig(rank=4)).module)
     assert mx.bfloat16 not in followers(places, "model.layers.", step.parameters)

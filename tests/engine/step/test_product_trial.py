@@ -110,7 +110,11 @@ def test_a_folder_that_cannot_be_written_costs_only_the_memory(raced, monkeypatc
 @pytest.mark.parametrize("product", ["kernel", "dequantize"])
 def test_it_may_be_overruled(raced, product):
     compute, notes = on_mlx(choose_compute)(*base(), 64, product)
-    assert compute.dequantize == (product == "dequantize") and "as asked" in notes[0] and raced[0] == []
+    assert (
+        compute.dequantize == (product == "dequantize")
+        and "as asked" in notes[0]
+        and raced[0] == []
+    )
     with pytest.raises(ConfigError, match="product='fast'"):
         on_mlx(choose_compute)(*base(), 64, "fast")
 
@@ -125,7 +129,9 @@ def test_a_storage_without_kernel_needs_no_trial(raced, mode):
 def test_a_kernel_with_other_numbers_is_never_used_however_fast(monkeypatch):
     given = base()
     monkeypatch.setattr(
-        nn.QuantizedLinear, "__call__", lambda self, x: mx.zeros((*x.shape[:-1], self.weight.shape[0]), x.dtype)
+        nn.QuantizedLinear,
+        "__call__",
+        lambda self, x: mx.zeros((*x.shape[:-1], self.weight.shape[0]), x.dtype),
     )
     for _ in range(2):  # found, and remembered
         compute, notes = choose_compute(*given, 64)
@@ -136,7 +142,8 @@ def test_a_kernel_with_other_numbers_is_never_used_however_fast(monkeypatch):
 def test_loss_and_gradients_do_not_turn_on_the_choice():
     module, spec, lora = base()
     found = [
-        numbers(module, spec, lora, WHOLE, choose_compute(module, spec, lora, 64, product)[0])[0] for product in trial.PRODUCTS
+        numbers(module, spec, lora, WHOLE, choose_compute(module, spec, lora, 64, product)[0])[0]
+        for product in trial.PRODUCTS
     ]
     mx.eval(found)
     for other in found[1:]:

@@ -34,7 +34,10 @@ def arrays(seed: int = 0, dtypes=(mx.float32,)) -> dict[str, mx.array]:
 
 
 def same(one: dict[str, mx.array], two: dict[str, mx.array]) -> bool:
-    alike = all(one[path].dtype == two[path].dtype and mx.array_equal(one[path], two[path]).item() for path in two)
+    alike = all(
+        one[path].dtype == two[path].dtype and mx.array_equal(one[path], two[path]).item()
+        for path in two
+    )
     return one.keys() == two.keys() and alike
 
 
@@ -54,7 +57,9 @@ def test_arrays_come_back_as_they_went_in_whatever_their_order():
     given = arrays(dtypes=(mx.float32, mx.bfloat16))
     layout, turned = Layout(given), Layout(dict(reversed(given.items())))
     vectors = layout.vectors(given)
-    assert {name: (v.ndim, v.dtype) for name, v in vectors.items()} == {name: (1, d) for name, d in layout.dtypes.items()}
+    assert {name: (v.ndim, v.dtype) for name, v in vectors.items()} == {
+        name: (1, d) for name, d in layout.dtypes.items()
+    }
     assert same(layout.views(vectors), given)
     assert same(turned.vectors(given), vectors)
 
@@ -82,7 +87,9 @@ def test_what_was_handed_out_is_known_again_and_anything_else_is_joined_anew():
     assert other.vectors(views) is not vectors and same(other.vectors(views), vectors)
 
 
-@pytest.mark.parametrize("change", [lambda a: a.update(x=1), lambda a: a.pop("x"), lambda a: a.__setitem__("x", 1)])
+@pytest.mark.parametrize(
+    "change", [lambda a: a.update(x=1), lambda a: a.pop("x"), lambda a: a.__setitem__("x", 1)]
+)
 @on_mlx
 def test_views_cannot_be_changed_behind_the_back_of_their_vectors(change):
     given = arrays()
@@ -96,7 +103,10 @@ def test_views_are_cast_by_one_operation():
     given = arrays()
     layout, paths = Layout(given), sorted(given)[:3]
     for form in (given, Joined(given, layout, layout.vectors(given))):
-        assert same(cast(form, mx.bfloat16, paths), {path: given[path].astype(mx.bfloat16) for path in paths})
+        assert same(
+            cast(form, mx.bfloat16, paths),
+            {path: given[path].astype(mx.bfloat16) for path in paths},
+        )
     (vector,) = layout.vectors(given).values()
 
     def run(vector):
@@ -116,7 +126,10 @@ def test_a_sum_of_any_length_is_right(size):
 
 @on_mlx
 def test_a_sum_takes_the_same_operations_whatever_divides_its_length():
-    operations = [[node.name for node in read(lambda v: [total(v)], [mx.zeros(n)]).nodes] for n in range(4090, 4102)]
+    operations = [
+        [node.name for node in read(lambda v: [total(v)], [mx.zeros(n)]).nodes]
+        for n in range(4090, 4102)
+    ]
     assert all(names == operations[0] for names in operations)
 
 
@@ -130,7 +143,9 @@ def test_small_numbers_are_not_lost_beside_a_large_one():
 @pytest.mark.parametrize("optimizer", ELEMENTWISE)
 @on_mlx
 def test_one_vector_is_updated_bit_for_bit_as_separate_arrays_by_mlx(optimizer, dtype):
-    config = TrainConfig(optimizer=optimizer, learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.0)
+    config = TrainConfig(
+        optimizer=optimizer, learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.0
+    )
     given = arrays(dtypes=(mx.float32, mx.bfloat16))
     update = Update(config, given)
     parameters, state = updates(update, given, dtype=dtype)
@@ -138,8 +153,13 @@ def test_one_vector_is_updated_bit_for_bit_as_separate_arrays_by_mlx(optimizer, 
     stock.init(given)
     for number in range(4):
         share = 1 / mx.array(3.0)
-        mean = {path: grad.astype(dtype).astype(mx.float32) * share for path, grad in arrays(number + 1).items()}
-        wanted = stock.apply_gradients({path: grad.astype(given[path].dtype) for path, grad in mean.items()}, wanted)
+        mean = {
+            path: grad.astype(dtype).astype(mx.float32) * share
+            for path, grad in arrays(number + 1).items()
+        }
+        wanted = stock.apply_gradients(
+            {path: grad.astype(given[path].dtype) for path, grad in mean.items()}, wanted
+        )
     assert same(parameters, wanted)
     found = update.state_by_path(state)
     kept = {f"{path}.{name}": array for path in given for name, array in stock.state[path].items()}
@@ -166,11 +186,23 @@ def test_hundreds_of_arrays_take_as_many_operations_as_two_but_for_joining_them(
 
         def run(*all_):
             left = iter(all_)
-            own, before, grads = ({name: next(left) for name in group} for group in (kept, state, given))
-            new = update(update.by_path(own), before, Sums(next(left), grads, next(left)), next(left))
-            return [*new.parameters.values(), *new.state.values(), new.loss, new.grad_norm, new.finite]
+            own, before, grads = (
+                {name: next(left) for name in group} for group in (kept, state, given)
+            )
+            new = update(
+                update.by_path(own), before, Sums(next(left), grads, next(left)), next(left)
+            )
+            return [
+                *new.parameters.values(),
+                *new.state.values(),
+                new.loss,
+                new.grad_norm,
+                new.finite,
+            ]
 
-        graph = read(run, [*kept.values(), *state.values(), *given.values(), number, number, number])
+        graph = read(
+            run, [*kept.values(), *state.values(), *given.values(), number, number, number]
+        )
         return [node.name for node in graph.nodes if node.name not in ("Reshape", "Split", "Slice")]
 
     assert operations(2) == operations(200)
@@ -184,7 +216,9 @@ def test_an_update_goes_on_from_other_parameters_than_its_own():
     other = {path: array + 1 for path, array in parameters.items()}
     sums = Sums(mx.array(1.0), arrays(9), mx.array(3.0))
     moved = update(other, state, sums, mx.array(3e-3)).parameters
-    assert all(mx.allclose(moved[path] - 1, array, atol=1e-2).item() for path, array in parameters.items())
+    assert all(
+        mx.allclose(moved[path] - 1, array, atol=1e-2).item() for path, array in parameters.items()
+    )
     plain = update(dict(parameters), state, sums, mx.array(3e-3))
     assert same(plain.parameters, update(parameters, state, sums, mx.array(3e-3)).parameters)
 
@@ -196,10 +230,15 @@ def test_sums_gathered_before_make_the_same_step():
     sums = Sums(mx.array(6.0), arrays(9), mx.array(3.0))
     gathered = update.gather(sums)
     mx.eval(gathered)
-    assert gathered.norm.item() == pytest.approx(sum(mx.square(a).sum().item() for a in sums.grads.values()) ** 0.5)
+    assert gathered.norm.item() == pytest.approx(
+        sum(mx.square(a).sum().item() for a in sums.grads.values()) ** 0.5
+    )
     one, two = (update(given, update.state, which, mx.array(3e-3)) for which in (sums, gathered))
     assert same(one.parameters, two.parameters) and same(one.state, two.state)
-    assert (one.loss.item(), one.grad_norm.item()) == (two.loss.item(), two.grad_norm.item()) and two.loss.item() == 2
+    assert (one.loss.item(), one.grad_norm.item()) == (
+        two.loss.item(),
+        two.grad_norm.item(),
+    ) and two.loss.item() == 2
 
 
 @on_mlx

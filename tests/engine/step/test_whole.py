@@ -21,7 +21,11 @@ from qlab.errors import UnsupportedError
 from tests.tiny import dense, on_mlx, quantized, tiny
 
 STORAGES = [None, QuantConfig("affine", 4), QuantConfig("mxfp4"), QuantConfig("nf4")]
-VARIANTS = [TrainConfig(grad_checkpoint=again, loss_chunk=chunk) for again in (False, True) for chunk in (0, 7)]
+VARIANTS = [
+    TrainConfig(grad_checkpoint=again, loss_chunk=chunk)
+    for again in (False, True)
+    for chunk in (0, 7)
+]
 WHOLE, *OTHERS = VARIANTS
 PRECISION = 1e-5
 HEADS = {"tied": {"tie_word_embeddings": True}, "untied": {}}
@@ -44,24 +48,39 @@ def model(storage: QuantConfig | None, head: str = "untied"):
 def batch(rows: int = 2) -> tuple[mx.array, mx.array]:
     """Return tokens and a mask with holes: 12 targets a row at most, so chunks of 7 leave a rest."""
     tokens = mx.random.randint(0, 97, (rows, 13), key=mx.random.key(1))
-    return tokens, (mx.random.uniform(shape=(rows, 13), key=mx.random.key(2)) < 0.7).astype(mx.int32)
+    return tokens, (mx.random.uniform(shape=(rows, 13), key=mx.random.key(2)) < 0.7).astype(
+        mx.int32
+    )
 
 
-def made(module, spec, lora: LoRAConfig, train: TrainConfig, compute: Compute | None = None) -> Step:
+def made(
+    module, spec, lora: LoRAConfig, train: TrainConfig, compute: Compute | None = None
+) -> Step:
     """Return a step whose second factors are random instead of zero."""
     mx.random.seed(5)
-    return Step(attach(module, spec, lora, compute or Compute(None, True), train.grad_checkpoint), train)
+    return Step(
+        attach(module, spec, lora, compute or Compute(None, True), train.grad_checkpoint), train
+    )
 
 
 def stirred(parameters: dict[str, mx.array]) -> dict[str, mx.array]:
     keys = mx.random.split(mx.random.key(6), len(parameters))
     drawn = {
-        path: 0.1 * mx.random.normal(a.shape, a.dtype, key=key) for key, (path, a) in zip(keys, parameters.items(), strict=True)
+        path: 0.1 * mx.random.normal(a.shape, a.dtype, key=key)
+        for key, (path, a) in zip(keys, parameters.items(), strict=True)
     }
     return {path: drawn[path] if path.endswith("lora_b") else a for path, a in parameters.items()}
 
 
-def numbers(module, spec, lora: LoRAConfig, train: TrainConfig, compute: Compute | None = None, key=None, given=None):
+def numbers(
+    module,
+    spec,
+    lora: LoRAConfig,
+    train: TrainConfig,
+    compute: Compute | None = None,
+    key=None,
+    given=None,
+):
     """Return loss, gradients and count of the batch, evaluated, and the parameters that they belong to."""
     step = made(module, spec, lora, train, compute)
     parameters = stirred(step.parameters)
@@ -78,7 +97,9 @@ def by_hand(plain, lora: LoRAConfig, parameters, tokens, mask):
     def nats(p):
         for path in paths:
             a, b = p[f"{path}.lora_a"], p[f"{path}.lora_b"]
-            module_at(plain, path).weight = before[path] + lora.scale * ((a @ b).T if a.ndim == 2 else b @ a)
+            module_at(plain, path).weight = before[path] + lora.scale * (
+                (a @ b).T if a.ndim == 2 else b @ a
+            )
         losses = nn.losses.cross_entropy(plain(tokens[:, :-1]), tokens[:, 1:])
         return mx.where(mask[:, 1:] > 0, losses, 0).sum()
 
@@ -116,17 +137,21 @@ def test_loss_and_gradients_are_those_of_plain_differentiation(storage, head, tr
 @pytest.mark.parametrize(
     "lora",
     [
-        LoRAConfig(rank=4, num_layers=1), LoRAConfig(rank=2, num_layers=2, keys=("q_proj", "down_proj")),
-        LoRAConfig(rank=4, scale=7.0, keys="model.layers.1.*"), LoRAConfig(rank=4, keys=("lm_head", "v_proj")),
+        LoRAConfig(rank=4, num_layers=1),
+        LoRAConfig(rank=2, num_layers=2, keys=("q_proj", "down_proj")),
+        LoRAConfig(rank=4, scale=7.0, keys="model.layers.1.*"),
+        LoRAConfig(rank=4, keys=("lm_head", "v_proj")),
         LoRAConfig(rank=4, keys="lm_head"),
     ],
     ids=lambda x: f"{x.num_layers}-{x.keys}",
-)  # fmt: skip
+)
 @on_mlx
 def test_the_same_with_adapters_on_some_layers_only(lora, train):
     module, spec, plain = model(QuantConfig("nf4"))
     found, parameters = numbers(module, spec, lora, train)
-    assert {path.rpartition(".")[0] for path in parameters} == {layer.path for layer in lora.targets(spec)}
+    assert {path.rpartition(".")[0] for path in parameters} == {
+        layer.path for layer in lora.targets(spec)
+    }
     assert_same(found, by_hand(plain, lora, parameters, *batch()))
 
 
@@ -137,7 +162,9 @@ def test_the_same_for_other_architectures(name, train):
     module, spec = tiny(name)
     lora = LoRAConfig(rank=4)
     found, parameters = numbers(module, spec, lora, train)
-    assert_same(found, by_hand(dense(module, spec, None, name), lora, parameters, *batch()), 3 * PRECISION)
+    assert_same(
+        found, by_hand(dense(module, spec, None, name), lora, parameters, *batch()), 3 * PRECISION
+    )
 
 
 @pytest.mark.parametrize("train", OTHERS, ids=label)
@@ -166,12 +193,18 @@ def test_with_an_adapter_on_the_head_checkpoints_drop_the_same_inputs_too(chunk)
 def test_another_key_drops_others_and_every_layer_has_its_own():
     module, spec, _ = model(None)
     lora = LoRAConfig(rank=4, dropout=0.2, keys=("k_proj", "v_proj"))
-    losses = [numbers(module, spec, lora, WHOLE, key=mx.random.key(i))[0][0].item() for i in (1, 2, 1)]
+    losses = [
+        numbers(module, spec, lora, WHOLE, key=mx.random.key(i))[0][0].item() for i in (1, 2, 1)
+    ]
     without = numbers(module, spec, LoRAConfig(rank=4, keys=lora.keys), WHOLE)[0][0].item()
     assert losses[0] == losses[2] and len({*losses, without}) == 3
     step = made(module, spec, lora, WHOLE)
     step(step.parameters, *batch(), mx.random.key(1))
-    keys = {path: a.tolist() for path, a in tree_flatten(step.module.parameters()) if path.endswith("dropout_key")}
+    keys = {
+        path: a.tolist()
+        for path, a in tree_flatten(step.module.parameters())
+        if path.endswith("dropout_key")
+    }
     assert len(keys) == 6 and len({tuple(a) for a in keys.values()}) == 6
 
 
@@ -185,19 +218,31 @@ def test_gradients_with_dropout_are_those_of_differentiating_with_these_masks(tr
 
     def nats(p):
         step.module.update(tree_unflatten(list(p.items())))
-        return (nn.losses.cross_entropy(step.module(tokens[:, :-1]), tokens[:, 1:]) * mask[:, 1:]).sum()
+        return (
+            nn.losses.cross_entropy(step.module(tokens[:, :-1]), tokens[:, 1:]) * mask[:, 1:]
+        ).sum()
 
     assert_same(found, mx.value_and_grad(nats)(parameters))
 
 
 @pytest.mark.parametrize("train", VARIANTS, ids=label)
 @pytest.mark.parametrize(
-    "path", ["model.layers.0.self_attn.v_proj.lora_a", "model.layers.2.mlp.down_proj.lora_b", "lm_head.lora_a"]
+    "path",
+    [
+        "model.layers.0.self_attn.v_proj.lora_a",
+        "model.layers.2.mlp.down_proj.lora_b",
+        "lm_head.lora_a",
+    ],
 )
 @on_mlx
 def test_a_gradient_is_the_slope_between_two_losses(path, train):
     module, spec, _ = model(QuantConfig("nf4"))
-    step = made(module, spec, LoRAConfig(rank=4, dropout=0.2, keys=("v_proj", "down_proj", "lm_head")), train)
+    step = made(
+        module,
+        spec,
+        LoRAConfig(rank=4, dropout=0.2, keys=("v_proj", "down_proj", "lm_head")),
+        train,
+    )
     parameters, key = stirred(step.parameters), mx.random.key(9)
     grads = step(parameters, *batch(), key).grads
     row, column = divmod(mx.argmax(mx.abs(grads[path])).item(), grads[path].shape[1])
@@ -278,14 +323,19 @@ def test_two_half_batches_add_up_to_the_whole_one(train):
 def test_the_loss_is_float32_and_gradients_are_what_their_parameters_are(train, factors):
     module, spec, _ = model(QuantConfig("nf4"))
     lora = LoRAConfig(rank=4, dtype=factors)
-    (loss, grads, count), parameters = numbers(module, spec, lora, train, Compute(mx.bfloat16, True))
+    (loss, grads, count), parameters = numbers(
+        module, spec, lora, train, Compute(mx.bfloat16, True)
+    )
     assert loss.dtype == count.dtype == mx.float32
     assert {grad.dtype for grad in grads.values()} == {getattr(mx, factors)}
     assert all(grads[path].shape == a.shape for path, a in parameters.items())
     fine = numbers(module, spec, LoRAConfig(rank=4), train)[0]
     assert loss.item() != fine[0].item() and loss.item() == pytest.approx(fine[0].item(), rel=0.02)
     for path, grad in fine[1].items():
-        assert mx.linalg.norm(grads[path].astype(mx.float32) - grad).item() < 0.15 * mx.linalg.norm(grad).item()
+        assert (
+            mx.linalg.norm(grads[path].astype(mx.float32) - grad).item()
+            < 0.15 * mx.linalg.norm(grad).item()
+        )
 
 
 @pytest.mark.parametrize("train", VARIANTS, ids=label)
@@ -335,7 +385,9 @@ def test_a_model_that_cannot_be_taken_apart_is_refused_only_where_it_must_be():
     for train in OTHERS:
         with pytest.raises(UnsupportedError, match="no list of blocks"):
             made(module, spec, lora, train)
-    (loss, grads, _), _ = numbers(module, spec, lora, WHOLE, given=(mx.array([[1, 2, 3]]), mx.ones((1, 3))))
+    (loss, grads, _), _ = numbers(
+        module, spec, lora, WHOLE, given=(mx.array([[1, 2, 3]]), mx.ones((1, 3)))
+    )
     assert loss.item() > 0 and len(grads) == 2
 
 
@@ -350,7 +402,9 @@ def test_attaching_leaves_the_model_as_trainable_as_it_was():
 @on_mlx
 def test_another_order_of_the_parameters_is_kept_and_not_compiled_anew():
     module, spec = tiny()
-    step = Step(attach(module, spec, LoRAConfig(rank=2), Compute(mx.float32, True), False), TrainConfig())
+    step = Step(
+        attach(module, spec, LoRAConfig(rank=2), Compute(mx.float32, True), False), TrainConfig()
+    )
     tokens = mx.arange(12).reshape(2, 6)
     for parameters in (step.parameters, dict(reversed(step.parameters.items()))):
         assert list(step(parameters, tokens, mx.ones_like(tokens)).grads) == list(parameters)

@@ -37,8 +37,13 @@ from tests.tiny import on_mlx
 
 SIZE = 3
 LORA = LoRAConfig(rank=4)
-WHOLE = replace(CONFIG, iters=6, batch_size=6, grad_accumulation_steps=2, steps_per_eval=3, steps_per_save=100)
-RUNS = {"whole": WHOLE, "stepped and packed": replace(WHOLE, grad_checkpoint=True, pack=True, loss_chunk=16)}
+WHOLE = replace(
+    CONFIG, iters=6, batch_size=6, grad_accumulation_steps=2, steps_per_eval=3, steps_per_save=100
+)
+RUNS = {
+    "whole": WHOLE,
+    "stepped and packed": replace(WHOLE, grad_checkpoint=True, pack=True, loss_chunk=16),
+}
 
 
 def curves(state, reason: str) -> dict:
@@ -52,12 +57,16 @@ def curves(state, reason: str) -> dict:
     }
 
 
-def train(config: TrainConfig, ranks=ALONE, folder=None, change=None, **settings) -> tuple[dict, dict]:
+def train(
+    config: TrainConfig, ranks=ALONE, folder=None, change=None, **settings
+) -> tuple[dict, dict]:
     task, state = run(config, folder, LORA, ranks=ranks, **settings)
     if change:
         change(task)
     _, reason = finish(task, state)
-    return curves(state, reason), {path: np.array(array) for path, array in state.parameters.items()}
+    return curves(state, reason), {
+        path: np.array(array) for path, array in state.parameters.items()
+    }
 
 
 def count_rows(task, found: list) -> None:
@@ -80,9 +89,18 @@ def one_process(folder: Path) -> None:
     found["gathered"] = ranks.gather(f"process {ranks.rank} ü")
     found["agreed"] = [ranks.agreed(""), ranks.agreed("one" if mine else "")]
     found["nats"] = ranks.all_nats(Nats(0.1 * ranks.rank, ranks.rank)).__dict__
-    sums = Sums(mx.array(1.0), {"a": mx.full((2, 3), ranks.rank + 1, mx.bfloat16), "b": mx.ones(5)}, mx.array(2.0))
+    sums = Sums(
+        mx.array(1.0),
+        {"a": mx.full((2, 3), ranks.rank + 1, mx.bfloat16), "b": mx.ones(5)},
+        mx.array(2.0),
+    )
     total = ranks.total(sums)
-    found["total"] = [total.loss.item(), total.grads["a"].tolist(), total.grads["b"].sum().item(), total.count.item()]
+    found["total"] = [
+        total.loss.item(),
+        total.grads["a"].tolist(),
+        total.grads["b"].sum().item(),
+        total.count.item(),
+    ]
     found["dtype"] = str(total.grads["a"].dtype)
     found["first"] = ranks.from_first({"x": mx.arange(3.0) + ranks.rank})["x"].tolist()
     ranks.check_same({"model": "m", "rows": "r"})
@@ -92,12 +110,16 @@ def one_process(folder: Path) -> None:
         found["differ"] = str(error)
     for name, config in RUNS.items():
         kept, counted = folder / f"run-{ranks.rank}" if name == "whole" else None, []
-        found[name], parameters = train(config, ranks, kept, lambda task, counted=counted: count_rows(task, counted))
+        found[name], parameters = train(
+            config, ranks, kept, lambda task, counted=counted: count_rows(task, counted)
+        )
         found[name]["rows"] = counted
         arrays |= {f"{name}:{path}": array for path, array in parameters.items()}
     found["skipped"], _ = train(WHOLE, ranks, change=partial(spoil, number=3) if mine else None)
     found["guarded"], _ = train(WHOLE, ranks, limit=1 if mine else None)
-    found["ended"], _ = train(WHOLE, ranks, change=(lambda task: setattr(task, "wanted_end", "enough")) if mine else None)
+    found["ended"], _ = train(
+        WHOLE, ranks, change=(lambda task: setattr(task, "wanted_end", "enough")) if mine else None
+    )
     (folder / f"{ranks.rank}.json").write_text(json.dumps(found))
     np.savez(folder / f"{ranks.rank}.npz", **arrays)
 
@@ -114,7 +136,9 @@ def lose_one(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     folder = tmp_path_factory.mktemp("three")
-    for code, _, errors in launch([["-m", "tests.engine.train.test_distributed", "one_process", folder]] * SIZE, folder):
+    for code, _, errors in launch(
+        [["-m", "tests.engine.train.test_distributed", "one_process", folder]] * SIZE, folder
+    ):
         assert code == 0, errors
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(SIZE)]
 
@@ -124,7 +148,10 @@ def test_texts_sums_and_arrays_reach_all(three):
         assert found["gathered"] == [f"process {n} ü" for n in range(SIZE)], rank
         assert found["agreed"] == ["", "one"]
         assert found["nats"] == {"total": 0.1 + 0.2, "count": 3}
-        assert found["total"] == [3.0, [[6.0] * 3] * 2, 15.0, 6.0] and found["dtype"] == "mlx.core.bfloat16"
+        assert (
+            found["total"] == [3.0, [[6.0] * 3] * 2, 15.0, 6.0]
+            and found["dtype"] == "mlx.core.bfloat16"
+        )
         assert found["first"] == [0.0, 1.0, 2.0]
         assert "rows (rank 1)" in found["differ"] and "model" not in found["differ"]
 
@@ -137,10 +164,18 @@ def test_several_processes_make_the_steps_of_one(three, name):
     for own in found:
         for curve in ("loss", "grad_norm", "val"):
             wanted = [math.nan if x is None else x for x in alone[curve]]
-            assert [math.nan if x is None else x for x in own[name][curve]] == pytest.approx(wanted, rel=2e-5, nan_ok=True)
-        assert own[name]["counts"] == [list(counts) for counts in alone["counts"]] and own[name]["reason"] == ""
+            assert [math.nan if x is None else x for x in own[name][curve]] == pytest.approx(
+                wanted, rel=2e-5, nan_ok=True
+            )
+        assert (
+            own[name]["counts"] == [list(counts) for counts in alone["counts"]]
+            and own[name]["reason"] == ""
+        )
     task, _ = mlx_call(run, RUNS[name], lora=LORA)
-    whole = [len(task.feed.batch(number).numbers) for number in range(WHOLE.iters * WHOLE.grad_accumulation_steps)]
+    whole = [
+        len(task.feed.batch(number).numbers)
+        for number in range(WHOLE.iters * WHOLE.grad_accumulation_steps)
+    ]
     assert sum(sum(own[name]["rows"]) for own in found) == sum(whole)
     assert max(max(own[name]["rows"]) for own in found) == math.ceil(max(whole) / SIZE)
     for path, array in parameters.items():
@@ -157,7 +192,10 @@ def test_only_the_first_writes_and_its_checkpoint_opens(three):
 
 def test_what_one_finds_all_act_upon(three):
     for own in three[1]:
-        assert own["skipped"]["marks"].count("skipped") == 1 and len(own["skipped"]["loss"]) == WHOLE.iters
+        assert (
+            own["skipped"]["marks"].count("skipped") == 1
+            and len(own["skipped"]["loss"]) == WHOLE.iters
+        )
         assert [math.isnan(loss) for loss in own["skipped"]["loss"]] == [False, True] + [False] * 4
         assert len(own["guarded"]["loss"]) == 1 and own["guarded"]["marks"][-1] == "guard"
         assert own["guarded"]["reason"].startswith("The memory guard ended the run: MLX holds")
@@ -166,7 +204,9 @@ def test_what_one_finds_all_act_upon(three):
 
 
 def test_where_one_is_killed_the_others_say_so_and_what_was_learned_is_kept(tmp_path):
-    ended = launch([["-m", "tests.engine.train.test_distributed", "lose_one", tmp_path]] * 2, tmp_path)
+    ended = launch(
+        [["-m", "tests.engine.train.test_distributed", "lose_one", tmp_path]] * 2, tmp_path
+    )
     assert ended[1][0] == -signal.SIGKILL
     assert ended[0][0] == 1 and "RankError: Rank 0 of 2 lost another process" in ended[0][2]
     assert checkpoint.latest(tmp_path).name == "step-000002"
@@ -181,7 +221,10 @@ def test_parts_of_a_batch_are_all_of_its_rows(pack):
         parts = [part(batch, rank, 3) for rank in range(3)]
         assert sorted(n for own in parts for n in own.numbers) == sorted(batch.numbers)
         assert sum(own.targets for own in parts) == batch.targets
-        assert all(own.tokens.shape[1] == batch.tokens.shape[1] and (own.segments is None) != pack for own in parts)
+        assert all(
+            own.tokens.shape[1] == batch.tokens.shape[1] and (own.segments is None) != pack
+            for own in parts
+        )
 
 
 @on_mlx
@@ -191,7 +234,11 @@ def test_one_process_sends_nothing_and_changes_no_object(monkeypatch):
     batch, key = Feed(rows(4), CONFIG).batch(0), mx.random.key(1)
     sums = Sums(mx.array(1.0), {}, mx.array(1.0))
     assert ALONE.share(batch) is batch and ALONE.key(key) is key and ALONE.total(sums) is sums
-    assert ALONE.gather("x") == ["x"] and ALONE.agreed("") == "" and ALONE.from_first(sums.grads) is sums.grads
+    assert (
+        ALONE.gather("x") == ["x"]
+        and ALONE.agreed("") == ""
+        and ALONE.from_first(sums.grads) is sums.grads
+    )
     ALONE.check_same({"model": "m"})
 
 
@@ -202,7 +249,9 @@ def test_processes_that_cannot_be_joined_are_refused(monkeypatch):
         parallel.joined()
 
 
-@pytest.mark.parametrize(("batch", "size", "near"), [(5, 2, "4 or 6"), (3, 4, "the nearest is 4"), (10, 4, "8 or 12")])
+@pytest.mark.parametrize(
+    ("batch", "size", "near"), [(5, 2, "4 or 6"), (3, 4, "the nearest is 4"), (10, 4, "8 or 12")]
+)
 def test_a_batch_that_cannot_be_shared_evenly_is_refused_with_the_nearest(batch, size, near):
     with pytest.raises(ConfigError, match=f"batch_size={batch} .*{size} processes.*{near}"):
         check_shared(TrainConfig(batch_size=batch), size)

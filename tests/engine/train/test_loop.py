@@ -28,7 +28,14 @@ from qlab.engine.train.loop import train_steps
 from qlab.errors import LoadError
 from tests.tiny import on_mlx, quantized, tiny
 
-CONFIG = TrainConfig(iters=12, batch_size=2, max_seq_length=24, learning_rate=3e-3, steps_per_eval=4, steps_per_save=5)
+CONFIG = TrainConfig(
+    iters=12,
+    batch_size=2,
+    max_seq_length=24,
+    learning_rate=3e-3,
+    steps_per_eval=4,
+    steps_per_save=5,
+)
 
 
 def rows(count: int = 24, seed: int = 0) -> Rows:
@@ -42,19 +49,38 @@ def rows(count: int = 24, seed: int = 0) -> Rows:
     return Rows(tuple(made))
 
 
-def run(config: TrainConfig, folder=None, lora: LoRAConfig | None = None, held: int = 4, resume=None, limit=None, ranks=ALONE):
+def run(
+    config: TrainConfig,
+    folder=None,
+    lora: LoRAConfig | None = None,
+    held: int = 4,
+    resume=None,
+    limit=None,
+    ranks=ALONE,
+):
     """Return a task and its state, on a tiny 4-bit model."""
     module, spec = tiny()
     module = quantized(module, spec, QuantConfig("affine", 4))
     lora = lora or LoRAConfig(rank=4, dropout=0.1)
     train, judged = rows().split(held, 0) if held else (rows(), None)
     parameters = fresh(module, spec, lora, 7)
-    kept = folder and checkpoint.Checkpoints(folder, lambda p, a: save_adapter(p, a, lora, spec, "tiny"))
+    kept = folder and checkpoint.Checkpoints(
+        folder, lambda p, a: save_adapter(p, a, lora, spec, "tiny")
+    )
     good: list[int] = []
     task, state, _ = prepare.make_task(
-        module, spec, lora, config, Feed(train, config), prepare.validation_batches(judged, config), parameters, kept,
-        lambda state: good.append(state.step), limit, ranks,
-    )  # fmt: skip
+        module,
+        spec,
+        lora,
+        config,
+        Feed(train, config),
+        prepare.validation_batches(judged, config),
+        parameters,
+        kept,
+        lambda state: good.append(state.step),
+        limit,
+        ranks,
+    )
     if resume:
         state = prepare.resumed(resume, checkpoint.read_parameters(resume), task)
     return task, state
@@ -89,7 +115,9 @@ def spoil(task: Task, number: int) -> None:
 
 
 def equal(one: dict, two: dict) -> bool:
-    return one.keys() == two.keys() and all(mx.array_equal(one[path], two[path]).item() for path in one)
+    return one.keys() == two.keys() and all(
+        mx.array_equal(one[path], two[path]).item() for path in one
+    )
 
 
 @on_mlx
@@ -100,7 +128,9 @@ def test_a_run_yields_an_event_for_every_step_and_the_loss_falls():
     assert math.isnan(events[0].loss) and events[0].val_loss == pytest.approx(math.log(97), abs=0.5)
     assert np.mean([e.loss for e in events[-8:]]) < np.mean([e.loss for e in events[1:9]]) - 0.05
     assert [e.step for e in events if e.val_loss is not None] == list(range(0, 41, 4))
-    assert all(e.tokens <= e.padded and 0 < e.targets < e.tokens and e.grad_norm > 0 for e in events[1:])
+    assert all(
+        e.tokens <= e.padded and 0 < e.targets < e.tokens and e.grad_norm > 0 for e in events[1:]
+    )
     assert events[-1].epoch == pytest.approx(40 / task.feed.per_epoch)
     assert state.history == events
 
@@ -110,12 +140,21 @@ def test_epochs_replace_iters():
     task, state = run(replace(CONFIG, epochs=1.5, grad_accumulation_steps=2), held=0)
     assert task.feed.per_epoch == 12 and task.iters == 9
     events, _ = finish(task, state)
-    assert [e.step for e in events] == list(range(1, 10)) and all(e.val_loss is None for e in events)
+    assert [e.step for e in events] == list(range(1, 10)) and all(
+        e.val_loss is None for e in events
+    )
 
 
 @on_mlx
 def test_forty_steps_equal_twenty_a_lost_process_and_twenty_more(tmp_path):
-    config = replace(CONFIG, iters=40, steps_per_save=20, lr_schedule="cosine", warmup=3, grad_accumulation_steps=2)
+    config = replace(
+        CONFIG,
+        iters=40,
+        steps_per_save=20,
+        lr_schedule="cosine",
+        warmup=3,
+        grad_accumulation_steps=2,
+    )
     task, state = run(config, tmp_path / "whole")
     whole, _ = finish(task, state)
     task, other = run(config, tmp_path / "cut")
@@ -178,17 +217,24 @@ def test_a_run_whose_steps_are_never_numbers_ends_with_its_adapter_as_it_was():
     before = dict(state.parameters)
     events, reason = finish(task, state)
     assert "5 steps in a row" in reason and len(events) < 12
-    assert all(mx.isfinite(a).all().item() for a in state.parameters.values()) and before.keys() == state.parameters.keys()
+    assert (
+        all(mx.isfinite(a).all().item() for a in state.parameters.values())
+        and before.keys() == state.parameters.keys()
+    )
 
 
 @on_mlx
 def test_it_stops_early_and_keeps_the_best(tmp_path):
-    task, state = run(replace(CONFIG, iters=60, steps_per_eval=2, early_stop=3, learning_rate=0.3), tmp_path)
+    task, state = run(
+        replace(CONFIG, iters=60, steps_per_eval=2, early_stop=3, learning_rate=0.3), tmp_path
+    )
     events, reason = finish(task, state)
     assert reason.startswith("Stopped early") and events[-1].step < 60
     assert events[-1].marks[-1].kind == "early_stop"
     best = min((e.val_loss, e.step) for e in events if e.val_loss is not None and e.step)
-    assert checkpoint.best(tmp_path).name == f"best-{best[1]:06d}" and state.best_val_loss == best[0]
+    assert (
+        checkpoint.best(tmp_path).name == f"best-{best[1]:06d}" and state.best_val_loss == best[0]
+    )
 
 
 @on_mlx
@@ -219,7 +265,9 @@ def test_a_new_learning_rate_counts_from_the_next_step_and_survives_a_resume(tmp
 
 
 @on_mlx
-def test_a_disk_that_is_full_does_not_end_a_run_and_the_last_checkpoint_opens(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_does_not_end_a_run_and_the_last_checkpoint_opens(
+    tmp_path, monkeypatch
+):
     task, state = run(replace(CONFIG, steps_per_save=2), tmp_path)
     work = train_steps(task, state)
     while state.step < 3:
@@ -258,13 +306,21 @@ def test_a_checkpoint_holds_the_optimizers_state_of_every_parameter_by_its_path(
     task, state = run(replace(CONFIG, iters=2), tmp_path)
     finish(task, state)
     found = mx.load(str(tmp_path / "step-000002" / "optimizer.safetensors"))
-    assert found.keys() == {"step", "learning_rate", *(f"{path}.{name}" for path in state.parameters for name in "mv")}
+    assert found.keys() == {
+        "step",
+        "learning_rate",
+        *(f"{path}.{name}" for path in state.parameters for name in "mv"),
+    }
     assert all(found[f"{path}.m"].shape == array.shape for path, array in state.parameters.items())
 
 
 @on_mlx
 def test_a_checkpoint_is_an_adapter_folder_of_mlx_lm(tmp_path):
-    task, state = run(replace(CONFIG, iters=2), tmp_path, LoRAConfig(rank=4, num_layers=2, keys=("q_proj", "down_proj")))
+    task, state = run(
+        replace(CONFIG, iters=2),
+        tmp_path,
+        LoRAConfig(rank=4, num_layers=2, keys=("q_proj", "down_proj")),
+    )
     finish(task, state)
     facts = json.loads((tmp_path / "step-000002" / "adapter_config.json").read_text())
     assert facts["fine_tune_type"] == "lora" and facts["num_layers"] == 2
@@ -281,7 +337,10 @@ def test_validation_is_the_mean_over_targets_of_a_plain_forward_pass():
     total = count = 0.0
     for batch in task.held_out:
         logits = module(mx.array(batch.tokens[:, :-1]))
-        nats = mx.logsumexp(logits, -1) - mx.take_along_axis(logits, mx.array(batch.tokens[:, 1:, None]), -1)[..., 0]
+        nats = (
+            mx.logsumexp(logits, -1)
+            - mx.take_along_axis(logits, mx.array(batch.tokens[:, 1:, None]), -1)[..., 0]
+        )
         total += (nats * mx.array(batch.mask[:, 1:])).sum().item()
         count += batch.targets
     assert events[-1].val_loss == pytest.approx(total / count, rel=1e-5)

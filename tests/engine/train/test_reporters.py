@@ -16,13 +16,41 @@ from qlab.engine.train import reporters
 from qlab.errors import ConfigError
 
 REPORT = RunReport(
-    "run", "demo", "affine 4-bit g64", "lora r8", "done", 2, 2, 2.1, 2.2, 2.2, 2, 90, 10.0, 1.0, 1, 2, "p", ("note",)
+    "run",
+    "demo",
+    "affine 4-bit g64",
+    "lora r8",
+    "done",
+    2,
+    2,
+    2.1,
+    2.2,
+    2.2,
+    2,
+    90,
+    10.0,
+    1.0,
+    1,
+    2,
+    "p",
+    ("note",),
 )
 
 
 def event(step: int, **changes) -> StepEvent:
-    facts = {"epoch": 0.1, "loss": 2.0, "learning_rate": 1e-4, "grad_norm": 1.0, "targets": 5, "tokens": 9, "padded": 9,
-             "seconds": 1.0, "tokens_per_second": 9.0, "active_nbytes": 1, "peak_nbytes": 2}  # fmt: skip
+    facts = {
+        "epoch": 0.1,
+        "loss": 2.0,
+        "learning_rate": 1e-4,
+        "grad_norm": 1.0,
+        "targets": 5,
+        "tokens": 9,
+        "padded": 9,
+        "seconds": 1.0,
+        "tokens_per_second": 9.0,
+        "active_nbytes": 1,
+        "peak_nbytes": 2,
+    }
     return StepEvent(step=step, **{**facts, **changes})
 
 
@@ -60,14 +88,24 @@ def test_a_run_begins_when_the_reporter_is_made_and_is_told_every_event(tracker)
     report(event(1))
     report(event(2, val_loss=2.5, marks=(Mark("best", "best so far"),)))
     (_, first), (step, second) = tracker.run.logged
-    assert step == 2 and second["val_loss"] == 2.5 and second["marks"] == "best so far" and second["loss"] == 2.0
+    assert (
+        step == 2
+        and second["val_loss"] == 2.5
+        and second["marks"] == "best so far"
+        and second["loss"] == 2.0
+    )
     assert "val_loss" not in first and "marks" not in first and "step" not in first
 
 
 def test_what_is_no_number_is_left_out(tracker):
     tracker.factory("demo")(event(0, loss=math.nan, grad_norm=math.inf, val_loss=3.0))
     ((step, values),) = tracker.run.logged
-    assert step == 0 and "loss" not in values and "grad_norm" not in values and values["val_loss"] == 3.0
+    assert (
+        step == 0
+        and "loss" not in values
+        and "grad_norm" not in values
+        and values["val_loss"] == 3.0
+    )
 
 
 def test_the_end_comes_once_with_the_figures_of_the_report(tracker):
@@ -76,7 +114,11 @@ def test_the_end_comes_once_with_the_figures_of_the_report(tracker):
     report.finish(REPORT)
     report(event(3))
     assert tracker.run.finished == 1 and tracker.run.logged == [] and report.error == ""
-    assert tracker.run.summary["loss"] == 2.1 and tracker.run.summary["status"] == "done" and "notes" not in tracker.run.summary
+    assert (
+        tracker.run.summary["loss"] == 2.1
+        and tracker.run.summary["status"] == "done"
+        and "notes" not in tracker.run.summary
+    )
 
 
 def test_a_tracker_without_a_summary_still_ends(tracker):

@@ -19,11 +19,15 @@ from qlab.views.cards.data import DataView
 
 CONFIG = TrainConfig(max_seq_length=12)
 PLAN = QuantPlan(QuantConfig("affine", 4, 64), {"a": None, "b": QuantConfig("mxfp4")})
-FACTS = run_folder.RunFacts("demo", PLAN, "rtn", LoRAConfig(keys=("q_proj",)), CONFIG, "0f", ("Why?",))
+FACTS = run_folder.RunFacts(
+    "demo", PLAN, "rtn", LoRAConfig(keys=("q_proj",)), CONFIG, "0f", ("Why?",)
+)
 ROWS = [
     {"prompt": "a", "completion": "b"},
     {"prompt": "a very long question that no answer follows " * 3, "completion": "b"},  # is dropped
-    {"text": "a text that is longer than twelve tokens, so that its end is cut off and shown as such"},
+    {
+        "text": "a text that is longer than twelve tokens, so that its end is cut off and shown as such"
+    },
     {"text": ""},
 ]
 
@@ -65,9 +69,15 @@ def test_a_folder_that_holds_a_run_is_not_taken_again(rows, tmp_path):
 BROKEN = {
     "no folder": (lambda path: (path / "run.json").unlink(), "it has no run.json"),
     "no rows": (lambda path: (path / "rows.npz").unlink(), "it has no rows.npz"),
-    "cut short": (lambda path: (path / "rows.npz").write_bytes((path / "rows.npz").read_bytes()[:200]), "cannot be read"),
+    "cut short": (
+        lambda path: (path / "rows.npz").write_bytes((path / "rows.npz").read_bytes()[:200]),
+        "cannot be read",
+    ),
     "no JSON": (lambda path: (path / "run.json").write_text("{"), "cannot be read"),
-    "of a newer qlab": (lambda path: (path / "run.json").write_text('{"later": 1}'), "cannot be read"),
+    "of a newer qlab": (
+        lambda path: (path / "run.json").write_text('{"later": 1}'),
+        "cannot be read",
+    ),
     "no file": (lambda path: (path / "run.json").write_text("[]"), "cannot be read"),
 }
 

@@ -31,7 +31,9 @@ class Updating:
         module, spec, _ = model(QuantConfig("affine", 4))
         mx.random.seed(7)
         config = replace(train, learning_rate=RATE, optimizer=optimizer)
-        twin = attach(module, spec, LoRAConfig(rank=4, **settings), Compute(None, True), train.grad_checkpoint)
+        twin = attach(
+            module, spec, LoRAConfig(rank=4, **settings), Compute(None, True), train.grad_checkpoint
+        )
         self.step = Step(twin, config)
         self.update = Update(config, self.step.parameters)
         self.state = self.update.state
@@ -46,7 +48,10 @@ def unclipped(train: TrainConfig) -> TrainConfig:
 
 @pytest.mark.parametrize(
     ("optimizer", "train"),
-    [*((name, VARIANTS[-1]) for name in registry.shelf("optimizers")), *(("adamw", train) for train in VARIANTS[:-1])],
+    [
+        *((name, VARIANTS[-1]) for name in registry.shelf("optimizers")),
+        *(("adamw", train) for train in VARIANTS[:-1]),
+    ],
     ids=label,
 )
 @on_mlx
@@ -112,7 +117,10 @@ def test_clipping_scales_all_gradients_to_the_global_norm_and_reports_it_as_it_w
     found = tight(parameters, tight.state, sums, mx.array(RATE))
     wanted = free(parameters, free.state, quarter, mx.array(RATE))
     assert found.grad_norm.item() == pytest.approx(norm)
-    assert all(mx.allclose(found.state[path], wanted.state[path], rtol=1e-4, atol=1e-12) for path in wanted.state)
+    assert all(
+        mx.allclose(found.state[path], wanted.state[path], rtol=1e-4, atol=1e-12)
+        for path in wanted.state
+    )
 
 
 @on_mlx
@@ -122,10 +130,14 @@ def test_the_learning_rate_is_the_one_of_the_step_and_decay_is_decoupled():
     still = update(parameters, update.state, *batch(), rate=0.0)
     assert all(mx.array_equal(still.parameters[path], array) for path, array in parameters.items())
     sums = update.step(parameters, *batch())
-    none = Sums(sums.loss, {path: mx.zeros_like(grad) for path, grad in sums.grads.items()}, sums.count)
+    none = Sums(
+        sums.loss, {path: mx.zeros_like(grad) for path, grad in sums.grads.items()}, sums.count
+    )
     decaying = Update(replace(WHOLE, weight_decay=0.5), parameters)
     less = decaying(parameters, decaying.state, none, mx.array(0.1)).parameters
-    assert all(mx.allclose(less[path], array * 0.95, rtol=1e-5) for path, array in parameters.items())
+    assert all(
+        mx.allclose(less[path], array * 0.95, rtol=1e-5) for path, array in parameters.items()
+    )
 
 
 @on_mlx
@@ -133,7 +145,9 @@ def test_an_update_without_targets_has_no_loss_and_no_nan():
     update = Updating("adamw", WHOLE)
     tokens, mask = batch()
     new = update(update.step.parameters, update.state, tokens, mx.zeros_like(mask))
-    assert new.loss.item() == 0 and not any(mx.isnan(array).any().item() for array in new.parameters.values())
+    assert new.loss.item() == 0 and not any(
+        mx.isnan(array).any().item() for array in new.parameters.values()
+    )
 
 
 @on_mlx

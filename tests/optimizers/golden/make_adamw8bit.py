@@ -47,24 +47,61 @@ cpu._dequant_blockwise_fp32_direct, cpu._quant_blockwise_fp32_direct = grow, shr
 signed, unsigned = create_dynamic_map(signed=True), create_dynamic_map(signed=False)
 made = {"signed": signed.numpy(), "unsigned": unsigned.numpy()}
 rng = np.random.default_rng(0)
-for name, shape in {"whole": (64, 68), "rest": (17, 241)}.items():  # 17 blocks of 256; 16 blocks and one number
+for name, shape in {
+    "whole": (64, 68),
+    "rest": (17, 241),
+}.items():  # 17 blocks of 256; 16 blocks and one number
     blocks = -(-shape[0] * shape[1] // 256)
     p = torch.from_numpy(rng.normal(0, 1, shape).astype(np.float16)).float()
     codes = [torch.zeros(shape, dtype=torch.uint8) for _ in range(2)]
     absmax = [torch.zeros(blocks) for _ in range(2)]
-    scale = np.exp(rng.normal(0, 1, shape))  # some coordinates have far larger gradients than others
+    scale = np.exp(
+        rng.normal(0, 1, shape)
+    )  # some coordinates have far larger gradients than others
     for step in range(1, 11):
         g = (rng.normal(0, 1, shape) * scale).astype(np.float16)
         if step in (1, 10):
             p = p.half().float()
-            made |= {f"{name}_{step}_{key}": value.numpy().copy() for key, value in
-                     {"p": p.half(), "m": codes[0], "v": codes[1], "m_scale": absmax[0], "v_scale": absmax[1]}.items()}  # fmt: skip
+            made |= {
+                f"{name}_{step}_{key}": value.numpy().copy()
+                for key, value in {
+                    "p": p.half(),
+                    "m": codes[0],
+                    "v": codes[1],
+                    "m_scale": absmax[0],
+                    "v_scale": absmax[1],
+                }.items()
+            }
         cpu._optimizer_update_8bit_blockwise_cpu(
-            "adam", torch.from_numpy(g).float(), p, codes[0], codes[1], 0.9, 0.999, 0.0, 0.0, 1e-8, step, 1e-2,
-            signed, unsigned, absmax[0], absmax[1], 0.1, 1.0,
-        )  # fmt: skip
+            "adam",
+            torch.from_numpy(g).float(),
+            p,
+            codes[0],
+            codes[1],
+            0.9,
+            0.999,
+            0.0,
+            0.0,
+            1e-8,
+            step,
+            1e-2,
+            signed,
+            unsigned,
+            absmax[0],
+            absmax[1],
+            0.1,
+            1.0,
+        )
         if step in (1, 10):
-            after = {"p": p, "m": codes[0], "v": codes[1], "m_scale": absmax[0], "v_scale": absmax[1]}
+            after = {
+                "p": p,
+                "m": codes[0],
+                "v": codes[1],
+                "m_scale": absmax[0],
+                "v_scale": absmax[1],
+            }
             made[f"{name}_{step}_g"] = g
-            made |= {f"{name}_{step}_new_{key}": value.numpy().copy() for key, value in after.items()}
+            made |= {
+                f"{name}_{step}_new_{key}": value.numpy().copy() for key, value in after.items()
+            }
 np.savez_compressed(Path(__file__).with_name("adamw8bit.npz"), **made)

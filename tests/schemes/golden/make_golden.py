@@ -45,7 +45,11 @@ weight[5, :64] = 0.125
 table = np.sort(get_4bit_type("nf4", device="cpu").numpy())
 middle = (table[1:] + table[:-1]) / np.float32(2)
 weight[6, :64] = np.resize(np.append(middle, np.float32(1)), 64)  # ties
-close = np.float32(0.7) * middle * (1 + np.arange(-4, 5, dtype=np.float32)[:, None] * np.float32(2**-24))
+close = (
+    np.float32(0.7)
+    * middle
+    * (1 + np.arange(-4, 5, dtype=np.float32)[:, None] * np.float32(2**-24))
+)
 differ = close[(close * (1 / np.float32(0.7)) > middle) != (close / np.float32(0.7) > middle)]
 assert differ.size  # where a product with the reciprocal and a quotient choose different codes
 weight[6, 64:128] = np.append(np.resize(differ, 63), np.float32(0.7))
@@ -57,13 +61,23 @@ for dtype in ("float32", "bfloat16", "float16"):
     made[f"{dtype}_packed"] = packed.numpy().reshape(-1)
     made[f"{dtype}_absmax"] = absmax.numpy()
     made[f"{dtype}_values"] = (
-        values.float().numpy().astype(np.float32) if dtype == "float32" else values.view(torch.int16).numpy()
+        values.float().numpy().astype(np.float32)
+        if dtype == "float32"
+        else values.view(torch.int16).numpy()
     )
-scales = torch.from_numpy(np.abs(rng.normal(0.05, 0.02, 600)).astype(np.float32))  # two blocks of 256 and a rest
+scales = torch.from_numpy(
+    np.abs(rng.normal(0.05, 0.02, 600)).astype(np.float32)
+)  # two blocks of 256 and a rest
 code = create_dynamic_map(signed=True)
 offset = scales.mean()
 codes, second = kernels["quantize_blockwise"](scales - offset, code, 256)
 back = kernels["dequantize_blockwise"](codes, second, code, 256, torch.float32) + offset
-made |= {"dq_scales": scales.numpy(), "dq_map": code.numpy(), "dq_offset": offset.numpy(), "dq_codes": codes.numpy(),
-         "dq_second": second.numpy(), "dq_back": back.numpy()}  # fmt: skip
+made |= {
+    "dq_scales": scales.numpy(),
+    "dq_map": code.numpy(),
+    "dq_offset": offset.numpy(),
+    "dq_codes": codes.numpy(),
+    "dq_second": second.numpy(),
+    "dq_back": back.numpy(),
+}
 np.savez_compressed(Path(__file__).with_name("nf4.npz"), **made)

@@ -30,25 +30,43 @@ SPEC = ModelSpec(
     "tiny",
     (
         LayerSpec("model.embed_tokens", "embedding", (97, WIDTH), tied=True),
-        *(LayerSpec(f"model.layers.{i}.{role}", "linear", (OUT, WIDTH)) for i in range(3) for role in ("self_attn.q_proj", "mlp.up_proj")),
+        *(
+            LayerSpec(f"model.layers.{i}.{role}", "linear", (OUT, WIDTH))
+            for i in range(3)
+            for role in ("self_attn.q_proj", "mlp.up_proj")
+        ),
     ),
     other_size=10,
-)  # fmt: skip
+)
 KINDS = (("lora", "LoRA", ("linear", "embedding")), ("dora", "DoRA", ("linear", "embedding")))
 
 
 def found(path: str) -> Recovery:
     squares = np.linspace(2, 1, OUT) / np.linspace(2, 1, OUT).sum()
     noise, share = noise_squares(OUT, WIDTH), np.cumsum(squares)
-    output = {init: on_grid(share**power) for init, power in (("residual", 1), ("diagonal", 0.5), ("qera", 0.25))}
+    output = {
+        init: on_grid(share**power)
+        for init, power in (("residual", 1), ("diagonal", 0.5), ("qera", 0.25))
+    }
     return Recovery(
-        path, 0.09, on_grid(np.sqrt(squares)), on_grid(np.sqrt(noise)), on_grid(share), on_grid(np.cumsum(noise)), output
+        path,
+        0.09,
+        on_grid(np.sqrt(squares)),
+        on_grid(np.sqrt(noise)),
+        on_grid(share),
+        on_grid(np.cumsum(noise)),
+        output,
     )
 
 
 def state(**changes) -> AdapterState:
     recoveries = {layer.path: found(layer.path) for layer in SPEC.layers[1:]}
-    return replace(AdapterState(SPEC, LoRAConfig(rank=8), "affine 4-bit g64", recoveries, source="q", kinds=KINDS), **changes)
+    return replace(
+        AdapterState(
+            SPEC, LoRAConfig(rank=8), "affine 4-bit g64", recoveries, source="q", kinds=KINDS
+        ),
+        **changes,
+    )
 
 
 def test_panel_is_small_and_loads_nothing_from_the_network():
@@ -67,7 +85,9 @@ def test_curves_are_sent_to_a_hundred_thousandth_and_unknown_ones_as_such():
 
 
 def test_choice_says_which_layers_the_keys_name_whatever_num_layers_is():
-    sent = view.choice(state(config=LoRAConfig(rank=8, num_layers=1, keys=("q_proj", "embed_tokens"))), 7)
+    sent = view.choice(
+        state(config=LoRAConfig(rank=8, num_layers=1, keys=("q_proj", "embed_tokens"))), 7
+    )
     assert sent["on"] == [True, True, False, True, False, True, False] and sent["ack"] == 7
 
 
@@ -85,22 +105,38 @@ def test_experts_are_sent_with_their_sizes_and_the_noise_of_one_of_them():
     mixture = replace(SPEC, layers=(*SPEC.layers, experts))
     sent = view.payload(state(spec=mixture, kinds=kinds))
     assert sent["state"]["on"] == [False, *[True] * 7]
-    assert sent["meta"]["sizes"]["lora"][-1] == [0, 4 * (OUT + WIDTH)] and sent["meta"]["sizes"]["dora"][-1][0] == 4 * OUT
-    assert f"{OUT} {WIDTH}" in sent["meta"]["noise"] and sent["meta"]["layers"][-1]["shape"] == (4, OUT, WIDTH)
+    assert (
+        sent["meta"]["sizes"]["lora"][-1] == [0, 4 * (OUT + WIDTH)]
+        and sent["meta"]["sizes"]["dora"][-1][0] == 4 * OUT
+    )
+    assert f"{OUT} {WIDTH}" in sent["meta"]["noise"] and sent["meta"]["layers"][-1]["shape"] == (
+        4,
+        OUT,
+        WIDTH,
+    )
 
 
 def test_text_has_the_numbers():
     line = text_line(state())
     assert "rank 8, alpha 16" in line and "6 layers" in line and f"{6 * 8 * 96:,} trainable" in line
     text = html(state())
-    assert "<table" in text and "up_proj" in text and "a = qlab.Adapter(q, rank=8)" in text and "nan" not in text.lower()
+    assert (
+        "<table" in text
+        and "up_proj" in text
+        and "a = qlab.Adapter(q, rank=8)" in text
+        and "nan" not in text.lower()
+    )
     assert "measured for another storage" in html(state(stale=True))
     assert "nothing measured yet" in html(state(recoveries={}))
     assert "trained: run 1" in text_line(state(origin="run 1"))
 
 
 def test_names_from_outside_are_escaped():
-    evil = state(spec=replace(SPEC, name="</script><img src=x>"), storage="<img src=x>", obstacle="<img src=x>")
+    evil = state(
+        spec=replace(SPEC, name="</script><img src=x>"),
+        storage="<img src=x>",
+        obstacle="<img src=x>",
+    )
     for text in (html(evil), page(evil)):
         assert "<img src=x>" not in text
 
@@ -129,13 +165,24 @@ def test_pure_functions_of_the_panel(tmp_path):
     if node is None:
         pytest.skip("NODE IS MISSING: THE PANEL'S PURE FUNCTIONS ARE NOT TESTED")
     (tmp_path / "widget.mjs").write_text(view.ESM)
-    sent = view.payload(state(config=LoRAConfig(rank=8, num_layers=2, kind="dora", init="qera", scale=0.5)))
+    sent = view.payload(
+        state(config=LoRAConfig(rank=8, num_layers=2, kind="dora", init="qera", scale=0.5))
+    )
     curves = np.frombuffer(sent["curves"], "<u2").tolist()
-    (tmp_path / "sent.json").write_text(json.dumps({"meta": sent["meta"], "state": sent["state"], "curves": curves}))
+    (tmp_path / "sent.json").write_text(
+        json.dumps({"meta": sent["meta"], "state": sent["state"], "curves": curves})
+    )
     wanted = state(config=LoRAConfig(rank=8, num_layers=2, kind="dora", init="qera", scale=0.5))
     shares = [found("x").share(rank, "qera") for rank in (1, 8, 20, 32, 500)]
-    expected = {"code": wanted.code, "size": wanted.report.size, "share": wanted.report.share, "shares": shares}
+    expected = {
+        "code": wanted.code,
+        "size": wanted.report.size,
+        "share": wanted.report.share,
+        "shares": shares,
+    }
     (tmp_path / "expected.json").write_text(json.dumps(expected))
     shutil.copy(Path(__file__).with_name("widget.test.mjs"), tmp_path)
-    done = subprocess.run([node, "--test", "widget.test.mjs"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [node, "--test", "widget.test.mjs"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout

@@ -21,7 +21,9 @@ from qlab.views.cards.data import text
 
 
 def made(pieces, mask, number=0, cut=0, beyond=""):
-    row = Row(number, np.arange(len(pieces), dtype=np.int32) + 100 * number, np.array(mask, np.uint8), cut)
+    row = Row(
+        number, np.arange(len(pieces), dtype=np.int32) + 100 * number, np.array(mask, np.uint8), cut
+    )
     return Shown(row, tuple(pieces), beyond)
 
 
@@ -42,7 +44,10 @@ def test_headline_tells_what_was_found(report):
         "5 chat rows · 68 tokens · 60 targets (88 %) · 1 repeat another · 1 cut at the end · 21 dropped · "
         "10 held out, of which 2 are also trained on"
     )
-    assert batches(report) == "2 padded batches an epoch of 4 × 40, 1 × 9 tokens; 1.23 tokens computed per real one"
+    assert (
+        batches(report)
+        == "2 padded batches an epoch of 4 × 40, 1 × 9 tokens; 1.23 tokens computed per real one"
+    )
 
 
 def test_text_marks_targets_and_cuts(report):
@@ -61,7 +66,9 @@ def test_html_tells_targets_and_cuts_by_tags_not_by_colour_alone(report):
 
 
 def test_what_comes_from_the_data_is_escaped(report):
-    assert "<more>" not in html(report) and "<off>" not in html(report) and "<s>" not in html(report)
+    assert (
+        "<more>" not in html(report) and "<off>" not in html(report) and "<s>" not in html(report)
+    )
 
 
 def test_neighbouring_targets_have_different_shades(report):
@@ -77,7 +84,11 @@ def test_reasons_are_counted_with_the_first_numbers(report):
 
 def test_lengths_are_counted_in_full(report):
     bars = histogram(report)
-    assert sum(count for _, count in bars) == 5 and bars[0][0].startswith("3–") and bars[-1][0].endswith("40")
+    assert (
+        sum(count for _, count in bars) == 5
+        and bars[0][0].startswith("3–")
+        and bars[-1][0].endswith("40")
+    )
     one = DataReport(Rows(report.rows.rows[:1]), (), ((1, 7),), 1.0, 1, True)
     assert histogram(one) == [("7", 1)] and "1 packed batch an epoch of 1 × 7" in batches(one)
 

@@ -28,14 +28,19 @@ from tests.views.runs import events, run_state
 def runs(count: int = 3, **more) -> Runs:
     histories = tuple(events(60 * (n + 1), seed=n, **more) for n in range(count))
     reports = tuple(
-        replace(run_state(history, "done").report, storage=f"affine {n + 2}-bit g64", path=f"runs/{n}")
+        replace(
+            run_state(history, "done").report, storage=f"affine {n + 2}-bit g64", path=f"runs/{n}"
+        )
         for n, history in enumerate(histories)
     )
     return Runs(reports, histories)
 
 
 def pictures(text: str) -> list[str]:
-    return [base64.b64decode(data).decode() for data in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', text)]
+    return [
+        base64.b64decode(data).decode()
+        for data in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', text)
+    ]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -77,16 +82,21 @@ def test_a_run_without_its_history_is_refused():
 def test_tables_for_pandas_and_figures_for_plotly():
     made = runs()
     frame = made.to_pandas()
-    assert list(frame.storage) == ["affine 2-bit g64", "affine 3-bit g64", "affine 4-bit g64"] and isinstance(
-        frame.notes[0], str
-    )
+    assert list(frame.storage) == [
+        "affine 2-bit g64",
+        "affine 3-bit g64",
+        "affine 4-bit g64",
+    ] and isinstance(frame.notes[0], str)
     assert len(made.plot().data) == 6
 
 
 def test_names_of_runs_are_escaped():
     evil = "<img src=x onerror='1'>"
     made = runs(2)
-    made = Runs(tuple(replace(r, model=evil + str(n), path=evil) for n, r in enumerate(made.reports)), made.histories)
+    made = Runs(
+        tuple(replace(r, model=evil + str(n), path=evil) for n, r in enumerate(made.reports)),
+        made.histories,
+    )
     assert "<img src=x" not in made._repr_html_() and "onerror='" not in made._repr_html_()
     ElementTree.fromstring(pictures(made._repr_html_())[0])
 
@@ -97,7 +107,11 @@ def test_names_of_runs_are_escaped():
 def test_many_labels_at_one_height_do_not_lie_on_each_other():
     lines = tuple(Line(f"run {n}", np.arange(3.0), np.full(3, 2.0)) for n in range(9))
     tree = ElementTree.fromstring(svg(lines, "step", "loss"))
-    ys = sorted(float(e.get("y")) for e in tree.iter("{http://www.w3.org/2000/svg}text") if (e.text or "").startswith("run "))
+    ys = sorted(
+        float(e.get("y"))
+        for e in tree.iter("{http://www.w3.org/2000/svg}text")
+        if (e.text or "").startswith("run ")
+    )
     assert len(ys) == 9 and min(np.diff(ys)) >= 12 and ys[-1] <= 300
 
 
@@ -131,13 +145,27 @@ def judged(**more) -> JudgeReport:
             rng.random(50) * 0.2 * n,
         )
         columns.append(Column.of(name, scores, golden=[1.0, 0.0, 1.0, 1.0][: 4 if n else 3]))
-    samples = (Sample("2 + 2 =", ("4", "five", "4"), "4", (1.0, 0.0, 1.0)), Sample("Hello", ("Hi", "<b>Hi</b>", "Hi!")))
-    return JudgeReport(tuple(columns), samples, rows=12, targets=int(targets.sum()), teacher="exact", **more)
+    samples = (
+        Sample("2 + 2 =", ("4", "five", "4"), "4", (1.0, 0.0, 1.0)),
+        Sample("Hello", ("Hi", "<b>Hi</b>", "Hi!")),
+    )
+    return JudgeReport(
+        tuple(columns), samples, rows=12, targets=int(targets.sum()), teacher="exact", **more
+    )
 
 
 def test_the_card_shows_three_models_side_by_side_with_errors_and_answers():
     text = Judged(judged())._repr_html_()
-    for word in (*COLUMNS, "perplexity", "top-token flips", "golden set", "±", "less is better", "more is better", "five"):
+    for word in (
+        *COLUMNS,
+        "perplexity",
+        "top-token flips",
+        "golden set",
+        "±",
+        "less is better",
+        "more is better",
+        "five",
+    ):
         assert word in text
     assert "less than quantized" in text and "&lt;b&gt;Hi&lt;/b&gt;" in text and "<svg" not in text
 
@@ -154,8 +182,13 @@ def test_bars_are_as_long_as_their_numbers():
 def test_a_card_with_prompts_alone_and_one_with_two_models_are_drawn():
     report = judged()
     assert (
-        "perplexity" not in Judged(replace(report, columns=tuple(Column(n) for n in COLUMNS), rows=0, teacher=""))._repr_html_()
+        "perplexity"
+        not in Judged(
+            replace(report, columns=tuple(Column(n) for n in COLUMNS), rows=0, teacher="")
+        )._repr_html_()
     )
     two = replace(report, columns=report.columns[1:], samples=())
     assert "full precision</th>" not in Judged(two)._repr_html_()
-    assert "> 2 + 2 =" in repr(Judged(report)) and list(Judged(report).to_pandas().index) == list(COLUMNS)
+    assert "> 2 + 2 =" in repr(Judged(report)) and list(Judged(report).to_pandas().index) == list(
+        COLUMNS
+    )

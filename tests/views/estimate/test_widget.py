@@ -28,10 +28,17 @@ EVIL = "</script><img src=x>"
 @pytest.fixture(scope="module")
 def first():
     plan = qlab.QuantPlan(
-        qlab.QuantConfig(), {"model.layers.0.mlp.down_proj": qlab.QuantConfig(bits=8), "model.layers.1.mlp.down_proj": None}
+        qlab.QuantConfig(),
+        {
+            "model.layers.0.mlp.down_proj": qlab.QuantConfig(bits=8),
+            "model.layers.1.mlp.down_proj": None,
+        },
     )
     return qlab.estimate(
-        "demo", plan, qlab.LoRAConfig(rank=8, dropout=0.1), qlab.TrainConfig(max_seq_length=256, learning_rate=3e-4)
+        "demo",
+        plan,
+        qlab.LoRAConfig(rank=8, dropout=0.1),
+        qlab.TrainConfig(max_seq_length=256, learning_rate=3e-4),
     )
 
 
@@ -42,7 +49,10 @@ def live(first):
     for setup in setups(first):
         mlx_call(panel._sweep.read, setup)
     for length in (513, 1537, 2049):  # a loss in one, three and four chunks
-        mlx_call(panel._sweep.read, first.setup.with_value("max_seq_length", length).with_value("batch_size", 1))
+        mlx_call(
+            panel._sweep.read,
+            first.setup.with_value("max_seq_length", length).with_value("batch_size", 1),
+        )
     return panel
 
 
@@ -59,7 +69,11 @@ def setups(first):
     yield change("grad_accumulation_steps", 4)
     yield checkpoint
     yield replace(first.setup, plan=None)
-    for config in (qlab.QuantConfig(bits=3), qlab.QuantConfig(group_size=128), qlab.QuantConfig("nf4")):
+    for config in (
+        qlab.QuantConfig(bits=3),
+        qlab.QuantConfig(group_size=128),
+        qlab.QuantConfig("nf4"),
+    ):
         yield replace(first.setup, plan=qlab.QuantPlan(config, first.setup.plan.overrides))
 
 
@@ -70,22 +84,50 @@ def test_script_answers_as_python_does(first, live, tmp_path):
     state, cases, codes = live.state(), [], []
     for setup in setups(first):
         est, choice = first.again(setup), asdict(Choice.of(setup, state.blocks))
-        places = [budget(n) for n in (est.high_nbytes + 1e6, (est.total_nbytes + est.high_nbytes) // 2, est.total_nbytes // 2)]
+        places = [
+            budget(n)
+            for n in (
+                est.high_nbytes + 1e6,
+                (est.total_nbytes + est.high_nbytes) // 2,
+                est.total_nbytes // 2,
+            )
+        ]
         places.append(replace(places[-1], label="a busy one", total_nbytes=2 * est.total_nbytes))
-        verdicts = [[[m.label, m.free_nbytes, m.total_nbytes], est.verdict(m).word, est.verdict(m).reason] for m in places]
-        cases.append({"choice": choice, "parts": list(est.parts.values()), "moment": est.moment, "low": est.low_nbytes,
-                      "high": est.high_nbytes, "verdicts": verdicts})  # fmt: skip
+        verdicts = [
+            [[m.label, m.free_nbytes, m.total_nbytes], est.verdict(m).word, est.verdict(m).reason]
+            for m in places
+        ]
+        cases.append(
+            {
+                "choice": choice,
+                "parts": list(est.parts.values()),
+                "moment": est.moment,
+                "low": est.low_nbytes,
+                "high": est.high_nbytes,
+                "verdicts": verdicts,
+            }
+        )
         codes.append([choice, est.code])
     now = asdict(state.choice)
-    wanted = [("max_seq_length", 8e7), ("max_seq_length", 2e8), ("batch_size", 2e8), ("batch_size", 1e9)]
+    wanted = [
+        ("max_seq_length", 8e7),
+        ("max_seq_length", 2e8),
+        ("batch_size", 2e8),
+        ("batch_size", 1e9),
+    ]
     inverse = [[now, name, free, first.solve(name, free)] for name, free in wanted]
     traits = {
-        k: {"base64": base64.b64encode(v).decode()} if isinstance(v, bytes) else v for k, v in view.payload(state).items()
+        k: {"base64": base64.b64encode(v).decode()} if isinstance(v, bytes) else v
+        for k, v in view.payload(state).items()
     }
-    (tmp_path / "cases.json").write_text(json.dumps({"traits": traits, "cases": cases, "inverse": inverse, "codes": codes}))
+    (tmp_path / "cases.json").write_text(
+        json.dumps({"traits": traits, "cases": cases, "inverse": inverse, "codes": codes})
+    )
     (tmp_path / "widget.mjs").write_text(view.ESM)
     shutil.copy(Path(__file__).with_name("widget.test.mjs"), tmp_path)
-    done = subprocess.run([node, "--test", "widget.test.mjs"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [node, "--test", "widget.test.mjs"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -111,12 +153,18 @@ def test_a_choice_keeps_alpha_and_what_has_no_control(first):
 def test_static_form_tells_the_numbers(first):
     text = html(first)
     assert "<table" in text and "fits" in text and "formula" in text and "qlab.QuantPlan(" in text
-    assert "<svg" not in text and "<script" not in text  # both are stripped from untrusted notebooks
+    assert (
+        "<svg" not in text and "<script" not in text
+    )  # both are stripped from untrusted notebooks
 
 
 def test_what_is_estimated_is_hatched_and_what_is_measured_is_not(first):
-    assert html(first).count("repeating-linear-gradient") == 5 + sum(n > 0 for n in list(first.parts.values())[3:])
-    assert "repeating-linear-gradient" not in html(replace(first, level="measured", band=(1.0, 1.0)))
+    assert html(first).count("repeating-linear-gradient") == 5 + sum(
+        n > 0 for n in list(first.parts.values())[3:]
+    )
+    assert "repeating-linear-gradient" not in html(
+        replace(first, level="measured", band=(1.0, 1.0))
+    )
 
 
 def test_names_from_outside_are_escaped(live):
@@ -145,7 +193,9 @@ def test_page_needs_nothing_from_outside(live):
 def test_an_intent_of_the_wrong_form_is_shown_and_changes_nothing(live, intent):
     live.widget  # noqa: B018
     before, panel = live.setup, live._panel
-    panel._controls.intent = {**intent, "seq": 1} if isinstance(intent, dict) else {"op": intent, "seq": 1}
+    panel._controls.intent = (
+        {**intent, "seq": 1} if isinstance(intent, dict) else {"op": intent, "seq": 1}
+    )
     assert panel.widget.state["error"]
     assert live.setup == before
 
@@ -160,8 +210,14 @@ def test_an_illegal_setting_is_shown_with_the_nearest_legal_one(live):
 
 def test_last_state_of_a_job_reaches_the_browser_whole(live, monkeypatch):
     state, sent = live.state(), []
-    panel = view.EstimatePanel(replace(state, progress=Progress("tracing", 0, 1)), lambda intent: None)
-    monkeypatch.setattr(panel.widget, "send_state", lambda key=None: sent.extend([key] if isinstance(key, str) else key or []))
+    panel = view.EstimatePanel(
+        replace(state, progress=Progress("tracing", 0, 1)), lambda intent: None
+    )
+    monkeypatch.setattr(
+        panel.widget,
+        "send_state",
+        lambda key=None: sent.extend([key] if isinstance(key, str) else key or []),
+    )
     panel.show(replace(state, progress=None))
     assert {"tables", "adapters", "states", "formulas", "state"} <= set(sent)
     panel.close()

@@ -42,7 +42,9 @@ def test_payload_holds_the_table(state):
     values = np.frombuffer(sent["values"], "<f4").reshape(state.table.values.shape)
     assert np.array_equal(values, state.table.values, equal_nan=True)
     assert len(sent["flags"]) == state.table.legal.size
-    assert list(sent["state"]["overrides"].values()) == [state.table.row(qlab.QuantConfig("affine", 8, 64))]
+    assert list(sent["state"]["overrides"].values()) == [
+        state.table.row(qlab.QuantConfig("affine", 8, 64))
+    ]
 
 
 def test_static_forms_tell_the_numbers(state):
@@ -75,5 +77,7 @@ def test_pure_functions_of_the_panel(tmp_path):
         pytest.skip("NODE IS MISSING: THE PANEL'S PURE FUNCTIONS ARE NOT TESTED")
     (tmp_path / "widget.mjs").write_text(view.ESM)
     shutil.copy(Path(__file__).with_name("widget.test.mjs"), tmp_path)
-    done = subprocess.run([node, "--test", "widget.test.mjs"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [node, "--test", "widget.test.mjs"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout

@@ -47,12 +47,20 @@ def test_a_short_run_is_sent_whole():
     rows = rows_of(curve.encoded())
     assert rows[:, 0].tolist() == list(range(121))
     assert np.allclose(rows[1:, LOSS], [e.loss for e in RUN[1:]])
-    assert np.isnan(rows[0, LOSS]) and np.isfinite(rows[::20, VAL]).all() and np.isnan(rows[1:20, VAL]).all()
+    assert (
+        np.isnan(rows[0, LOSS])
+        and np.isfinite(rows[::20, VAL]).all()
+        and np.isnan(rows[1:20, VAL]).all()
+    )
 
 
 def test_a_long_run_keeps_extremes_validations_and_marks():
     marked = list(LONG)
-    for step, field, value in ((777, "loss", 99.0), (3333, "loss", 0.001), (6001, "grad_norm", 500.0)):
+    for step, field, value in (
+        (777, "loss", 99.0),
+        (3333, "loss", 0.001),
+        (6001, "grad_norm", 500.0),
+    ):
         marked[step] = replace(marked[step], **{field: value})
     marked[4321] = replace(marked[4321], marks=(Mark("guard", "close to the limit"),))
     curve = Curve()
@@ -104,7 +112,9 @@ def test_smoothing_skips_what_is_no_number_and_follows_the_mean():
 def test_a_stretch_without_any_number_keeps_its_place():
     curve = Curve(limit=50)
     curve.extend(events(1000, every=None, skipped=tuple(range(300, 700))))
-    assert ((rows_of(curve.encoded())[:, 0] > 300) & (rows_of(curve.encoded())[:, 0] < 700)).sum() > 5
+    assert (
+        (rows_of(curve.encoded())[:, 0] > 300) & (rows_of(curve.encoded())[:, 0] < 700)
+    ).sum() > 5
 
 
 def test_a_tick_of_a_long_run_costs_less_than_two_milliseconds():
@@ -122,7 +132,9 @@ def test_a_tick_of_a_long_run_costs_less_than_two_milliseconds():
 
 @pytest.mark.parametrize("steps", [1500, 9000])
 def test_a_tick_of_a_long_run_sends_what_is_new_and_no_more(steps, monkeypatch):
-    panel = view.TrainerPanel(run_state(LONG[:steps], iters=10_000, voices=VOICES), lambda intent: None)
+    panel = view.TrainerPanel(
+        run_state(LONG[:steps], iters=10_000, voices=VOICES), lambda intent: None
+    )
     sent: list[dict] = []
 
     def send(key=None):
@@ -132,13 +144,26 @@ def test_a_tick_of_a_long_run_sends_what_is_new_and_no_more(steps, monkeypatch):
     monkeypatch.setattr(panel.widget, "send_state", send)
     for n in range(steps + 1, steps + 101):
         panel.show(run_state(LONG[:n], iters=10_000, voices=VOICES))
-        sent[-1] = {name: len(x) if isinstance(x, bytes) else len(json.dumps(x)) for name, x in sent[-1].items()}
+        sent[-1] = {
+            name: len(x) if isinstance(x, bytes) else len(json.dumps(x))
+            for name, x in sent[-1].items()
+        }
     panel.close()
     whole = Curve()
     whole.extend(LONG[: steps + 100])
     assert panel.widget.curve + panel.widget.newest == whole.encoded()
-    assert len(sent) == 100 and sum("curve" in tick for tick in sent) <= 1 and not any("voices" in tick for tick in sent)
-    assert max(sum(size for name, size in tick.items() if name not in ("curve", "marks")) for tick in sent) < 8000
+    assert (
+        len(sent) == 100
+        and sum("curve" in tick for tick in sent) <= 1
+        and not any("voices" in tick for tick in sent)
+    )
+    assert (
+        max(
+            sum(size for name, size in tick.items() if name not in ("curve", "marks"))
+            for tick in sent
+        )
+        < 8000
+    )
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -147,13 +172,15 @@ def test_a_tick_of_a_long_run_sends_what_is_new_and_no_more(steps, monkeypatch):
 def test_headline_tells_how_far_how_long_how_good_how_fast():
     state = run_state(RUN, seconds_left=170)
     assert re.fullmatch(
-        r"step 120 of 400 · 3 min left · loss 2\.\d\d \(val 2\.\d\d\) · 1\u202f\d{3} tokens/s", words.headline(state)
+        r"step 120 of 400 · 3 min left · loss 2\.\d\d \(val 2\.\d\d\) · 1\u202f\d{3} tokens/s",
+        words.headline(state),
     )
     assert words.headline(run_state(status="idle")) == "400 steps to do"
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0 s"), (89.4, "89 s"), (95, "2 min"), (7800, "2 h 10 min"), (float("nan"), "–")]
+    ("seconds", "text"),
+    [(0, "0 s"), (89.4, "89 s"), (95, "2 min"), (7800, "2 h 10 min"), (float("nan"), "–")],
 )
 def test_durations_are_written_as_people_say_them(seconds, text):
     assert words.duration(seconds) == text
@@ -161,10 +188,16 @@ def test_durations_are_written_as_people_say_them(seconds, text):
 
 @pytest.mark.parametrize(
     ("status", "phase", "said"),
-    [("idle", "", ("○", "ready")), ("running", "training", ("▶", "training")), ("running", "preparing", ("…", "preparing")),
-     ("running", "validating", ("▶", "validating")), ("paused", "training", ("‖", "paused")),
-     ("paused", "validating", ("‖", "paused")), ("failed", "preparing", ("✕", "failed"))],
-)  # fmt: skip
+    [
+        ("idle", "", ("○", "ready")),
+        ("running", "training", ("▶", "training")),
+        ("running", "preparing", ("…", "preparing")),
+        ("running", "validating", ("▶", "validating")),
+        ("paused", "training", ("‖", "paused")),
+        ("paused", "validating", ("‖", "paused")),
+        ("failed", "preparing", ("✕", "failed")),
+    ],
+)
 def test_the_state_has_an_icon_and_a_word(status, phase, said):
     assert words.status_words(run_state(RUN, status, phase=phase)) == said
 
@@ -172,7 +205,11 @@ def test_the_state_has_an_icon_and_a_word(status, phase, said):
 def test_summary_names_prediction_and_measurement():
     told = dict(words.summary(run_state(events(400), "done").report))
     assert told["peak memory"] == "1.90 GB measured, 2.15 GB predicted (+13%)"
-    assert told["steps"] == "400 of 400" and told["folder"].startswith("runs/") and " at step " in told["best validation"]
+    assert (
+        told["steps"] == "400 of 400"
+        and told["folder"].startswith("runs/")
+        and " at step " in told["best validation"]
+    )
 
 
 # --- panel ------------------------------------------------------------------------------------------------------------
@@ -200,39 +237,66 @@ def test_panel_is_small_and_loads_nothing_from_the_network():
 
 
 @pytest.mark.parametrize(
-    "state", [run_state(status="idle"), run_state(RUN, voices=VOICES), run_state(events(3, every=None), "failed", error="no")]
+    "state",
+    [
+        run_state(status="idle"),
+        run_state(RUN, voices=VOICES),
+        run_state(events(3, every=None), "failed", error="no"),
+    ],
 )
 def test_what_is_sent_is_json_that_browsers_read(state):
     json.dumps(view.facts(state, None), allow_nan=False)
 
 
 def test_voices_are_the_first_and_the_last_answer_of_each_prompt_the_last_asked_at_the_end():
-    said = [Voice(n, prompt, f"{prompt}{n}") for n in range(3) for prompt in ("b", "a")] + [Voice(9, "c", "x" * 10_000)]
+    said = [Voice(n, prompt, f"{prompt}{n}") for n in range(3) for prompt in ("b", "a")] + [
+        Voice(9, "c", "x" * 10_000)
+    ]
     sent = view.voices_of(run_state(RUN, voices=tuple(said)))
     assert sent[:2] == [["b", [0, "b0"], [2, "b2"]], ["a", [0, "a0"], [2, "a2"]]]
     assert sent[2][0] == "c" and len(sent[2][1][1]) == 4000
 
 
 @pytest.mark.parametrize(
-    "intent", [{"op": "start"}, {"op": "hello"}, {"op": "learning_rate", "value": 1e-4}, {"op": "learning_rate", "value": 1}, {"op": "generate", "prompt": "x"}]
-)  # fmt: skip
+    "intent",
+    [
+        {"op": "start"},
+        {"op": "hello"},
+        {"op": "learning_rate", "value": 1e-4},
+        {"op": "learning_rate", "value": 1},
+        {"op": "generate", "prompt": "x"},
+    ],
+)
 def test_intents_are_passed_on(panel, intent):
     panel._controls.intent = {**intent, "seq": 3}
     assert panel.seen == [{**intent, "seq": 3}] and panel.widget.state["error"] == ""
 
 
 @pytest.mark.parametrize(
-    "intent", [{"op": "format_disk"}, {"op": "learning_rate"}, {"op": "learning_rate", "value": "2e-4"}, {"op": "generate", "prompt": None}]
-)  # fmt: skip
+    "intent",
+    [
+        {"op": "format_disk"},
+        {"op": "learning_rate"},
+        {"op": "learning_rate", "value": "2e-4"},
+        {"op": "generate", "prompt": None},
+    ],
+)
 def test_what_is_no_intent_is_told_and_goes_nowhere(panel, intent):
     panel._controls.intent = {**intent, "seq": 4}
-    assert panel.seen == [] and intent["op"] in panel.widget.state["error"] and panel.widget.state["ack"] == 4
+    assert (
+        panel.seen == []
+        and intent["op"] in panel.widget.state["error"]
+        and panel.widget.state["ack"] == 4
+    )
 
 
 def test_an_error_of_the_trainer_is_shown_until_the_next_intent(panel):
     panel._controls.intent = {"op": "stop", "seq": 5}
     for _ in range(2):
-        assert panel.widget.state["error"] == "there is nothing to stop" and panel.widget.state["ack"] == 5
+        assert (
+            panel.widget.state["error"] == "there is nothing to stop"
+            and panel.widget.state["ack"] == 5
+        )
         panel.show(run_state(RUN))
     panel._controls.intent = {"op": "hello", "seq": 6}
     panel.show(run_state(RUN), 6)
@@ -242,13 +306,19 @@ def test_an_error_of_the_trainer_is_shown_until_the_next_intent(panel):
 def test_the_last_state_reaches_the_browser_whole_though_two_threads_show(panel, monkeypatch):
     sent: list = []
     monkeypatch.setattr(panel.widget, "send_state", lambda key=None: sent.append(key))
-    threads = [threading.Thread(target=lambda: [panel.show(run_state(RUN[:n])) for n in range(1, 100)]) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: [panel.show(run_state(RUN[:n])) for n in range(1, 100)])
+        for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     panel.show(run_state(RUN, "done"))
-    assert set(sent[-1]) == {"curve", "newest", "marks", "voices", "state"} and panel.widget.state["ended"]
+    assert (
+        set(sent[-1]) == {"curve", "newest", "marks", "voices", "state"}
+        and panel.widget.state["ended"]
+    )
     assert len(rows_of(panel.widget.curve + panel.widget.newest)) == 121
 
 
@@ -257,7 +327,10 @@ def test_the_last_state_reaches_the_browser_whole_though_two_threads_show(panel,
 
 def test_static_forms_tell_the_numbers():
     state = run_state(events(400), "done", voices=VOICES)
-    assert re.match(r"Trainer\(SmolLM2-135M, affine 4-bit g64, lora r8: ✓ done · step 400 of 400", text_line(state))
+    assert re.match(
+        r"Trainer\(SmolLM2-135M, affine 4-bit g64, lora r8: ✓ done · step 400 of 400",
+        text_line(state),
+    )
     text = html(state)
     assert "data:image/svg+xml;base64," in text and "<svg" not in text and "<script" not in text
     assert "best validation" in text and "sorted(d.items()" in text and "qlab.TrainConfig" in text
@@ -270,7 +343,9 @@ def test_a_failed_run_says_why():
 
 def test_names_from_outside_are_escaped():
     evil = "</script><img src=x>"
-    state = run_state(RUN, voices=(Voice(0, evil, evil),), error=evil, data=evil, code=evil, notes=(evil,))
+    state = run_state(
+        RUN, voices=(Voice(0, evil, evil),), error=evil, data=evil, code=evil, notes=(evil,)
+    )
     state = replace(state, report=replace(state.report, model=evil, adapter=evil, path=evil))
     for text in (html(state), page(state)):
         assert "<img src=x>" not in text
@@ -294,5 +369,7 @@ def test_pure_functions_of_the_panel(tmp_path):
         pytest.skip("NODE IS MISSING: THE PANEL'S PURE FUNCTIONS ARE NOT TESTED")
     (tmp_path / "widget.mjs").write_text(view.ESM)
     shutil.copy(Path(__file__).with_name("widget.test.mjs"), tmp_path)
-    done = subprocess.run([node, "--test", "widget.test.mjs"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [node, "--test", "widget.test.mjs"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
