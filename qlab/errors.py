@@ -89,7 +89,8 @@ def sealed(cls: type[T]) -> type[T]:
 
     A typo would be lost.
     """
-    make, put = cls.__init__, cls.__setattr__
+    make = cls.__init__
+    put = cls.__setattr__
     # its own methods are called, not set; traitlets sets inherited ones
     legal = {
         name
@@ -110,5 +111,6 @@ def sealed(cls: type[T]) -> type[T]:
             raise AttributeError(f"{name!r} of {cls.__name__} is nothing to set.{hint}")
         put(self, name, value)
 
-    cls.__init__, cls.__setattr__ = init, set_attribute
+    cls.__init__ = init
+    cls.__setattr__ = set_attribute
     return cls

@@ -164,10 +164,8 @@ def _opened(path: Path, size: int) -> _Opened:
 
 def _foreseen(opened: _Opened, size: int) -> MemoryEstimate:
     """Return the memory that each process will take."""
-    adapter, train = (
-        opened.trainer.adapter,
-        prepare.largest(opened.trainer.config, opened.feed, size),
-    )
+    adapter = opened.trainer.adapter
+    train = prepare.largest(opened.trainer.config, opened.feed, size)
     return roomy(estimate(adapter.base, adapter=adapter.config, train=train))
 
 
@@ -180,7 +178,9 @@ def _resumed(found: Path, size: int) -> Trainer:
 
 def _begun(file: run_file.RunFile, size: int) -> Trainer:
     """Return a new run as a file says it."""
-    facts, data, val = file.facts, file.data, file.val
+    facts = file.facts
+    data = file.data
+    val = file.val
     prepare.check_shared(facts.train, size)
     if file.path and (Path(file.path).expanduser() / "run.json").exists():
         raise ConfigError(
@@ -212,7 +212,9 @@ def _made(
     opened: _Opened, parameters: Any, ranks: Ranks, window: int, say: Callable[[str], None]
 ) -> Made:
     """Make the run ready; on the MLX thread."""
-    trainer, facts, base = opened.trainer, opened.facts, opened.trainer.adapter.base
+    trainer = opened.trainer
+    facts = opened.facts
+    base = opened.trainer.adapter.base
     heard: set[int] = set()
 
     def listen(state: TrainState) -> None:
@@ -232,7 +234,8 @@ def _made(
 
 def _together(ranks: Ranks, work: Callable[[], T]) -> T:
     """Do what may fail in one process; then it has failed in all, and the first one says why."""
-    error, made = None, None
+    error = None
+    made = None
     try:
         made = work()
     except Exception as caught:
@@ -252,7 +255,8 @@ def _together(ranks: Ranks, work: Callable[[], T]) -> T:
 
 def _train(task: Task, state: TrainState, say: Callable[[str], None]) -> str:
     """Train to the end; return why it came early, if it did."""
-    work, told = train_steps(task, state), 0.0
+    work = train_steps(task, state)
+    told = 0.0
 
     def following() -> tuple[Any, str]:
         try:

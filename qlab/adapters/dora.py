@@ -31,7 +31,8 @@ class DoRALayer(LowRank):
         self.freeze(recurse=False, keys=["base_square"])
 
     def __call__(self, x: mx.array) -> mx.array:
-        a, b = _constant(self.lora_a), _constant(self.lora_b)
+        a = _constant(self.lora_a)
+        b = _constant(self.lora_b)
         crossed = self._without_bias(self.base(a.T)) * b  # (rank, out)
         gain = self._gain(
             self.base_square, self.m, crossed.sum(0), ((a.T @ a) @ b * b).sum(0)
@@ -70,7 +71,8 @@ class DoRAEmbedding(DoRALayer):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Multiply by the transposed embedding."""
-        a, b = _constant(self.lora_a), _constant(self.lora_b)
+        a = _constant(self.lora_a)
+        b = _constant(self.lora_b)
         crossed = self.base.as_linear(b) * a.T  # (rank, tokens)
         gain = self._gain(
             self.base_square, self.m, crossed.sum(0), (a @ (b @ b.T) * a).sum(-1)
@@ -86,7 +88,8 @@ class DoRAExperts(DoRALayer):
         # norms of the experts at work if these are few (a single token), else of all
         few = indices.size < len(self.base_square)
         experts = indices.flatten() if few else mx.arange(len(self.base_square))
-        a, b = _constant(self.lora_a)[experts], _constant(self.lora_b)[experts].swapaxes(-1, -2)
+        a = _constant(self.lora_a)[experts]
+        b = _constant(self.lora_b)[experts].swapaxes(-1, -2)
         crossed = (
             self._without_bias(self.base(a, experts, sorted_indices=not few), experts) * b
         )  # (experts, rank, out)

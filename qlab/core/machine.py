@@ -53,7 +53,9 @@ def budget(wanted: float | int | str | Machine) -> Machine:
             raise ConfigError(
                 f'budget={wanted!r} is not legal; write "16 GB Mac", "24 GB card", "10 GB" or a number of bytes.'
             )
-        amount, unit, kind = float(found[1]), found[2].lower(), (found[3] or "").lower()
+        amount = float(found[1])
+        unit = found[2].lower()
+        kind = (found[3] or "").lower()
         nbytes = amount * _UNITS[unit]
         if kind == "mac":
             nbytes = amount * _GIB * next(share for size, share in _MAC_SHARES if amount < size)
@@ -61,7 +63,8 @@ def budget(wanted: float | int | str | Machine) -> Machine:
             nbytes = amount * _GIB * _CARD_SHARE
         label = wanted.strip()
     elif isinstance(wanted, (int, float)) and not isinstance(wanted, bool):
-        nbytes, label = wanted, size_text(max(wanted, 0))
+        nbytes = wanted
+        label = size_text(max(wanted, 0))
     else:
         raise ConfigError(
             f"budget={wanted!r} is not legal; give bytes, a machine, or a name such as '16 GB Mac'."

@@ -93,7 +93,8 @@ class Adapter(AdapterChoice):
         )
         self._quantizer = source if isinstance(source, Quantizer) else None
         self._model = source.model if isinstance(source, Quantizer) else source
-        self._spec, self._held = self._model.spec, Held()
+        self._spec = self._model.spec
+        self._held = Held()
         self._bases: dict[Any, Model] = {}
         self._off = 0  # how many ask for the bare base
         self._lock = threading.RLock()
@@ -233,7 +234,8 @@ class Adapter(AdapterChoice):
         base = self.base
         if self._off:
             return base.module
-        parameters, lora = self.parameters, self.config
+        parameters = self.parameters
+        lora = self.config
         make = partial(mlx_call, twin_with, base.module, base.spec, lora, parameters)
         return self._held.twin(lora, self._key(), make)
 
@@ -261,7 +263,8 @@ class Adapter(AdapterChoice):
             ConfigError: no such format, or the format cannot say what this adapter is.
             SaveError: the place cannot be written; what stood there is untouched.
         """
-        base, kind = self.base, self._model.config.get("model_type")
+        base = self.base
+        kind = self._model.config.get("model_type")
         given = (Path(path), self.parameters, self.config, base.spec, base.source or base.name)
         return mlx_call(save_adapter, *given, format=format, model_type=kind, unsaved=base.unsaved)
 
@@ -283,7 +286,8 @@ class Adapter(AdapterChoice):
 
     def preview(self) -> Survival:
         """Measure how much of the adapter survives each way to fuse it; blocks."""
-        given, first = self._whole(), self.original and self.original.module
+        given = self._whole()
+        first = self.original and self.original.module
         return self._jobs.run(lambda: preview(*given, first))
 
     def fuse(self, bits: int | str = 16, onto: str = "base", rest: int | str = "base") -> Model:
@@ -299,7 +303,8 @@ class Adapter(AdapterChoice):
         Raises:
             ConfigError: another word, or no original is known.
         """
-        given, first = self._whole(), self.original and self.original.module
+        given = self._whole()
+        first = self.original and self.original.module
         module = self._jobs.run(lambda: fuse(*given, bits, onto, first, rest))
         return Model(
             Loaded(module, self._model.tokenizer, self._model.config, f"{self._model.name} fused")
@@ -410,7 +415,8 @@ class Adapter(AdapterChoice):
 
     def _start(self) -> dict[str, Any]:
         """Make the parameters that it starts with."""
-        base, lora = self.base, self.config
+        base = self.base
+        lora = self.config
         if lora.init == "default":
             return mlx_call(adapt.fresh, base.module, base.spec, lora, self.seed)
         return self._jobs.run(lambda: self._survey.compensate(base.module, lora))

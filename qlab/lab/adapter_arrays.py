@@ -26,7 +26,8 @@ class Held:
     """
 
     def __init__(self) -> None:
-        self.origin, self.version = "", 0
+        self.origin = ""
+        self.version = 0
         self.pinned: tuple[Any, Any] | None = None
         self._arrays: tuple[Any, dict[str, Any]] | None = None  # with what they belong to
         self._twin: tuple[Any, Any] | None = None
@@ -38,14 +39,16 @@ class Held:
 
         Made anew if they belong to another config or, with a start of their own, storage.
         """
-        of, found = self._of(config, stored), self._arrays
+        of = self._of(config, stored)
+        found = self._arrays
         if found is None or found[0] != of:
             found = self._arrays = (of, make())
         return dict(found[1])
 
     def twin(self, config: LoRAConfig, stored: Any, make: Callable[[], Any]) -> Any:
         """Return the model that runs with the arrays; made anew after a change."""
-        of, found = (self._of(config, stored), config.scale, self.version), self._twin
+        of = (self._of(config, stored), config.scale, self.version)
+        found = self._twin
         if found is None or found[0] != of:
             found = self._twin = (of, make())
         return found[1]
@@ -54,13 +57,16 @@ class Held:
         self, arrays: dict[str, Any], config: LoRAConfig, pinned: tuple[Any, Any], origin: str
     ) -> None:
         """Take trained arrays."""
-        self.pinned, self.origin, self.version = pinned, origin, self.version + 1
+        self.pinned = pinned
+        self.origin = origin
+        self.version = self.version + 1
         self._arrays = (self._of(config, None), arrays)
 
     def drop(self) -> None:
         """Go back to none."""
         self.pinned = self._arrays = self._twin = None
-        self.origin, self.version = "", self.version + 1
+        self.origin = ""
+        self.version = self.version + 1
 
     def check(self, config: LoRAConfig) -> None:
         """Refuse a config that trained arrays would not survive.

@@ -11,7 +11,8 @@ from typing import Any
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.memory.setup import Setup
 
-_STORAGE, _SIZE = ("mode", "bits", "group_size", "overrides"), ("rank", "scale", "num_layers")
+_STORAGE = ("mode", "bits", "group_size", "overrides")
+_SIZE = ("rank", "scale", "num_layers")
 
 
 def config_of(source: Any) -> LoRAConfig | None:
@@ -31,10 +32,8 @@ class Link:
 
     def __init__(self, source: Any, storage: bool, size: bool) -> None:
         holder = source if hasattr(source, "bits") else getattr(source, "quantizer", None)
-        self._source, self.storage = (
-            source,
-            holder if storage and hasattr(holder, "observe") else None,
-        )
+        self._source = source
+        self.storage = holder if storage and hasattr(holder, "observe") else None
         self.adapter = source if size and hasattr(source, "observe") and config_of(source) else None
 
     @property
@@ -73,21 +72,18 @@ class Link:
 
     def push(self, setup: Setup) -> None:
         """Set the traits as a setup has them."""
-        plan, lora = setup.plan, setup.adapter
+        plan = setup.plan
+        lora = setup.adapter
         held = getattr(self._source, "quantizer", self.storage) is not self.storage
         if self.storage is not None and not held and plan is not None and plan != self.storage.plan:
             with self.storage.hold_trait_notifications():
                 default = plan.default
-                self.storage.mode, self.storage.bits, self.storage.group_size = (
-                    default.mode,
-                    default.bits,
-                    default.group_size,
-                )
+                self.storage.mode = default.mode
+                self.storage.bits = default.bits
+                self.storage.group_size = default.group_size
                 self.storage.overrides = dict(plan.overrides)
         if self.adapter is not None and lora != self.adapter.config:
             with self.adapter.hold_trait_notifications():
-                self.adapter.rank, self.adapter.scale, self.adapter.num_layers = (
-                    lora.rank,
-                    lora.scale,
-                    lora.num_layers,
-                )
+                self.adapter.rank = lora.rank
+                self.adapter.scale = lora.scale
+                self.adapter.num_layers = lora.num_layers

@@ -225,14 +225,13 @@ class LiveEstimate:
     """
 
     def __init__(self, first: MemoryEstimate, forecast: Forecast, link: Link) -> None:
-        self._forecast, self._link, self._setup, self._place = (
-            forecast,
-            link,
-            first.setup,
-            first.machine,
-        )
+        self._forecast = forecast
+        self._link = link
+        self._setup = first.setup
+        self._place = first.machine
         self._band = first.band if first.measured_peak is None else first.again(first.setup).band
-        self._here, self._backend = _place(forecast), mlx_call(backend)
+        self._here = _place(forecast)
+        self._backend = mlx_call(backend)
         named = [budget(name) for name in BUDGETS]
         self._budgets = list({m.label: m for m in (self._here, *named, first.machine)}.values())
         self._known = {first.setup: first}
@@ -243,7 +242,8 @@ class LiveEstimate:
         self._lock = threading.RLock()
         self._panel: EstimatePanel | None = None
         self._ack: int | None = None
-        self._views, self._refused = 0, ""
+        self._views = 0
+        self._refused = ""
 
     @property
     def setup(self) -> Setup:
@@ -279,7 +279,9 @@ class LiveEstimate:
 
         Asks nothing of the MLX thread, which may be waiting to show.
         """
-        setup, place, known = self._setup, self._place, self._known.get(self._setup)
+        setup = self._setup
+        place = self._place
+        known = self._known.get(self._setup)
         return EstimateState(
             spec=self._forecast.spec,
             setup=setup,
@@ -339,7 +341,8 @@ class LiveEstimate:
         """Find all there is to know of the present setup, the quickest first, and then what lies
         around it.
         """
-        setup, place = self._setup, self._place
+        setup = self._setup
+        place = self._place
         yield Progress("reading this kind of step", 0, 1)
         self._learn(self._forecast.estimate(setup, place))
         self._sweep.read(setup)
@@ -393,7 +396,8 @@ class LiveEstimate:
 
     def _on_intent(self, intent: dict[str, Any]) -> None:
         """Do what the browser asks; called on a widget thread, so work is only queued."""
-        self._ack, self._refused = intent["seq"], ""
+        self._ack = intent["seq"]
+        self._refused = ""
         try:
             getattr(self, f"_do_{intent['op']}")(intent)
         except (
@@ -417,7 +421,8 @@ class LiveEstimate:
             self._jobs.stop()
 
     def _do_set(self, intent: dict[str, Any]) -> None:
-        wanted, blocks = intent["choice"], self.state().blocks
+        wanted = intent["choice"]
+        blocks = self.state().blocks
         offered = (change.setup for change in self._found.get((self._setup, self._place), ()))
         # a change that was offered may drop overrides, which have no control
         match = next((setup for setup in offered if Choice.of(setup, blocks) == wanted), None)

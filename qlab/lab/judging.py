@@ -50,17 +50,16 @@ def judged(
         ConfigError: there is nothing to judge by, or ``keep`` is no whole number above 0.
         DataError: the golden set has faults.
     """
-    golden, prompts = tuple(golden), tuple([prompts] if isinstance(prompts, str) else prompts)
+    golden = tuple(golden)
+    prompts = tuple([prompts] if isinstance(prompts, str) else prompts)
     if not rows and not golden and not prompts:
         raise ConfigError(
             "There is nothing to judge by: no rows are held out. Give rows, a golden set or prompts."
         )
-    base, original, lora, parameters = (
-        adapter.base,
-        adapter.original,
-        adapter.config,
-        adapter.parameters,
-    )
+    base = adapter.base
+    original = adapter.original
+    lora = adapter.config
+    parameters = adapter.parameters
 
     def work() -> Generator[Progress, None, JudgeReport]:
         teacher = original.study.full_model() if original is not None else None

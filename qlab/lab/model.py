@@ -45,8 +45,13 @@ class Model:
         original: Model | None = None,
         source: str = "",
     ) -> None:
-        self.name, self._module, self.tokenizer = loaded.name, loaded.module, loaded.tokenizer
-        self.config, self.notes, self.plan, self.solver = loaded.config, loaded.notes, plan, solver
+        self.name = loaded.name
+        self._module = loaded.module
+        self.tokenizer = loaded.tokenizer
+        self.config = loaded.config
+        self.notes = loaded.notes
+        self.plan = plan
+        self.solver = solver
         self.source = source or (original.source if original else "")
         self._original = weakref.ref(original) if original else None
         self.spec: ModelSpec = mlx_call(describe, loaded.module, loaded.name)
@@ -124,7 +129,9 @@ class Model:
 
         Return a sentence that says how much came back, and what may still hold the rest.
         """
-        held, self._module, self._study = self.spec.nbytes, None, None
+        held = self.spec.nbytes
+        self._module = None
+        self._study = None
         gc.collect()
         return mlx_call(release, held)
 

@@ -78,7 +78,8 @@ class Quantizer(T.HasTraits):
             raise ConfigError(f"model={model!r} is not legal; give what qlab.load returned.")
         first = QuantConfig(mode, bits, group_size)
         registry.get("solvers", solver)
-        self._model, self._text = model, text
+        self._model = model
+        self._text = text
         self._lock = threading.RLock()
         self._jobs = Latest(self._show)
         self._panel: QuantizerPanel | None = None
@@ -87,12 +88,10 @@ class Quantizer(T.HasTraits):
         self._machine = mlx_call(machine)
         super().__init__()
         with self.hold_trait_notifications():
-            self.mode, self.bits, self.group_size, self.solver = (
-                first.mode,
-                first.bits,
-                first.group_size,
-                solver,
-            )
+            self.mode = first.mode
+            self.bits = first.bits
+            self.group_size = first.group_size
+            self.solver = solver
         self.observe(self._on_trait, ["mode", "bits", "group_size", "solver", "overrides"])
         self._jobs.start(self._open)
 
@@ -172,7 +171,8 @@ class Quantizer(T.HasTraits):
         Raises:
             ConfigError: even the smallest storage is larger; gives the smallest budget.
         """
-        study, spec = self._model.study, self._model.spec
+        study = self._model.study
+        spec = self._model.spec
         if study.calibration is None:
             self.predict()
         table = study.measurer.table
@@ -257,7 +257,9 @@ class Quantizer(T.HasTraits):
             WeightsError: NaN or infinite weights, or nothing that could be quantized.
             ConfigError: the solver cannot fill the mode.
         """
-        name, plan, model = solver or self.solver, self.plan, self._model
+        name = solver or self.solver
+        plan = self.plan
+        model = self._model
         self._check_solver(name)
         text = self._text if calibration is None else calibration
         module = self._jobs.run(lambda: model.study.quantize(plan, name, text))
@@ -275,7 +277,8 @@ class Quantizer(T.HasTraits):
 
     def state(self) -> PanelState:
         """What the panel shows now, as a value."""
-        study, plan = self._model.study, self.plan
+        study = self._model.study
+        plan = self.plan
         judged = study.judged.get((plan, self.solver))
         calibration = study.calibration.text if study.calibration else ""
         return PanelState(
@@ -428,7 +431,9 @@ class Quantizer(T.HasTraits):
     def _do_set(self, intent: dict[str, Any]) -> None:
         wanted = QuantConfig(intent["mode"], intent["bits"], intent["group_size"])
         with self.hold_trait_notifications():
-            self.mode, self.bits, self.group_size = wanted.mode, wanted.bits, wanted.group_size
+            self.mode = wanted.mode
+            self.bits = wanted.bits
+            self.group_size = wanted.group_size
 
     def _do_solver(self, intent: dict[str, Any]) -> None:
         self.solver = intent["solver"]
@@ -448,7 +453,9 @@ class Quantizer(T.HasTraits):
         )
 
     def _do_compute(self, intent: dict[str, Any]) -> None:
-        study, plan, solver = self._model.study, self.plan, self.solver
+        study = self._model.study
+        plan = self.plan
+        solver = self.solver
         work = {
             "kl": lambda: self._predict(self._text),
             "exact": lambda: study.exact(plan),

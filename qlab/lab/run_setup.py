@@ -97,18 +97,17 @@ def keep(
 
 def to_yaml(trainer: Any, data: str | None, model: str | None) -> str:
     """See ``Trainer.to_yaml``."""
-    adapter, base, lora, config = (
-        trainer.adapter,
-        trainer.adapter.base,
-        trainer.adapter.config,
-        trainer.config,
-    )
+    adapter = trainer.adapter
+    base = trainer.adapter.base
+    lora = trainer.adapter.config
+    config = trainer.config
     if data is not None:
         if model is None and base.plan is not None:
             raise ConfigError(
                 "The base was quantized here; save it with a.base.save(path) and give model=path."
             )
-        kind, iters = trainer.rows.kind, trainer.report.iters
+        kind = trainer.rows.kind
+        iters = trainer.report.iters
         return recipe.to_yaml(
             model or base.source, base.spec, lora, config, data, rows=kind, iters=iters
         )

@@ -91,13 +91,15 @@ class Trainer:
         if config is not None and not isinstance(config, TrainConfig):
             raise ConfigError(f"config={config!r} is not legal; give a qlab.TrainConfig.")
         config = config or TrainConfig()
-        self.adapter, model = adapter, adapter.model
+        self.adapter = adapter
+        model = adapter.model
         self.prompts = checked_prompts(model.tokenizer, prompts, model.spec.vocabulary)
         rows = self._read(data, config)
         if val is None or isinstance(val, (int, float)):
             self.rows, self.held = prepare.held_out(rows, val, config.seed)
         else:
-            self.rows, self.held = rows, self._read(val, config)
+            self.rows = rows
+            self.held = self._read(val, config)
         self.path = (
             _found.parent
             if _found
@@ -108,11 +110,16 @@ class Trainer:
         self._feed = Feed(self.rows, config)
         self._session = Session(self.path.name, config, self._feed, callbacks, self._show)
         # two locks: whoever starts waits for the MLX thread, which must never wait for it to show
-        self._lock, self._starting = threading.RLock(), threading.Lock()
-        self._checkpoint, self._base, self._panel = _found, None, None
+        self._lock = threading.RLock()
+        self._starting = threading.Lock()
+        self._checkpoint = _found
+        self._base = None
+        self._panel = None
         self._predicted: tuple[Any, MemoryEstimate] | None = None  # of which storage and adapter
         self._voices: tuple[Voice, ...] = ()
-        self._error, self._ack, self._unlearned = "", None, f"{self.path.name}, step 0"
+        self._error = ""
+        self._ack = None
+        self._unlearned = f"{self.path.name}, step 0"
 
     def _read(self, data: Any, config: TrainConfig) -> Rows:
         return read(data, self.adapter.model.tokenizer, config, self.adapter.model.spec.vocabulary)
@@ -127,8 +134,11 @@ class Trainer:
         """
         with self._starting:
             self._session.check_idle()
-            adapter, name = self.adapter, self.path.name
-            base, lora, parameters = adapter.base, adapter.config, adapter.parameters
+            adapter = self.adapter
+            name = self.path.name
+            base = adapter.base
+            lora = adapter.config
+            parameters = adapter.parameters
             if base in _ACTIVE:
                 raise BusyError(
                     f"The run {_ACTIVE[base]!r} trains on this model; stop it first, or load the model again."
@@ -136,13 +146,11 @@ class Trainer:
             _ = self.estimate
             if not adapter.trained:  # from here on no slider moves the base that is trained on
                 adapter.set_parameters(parameters, self._unlearned)
-            _ACTIVE[base], adapter.run, self._base, self._error, _RUNS[self.path] = (
-                name,
-                name,
-                base,
-                "",
-                ref(self),
-            )
+            _ACTIVE[base] = name
+            adapter.run = name
+            self._base = base
+            self._error = ""
+            _RUNS[self.path] = ref(self)
             self._session.start(lambda: self._make(base, lora, parameters), self._ended)
         self._show()
         return self
@@ -248,7 +256,9 @@ class Trainer:
     @property
     def report(self) -> RunReport:
         """The run so far."""
-        session, lora, model = self._session, self.adapter.config, self.adapter.model
+        session = self._session
+        lora = self.adapter.config
+        model = self.adapter.model
         plan = self._base.plan if self._base is not None else self.adapter.plan
         stored = plan.default.label if plan else model.spec.stored or "16-bit"
         return RunReport(
@@ -269,7 +279,8 @@ class Trainer:
         """Memory that a step with the largest batch will take, foreseen by formula or measured by
         ``probe``.
         """
-        adapter, of = self.adapter, (self.adapter.plan, self.adapter.config)
+        adapter = self.adapter
+        of = (self.adapter.plan, self.adapter.config)
         if self._predicted is None or self._predicted[0] != of:
             self._predicted = (
                 of,
@@ -358,7 +369,8 @@ class Trainer:
 
     def state(self) -> RunState:
         """What the panel shows now, as a value."""
-        events, session = self.events, self._session
+        events = self.events
+        session = self._session
         limit = session.task.guard.limit_nbytes - session.task.other_nbytes if session.task else 0
         return RunState(
             report=self.report,
@@ -381,7 +393,8 @@ class Trainer:
     def close(self) -> None:
         """Stop the run and take the panel off the page."""
         self.stop()
-        panel, self._panel = self._panel, None
+        panel = self._panel
+        self._panel = None
         if panel is not None:
             panel.close()
 
@@ -481,7 +494,8 @@ class Trainer:
 
         Called on a widget thread, so what takes time gets a thread of its own.
         """
-        self._ack, op = intent["seq"], intent["op"]
+        self._ack = intent["seq"]
+        op = intent["op"]
         if op == "learning_rate":
             self.learning_rate = intent["value"]
         elif op in ("pause", "resume", "stop"):

@@ -31,7 +31,10 @@ class Frozen(nn.Module):
         self, layer: nn.Module, dtype: mx.Dtype | None, dequantize: bool, keep: bool = False
     ) -> None:
         super().__init__()
-        self.layer, self._compute, self._dequantize, self._keep = layer, dtype, dequantize, keep
+        self.layer = layer
+        self._compute = dtype
+        self._dequantize = dequantize
+        self._keep = keep
         self._shared: mx.array | None = None
         self.freeze()
 

@@ -30,7 +30,10 @@ class Packed(nn.Module):
         super().__init__()
         for name, array in packed.items():
             self[name] = array
-        self._names, self.config, self._shape, self._dtype = tuple(packed), config, shape, dtype
+        self._names = tuple(packed)
+        self.config = config
+        self._shape = shape
+        self._dtype = dtype
         self.freeze()
 
     @property
@@ -143,7 +146,8 @@ def weight_of(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
     if "scales" not in layer:
         return layer.weight if dtype is None else layer.weight.astype(dtype)
     own = layer.scales.dtype if mx.issubdtype(layer.scales.dtype, mx.floating) else mx.bfloat16
-    dtype, biases = dtype or own, layer.get("biases")
+    dtype = dtype or own
+    biases = layer.get("biases")
     # in float32 nothing is rounded to the scales' dtype on the way, as in MLX's products with codes
     if layer.mode == "affine" and dtype in (own, mx.float32):
         arrays = [array.astype(dtype) for array in (layer.scales, biases)]

@@ -68,9 +68,11 @@ class LowRank(nn.Module):
 
     def __init__(self, base: Any, config: LoRAConfig, shapes: Shapes) -> None:
         super().__init__()
-        dtype, first = getattr(mx, config.dtype), shapes["lora_a"]
+        dtype = getattr(mx, config.dtype)
+        first = shapes["lora_a"]
         bound = 1 / math.sqrt(first[-1] if len(first) == 3 else first[0])
-        self.base, self.scale = base, config.scale
+        self.base = base
+        self.scale = config.scale
         self.lora_a = mx.random.uniform(-bound, bound, first).astype(dtype)
         self.lora_b = mx.zeros(shapes["lora_b"], dtype)
         self._dropout = config.dropout

@@ -51,7 +51,9 @@ def stored_layer(
         kinds[kind]
     )  # their own constructors would draw and quantize random weights
     nn.Module.__init__(made)
-    made.group_size, made.bits, made.mode = config.group_size, config.bits, mode
+    made.group_size = config.group_size
+    made.bits = config.bits
+    made.mode = mode
     made.biases = None
     for name, value in packed.items():
         made[name] = value

@@ -62,7 +62,8 @@ def attention(
             else (queries, keys, values, mask)
         )
         return stock(*given[:3], cache, scale, given[3], sinks)[:, :, : queries.shape[2]]
-    heads, groups = queries.shape[1], keys.shape[1]
+    heads = queries.shape[1]
+    groups = keys.shape[1]
     hard = mask is not None and (not isinstance(mask, mx.array) or mask.dtype == mx.bool_)
     how = _Attention(
         scale, heads // groups, max(n for n in range(1, _PIECES + 1) if groups % n == 0), hard
@@ -123,7 +124,8 @@ class _Attention:
             by_v = each.swapaxes(-1, -2) @ thin
             common = (thin * (each @ v_)).sum(-1, keepdims=True) * share
             if sees is not None:
-                thin, common = thin * sees, common * sees
+                thin = thin * sees
+                common = common * sees
             by_score = each * (thin @ v_.swapaxes(-1, -2) - common)
             made.append(
                 [
@@ -153,7 +155,8 @@ class _Attention:
         """
         if mask is not None or not self.hard:
             return mask
-        length, others = q.shape[2], k.shape[2]
+        length = q.shape[2]
+        others = k.shape[2]
         return (mx.arange(others - length, others)[:, None] >= mx.arange(others))[None, None]
 
     def _cut(self, mask: mx.array | None, *arrays: mx.array) -> Iterator[list[Any]]:

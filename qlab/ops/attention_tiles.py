@@ -31,7 +31,8 @@ def whole_tiles(
         mask: ``causal`` or an array ``(…, length, length)``, bool or to be added; anything else
             leaves all as it is.
     """
-    length, widest = queries.shape[2], max(queries.shape[-1], values.shape[-1])
+    length = queries.shape[2]
+    widest = max(queries.shape[-1], values.shape[-1])
     more = -length % TILE
     sees = (
         isinstance(mask, mx.array)

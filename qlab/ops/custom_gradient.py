@@ -94,7 +94,8 @@ def _stand_in(
     number = len(_met[-1])
     looks = [[(a.shape, a.dtype) for a in group] for group in (given, closed)]
     _met[-1].append(Call(forward, backward, looks[0], looks[1], (like.shape, like.dtype)))
-    every, parts = tuple(range(AXES)), []
+    every = tuple(range(AXES))
+    parts = []
     for i, array in enumerate([*given, *closed]):
         part = (
             array.reshape((1,) * (AXES - array.ndim) + array.shape)

@@ -57,6 +57,7 @@ def _middles(count: int) -> np.ndarray:
     """
     k = np.arange(count + 1)
     step = np.float64(np.float32(0.9) / np.float32(count))
-    rising, falling = np.float64(np.float32(0.1)) + step * k, 1 - step * (count - k)
+    rising = np.float64(np.float32(0.1)) + step * k
+    falling = 1 - step * (count - k)
     ends = np.where(k < (count + 1) // 2, rising, falling).astype(np.float32)
     return (ends[1:] + ends[:-1]) / np.float32(2)

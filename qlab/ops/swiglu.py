@@ -32,12 +32,15 @@ def _back(cotangent: mx.array, gate: mx.array, x: mx.array) -> tuple[mx.array, m
     if is_slow(gate):  # the sigmoid is dear, and serves both
         (own,) = mx.depends([gate], [cotangent])
         share = sigmoid(own)
-        by_gate, by_x = cotangent * x * (share * (1 + own * (1 - share))), cotangent * own * share
+        by_gate = cotangent * x * (share * (1 + own * (1 - share)))
+        by_x = cotangent * own * share
     else:
         # the same gate, but as two arrays: what is read by both and by the way forward would be
         # kept, and fused with none
-        (one,), (two,) = mx.depends([gate], [cotangent]), mx.depends([gate], [cotangent, x])
-        by_gate, by_x = _by_gate(one, x, cotangent), _fused(two, cotangent)
+        (one,) = mx.depends([gate], [cotangent])
+        (two,) = mx.depends([gate], [cotangent, x])
+        by_gate = _by_gate(one, x, cotangent)
+        by_x = _fused(two, cotangent)
     return by_gate.astype(gate.dtype), by_x.astype(x.dtype)
 
 

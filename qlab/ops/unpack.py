@@ -157,7 +157,8 @@ def lookup(table: np.ndarray) -> Unpack:
     Args:
         table: float32 ``(16,)``, for codes of four bits.
     """
-    table, byte = np.ascontiguousarray(table, np.float32), np.arange(256)
+    table = np.ascontiguousarray(table, np.float32)
+    byte = np.arange(256)
     # both values of every byte of two codes, as one uint64, so that one look-up reads two
     pairs = np.stack([table[byte & 15], table[byte >> 4]], 1).view(np.uint64)[:, 0]
 
@@ -197,10 +198,8 @@ def _looked_up(codes: mx.array, bits: int) -> mx.array:
     parts = codes.view(mx.uint8).reshape(*codes.shape[:-1], -1, count).astype(mx.uint16)
     found = []
     for at in range(0, 8 * count, width):
-        low, high = (
-            parts[..., at // 8] >> at % 8,
-            parts[..., at // 8 + 1] & (2 ** (width + at % 8 - 8) - 1),
-        )
+        low = parts[..., at // 8] >> at % 8
+        high = parts[..., at // 8 + 1] & (2 ** (width + at % 8 - 8) - 1)
         found.append(low | high << (8 - at % 8))
     return (
         mx.take(mx.array(_numbers(bits)), mx.stack(found, -1), axis=0)

@@ -36,7 +36,8 @@ class _Optimizer(optim.AdamW):
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
     ) -> mx.array:
-        rate, (b1, b2) = self.learning_rate.astype(gradient.dtype), self.betas
+        rate = self.learning_rate.astype(gradient.dtype)
+        (b1, b2) = self.betas
         corrections = [rate / (1 - b1**self.step), mx.rsqrt(1 - b2**self.step)]
         first, second = mx.depends(corrections, [self.step])  # nothing is fused across this
         m = state["m"] = b1 * state["m"] + (1 - b1) * gradient

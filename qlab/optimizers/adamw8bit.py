@@ -37,7 +37,8 @@ class AdamW8bit(OptimizerKind):
     """
 
     def __init__(self, name: str, title: str) -> None:
-        self.name, self.title = name, title
+        self.name = name
+        self.title = title
 
     def state_nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         size = prod(shape)
@@ -51,7 +52,9 @@ class _Optimizer(optim.Optimizer):
     def __init__(self, learning_rate: float, weight_decay: float) -> None:
         super().__init__()
         self._maybe_schedule("learning_rate", learning_rate)
-        self.betas, self.eps, self.weight_decay = (0.9, 0.999), 1e-8, weight_decay
+        self.betas = (0.9, 0.999)
+        self.eps = 1e-8
+        self.weight_decay = weight_decay
         self._codes = {"m": _Codes(signed=True), "v": _Codes(signed=False)}
 
     def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
@@ -64,7 +67,8 @@ class _Optimizer(optim.Optimizer):
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
     ) -> mx.array:
-        slope, rate = gradient.astype(mx.float32), self.learning_rate.astype(mx.float32)
+        slope = gradient.astype(mx.float32)
+        rate = self.learning_rate.astype(mx.float32)
         m, v = (self._read(state, name) for name in ("m", "v"))
         m = self.betas[0] * m + (1 - self.betas[0]) * slope
         v = self.betas[1] * v + (1 - self.betas[1]) * mx.square(slope)

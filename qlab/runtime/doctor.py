@@ -55,7 +55,9 @@ class DoctorReport:
 
 def doctor() -> DoctorReport:
     """Look at this machine: versions, back end, BLAS and its speed, memory, and what is wrong."""
-    name, gflops, place = mlx_call(backend), mlx_call(_gflops), mlx_call(machine)
+    name = mlx_call(backend)
+    gflops = mlx_call(_gflops)
+    place = mlx_call(machine)
     versions = [(package, _version(package)) for package in ("qlab-mlx", *_PACKAGES)]
     given = blas.status()
     facts = [

@@ -135,7 +135,9 @@ class Job:
         on_event: Callable[[Any], None] | None = None,
         on_end: Callable[[Job], None] | None = None,
     ) -> None:
-        self.events, self._on_event, self._on_end = events, on_event, on_end
+        self.events = events
+        self._on_event = on_event
+        self._on_end = on_end
         self._generator: Generator[Any, None, Any] | None = None
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -161,7 +163,8 @@ class Job:
         """Ask the job to end after its current step; it keeps what it has done."""
         self._stop.set()
         with self._lock:
-            waiting, self.state = self.state, "running" if self.state == "paused" else self.state
+            waiting = self.state
+            self.state = "running" if self.state == "paused" else self.state
         if waiting == "idle":
             self._end("stopped")
         elif waiting == "paused":
@@ -230,7 +233,9 @@ class Job:
         _thread.submit(self._step)
 
     def _end(self, state: str, result: Any = None, error: BaseException | None = None) -> None:
-        self.state, self.error, self._generator = state, error, None
+        self.state = state
+        self.error = error
+        self._generator = None
         try:
             if self._on_end is not None:
                 self._on_end(self)
@@ -257,7 +262,9 @@ class Latest:
     """
 
     def __init__(self, on_change: Callable[[], None]) -> None:
-        self._on_change, self._job, self._told = on_change, None, 0.0
+        self._on_change = on_change
+        self._job = None
+        self._told = 0.0
         self.progress: Any = None
         self.error = ""
 

@@ -32,7 +32,8 @@ class MxFp(Scheme):
     def __init__(self, bits: int, element: str) -> None:
         self.name = self.stock_mode = f"mxfp{bits}"
         self.title = f"OCP microscaling: {element} floats, power-of-two scale per 32"
-        self.bits, self.default_bits = (bits,), bits
+        self.bits = (bits,)
+        self.default_bits = bits
 
     def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:
         codes = (*shape[:-1], shape[-1] * config.bits // 32)

@@ -65,13 +65,15 @@ class Nf4(Scheme):
     stock_mode = None
 
     def __init__(self, name: str, double: bool) -> None:
-        self.name, self._double = name, double
+        self.name = name
+        self._double = double
         self.title = "NormalFloat-4 of QLoRA, " + (
             "double-quantized scales" if double else "float32 scale per block"
         )
 
     def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:
-        codes, blocks = (*shape[:-1], shape[-1] // 8), (*shape[:-1], shape[-1] // config.group_size)
+        codes = (*shape[:-1], shape[-1] // 8)
+        blocks = (*shape[:-1], shape[-1] // config.group_size)
         made: Layout = {
             "weight": (codes, "uint32"),
             "absmax": (blocks, "uint8" if self._double else "float32"),

@@ -35,7 +35,8 @@ class NvFp4(Scheme):
     default_group_size = 16
 
     def __init__(self, name: str, tensor_scale: bool) -> None:
-        self.name, self._scaled = name, tensor_scale
+        self.name = name
+        self._scaled = tensor_scale
         self.stock_mode = None if tensor_scale else "nvfp4"
         self.title = "E2M1 floats, E4M3 scale per 16, " + (
             "power-of-two scale per tensor"

@@ -61,9 +61,11 @@ def _search(
     h = (power + 1e-6 * power.mean() + 1e-30).reshape(1, -1, config.group_size)
     _, scale, bias = mx.quantize(rows, config.group_size, config.bits)
     best = _score(w, h, scale, bias, top)
-    low, high = w.min(-1), w.max(-1)
+    low = w.min(-1)
+    high = w.max(-1)
     for shrink in _SHRINKS:
-        s, b = (high - low) * (shrink / top), (low + high) / 2 - (high - low) * (shrink / 2)
+        s = (high - low) * (shrink / top)
+        b = (low + high) / 2 - (high - low) * (shrink / 2)
         for _ in range(_REFITS):
             s, b = _refit(w, h, _codes(w, s, b, top))
             best = _better(best, _score(w, h, s.astype(rows.dtype), b.astype(rows.dtype), top))
@@ -82,7 +84,8 @@ def _score(
     w: mx.array, h: mx.array, s: mx.array, b: mx.array, top: int
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Weighted squared error of each group, with the scale and bias that are stored."""
-    s32, b32 = s.astype(mx.float32), b.astype(mx.float32)
+    s32 = s.astype(mx.float32)
+    b32 = b.astype(mx.float32)
     error = _codes(w, s32, b32, top) * s32[..., None] + b32[..., None] - w
     return (h * mx.square(error)).sum(-1), s, b
 
@@ -95,7 +98,8 @@ def _better(old: tuple, new: tuple) -> tuple:
 def _refit(w: mx.array, h: mx.array, q: mx.array) -> tuple[mx.array, mx.array]:
     """Weighted least squares of w on q: the scale and bias that suit the codes best."""
     total = h.sum(-1)
-    q_mean, w_mean = (h * q).sum(-1) / total, (h * w).sum(-1) / total
+    q_mean = (h * q).sum(-1) / total
+    w_mean = (h * w).sum(-1) / total
     centred = q - q_mean[..., None]
     spread = (h * mx.square(centred)).sum(-1)
     s = (h * centred * w).sum(-1) / mx.where(spread == 0, 1.0, spread)

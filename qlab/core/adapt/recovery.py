@@ -80,7 +80,8 @@ def noise_squares(rows: int, columns: int) -> np.ndarray:
     """
     few, many = sorted((rows, columns))
     beta = few / many
-    low, high = (1 - beta**0.5) ** 2, (1 + beta**0.5) ** 2
+    low = (1 - beta**0.5) ** 2
+    high = (1 + beta**0.5) ** 2
     # x = low + (high − low)·sin²θ takes the roots out of the density
     theta = np.linspace(0, np.pi / 2, 4001)[1:]
     x = low + (high - low) * np.sin(theta) ** 2

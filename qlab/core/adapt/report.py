@@ -94,7 +94,8 @@ def report_of(
     """Return the table of an adapter's layers with what is known of them."""
     rows = []
     for layer in config.targets(spec):
-        size, rank = config.adapter.size(layer.shape, config.rank), config.rank
+        size = config.adapter.size(layer.shape, config.rank)
+        rank = config.rank
         row = LayerAdapter(layer.path, rank, size, size * config.itemsize)
         if (found := recoveries.get(layer.path)) is not None:
             noise = replace(found, weight=found.noise_weight).share(rank)

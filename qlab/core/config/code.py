@@ -12,7 +12,8 @@ from qlab.core.config.train import TrainConfig
 
 def adapter_code(config: LoRAConfig, source: str) -> str:
     """Return the line that rebuilds an adapter, with only what differs from the defaults."""
-    default, shown = LoRAConfig(), [f"rank={config.rank}"]
+    default = LoRAConfig()
+    shown = [f"rank={config.rank}"]
     for name in ("kind", "scale", "dropout", "keys", "num_layers", "init", "rslora", "dtype"):
         value = getattr(config, name)
         if value != getattr(default, name):

@@ -125,7 +125,8 @@ class Column:
             if scores.kl_each.size:
                 facts["kl_nats_p99"] = float(np.quantile(scores.kl_each, 0.99))
         if golden:
-            mean, spread = float(np.mean(golden)), float(np.std(golden))
+            mean = float(np.mean(golden))
+            spread = float(np.std(golden))
             facts |= {"golden_score": mean, "golden_se": spread / math.sqrt(len(golden))}
             facts["golden_low"], facts["golden_high"] = wilson(mean, len(golden))
         return cls(name, **facts, seconds=seconds, scores=scores)
@@ -209,7 +210,8 @@ class JudgeReport:
             raise ConfigError(
                 f"Unknown measure {measure!r}; choose one of {', '.join(MEASURES)}.{nearest(measure, MEASURES)}"
             )
-        a, b = self[of].scores, self[against].scores
+        a = self[of].scores
+        b = self[against].scores
         if a is None or b is None:
             raise ConfigError("These models were not measured on rows, only on prompts.")
         return ratio(getattr(a, measure) - getattr(b, measure), a.targets)

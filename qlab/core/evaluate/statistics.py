@@ -23,7 +23,8 @@ def ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     Returns:
         Mean and error; the error is NaN for fewer than two rows.
     """
-    total, rows = counts.sum(), len(counts)
+    total = counts.sum()
+    rows = len(counts)
     mean = float(sums.sum() / total) if total else math.nan
     if rows < 2 or math.isnan(mean):
         return mean, math.nan

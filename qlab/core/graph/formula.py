@@ -67,7 +67,8 @@ def references(chunks: int, widest: int = 7, tiles: bool = False) -> tuple[Refer
         widest: the largest rank that is legal.
         tiles: whether tokens are computed in tiles.
     """
-    made, chosen = [], _IN_TILES if tiles else _SIZES
+    made = []
+    chosen = _IN_TILES if tiles else _SIZES
     for (batch, tokens, rank), share, most in zip(
         chosen, (0.4, 0.9), (max(widest - 1, 1), widest), strict=True
     ):
@@ -226,10 +227,8 @@ def formula(sample: Sample, runahead: Runahead) -> Formula:
             slopes.append((np.zeros(table.shape[1:]),) * len(PHASES))
             continue
         less, start, stop = moments(graph)
-        kept, end = (
-            _needed(table[first] - less[start]),
-            _needed(_updating(table, typical) - _updating(less, typical)),
-        )
+        kept = _needed(table[first] - less[start])
+        end = _needed(_updating(table, typical) - _updating(less, typical))
         late = _needed(table[done] - less[_settled(less)])
         shorter = stop + drained - last
         back = _needed(

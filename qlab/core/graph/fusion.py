@@ -88,7 +88,9 @@ def _merged(graph: Graph) -> Graph:
 
     Reading has done so in each graph, but not in graphs that were put together.
     """
-    made, new, known = replace(graph, nodes=[]), {}, {}
+    made = replace(graph, nodes=[])
+    new = {}
+    known = {}
     for node in graph.nodes:
         node = replace(node, inputs=tuple(new.get(a, a) for a in node.inputs))
         look = (
@@ -107,8 +109,10 @@ def _merged(graph: Graph) -> Graph:
 
 class _Fusion:
     def __init__(self, graph: Graph) -> None:
-        self.graph, self.makers = graph, graph.makers()
-        self.arrays, self.outputs = dict(graph.arrays), set(graph.outputs)
+        self.graph = graph
+        self.makers = graph.makers()
+        self.arrays = dict(graph.arrays)
+        self.outputs = set(graph.outputs)
         self.nodes: list[Any] = list(graph.nodes)  # None where a node has gone into another
         self.readers: dict[int, list[int]] = {}
         for n, node in enumerate(graph.nodes):
@@ -167,7 +171,8 @@ class _Fusion:
     def _split(self, a: int, taken: set[int]) -> int:
         """Give the readers within a copy of a broadcast; return its id."""
         n = self.makers[a]
-        copy, at = len(self.arrays), len(self.nodes)
+        copy = len(self.arrays)
+        at = len(self.nodes)
         self.arrays[copy] = self.arrays[a]
         self.nodes.append(replace(self.nodes[n], outputs=(copy,)))
         self.makers[copy] = at

@@ -94,7 +94,8 @@ class Graph:
 
     def needed(self) -> Graph:
         """Return a copy without what nobody asks for."""
-        asked, nodes = set(self.outputs), []
+        asked = set(self.outputs)
+        nodes = []
         for node in reversed(self.nodes):
             if not asked.isdisjoint(node.outputs):
                 asked.update(node.inputs)

@@ -58,7 +58,9 @@ def handwritten(graph: Graph, calls: Sequence[Halves]) -> Graph:
     found = _Stands(graph, len(calls)).found
     ends = {each.makes: (n, True) for n, each in enumerate(found)}
     ends |= {a: (n, False) for n, each in enumerate(found) for a in each.gradients.values()}
-    made, new, inputs = Graph(), {}, set(graph.inputs)
+    made = Graph()
+    new = {}
+    inputs = set(graph.inputs)
     for a, array in graph.arrays.items():
         if a in inputs or array.role == "constant":
             new[a] = made.add(array)
@@ -67,7 +69,8 @@ def handwritten(graph: Graph, calls: Sequence[Halves]) -> Graph:
             continue
         if node.outputs[0] in ends:
             n, forward = ends[node.outputs[0]]
-            call, own = calls[n], found[n]
+            call = calls[n]
+            own = found[n]
             reads = [new[own.reads[i]] for i in sorted(own.reads)]
             if forward:
                 (last,) = made.then(call.forward, reads, {})
@@ -78,13 +81,15 @@ def handwritten(graph: Graph, calls: Sequence[Halves]) -> Graph:
         elif not any(_is_marked(graph, a) for a in (*node.inputs, *node.outputs)):
             new |= {a: made.add(graph.arrays[a]) for a in node.outputs}
             made.nodes.append(node.renamed(new))
-    made.inputs, made.outputs = [new[a] for a in graph.inputs], [new[a] for a in graph.outputs]
+    made.inputs = [new[a] for a in graph.inputs]
+    made.outputs = [new[a] for a in graph.outputs]
     return made.needed()
 
 
 def _behind(graph: Graph, last: int, given: Sequence[int]) -> int:
     """Add what MLX puts behind such a function; return the id of its output."""
-    cut, whole = graph.add(graph.arrays[last]), graph.add(graph.arrays[last])
+    cut = graph.add(graph.arrays[last])
+    whole = graph.add(graph.arrays[last])
     graph.nodes += [
         Node("StopGradient", (last,), (cut,)),
         Node("CustomTransforms", (*given, cut), (whole,)),
@@ -100,7 +105,8 @@ class _Stands:
     """Finds the stand-ins."""
 
     def __init__(self, graph: Graph, calls: int) -> None:
-        self.graph, self.makers = graph, graph.makers()
+        self.graph = graph
+        self.makers = graph.makers()
         self.found = [_Found() for _ in range(calls)]
         self.readers: dict[int, list[int]] = {}
         turns = []
@@ -116,10 +122,12 @@ class _Stands:
             end = max(self._ends(after), default=-1)
             if shape[0] > 1:
                 own = self.found[shape[0] - FIRST]
-                own.reads[shape[1] - FIRST], own.makes = source, end
+                own.reads[shape[1] - FIRST] = source
+                own.makes = end
             else:
                 own = self.found[shape[-1] - FIRST]
-                own.slope, own.gradients[shape[-2] - FIRST] = source, end
+                own.slope = source
+                own.gradients[shape[-2] - FIRST] = end
 
     def _sources(self, a: int) -> Iterator[int]:
         """Plain arrays that a marked one follows from, without numbers, and without what the way

@@ -12,7 +12,9 @@ def order(graph: Graph) -> list[list[int]]:
 
     Each round goes breadth first from what is asked for, of limited width.
     """
-    makers, done, made = graph.makers(), set(), []
+    makers = graph.makers()
+    done = set()
+    made = []
     for asked in graph.rounds or [tuple(graph.outputs)]:
         made.append(_round(graph, makers, asked, done))
         done.update(made[-1])
@@ -27,7 +29,8 @@ def _round(
     degree: dict[int, int] = {}
     for n in wanted:
         degree[n] = degree.get(n, 0) + 1
-    stack, seen = list(dict.fromkeys(wanted)), set(wanted)
+    stack = list(dict.fromkeys(wanted))
+    seen = set(wanted)
     while stack:
         for array in graph.nodes[stack.pop()].inputs:
             n = makers.get(array, -1)
@@ -38,12 +41,14 @@ def _round(
                     stack.append(n)
     tape: list[int] = [-1]  # -1 asks for the outputs
     waiting: list[tuple[int, int]] = []
-    i, left = 0, len(degree)
+    i = 0
+    left = len(degree)
     while left and (i < len(tape) or waiting):
         if i >= len(tape):
             node, j = waiting.pop()
         else:
-            node, j = tape[i], 0
+            node = tape[i]
+            j = 0
             i += 1
         inputs = wanted if node < 0 else [makers.get(a, -1) for a in graph.nodes[node].inputs]
         while j < len(inputs):

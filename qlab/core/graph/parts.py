@@ -90,7 +90,8 @@ def over_time(
     row = {name: i for i, name in enumerate(PARTS)}
     flight = row["in_flight"]
     for moment, array, nbytes, kind in usage.events:
-        part, (where, unit) = row[label[array]], units.get(array, (0, 1.0))
+        part = row[label[array]]
+        (where, unit) = units.get(array, (0, 1.0))
         if kind != LANDED:
             made[moment, part, where] += nbytes / unit if kind == TAKEN else -nbytes / unit
         if kind >= IDLE:

@@ -161,7 +161,8 @@ def simulate(graph: Graph, runahead: Runahead | None = None) -> Usage:
 
 class _Simulation:
     def __init__(self, graph: Graph, runahead: Runahead | None) -> None:
-        self.graph, self.ahead = graph, runahead
+        self.graph = graph
+        self.ahead = runahead
         self._kernels = bool(runahead and runahead.kernels)
         self.buffers: dict[int, _Buffer] = {}  # by array id
         self.strides: dict[int, tuple[int, ...]] = {}
@@ -184,7 +185,10 @@ class _Simulation:
             self.readers[a] = self.readers.get(a, 0) + 1
 
     def run(self) -> Usage:
-        ahead, issued, first, end = self.ahead.dispatches if self.ahead else 0, 0, 0, 0
+        ahead = self.ahead.dispatches if self.ahead else 0
+        issued = 0
+        first = 0
+        end = 0
         for at, n in enumerate(self.steps):
             self.at = at
             node = self.graph.nodes[n]
@@ -211,7 +215,8 @@ class _Simulation:
             while at + 1 == self.ends[end] and end + 1 < len(
                 self.ends
             ):  # the round is handed over; the host waits
-                window, end = self.graph.windows[end], end + 1
+                window = self.graph.windows[end]
+                end = end + 1
                 for late in range(first, self.ends[end - window] if window <= end else 0):
                     self._land(late)
                     first = late + 1
@@ -303,7 +308,8 @@ class _Simulation:
 
     def _copied(self, a: int, product: str) -> _Buffer | None:
         """A temporary copy of an operand whose rows are not laid out as the product needs them."""
-        shape, strides = self.graph.arrays[a].shape, self.strides[a]
+        shape = self.graph.arrays[a].shape
+        strides = self.strides[a]
         if len(shape) < 2:
             return None
         rows, columns = strides[-2:]
@@ -320,7 +326,8 @@ class _Simulation:
 
         Where there are several, each holds on to the inputs.
         """
-        buffer, output = self.buffers[a], self.graph.arrays[to]
+        buffer = self.buffers[a]
+        output = self.graph.arrays[to]
         return (
             len(node.outputs) == 1
             and self.readers[a] == node.inputs.count(a) == 1
@@ -355,7 +362,8 @@ class _Simulation:
         None if it is laid out anew.
         """
         first = vectors[0]
-        strides, stored = self.strides[first], self.stored[first]
+        strides = self.strides[first]
+        stored = self.stored[first]
         if any(self.graph.arrays[a].shape != shape for a in vectors):
             return None
         if len(vectors) == 1:
@@ -378,7 +386,8 @@ class _Simulation:
 
     def _view(self, node: Node) -> None:
         source = node.inputs[0]
-        shape, strides = self.graph.arrays[source].shape, self.strides[source]
+        shape = self.graph.arrays[source].shape
+        strides = self.strides[source]
         for n, a in enumerate(node.outputs):
             out = self.graph.arrays[a].shape
             if node.name == "Depends":
@@ -409,8 +418,10 @@ class _Simulation:
                 )
 
     def _reshape(self, node: Node) -> None:
-        source, (a,) = node.inputs[0], node.outputs
-        shape, strides = self.graph.arrays[source].shape, self.strides[source]
+        source = node.inputs[0]
+        (a,) = node.outputs
+        shape = self.graph.arrays[source].shape
+        strides = self.strides[source]
         out = self.graph.arrays[a].shape
         if node.name == "View":
             self._share(a, source, _dense(out), self.graph.arrays[a].size)
@@ -459,7 +470,8 @@ def _regrouped(
         else:
             runs.append((size, stride))
     found: list[int] = []
-    at, left = 0, runs[0][0] if runs else 1
+    at = 0
+    left = runs[0][0] if runs else 1
     for size in out:
         if size == 1:
             found.append(1)

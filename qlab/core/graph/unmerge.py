@@ -30,7 +30,8 @@ def unmerged(graph: Graph, loss: int | None = None) -> Graph:
 
 class _Unmerging:
     def __init__(self, graph: Graph, loss: int | None) -> None:
-        self.graph, self.makers = graph, graph.makers()
+        self.graph = graph
+        self.makers = graph.makers()
         self.made = replace(graph, arrays=dict(graph.arrays), nodes=[])
         self.forward = set(range(len(graph.nodes))) if loss is None else self._history(loss)
         self.fixed = {

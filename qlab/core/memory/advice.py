@@ -66,7 +66,8 @@ def changes(est: MemoryEstimate, machine: Machine) -> tuple[Change, ...]:
 
 def _candidates(est: MemoryEstimate, machine: Machine) -> Iterator[Change]:
     """Every change worth a thought, the cheaper in time first among equals."""
-    setup, train = est.setup, est.setup.train
+    setup = est.setup
+    train = est.setup.train
 
     def made(name: str, now: Any, then: Any, setup: Setup, quality: int, remark: str) -> Change:
         return Change(

@@ -139,7 +139,8 @@ class MemoryEstimate:
             raise ConfigError(
                 f"Not even {name}={legal[0]} fits: it needs {size_text(need)}, and {have} ({place.label})."
             )
-        low, high = 0, len(legal)
+        low = 0
+        high = len(legal)
         while high - low > 1:
             middle = (low + high) // 2
             if (
@@ -232,7 +233,8 @@ class MemoryEstimate:
         return self.panel.widget
 
     def __repr__(self) -> str:
-        train, adapter = self.setup.train, self.setup.adapter
+        train = self.setup.train
+        adapter = self.setup.adapter
         head = (
             f"MemoryEstimate({self.spec.name}, {self.setup.label}, {adapter.kind} r{adapter.rank}, "
             f"{train.batch_size} × {train.max_seq_length} tokens: {size_text(self.total_nbytes)} {self.level}, "
@@ -254,7 +256,8 @@ class MemoryEstimate:
             for name, n in self.parts.items()
         )
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        name, label = html.escape(self.spec.name), html.escape(self.setup.label)
+        name = html.escape(self.spec.name)
+        label = html.escape(self.setup.label)
         return (
             f"<p><b>{name}</b> · {label} · <b>{size_text(self.total_nbytes)}</b> ({self.level}; "
             f"{size_text(self.low_nbytes)} … {size_text(self.high_nbytes)}; peak in {self.moment})<br>"

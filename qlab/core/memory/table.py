@@ -70,7 +70,8 @@ class EstimateTable:
         ]  # a narrow page shows the first
         rows = []
         for est in self.rows:
-            train, adapter = est.setup.train, est.setup.adapter
+            train = est.setup.train
+            adapter = est.setup.adapter
             batch = f"{train.batch_size}×{train.max_seq_length}" + (
                 " ckpt" if train.grad_checkpoint else ""
             )

@@ -51,7 +51,8 @@ def allocate(
     def at(price: float) -> np.ndarray:
         return (cost + price * nbytes).argmin(0)
 
-    low, high = 0.0, 1e-30
+    low = 0.0
+    high = 1e-30
     while nbytes[at(high), columns].sum() > budget_nbytes:
         high *= 16
         if high > 1e30:  # equal costs: size alone decides

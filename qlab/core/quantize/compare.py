@@ -79,7 +79,8 @@ def compare(spec: ModelSpec, table: ErrorTable) -> CompareReport:
         spec: the model.
         table: its errors.
     """
-    kl, relative = table.measure("kl_nats"), table.measure("relative_error")
+    kl = table.measure("kl_nats")
+    relative = table.measure("relative_error")
     predicted = bool(np.isfinite(kl).any())
     sizes = np.array([layer.size for layer in spec.layers], np.float64)
     found = []

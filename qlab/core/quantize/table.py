@@ -46,7 +46,8 @@ class ErrorTable:
     @classmethod
     def empty(cls, layers: tuple[LayerSpec, ...], configs: tuple[QuantConfig, ...]) -> ErrorTable:
         """Return a table whose sizes are exact and whose errors are all unknown."""
-        s, n = len(configs), len(layers)
+        s = len(configs)
+        n = len(layers)
         legal = np.array(
             [[layer.refusal(c) is None for layer in layers] for c in configs], bool
         ).reshape(s, n)

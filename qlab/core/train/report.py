@@ -88,8 +88,12 @@ class Summary:
     def __init__(self, history: Iterable[StepEvent] = ()) -> None:
         self._losses: list[float] = []  # those that are numbers
         self._rates: list[float] = []  # ascending
-        self._steps, self._tokens, self._seconds, self._peak = 0, 0, 0.0, 0
-        self._val_loss, self._best = nan, (nan, 0)
+        self._steps = 0
+        self._tokens = 0
+        self._seconds = 0.0
+        self._peak = 0
+        self._val_loss = nan
+        self._best = (nan, 0)
         for event in history:
             self.add(event)
 
@@ -101,11 +105,9 @@ class Summary:
             if not self._best[0] <= event.val_loss:
                 self._best = event.val_loss, event.step
         if event.step > 0:
-            self._steps, self._tokens, self._seconds = (
-                event.step,
-                self._tokens + event.tokens,
-                event.seconds,
-            )
+            self._steps = event.step
+            self._tokens = self._tokens + event.tokens
+            self._seconds = event.seconds
             insort(self._rates, event.tokens_per_second)
             if isfinite(event.loss):
                 self._losses.append(event.loss)

@@ -69,7 +69,8 @@ class _Tap(nn.Module):
 
     def __init__(self, inner: nn.Module, seen: list[_Call]) -> None:
         super().__init__()
-        self.inner, self._seen = inner, seen
+        self.inner = inner
+        self._seen = seen
 
     def __call__(self, x: mx.array, *indices: mx.array, **options: Any) -> mx.array:
         if mx.issubdtype(x.dtype, mx.floating):  # an embedding is looked up with integers
@@ -167,7 +168,8 @@ def _taken(found: dict[str, list[_Call]], count: int) -> dict[str, Passed]:
 
 
 def _inputs(seen: list[_Call], heldout: list[_Call]) -> Passed:
-    (x, to), (y, to_y) = _rows(seen), _rows(heldout)
+    (x, to) = _rows(seen)
+    (y, to_y) = _rows(heldout)
     if to is None:
         mx.eval(x, y)
         return Inputs(x, y)
@@ -184,7 +186,8 @@ def _rows(calls: list[_Call]) -> tuple[mx.array, np.ndarray | None]:
 
     A row that went to several stands there as often.
     """
-    rows, experts = [], []
+    rows = []
+    experts = []
     for x, *indices in calls:
         for to in indices:
             shape = np.broadcast_shapes(x.shape[:-2], to.shape)

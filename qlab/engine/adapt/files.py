@@ -242,7 +242,8 @@ def _from_mlx(
         raise SettingError(
             f"lora_parameters has {unknown[0]!r}, which is unknown; it may have rank, scale, dropout, keys."
         )
-    num_layers, keys = config.get("num_layers", -1), settings.get("keys")
+    num_layers = config.get("num_layers", -1)
+    keys = settings.get("keys")
     if isinstance(num_layers, bool) or not isinstance(num_layers, int):
         raise SettingError(f"num_layers={num_layers!r} is not a number of blocks.")
     if keys is not None and (
@@ -252,7 +253,8 @@ def _from_mlx(
     paths = layers_of(arrays, set(kinds[kind].shapes((1, 1), 1)), spec)
     named = reached(num_layers, keys, spec)
     if named != set(paths):
-        gone, more = sorted(named - set(paths)), sorted(set(paths) - named)
+        gone = sorted(named - set(paths))
+        more = sorted(set(paths) - named)
         what = f"no arrays of {gone[0]!r}" if gone else f"arrays of {more[0]!r}"
         raise ConfigError(
             f"it has {what}, which num_layers and keys in {_SETTINGS} {'adapt' if gone else 'do not adapt'}."

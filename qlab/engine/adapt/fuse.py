@@ -190,7 +190,9 @@ def preview(
 def _survival(
     base: nn.Module, layer: LayerSpec, delta: mx.array, original: nn.Module | None, exact: bool
 ) -> LayerSurvival:
-    dtype, config, eight = _dtype(base), _storage(base, layer, "base"), _storage(base, layer, 8)
+    dtype = _dtype(base)
+    config = _storage(base, layer, "base")
+    eight = _storage(base, layer, 8)
     count = math.prod(layer.shape[:-1])
     few = not exact and layer.size > _SAMPLE
     rows = (
@@ -198,10 +200,12 @@ def _survival(
         if few
         else np.arange(count)
     )
-    expert, rows = rows // layer.shape[-2], mx.array(rows.astype(np.int32))
+    expert = rows // layer.shape[-2]
+    rows = mx.array(rows.astype(np.int32))
     weight, delta = (x.reshape(count, -1)[rows] for x in (weight_of(base, mx.float32), delta))
     mx.eval(weight, delta)
-    size, norm = _norm(weight), _norm(delta)
+    size = _norm(weight)
+    norm = _norm(delta)
     depth = "sampled" if few else "exact"
     if not norm:
         return LayerSurvival(layer.path, layer.stored, 0.0, 0.0, *(math.nan,) * 6, depth)
@@ -210,7 +214,8 @@ def _survival(
     kept_base, changed, of_experts = (
         _kept(weight, delta, config, dtype, expert) if config else (kept_16, math.nan, of_experts)
     )
-    error, from_original = math.nan, math.nan
+    error = math.nan
+    from_original = math.nan
     if original is not None and config is not None:
         first = weight_of(original, mx.float32).reshape(count, -1)[rows]
         error = _norm(first - weight) / norm
@@ -241,7 +246,8 @@ def _kept(
     """Return ρ = ⟨Q(W+D) − Q(W), D⟩/‖D‖², the share of codes that differ (NaN without codes), and ρ
     of every changed expert.
     """
-    before, after = weight.astype(dtype), (weight + delta).astype(dtype)
+    before = weight.astype(dtype)
+    after = (weight + delta).astype(dtype)
     changed = math.nan
     if config is not None:
         packed = [config.scheme.quantize(w, config) for w in (before, after)]

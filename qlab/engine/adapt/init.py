@@ -125,7 +125,9 @@ def recovery(path: str, original: Weight, stored: Weight, inputs: Passed | None)
         return None
     relative = (energies.sum() / mx.square(weight).sum().item()) ** 0.5
     some = _some(np.flatnonzero(energies))
-    squares, gains, totals = np.zeros(1), dict.fromkeys(STARTS, np.zeros(1)), 0.0
+    squares = np.zeros(1)
+    gains = dict.fromkeys(STARTS, np.zeros(1))
+    totals = 0.0
     for number in some:
         own = stack[number]
         left, found = leading(own, rank := _kept(own))
@@ -139,7 +141,8 @@ def recovery(path: str, original: Weight, stored: Weight, inputs: Passed | None)
                 gains[init] = gains[init] + np.array(
                     mx.square(vectors[:, : min(own.shape)].T @ wrong).sum(-1), np.float64
                 )
-    energy, noise = energies[some].sum(), noise_squares(*error.shape[-2:])
+    energy = energies[some].sum()
+    noise = noise_squares(*error.shape[-2:])
     return Recovery(
         path,
         relative,

@@ -200,11 +200,10 @@ def from_peft(
         raise ConfigError(
             f"it has no arrays of {missing[0] if missing else 'any layer'!r}, which target_modules names."
         )
-    dora, needed = (
-        bool(config.get("use_dora")),
-        {"lora_a", "lora_b"} | ({"m"} if config.get("use_dora") else set()),
-    )
-    ranks, scales = {}, {}
+    dora = bool(config.get("use_dora"))
+    needed = {"lora_a", "lora_b"} | ({"m"} if config.get("use_dora") else set())
+    ranks = {}
+    scales = {}
     for path in paths:
         if found[path].keys() != needed:
             odd = sorted(found[path].keys() ^ needed)[0]
@@ -264,7 +263,8 @@ def _renamed(arrays: Arrays, spec: ModelSpec) -> dict[str, Arrays]:
             raise ConfigError(
                 f"{key!r} is no array of a LoRA.{nearest(key.rpartition('.lora')[2], _LINEAR)}"
             )
-        ours, path = _NAMES[theirs], key.removesuffix(f".{theirs}").removeprefix(_PREFIX)
+        ours = _NAMES[theirs]
+        path = key.removesuffix(f".{theirs}").removeprefix(_PREFIX)
         if path not in spec.by_path:
             raise ConfigError(
                 f"{key!r} belongs to a layer that the model does not have.{nearest(path, spec.by_path)}"
@@ -329,7 +329,8 @@ def _targeted(config: dict[str, Any], spec: ModelSpec) -> set[str]:
     """Paths of the layers that PEFT's settings name (``peft/tuners/tuners_utils.py``,
     ``check_target_module_exists``).
     """
-    names, out = config["target_modules"], config.get("exclude_modules") or []
+    names = config["target_modules"]
+    out = config.get("exclude_modules") or []
     adapted = [
         layer for layer in spec.layers if layer.kind != "switch" and not _named(out, layer.path)
     ]
@@ -347,7 +348,8 @@ def _targeted(config: dict[str, Any], spec: ModelSpec) -> set[str]:
 
 def _within(config: dict[str, Any], layer: LayerSpec) -> bool:
     """Whether a layer is in one of the blocks that the settings name."""
-    only, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
+    only = config.get("layers_to_transform")
+    patterns = config.get("layers_pattern")
     only = [only] if isinstance(only, int) else only
     if not only:
         return True

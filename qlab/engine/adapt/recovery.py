@@ -38,7 +38,9 @@ class Survey:
     """
 
     def __init__(self, study: Study, tokenizer: Any, text: Any) -> None:
-        self._study, self._tokenizer, self._text = study, tokenizer, text
+        self._study = study
+        self._tokenizer = tokenizer
+        self._text = text
         self._found: dict[Any, Found] = {}
         self._last: Any = None
 
@@ -64,7 +66,8 @@ class Survey:
         plan, solver = storage
         if registry.get("solvers", solver).needs_inputs and self._study.calibration is None:
             yield from self._study.predict(self._text)
-        configs, power = chosen(self._study.spec, plan), self._study.input_power()
+        configs = chosen(self._study.spec, plan)
+        power = self._study.input_power()
 
         def stored(path: str) -> mx.array:
             weight = self._original(path)
@@ -74,7 +77,8 @@ class Survey:
                 solve(weight, config, solver, power.get(path)), config, mx.float32
             )
 
-        layers, into = lora.targets(self._study.spec), self._found.setdefault(storage, {})
+        layers = lora.targets(self._study.spec)
+        into = self._found.setdefault(storage, {})
         known = all(
             layer.path in into and (into[layer.path] is None or into[layer.path].output)
             for layer in layers

@@ -20,7 +20,10 @@ from qlab.errors import DataError
 
 # distinct lengths at most: every shape is a trace, which a long epoch pays for and a short one does
 # not (docs/log.md)
-_FEW, _MANY, _LONG = 8, 16, 256  # the last: batches in an epoch from which on there are many
+# the last: batches in an epoch from which on there are many
+_FEW = 8
+_MANY = 16
+_LONG = 256
 _CANDIDATES = 512  # lengths that the search looks at
 
 Bins = list[tuple[int, ...]]
@@ -50,7 +53,8 @@ class Feed:
     def __init__(self, rows: Rows, config: TrainConfig) -> None:
         if not len(rows):
             raise DataError("There are no rows to train on.")
-        self.rows, self.config = rows, config
+        self.rows = rows
+        self.config = config
         lengths = rows.lengths
         bins: Bins = [(i,) for i in range(len(rows))]
         if config.pack:
@@ -91,7 +95,9 @@ class Feed:
             at = 0
             for n, row in enumerate(group, 1):
                 end = at + row.tokens.size
-                tokens[b, at:end], mask[b, at:end], segments[b, at:end] = row.tokens, row.mask, n
+                tokens[b, at:end] = row.tokens
+                mask[b, at:end] = row.mask
+                segments[b, at:end] = n
                 at = end
         numbers = tuple(tuple(row.number for row in group) for group in groups)
         return Batch(
@@ -107,7 +113,8 @@ class Feed:
 
     def _shuffled(self, epoch: int) -> list[tuple[list[int], int]]:
         """Members and length of each batch of an epoch."""
-        seed, size = self.config.seed, self.config.batch_size
+        seed = self.config.seed
+        size = self.config.batch_size
         drawn = np.empty(len(self._bins), np.int64)
         for start, end, _ in self._groups:
             drawn[start:end] = start + order(end - start, seed, 2, epoch, start)
@@ -146,9 +153,12 @@ def _groups(sizes: np.ndarray, batch_size: int, most: int) -> list[tuple[int, in
     last = np.append(np.flatnonzero(np.diff(tops)), len(tops) - 1)  # the last batch of each length
     if len(last) > _CANDIDATES:
         last = last[np.unique(np.linspace(0, len(last) - 1, _CANDIDATES).round().astype(int))]
-    ends, tops = ends[last], tops[last]
-    starts, n = np.append(0, ends), len(ends)
-    cost, cuts = np.append(0.0, np.full(n, np.inf)), []
+    ends = ends[last]
+    tops = tops[last]
+    starts = np.append(0, ends)
+    n = len(ends)
+    cost = np.append(0.0, np.full(n, np.inf))
+    cuts = []
     for _ in range(min(most, n)):
         # from every start to every end: rows between, padded to the longest of them
         total = (
@@ -158,7 +168,8 @@ def _groups(sizes: np.ndarray, batch_size: int, most: int) -> list[tuple[int, in
         total[starts[:, None] > starts[None, :]] = np.inf
         cuts.append(total.argmin(0))
         cost = total.min(0)
-    found, j = [], n
+    found = []
+    j = n
     for cut in reversed(cuts):
         i = int(cut[j])
         if i < j:
@@ -196,10 +207,12 @@ def _best_fit(lengths: np.ndarray, longest: int) -> Bins:
         size = int(lengths[i])
         k = bisect_left(free, size)
         if k == len(free):
-            at, left = len(bins), longest - size
+            at = len(bins)
+            left = longest - size
             bins.append([i])
         else:
-            at, left = room[free[k]].pop(), free[k] - size
+            at = room[free[k]].pop()
+            left = free[k] - size
             if not room[free[k]]:
                 del room[free.pop(k)]
             bins[at].append(i)

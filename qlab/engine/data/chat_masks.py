@@ -101,7 +101,8 @@ class Chats:
             return_assistant_tokens_mask=True,
             **{thinking: getattr(self.tokenizer, "has_thinking", False)},
         )
-        tokens, mask = list(made["input_ids"]), list(made["assistant_masks"])
+        tokens = list(made["input_ids"])
+        mask = list(made["assistant_masks"])
         if tokens != self._tokens(text):
             return None
         ends = set(self.tokenizer.eos_token_ids)
@@ -116,7 +117,8 @@ class Chats:
 
     def _span(self, messages: Messages, tools: Any, i: int, text: str) -> tuple[int, int]:
         """Characters that the assistant says in turn ``i``, with the mark that ends it."""
-        start, end = self._start(messages, tools, i, text), self._end(messages, tools, i, text)
+        start = self._start(messages, tools, i, text)
+        end = self._end(messages, tools, i, text)
         if start is None or end is None or not start < end:
             raise MaskError(
                 f"'messages'[{i}]: the chat template does not show for certain where the assistant speaks; {_ADVICE}"
@@ -165,7 +167,8 @@ class Chats:
         """What the template writes to let the assistant speak."""
         if self._opening is None:
             asked = [{"role": "user", "content": _ASKED}]
-            plain, prompt = self._render(asked, tools), self._render(asked, tools, prompt=True)
+            plain = self._render(asked, tools)
+            prompt = self._render(asked, tools, prompt=True)
             self._opening = prompt[len(plain) :] if prompt.startswith(plain) else ""
         return self._opening
 
@@ -233,7 +236,8 @@ class Chats:
         """Tokens, and which of them overlap a span of characters."""
         if self._says_where:
             made = self._inner(text, add_special_tokens=False, return_offsets_mapping=True)
-            tokens, places = list(made["input_ids"]), made["offset_mapping"]
+            tokens = list(made["input_ids"])
+            places = made["offset_mapping"]
         else:
             tokens = self._tokens(text)
             places = []

@@ -23,7 +23,9 @@ def _pieces(tokens: list[int], tokenizer: Any) -> list[str]:
     """Decode in the company of the tokens before, since some tokenizers drop the space that a text
     begins with.
     """
-    made, before, read_to = [], 0, 0
+    made = []
+    before = 0
+    read_to = 0
     for k in range(len(tokens)):
         known = tokenizer.decode(tokens[before:read_to]) if read_to else ""
         text = tokenizer.decode(tokens[before : k + 1])
@@ -33,7 +35,8 @@ def _pieces(tokens: list[int], tokenizer: Any) -> list[str]:
             made.append("")
             continue
         made.append(text[len(known) :])
-        before, read_to = read_to, k + 1
+        before = read_to
+        read_to = k + 1
     return made
 
 

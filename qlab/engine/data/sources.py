@@ -221,7 +221,8 @@ def numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
     Raises:
         DataError: the source failed.
     """
-    source, number = iter(rows), 0
+    source = iter(rows)
+    number = 0
     while True:
         try:
             row = next(source)

@@ -56,7 +56,8 @@ def read_text(source: Any, embedded: str, limit: int) -> tuple[str, str]:
     """
     if source is None:
         return (ASSETS / embedded).read_text(encoding="utf-8")[:limit], "embedded text"
-    found, path = rows_of(source, plain=True), path_of(source)
+    found = rows_of(source, plain=True)
+    path = path_of(source)
     text = found if isinstance(found, Text) else _join(_rows(found), limit)
     if not text.strip():
         raise DataError("The text is empty; give at least a few sentences.")
@@ -82,7 +83,8 @@ def _rows(source: Iterable[Any]) -> Iterator[str]:
 
 
 def _join(rows: Iterator[str], limit: int) -> str:
-    parts, length = [], 0
+    parts = []
+    length = 0
     for row in rows:
         parts.append(row)
         length += len(row)

@@ -24,7 +24,8 @@ from qlab.errors import DataError, nearest
 _KEYS = ("text", "prompt", "completion", "messages", "tools")
 _SHOWN = 20  # faults listed in one error
 _BEYOND = 24  # tokens kept, for the eye, of those cut off
-_INPUTS, _OUTPUTS = ("instruction", "question", "query", "input"), ("output", "answer", "response")
+_INPUTS = ("instruction", "question", "query", "input")
+_OUTPUTS = ("output", "answer", "response")
 
 Made = tuple[str, list[int], list[int]]  # kind, tokens, mask
 
@@ -63,7 +64,11 @@ def read(data: Any, tokenizer: Any, config: TrainConfig, vocabulary: int | None 
             raise DataError(f"The text cannot be used: {fault}.")
         return found
     maker = _Maker(tokenizer, config.mask_prompt)
-    rows, dropped, faults, kinds, count = [], [], [], set(), 0
+    rows = []
+    dropped = []
+    faults = []
+    kinds = set()
+    count = 0
     for number, found in numbered(source):
         count += 1
         try:
@@ -107,7 +112,8 @@ def _refuse(faults: list[tuple[int, str]], count: int) -> None:
 def _rows(numbers: list[int]) -> str:
     if len(numbers) == 1:
         return f"row {numbers[0]}"
-    first, more = ", ".join(map(str, numbers[:5])), len(numbers) - 5
+    first = ", ".join(map(str, numbers[:5]))
+    more = len(numbers) - 5
     return f"rows {first} and {more} more" if more > 0 else f"rows {first}"
 
 
@@ -138,7 +144,8 @@ def _running(text: str, tokenizer: Any, longest: int) -> Rows:
 
 def _ended(tokenizer: Any, tokens: list[int]) -> list[int]:
     """Tokens that begin and end once: a text may hold the marks that the tokenizer sets."""
-    first, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    first = tokenizer.bos_token_id
+    end = tokenizer.eos_token_id
     if first is not None and first != end and tokens[:2] == [first, first]:
         tokens = tokens[1:]
     return (
@@ -152,7 +159,8 @@ class _Maker:
     """Makes tokens and mask of a row."""
 
     def __init__(self, tokenizer: Any, mask_prompt: bool) -> None:
-        self.tokenizer, self.mask_prompt = tokenizer, mask_prompt
+        self.tokenizer = tokenizer
+        self.mask_prompt = mask_prompt
         self.chats = Chats(tokenizer) if getattr(tokenizer, "has_chat_template", False) else None
 
     def make(self, row: Any) -> Made:
@@ -202,7 +210,8 @@ class _Maker:
             return "completion", *self._chat(
                 [*asked, *said], tools(found.get("tools")), len(asked), "completion"
             )
-        prompt, completion = _string(found, "prompt"), _string(found, "completion")
+        prompt = _string(found, "prompt")
+        completion = _string(found, "completion")
         if not completion.strip():
             raise Fault("'completion' is empty")
         if self.chats is not None:

@@ -47,9 +47,13 @@ def evaluate(
     Yields:
         Progress after each row.
     """
-    kl, flips, nll, nll_teacher = [], [], [], []
+    kl = []
+    flips = []
+    nll = []
+    nll_teacher = []
     for i, tokens in enumerate(batches):
-        p, q = log_probs(teacher, tokens), log_probs(student, tokens)
+        p = log_probs(teacher, tokens)
+        q = log_probs(student, tokens)
         target = tokens[0, 1:, None]
         row = (
             kl_per_token(p, q),
@@ -81,7 +85,8 @@ def layer_kl(
     Returns:
         Mean KL in nats per token, by name.
     """
-    sums, count = dict.fromkeys(students, 0.0), 0
+    sums = dict.fromkeys(students, 0.0)
+    count = 0
     for i, tokens in enumerate(batches):
         p = log_probs(teacher, tokens)
         mx.eval(p)

@@ -82,11 +82,13 @@ def answer(
     """
     from mlx_lm.models.cache import make_prompt_cache
 
-    tokens, cache = prompt_tokens(tokenizer, prompt, vocabulary), make_prompt_cache(module)
+    tokens = prompt_tokens(tokenizer, prompt, vocabulary)
+    cache = make_prompt_cache(module)
     for start in range(0, len(tokens) - 1, _PREFILL):
         module(mx.array([tokens[start : min(start + _PREFILL, len(tokens) - 1)]]), cache=cache)
         mx.eval([layer.state for layer in cache])  # the logits are never computed
-    last, written = tokens[-1], []
+    last = tokens[-1]
+    written = []
     while len(written) < max_tokens:
         last = module(mx.array([[last]]), cache=cache)[0, -1].argmax().item()
         if last in tokenizer.eos_token_ids:

@@ -148,7 +148,8 @@ def _on_rows(
     check_tokens(rows, min(sizes.values()))
     before = 0
     for number, row in enumerate(rows):
-        where, tokens = spots(row), np.asarray(row.tokens, np.int32)
+        where = spots(row)
+        tokens = np.asarray(row.tokens, np.int32)
         part = kept[before : before + where.size] if kept is not None else None
         if part is not None:
             none = np.zeros(where.size)
@@ -166,11 +167,9 @@ def _row(
     kept: Kept | None,
 ) -> None:
     """Add what each model makes of a row to its tally."""
-    inputs, places, targets = (
-        mx.array(tokens[None, :-1]),
-        mx.array(where),
-        mx.array(tokens[where + 1]),
-    )
+    inputs = mx.array(tokens[None, :-1])
+    places = mx.array(where)
+    targets = mx.array(tokens[where + 1])
     hidden: dict[str, mx.array] = {}
     found: dict[str, list[list[np.ndarray]]] = {name: [] for name in running}
     for name, predictor in running.items():
@@ -178,7 +177,8 @@ def _row(
             hidden[name] = predictor.hidden(inputs, places)
     step = chunk_length(next(iter(running.values())).vocabulary) if running else where.size
     for start in range(0, where.size, step):
-        part, full = slice(start, start + step), None
+        part = slice(start, start + step)
+        full = None
         for name, predictor in running.items():
             with tallies[name].clock():
                 own = predictor.log_probs(hidden[name][part])
@@ -205,11 +205,14 @@ def _compare(
         full: the unquantized model's log-probabilities, or None.
         kept: or what was kept of them.
     """
-    nll, top = -mx.take_along_axis(own, targets[:, None], -1)[:, 0], own.argmax(-1)
+    nll = -mx.take_along_axis(own, targets[:, None], -1)[:, 0]
+    top = own.argmax(-1)
     if kept is not None:
-        kl, likeliest = _kl_to_kept(own, kept), mx.array(kept.tokens[:, 0])
+        kl = _kl_to_kept(own, kept)
+        likeliest = mx.array(kept.tokens[:, 0])
     elif full is not None:
-        kl, likeliest = (mx.exp(full) * (full - own)).sum(-1), full.argmax(-1)
+        kl = (mx.exp(full) * (full - own)).sum(-1)
+        likeliest = full.argmax(-1)
     else:
         return [nll, top == targets, nll * mx.nan, nll * mx.nan]
     return [nll, top == targets, kl, top != likeliest]
@@ -217,7 +220,9 @@ def _compare(
 
 def _kl_to_kept(own: mx.array, kept: Kept) -> mx.array:
     """KL between the K likeliest tokens and the rest as one, float32 ``(n,)``."""
-    tokens, log_probs, tail = mx.array(kept.tokens), mx.array(kept.log_probs), mx.array(kept.tail)
+    tokens = mx.array(kept.tokens)
+    log_probs = mx.array(kept.log_probs)
+    tail = mx.array(kept.tail)
     kl = (mx.exp(log_probs) * (log_probs - mx.take_along_axis(own, tokens, -1))).sum(-1)
     if kept.tokens.shape[1] == kept.vocabulary:
         return kl

@@ -171,17 +171,16 @@ def remember(
 def _run(
     teacher: nn.Module, rows: list[Any], keep: int, made_of: str
 ) -> Generator[Progress, None, Kept]:
-    predictor, parts = Predictor(teacher), []
+    predictor = Predictor(teacher)
+    parts = []
     check_tokens(rows, predictor.vocabulary)
     for number, row in enumerate(rows):
         where = spots(row)
         hidden = predictor.hidden(
             mx.array(np.asarray(row.tokens, np.int32)[None, :-1]), mx.array(where)
         )
-        targets, chunk = (
-            mx.array(np.asarray(row.tokens, np.int32)[where + 1]),
-            chunk_length(predictor.vocabulary),
-        )
+        targets = mx.array(np.asarray(row.tokens, np.int32)[where + 1])
+        chunk = chunk_length(predictor.vocabulary)
         for start in range(0, where.size, chunk):
             found = _keep(
                 predictor.log_probs(hidden[start : start + chunk]),
@@ -201,10 +200,12 @@ def _keep(log_probs: mx.array, targets: mx.array, keep: int) -> list[mx.array]:
     vocabulary = log_probs.shape[-1]
     nll = -mx.take_along_axis(log_probs, targets[:, None], -1)[:, 0]
     if keep >= vocabulary:
-        tokens, rest = mx.argsort(-log_probs, -1), mx.zeros((log_probs.shape[0], 0), mx.uint32)
+        tokens = mx.argsort(-log_probs, -1)
+        rest = mx.zeros((log_probs.shape[0], 0), mx.uint32)
     else:
         order = mx.argpartition(-log_probs, keep, -1)
-        tokens, rest = order[:, :keep], order[:, keep:]
+        tokens = order[:, :keep]
+        rest = order[:, keep:]
         ranks = mx.argsort(-mx.take_along_axis(log_probs, tokens, -1), -1)
         tokens = mx.take_along_axis(tokens, ranks, -1)
     likely = mx.take_along_axis(log_probs, tokens, -1)

@@ -131,7 +131,8 @@ def _read(source: str | Path) -> tuple[dict[str, Any], str]:
     if path.is_dir():
         path = path / "config.json"
     elif not path.is_file():
-        path, name = _fetched(str(source)), str(source)
+        path = _fetched(str(source))
+        name = str(source)
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:

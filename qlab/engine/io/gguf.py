@@ -83,7 +83,8 @@ def _config(
         return value.item() if isinstance(value, mx.array) else value
 
     shapes = {info.name: info.shape for info in infos}
-    heads, hidden = fact("attention.head_count"), fact("embedding_length")
+    heads = fact("attention.head_count")
+    hidden = fact("embedding_length")
     config = {
         "model_type": _FAMILIES[family],
         "hidden_size": hidden,

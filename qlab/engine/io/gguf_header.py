@@ -44,7 +44,8 @@ _SCALARS = {
     11: "q",
     12: "d",
 }
-_STRING, _ARRAY = 8, 9
+_STRING = 8
+_ARRAY = 9
 _LIMIT = 1 << 24  # no count in a real header is larger
 
 
@@ -78,7 +79,8 @@ def read_header(path: Path) -> tuple[TensorInfo, ...]:
                 raise LoadError(f"{path} is GGUF version {version}; versions 2 and 3 can be read.")
             alignment = 32
             for _ in range(_count(pairs)):
-                key, value = _string(stream), _value(stream, _unpack(stream, "<I")[0])
+                key = _string(stream)
+                value = _value(stream, _unpack(stream, "<I")[0])
                 alignment = value if key == "general.alignment" else alignment
             found = [_tensor(stream, path) for _ in range(_count(tensors))]
             start = -(-stream.tell() // int(alignment)) * int(alignment)

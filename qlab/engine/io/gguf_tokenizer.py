@@ -29,7 +29,8 @@ def tokenizer(path: Path, facts: dict[str, Any]) -> Any:
     from tokenizers import Tokenizer, decoders, models, processors
     from transformers import PreTrainedTokenizerFast
 
-    kind, pre = facts.get("tokenizer.ggml.model"), facts.get("tokenizer.ggml.pre")
+    kind = facts.get("tokenizer.ggml.model")
+    pre = facts.get("tokenizer.ggml.pre")
     missing = [
         key for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges") if key not in facts
     ]

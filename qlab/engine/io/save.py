@@ -77,7 +77,9 @@ def _facts(
         for key, value in config.items()
         if key not in ("quantization", "quantization_config", "qlab")
     }
-    stock, own, foreign = {}, {}, set()
+    stock = {}
+    own = {}
+    foreign = set()
     for path, leaf in module.named_modules():
         if isinstance(leaf, Packed):
             foreign.add(leaf.config.mode)

@@ -44,8 +44,10 @@ class Pieces:
     """
 
     def __init__(self, module: nn.Module, train: TrainConfig, window: int) -> None:
-        self.module, self.train = module, train
-        self.stack, self.users = Stack(module), users(module)
+        self.module = module
+        self.train = train
+        self.stack = Stack(module)
+        self.users = users(module)
         for frozen in (x for x in module.modules() if isinstance(x, Frozen)):
             frozen.keep()
         self.trained: Arrays = dict(tree_flatten(module.trainable_parameters()))
@@ -53,7 +55,8 @@ class Pieces:
         every = self._every = dict(tree_flatten(module.parameters()))
         self.outside: Arrays = {path: a for path, a in every.items() if not path.startswith(prefix)}
         self._own = [f"{prefix}{i}." for i in range(len(self.stack.blocks))]
-        self.graph, self.window = Graph(), window
+        self.graph = Graph()
+        self.window = window
         self.ids = {
             path: self._given(a, "adapter" if path in self.trained else "weights")
             for path, a in every.items()
@@ -150,7 +153,8 @@ class Pieces:
 
         Gradients by its input and by its trained arrays.
         """
-        block, own = self.stack.blocks[i], self._own[i]
+        block = self.stack.blocks[i]
+        own = self._own[i]
         arrays = dict(tree_flatten(block.parameters()))
         names = [name for name in _names(block) if name in arrays]
         arrays = {name: arrays[name] for name in names}
@@ -165,7 +169,8 @@ class Pieces:
             return block(x, *args, **kwargs)
 
         def run(*all_: mx.array) -> list[mx.array]:
-            mine, rest = list(all_[count : count + len(names)]), all_[count + len(names) :]
+            mine = list(all_[count : count + len(names)])
+            rest = all_[count + len(names) :]
             if not back:
                 with patched(self.users, forward=True):
                     return [apply(all_[0], mine, rest)]
@@ -194,7 +199,8 @@ class Pieces:
 
         Return the gradients by the last hidden state and by what is trained outside.
         """
-        shape, dtype = self.hidden.shape, self.hidden.dtype
+        shape = self.hidden.shape
+        dtype = self.hidden.dtype
         count = shape[0] * shape[1]
         size = min(self.train.loss_chunk or count, count)
         prefix = f"{self.stack.path}."
@@ -241,7 +247,8 @@ class Pieces:
     ) -> list[int]:
         """Add the loss of some positions and its gradients, and add these to the sums so far."""
         hidden, where, total, cotangent, *sums = given
-        index, width = mx.zeros(part, mx.int32), self.hidden.shape[-1]
+        index = mx.zeros(part, mx.int32)
+        width = self.hidden.shape[-1]
         rows = mx.zeros((1, part, width), self.hidden.dtype)
         ids = mx.zeros((self.train.batch_size, self.train.max_seq_length), mx.int32)
 
@@ -276,7 +283,8 @@ class Pieces:
             new = [a + b for a, b in zip(rest[:half], rest[half:], strict=True)]
             return [total + loss, sum_.at[at].add(slope[0]), *new]
 
-        zero, own = mx.array(0.0), [self.trained[path] for path in outer]
+        zero = mx.array(0.0)
+        own = [self.trained[path] for path in outer]
         pairs = list(
             zip(
                 (loss, slope, total, cotangent, where), (zero, rows, zero, flat, index), strict=True
@@ -290,7 +298,8 @@ class Pieces:
         self, outer: list[str], heads: list[Frozen], count: int, *arrays: mx.array
     ) -> list[mx.array]:
         rows, labels, share, *rest = arrays
-        weights, outside = rest[:count], dict(zip(self.outside, rest[count:], strict=True))
+        weights = rest[:count]
+        outside = dict(zip(self.outside, rest[count:], strict=True))
         lent = [x for x in heads if x.worth(self.hidden.dtype) is not None]
 
         def logits(h: mx.array, *own: mx.array) -> mx.array:
@@ -312,7 +321,8 @@ class Pieces:
         count = len(outer)
 
         def run(tokens: mx.array, slope: mx.array, *arrays: mx.array) -> list[mx.array]:
-            sums, outside = arrays[:count], dict(zip(self.outside, arrays[count:], strict=True))
+            sums = arrays[:count]
+            outside = dict(zip(self.outside, arrays[count:], strict=True))
 
             def before(*own: mx.array) -> list[mx.array]:
                 now = outside | dict(zip(outer, own, strict=True))

@@ -49,7 +49,8 @@ from qlab.runtime.job import finished
 # dispatches of a task, and tasks that may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h):
 # the CPU's as in its source, CUDA's set by eight steps on one H100 (docs/guide/memory_accuracy.md),
 # Metal's read, not measured
-_TASK, _TASKS = {"cpu": 10, "cuda": 27, "metal": 40}, 11
+_TASK = {"cpu": 10, "cuda": 27, "metal": 40}
+_TASKS = 11
 Look = tuple[
     tuple, ...
 ]  # role, shape, present storage, chosen storage and whether it is adapted, of each layer
@@ -70,7 +71,8 @@ def usual_compute() -> Compute:
 
 def runahead() -> Runahead:
     """Return how far the host runs ahead here; MLX's own setting for GPUs counts."""
-    name, ops = backend(), os.environ.get("MLX_MAX_OPS_PER_BUFFER", "")
+    name = backend()
+    ops = os.environ.get("MLX_MAX_OPS_PER_BUFFER", "")
     own = name != "cpu" and ops.isdigit() and int(ops)
     return Runahead(_TASKS * (own or _TASK[name]), kernels=name != "cpu")
 
@@ -94,7 +96,9 @@ class Forecast:
         loaded: bool = False,
         notes: tuple[str, ...] = (),
     ) -> None:
-        self.module, self.context, self.notes = module, context, notes
+        self.module = module
+        self.context = context
+        self.notes = notes
         self.spec: ModelSpec = describe(module, name)
         self.held_nbytes = self.spec.nbytes if loaded else 0
         self.vocabulary = max((x.shape[-2] for x in self.spec.layers if x.block is None), default=0)
@@ -127,7 +131,8 @@ class Forecast:
             measured = self.by_step(setup, machine)
             exact = sum(parts[name] for name in INPUTS)
             record.add(backend(), sum(parts.values()), exact, measured)
-            found, parts = level, _scaled(parts, measured)
+            found = level
+            parts = _scaled(parts, measured)
         band = (1.0, 1.0) if measured else record.band(backend())
         return MemoryEstimate(
             self.spec,
@@ -193,7 +198,8 @@ class Forecast:
 
     def inputs(self, setup: Setup) -> dict[str, int]:
         """Bytes of weights, adapter and optimizer state: exact."""
-        configs, adapter = self.configs(setup), setup.adapter
+        configs = self.configs(setup)
+        adapter = setup.adapter
         shapes = _trained(adapter, self.spec)
         return {
             "weights": self.spec.other_nbytes
@@ -217,7 +223,9 @@ class Forecast:
 
     def formula(self, setup: Setup) -> Formula:
         """Return the formula of a setup's kind of step; it is made at its first use."""
-        train, adapter, (groups, outside) = setup.train, setup.adapter, self.looks(setup)
+        train = setup.train
+        adapter = setup.adapter
+        (groups, outside) = self.looks(setup)
         several = (
             chunks(train.batch_size, train.max_seq_length, train.loss_chunk)
             if train.loss_chunk
@@ -259,7 +267,8 @@ class Forecast:
         Raises:
             ConfigError, LayerNotFoundError: the setup does not fit the model.
         """
-        targets, configs = {x.path for x in setup.adapter.targets(self.spec)}, self.configs(setup)
+        targets = {x.path for x in setup.adapter.targets(self.spec)}
+        configs = self.configs(setup)
         blocks: dict[int | None, list[LayerSpec]] = {None: []}
         for layer in self.spec.layers:
             blocks.setdefault(layer.block, []).append(layer)
@@ -303,7 +312,8 @@ class Forecast:
 
     def _graph(self, setup: Setup, blocks: list[int] | None, ref: Reference) -> Graph:
         """Read the step of a model with some of the blocks only, at reference sizes."""
-        module, configs = self.module, self.configs(setup)
+        module = self.module
+        configs = self.configs(setup)
         targets = [x.path for x in setup.adapter.targets(self.spec)]
         if blocks is not None:
             module = twin(module)
@@ -344,7 +354,8 @@ class Forecast:
         return self._read(self.module, self.configs(setup), setup)
 
     def _read(self, module: nn.Module, configs: dict[str, QuantConfig], setup: Setup) -> Graph:
-        made, train = stored(module, configs), setup.train
+        made = stored(module, configs)
+        train = setup.train
         if self._plain(setup):  # as make_step does
             train = replace(train, grad_checkpoint=False, loss_chunk=0)
         work = attach(
@@ -397,15 +408,14 @@ def measured_peak(module: nn.Module, setup: Setup) -> int:
     )
     step = make_step(made, train)
     update = Update(train, step.parameters)
-    parameters, state = update.by_path(update.kept(step.parameters)), update.state
+    parameters = update.by_path(update.kept(step.parameters))
+    state = update.state
     tokens = mx.random.randint(
         0, 2, (train.batch_size, train.max_seq_length)
     )  # which ones, memory does not mind
-    mask, key, rate = (
-        mx.ones(tokens.shape, mx.int32),
-        mx.random.key(0),
-        mx.array(train.learning_rate),
-    )
+    mask = mx.ones(tokens.shape, mx.int32)
+    key = mx.random.key(0)
+    rate = mx.array(train.learning_rate)
     segments = mx.ones(tokens.shape, mx.int32) if train.pack else None
     several = train.grad_accumulation_steps > 1
     zeros = {path: mx.zeros_like(a) for path, a in parameters.items()} if several else {}
@@ -418,7 +428,8 @@ def measured_peak(module: nn.Module, setup: Setup) -> int:
     ]
     mx.eval(given, parameters)
     mx.clear_cache()
-    own, before = sum(a.nbytes for a in given if a is not None), mx.get_active_memory()
+    own = sum(a.nbytes for a in given if a is not None)
+    before = mx.get_active_memory()
     mx.reset_peak_memory()
     sums = step(parameters, tokens, mask, key, segments)
     sums = Sums(mx.array(0.0), zeros, mx.array(0.0)).plus(sums) if several else sums

@@ -120,7 +120,8 @@ def _attend(q: mx.array, k: mx.array, v: mx.array, **_: object) -> mx.array:
 
     Like the fused one it makes none of the length squared.
     """
-    shape, groups = q.shape, k.shape[1]
+    shape = q.shape
+    groups = k.shape[1]
     q = q.reshape(shape[0], groups, -1, *shape[2:])
     return (q @ (k.swapaxes(-1, -2) @ v)[:, :, None]).reshape(*shape[:-1], v.shape[-1])
 
@@ -161,7 +162,8 @@ class _Reader:
     """Takes what MLX says of a function, record by record: a whole step's records would be large."""
 
     def __init__(self, roles: list[str]) -> None:
-        self.graph, self._roles = Graph(), roles
+        self.graph = Graph()
+        self._roles = roles
         self._ids: dict[str, int] = {}
 
     def __call__(self, record: dict[str, Any]) -> None:

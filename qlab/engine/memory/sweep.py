@@ -44,7 +44,9 @@ class Sweep:
 
     def follow(self, setup: Setup) -> None:
         """Take up other overrides or another rank than the slider has; formulas stay."""
-        spec, plan, lora = self._forecast.spec, setup.plan, setup.adapter
+        spec = self._forecast.spec
+        plan = setup.plan
+        lora = setup.adapter
         modes = () if spec.stored else registry.shelf("schemes").values()
         configs = (
             None,
@@ -79,7 +81,8 @@ class Sweep:
         """
         if self._ground(setup) != self._held or setup.adapter.rank not in self.reach.ranks:
             self.follow(setup)
-        reach, row = self.reach, self._row(setup)
+        reach = self.reach
+        row = self._row(setup)
         kinds = reach.kinds if row in reach.kinds else {**reach.kinds, row: self._kinds(setup)}
         count = len(self._blocks) if setup.adapter.num_layers < 0 else setup.adapter.num_layers
         self.reach = replace(reach, kinds=kinds)
@@ -97,14 +100,16 @@ class Sweep:
         """Yield setups of the kinds of step that a user is likely to reach next, the likeliest
         first.
         """
-        train, plan = setup.train, setup.plan
+        train = setup.train
+        plan = setup.plan
         yield replace(setup, train=replace(train, grad_checkpoint=not train.grad_checkpoint))
         chunk = train.loss_chunk
         lengths = [n * chunk + 1 for n in range(1, CHUNKS + 1)] if chunk else []
         for length in lengths:
             yield replace(setup, train=replace(train, batch_size=1, max_seq_length=max(length, 2)))
         if plan and plan.default in self.reach.configs:
-            own, default = plan.overrides, plan.default
+            own = plan.overrides
+            default = plan.default
             for bits in default.scheme.bits:
                 yield replace(
                     setup, plan=QuantPlan(QuantConfig(default.mode, bits, default.group_size), own)
@@ -136,7 +141,8 @@ class Sweep:
 
         A storage without overrides of its own takes over those that are there.
         """
-        lora, plan = setup.adapter, setup.plan
+        lora = setup.adapter
+        plan = setup.plan
         own = tuple(plan.overrides.items()) if plan else getattr(self, "_held", ((),))[0]
         return own, lora.keys, lora.kind, lora.dtype, lora.dropout
 
@@ -182,7 +188,8 @@ def _trained_nbytes(
     """Bytes of adapter ``(ranks, blocks)`` and of optimizer state ``(optimizers, ranks, blocks)``,
     by adapted blocks.
     """
-    lora, states = setup.adapter, [registry.get("optimizers", name) for name in optimizers]
+    lora = setup.adapter
+    states = [registry.get("optimizers", name) for name in optimizers]
     known: dict[tuple[int, ...], np.ndarray] = {}
     for shape in {x.shape for x in targets}:
         known[shape] = np.zeros((1 + len(states), len(ranks)))

@@ -84,7 +84,8 @@ def _mark(step: Step) -> None:
     """
     if step.stack is None:
         return
-    after, numbers = step.stack.after, itertools.count()
+    after = step.stack.after
+    numbers = itertools.count()
     step.stack.after = lambda hidden: after(
         mx.depends([hidden], [mx.array(float(next(numbers)))])[0]
     )
@@ -103,10 +104,14 @@ def updated(
         ids: of these arrays, there.
         sums: ids of what the batch adds up to: the gradients, the loss and the number of targets.
     """
-    number, update = mx.array(0.0), Update(train, trained)
-    kept, first, examples = update.kept(trained), update.state, [*trained.values(), number, number]
+    number = mx.array(0.0)
+    update = Update(train, trained)
+    kept = update.kept(trained)
+    first = update.state
+    examples = [*trained.values(), number, number]
     if train.grad_accumulation_steps > 1:
-        half, earlier = len(sums), [_given(graph, a, "gradients") for a in examples]
+        half = len(sums)
+        earlier = [_given(graph, a, "gradients") for a in examples]
         plus = unmerged(
             read(lambda *a: [x + y for x, y in zip(a[:half], a[half:], strict=True)], examples * 2)
         )

@@ -29,7 +29,8 @@ class _Stand:
     """Takes the place of a block; whatever else the model asks of the block, the block answers."""
 
     def __init__(self, block: nn.Module, call: Callable[..., Any]) -> None:
-        self._block, self._call = block, call
+        self._block = block
+        self._call = call
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         return self._call(x, *args, **kwargs)
@@ -138,7 +139,8 @@ class Stack:
             UnsupportedError: the model does more with its blocks than to run one after the other.
         """
         tokens = mx.arange(6)[None]
-        whole, pieces = self.module(tokens), self.logits(tokens)
+        whole = self.module(tokens)
+        pieces = self.logits(tokens)
         far = mx.linalg.norm((whole - pieces).astype(mx.float32)) / mx.linalg.norm(
             whole.astype(mx.float32)
         )
@@ -203,13 +205,15 @@ def _silent(value: Any) -> Any:
 
 def _path(module: nn.Module) -> str:
     """Path of the list with the most parameters."""
-    best, most = "", 0
+    best = ""
+    most = 0
     for path, node in [("", module), *module.named_modules()]:
         for key, value in node.items():
             if isinstance(value, list) and value and all(isinstance(x, nn.Module) for x in value):
                 size = sum(len(list(x.modules())) for x in value)
                 if size > most:
-                    best, most = f"{path}.{key}".lstrip("."), size
+                    best = f"{path}.{key}".lstrip(".")
+                    most = size
     if not best:
         raise UnsupportedError("The model has no list of blocks.")
     return best

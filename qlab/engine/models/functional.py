@@ -31,7 +31,9 @@ class Piece:
     """
 
     def __init__(self, root: Any, without: Any = None) -> None:
-        self.root, self.places, self.numbered = root, [], False
+        self.root = root
+        self.places = []
+        self.numbered = False
         self.form = self._look(root, "", without)
 
     @property

@@ -29,7 +29,8 @@ def stored(module: nn.Module, configs: dict[str, QuantConfig]) -> nn.Module:
     """
 
     def make(path: str, layer: nn.Module) -> nn.Module:
-        config, weight = configs[path], weight_of(layer)
+        config = configs[path]
+        weight = weight_of(layer)
         dtype = str(weight.dtype).removeprefix("mlx.core.")
         layout = config.scheme.layout(weight.shape, config, dtype)
         packed = {
@@ -79,22 +80,23 @@ def _numbers(packed: dict[str, mx.array], config: QuantConfig, dtype: mx.Dtype) 
 
     The values mean nothing.
     """
-    codes, scales, group = packed["weight"], packed["scales"], config.group_size
+    codes = packed["weight"]
+    scales = packed["scales"]
+    group = config.group_size
     if config.bits == 8:
         values = codes.view(mx.uint8).astype(dtype).reshape(-1, group)
         factors = mx.power(
             mx.array(2.0, dtype), scales.reshape(-1, 1).astype(dtype) - mx.array(127.0, dtype)
         )
     else:
-        table, bytes_ = mx.zeros(16, dtype), codes.reshape(-1, 4).view(mx.int8)
+        table = mx.zeros(16, dtype)
+        bytes_ = codes.reshape(-1, 4).view(mx.int8)
         halves = [
             table[(bytes_ & 15).astype(mx.int8)][..., None],
             table[(bytes_ >> 4).astype(mx.int8)][..., None],
         ]
-        values, factors = (
-            mx.concatenate(halves, -1).reshape(-1, group),
-            scales.reshape(-1, 1).astype(dtype),
-        )
+        values = mx.concatenate(halves, -1).reshape(-1, group)
+        factors = scales.reshape(-1, 1).astype(dtype)
     dense = (values * factors).reshape(*codes.shape[:-1], -1)
     return (
         dense * (packed["global_scale"].astype(dtype) / 2688.0)

@@ -49,7 +49,8 @@ class Apart(Silent):
         self, n: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array:
         """Return ``(batch, 1, length, length)``, true where a position is seen."""
-        own, at = self._segments, mx.arange(n)
+        own = self._segments
+        at = mx.arange(n)
         mask = (own[:, None, :, None] == own[:, None, None, :]) & (at[:, None] >= at)
         return mask & (at[:, None] < at + window_size) if window_size else mask
 

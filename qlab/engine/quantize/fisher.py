@@ -72,7 +72,8 @@ def _tap_lookup(y: mx.array, tokens: mx.array, rows: mx.array, columns: mx.array
 @_tap_lookup.vjp
 def _tap_lookup_vjp(primals, cotangent, _):
     _, tokens, rows, columns = primals
-    g, ids = cotangent.astype(mx.float32).reshape(-1, columns.shape[0]), tokens.reshape(-1)
+    g = cotangent.astype(mx.float32).reshape(-1, columns.shape[0])
+    ids = tokens.reshape(-1)
     same = (ids[:, None] == ids[None]).astype(mx.float32)
     product = (same @ g) * g
     return (
@@ -92,11 +93,9 @@ class _Tapped(nn.Module):
     def __init__(self, inner: nn.Module, shape: tuple[int, int]) -> None:
         super().__init__()
         self.inner = inner
-        self.rows, self.columns, self.power = (
-            mx.zeros(shape[0]),
-            mx.zeros(shape[1]),
-            mx.zeros(shape[1]),
-        )
+        self.rows = mx.zeros(shape[0])
+        self.columns = mx.zeros(shape[1])
+        self.power = mx.zeros(shape[1])
         self.freeze()
         self.unfreeze(recurse=False, keys=["rows", "columns", "power"])
 
@@ -112,7 +111,8 @@ class _TappedLinear(_Tapped):
 class _TappedEmbedding(_Tapped):
     def __init__(self, inner: nn.Module, shape: tuple[int, int]) -> None:
         super().__init__(inner, shape)
-        self.lookup_rows, self.lookup_columns = mx.zeros(shape[0]), mx.zeros(shape[1])
+        self.lookup_rows = mx.zeros(shape[0])
+        self.lookup_columns = mx.zeros(shape[1])
 
     def __call__(self, tokens: mx.array) -> mx.array:
         return _tap_lookup(self.inner(tokens), tokens, self.lookup_rows, self.lookup_columns)

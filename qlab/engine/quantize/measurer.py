@@ -48,7 +48,8 @@ class Measurer:
     """
 
     def __init__(self, layers: tuple[LayerSpec, ...], weight_of: Callable[[str], mx.array]) -> None:
-        self.layers, self._weight_of = layers, weight_of
+        self.layers = layers
+        self._weight_of = weight_of
         self.table = ErrorTable.empty(layers, all_configs())
         self.calibration: Calibration | None = None
         self._stacks: list[bank.Stack] = []
@@ -182,7 +183,8 @@ class Measurer:
         return total / 2, se / 2
 
     def _fill_exact(self, column: int, config: QuantConfig) -> None:
-        layer, row = self.layers[column], self.table.row(config)
+        layer = self.layers[column]
+        row = self.table.row(config)
         weight = self._weight_of(layer.path)
         stored = config.scheme.dequantize(
             config.scheme.quantize(weight, config), config, mx.float32

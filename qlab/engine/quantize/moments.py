@@ -55,7 +55,9 @@ def _ranges(rows: mx.array) -> Iterator[tuple[int, mx.array]]:
         if rows.shape[1] % group:
             return
         shape = (rows.shape[0], -1, group // held)
-        high, low, held = high.reshape(shape).max(-1), low.reshape(shape).min(-1), group
+        high = high.reshape(shape).max(-1)
+        low = low.reshape(shape).min(-1)
+        held = group
         yield group, mx.square(high - low)
 
 
@@ -70,7 +72,8 @@ def moments(layer: LayerSpec, weight: mx.array) -> LayerMoments:
         WeightsError: a weight is NaN or infinite.
     """
     power = np.zeros(4)
-    amax, spans = 0.0, dict.fromkeys((g for g in GROUPS if layer.shape[-1] % g == 0), 0.0)
+    amax = 0.0
+    spans = dict.fromkeys((g for g in GROUPS if layer.shape[-1] % g == 0), 0.0)
     for _, rows in _blocks(weight):
         square = mx.square(rows)
         parts = [

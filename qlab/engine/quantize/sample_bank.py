@@ -118,9 +118,11 @@ def gather(
         if layer.obstacle:
             continue
         width = next(w for w in WIDTHS if layer.shape[-1] % w == 0)
-        population, per_row = layer.size // width, layer.shape[-1] // width
+        population = layer.size // width
+        per_row = layer.shape[-1] // width
         index = np.sort(_draw(rng, population, min(size // width, population)))
-        rows, starts = index // per_row, index % per_row * width
+        rows = index // per_row
+        starts = index % per_row * width
         weight = weight_of(layer.path)
         # by row and column, so that a weight that is not contiguous is not copied whole
         columns = mx.array(starts)[:, None] + mx.arange(width)

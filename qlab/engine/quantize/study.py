@@ -47,7 +47,9 @@ class Study:
     """
 
     def __init__(self, module: nn.Module, tokenizer: Any, spec: ModelSpec) -> None:
-        self.module, self._tokenizer, self.spec = module, tokenizer, spec
+        self.module = module
+        self._tokenizer = tokenizer
+        self.spec = spec
         self.measurer = Measurer(spec.layers, lambda path: weight_of(module_at(module, path)))
         self.judged: dict[tuple[QuantPlan, str], EvalReport] = {}
         self.layers_judged: dict[tuple[str, QuantConfig], float] = {}
@@ -123,7 +125,8 @@ class Study:
             Mean KL in nats per token, by path.
         """
         rows, _ = batches(self._tokenizer, text, "heldout.txt", tokens, self.spec.vocabulary)
-        full, students = self.full_model(), {}
+        full = self.full_model()
+        students = {}
         for path, config in (
             (p, c) for p, c in export.chosen(self.spec, plan).items() if p in paths
         ):

@@ -61,7 +61,9 @@ class Stepped:
     how = "stepped"
 
     def __init__(self, module: nn.Module, config: TrainConfig) -> None:
-        self.module, self.config, self.traces = module, config, 0
+        self.module = module
+        self.config = config
+        self.traces = 0
         self.window = config.window or WINDOWS[backend()][0]
         self.parameters: Arrays = dict(tree_flatten(module.trainable_parameters()))
         self._stack = Stack(module)
@@ -126,7 +128,8 @@ class Stepped:
         loss, cotangent, grads = self._loss(kept.pop(), batch, counted, flight)
         first = len(self._blocks) - len(kept)
         for i in reversed(range(first, len(self._blocks))):
-            block, (kind, call) = self._blocks[i], kinds[i]
+            block = self._blocks[i]
+            (kind, call) = kinds[i]
             cotangent, *own = kind.back(block, call, kept.pop(), cotangent)
             found = dict(zip(block.trained, own, strict=True))
             grads |= found
@@ -170,9 +173,11 @@ class Stepped:
         """
         flat = hidden.reshape(-1, hidden.shape[-1])
         size = min(self.config.loss_chunk or flat.shape[0], flat.shape[0])
-        targets, weights = batch.targets.reshape(-1), batch.weights.reshape(-1)
+        targets = batch.targets.reshape(-1)
+        weights = batch.weights.reshape(-1)
         drops = self._end.drops(-(-counted.size // size))
-        total, cotangent = mx.array(0.0), mx.zeros_like(flat)
+        total = mx.array(0.0)
+        cotangent = mx.zeros_like(flat)
         sums = [mx.zeros_like(self.parameters[path]) for path in self._outside]
         weight = self._end.weights(hidden.dtype)
         flight.add(
@@ -188,7 +193,8 @@ class Stepped:
             loss, slope, *outer = self._end.run(
                 self, flat[where][None], targets[where][None], share[None], weight, drops[n]
             )
-            total, cotangent = total + loss, cotangent.at[where].add(slope[0])
+            total = total + loss
+            cotangent = cotangent.at[where].add(slope[0])
             sums = [a + b for a, b in zip(sums, outer, strict=True)]
             last = start + size >= counted.size
             flight.add(1 if last else min(self.window, CHUNKS), total, cotangent, *sums)
@@ -196,7 +202,8 @@ class Stepped:
 
     def _kind(self, i: int, call: tuple[tuple, dict], x: mx.array) -> tuple[_Kind, Piece]:
         """Return what serves a block, and the block's other arguments."""
-        block, piece = self._blocks[i], Piece([list(call[0]), call[1]])
+        block = self._blocks[i]
+        piece = Piece([list(call[0]), call[1]])
         key = (block.piece.form, piece.form, i if i in self._different else None)
         kind = self._kinds.setdefault(key, _Kind(self, block))
         if (
@@ -253,11 +260,13 @@ class _Kind:
     """
 
     def __init__(self, step: Stepped, block: Block) -> None:
-        self.block, self._step = block, step
+        self.block = block
+        self._step = step
         self._call: Piece | None = (
             None  # whatever is no array in it is the same for all calls of this kind
         )
-        self._forward, self._back = mx.compile(self._run), mx.compile(self._way_back)
+        self._forward = mx.compile(self._run)
+        self._back = mx.compile(self._way_back)
 
     def forward(self, block: Block, call: Piece, x: mx.array) -> mx.array:
         """Return the block's output."""

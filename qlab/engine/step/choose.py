@@ -42,7 +42,8 @@ def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto") -> A
     except UnsupportedError as error:
         if how == "stepped":
             raise
-        stack, config = None, replace(config, grad_checkpoint=False, loss_chunk=0)
+        stack = None
+        config = replace(config, grad_checkpoint=False, loss_chunk=0)
         note = f"step: whole, neither checkpoints nor a chunked loss, because the model cannot be taken apart: {error}"
     if stack and (how == "stepped" or how == "auto" and config.grad_checkpoint):
         step: Any = Stepped(module, config)

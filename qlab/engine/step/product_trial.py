@@ -113,7 +113,9 @@ def _times(
 
     Kernel, dequantized, and whether the slower was judged by a short trial only.
     """
-    known, found, tried = _read(), {}, 0
+    known = _read()
+    found = {}
+    tried = 0
     count = _bucket(tokens)
     for look, layers in looks.items():
         key = _key(look, count, dtype)
@@ -173,10 +175,8 @@ def _agree(
 
 def _product(layer: Frozen, shape: tuple[int, ...], dtype: mx.Dtype) -> Callable[[int], None]:
     def run(tokens: int) -> None:
-        x, cotangent = (
-            mx.ones((1, tokens, shape[-1]), dtype),
-            mx.ones((1, tokens, shape[-2]), dtype),
-        )
+        x = mx.ones((1, tokens, shape[-1]), dtype)
+        cotangent = mx.ones((1, tokens, shape[-2]), dtype)
         mx.eval(mx.vjp(lambda h: layer(h), [x], [cotangent]))
 
     return run

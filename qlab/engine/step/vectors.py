@@ -85,7 +85,8 @@ class Joined(dict[str, mx.array]):
 
     def __init__(self, views: Arrays, layout: Layout, vectors: Arrays) -> None:
         super().__init__(views)
-        self.layout, self.vectors = layout, vectors
+        self.layout = layout
+        self.vectors = vectors
 
     def _fixed(self, *_: Any, **__: Any) -> Any:
         raise TypeError(
@@ -119,5 +120,6 @@ def total(vector: mx.array, of: Callable[[mx.array], mx.array] = lambda part: pa
     even = (
         max(vector.size - 2, 0) // rows * rows
     )  # more than one are left, so that every length takes the same operations
-    most, rest = vector[:even].reshape(rows, even // rows), vector[even:]
+    most = vector[:even].reshape(rows, even // rows)
+    rest = vector[even:]
     return of(most.astype(mx.float32)).sum(1).sum() + of(rest.astype(mx.float32)).sum()

@@ -41,7 +41,8 @@ class Step:
     """
 
     def __init__(self, module: nn.Module, config: TrainConfig) -> None:
-        self.module, self.config = module, config
+        self.module = module
+        self.config = config
         self.how = "checkpointed" if config.grad_checkpoint else "whole"
         self.notes: tuple[str, ...] = ()
         self.traces = 0
@@ -117,7 +118,8 @@ class Step:
         return loss, grads, batch.weights.sum()
 
     def _whole(self, parameters: Arrays, batch: Given) -> tuple[mx.array, Arrays]:
-        targets, weights = batch.targets, batch.weights
+        targets = batch.targets
+        weights = batch.weights
         if not self.config.loss_chunk:
             return mx.value_and_grad(lambda p: nats(self._run(p, batch), targets, weights))(
                 parameters
@@ -137,7 +139,8 @@ class Step:
         }
 
     def _checkpointed(self, parameters: Arrays, batch: Given) -> tuple[mx.array, Arrays]:
-        stack, prefix = self.stack, f"{self.stack.path}."
+        stack = self.stack
+        prefix = f"{self.stack.path}."
         mine: list[Arrays] = [{} for _ in stack.blocks]
         for path, array in parameters.items():
             if path.startswith(prefix):
@@ -172,18 +175,19 @@ class Step:
 
         The logits of one chunk of tokens exist at a time.
         """
-        shape, chunk = hidden.shape, self.config.loss_chunk or hidden.shape[0] * hidden.shape[1]
-        rows, labels, share = (
-            hidden.reshape(1, -1, shape[-1]),
-            targets.reshape(1, -1),
-            weights.reshape(1, -1),
-        )
+        shape = hidden.shape
+        chunk = self.config.loss_chunk or hidden.shape[0] * hidden.shape[1]
+        rows = hidden.reshape(1, -1, shape[-1])
+        labels = targets.reshape(1, -1)
+        share = weights.reshape(1, -1)
 
         def logits(h: mx.array, *outer: mx.array) -> mx.array:
             self._set(dict(zip(outside, outer, strict=True)))
             return self.stack.after(h)
 
-        total, found, sums = mx.array(0.0), [], [mx.zeros_like(a) for a in outside.values()]
+        total = mx.array(0.0)
+        found = []
+        sums = [mx.zeros_like(a) for a in outside.values()]
         starts = range(0, rows.shape[1], chunk)
         # each chunk drops inputs of its own
         several = len(starts) > 1
@@ -196,7 +200,8 @@ class Step:
                 stack.enter_context(head.once(hidden))
             for n, start in enumerate(starts):
                 self._set({path: keys[n] for path, keys in drops.items()})
-                label, part = labels[:, start : start + chunk], share[:, start : start + chunk]
+                label = labels[:, start : start + chunk]
+                part = share[:, start : start + chunk]
                 (piece,) = mx.depends(
                     [rows[:, start : start + chunk]], [total, *found[-1:]]
                 )  # one chunk after the other
@@ -205,7 +210,8 @@ class Step:
                 loss, slope = nats_and_slope(made, label, part)
                 # the products are linear, so the logits of this second pass are never computed
                 _, (cotangent, *outer) = mx.vjp(lambda *a: [logits(*a)], given, [slope])
-                total, found = total + loss, [*found, cotangent]
+                total = total + loss
+                found = [*found, cotangent]
                 sums = [a + b for a, b in zip(sums, outer, strict=True)]
         return (
             total,
@@ -249,11 +255,13 @@ def _back(
     frozen = [
         (path, array) for path, array in tree_flatten(block.parameters()) if path not in parameters
     ]
-    names, arrays = [path for path, _ in frozen], [array for _, array in frozen]
+    names = [path for path, _ in frozen]
+    arrays = [array for _, array in frozen]
     # nothing of the block may be computed before its gradient is due, or it would be kept since the
     # way forward
     tied = mx.depends([x, *parameters.values(), *arrays], [cotangent])
-    leaves, rest = tied[: 1 + len(parameters)], tied[1 + len(parameters) :]
+    leaves = tied[: 1 + len(parameters)]
+    rest = tied[1 + len(parameters) :]
 
     def forward(h: mx.array, *own: mx.array) -> list[mx.array]:
         block.update(

@@ -89,7 +89,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, write_adapter: Callable[[Path, Arrays], Any]) -> None:
-        self.folder, self._write_adapter = folder, write_adapter
+        self.folder = folder
+        self._write_adapter = write_adapter
 
     def save(self, state: TrainState) -> Path:
         """Write a checkpoint to go on from; of older ones the last is kept.

@@ -132,7 +132,8 @@ def train_steps(task: Task, state: TrainState) -> Events:
 
 
 def _first(task: Task, val_loss: float) -> StepEvent:
-    nan, active = math.nan, mx.get_active_memory() - task.other_nbytes
+    nan = math.nan
+    active = mx.get_active_memory() - task.other_nbytes
     return StepEvent(0, 0.0, nan, nan, nan, 0, 0, 0, 0.0, nan, active, active, val_loss)
 
 
@@ -153,7 +154,8 @@ def _measured(task: Task) -> None:
 def _whole_step(task: Task, state: TrainState) -> Generator[Progress, None, str]:
     """Make one optimizer step and what is due after it; return why the run must end, if it must."""
     if task.wanted_rate is not None:
-        state.learning_rate, task.wanted_rate = task.wanted_rate, None
+        state.learning_rate = task.wanted_rate
+        task.wanted_rate = None
         task.marks.append(Mark("learning_rate", f"learning rate {state.learning_rate:g}"))
     rate = learning_rate(task.config, state.learning_rate, state.step, task.iters)
     new, batches, seconds = yield from _one_update(task, state, rate)
@@ -161,11 +163,9 @@ def _whole_step(task: Task, state: TrainState) -> Generator[Progress, None, str]
     # from here to the event nothing waits: whoever stops the run finds both the step and its event,
     # or neither
     tokens = sum(batch.real for batch in batches)
-    state.step, state.seconds, state.tokens = (
-        state.step + 1,
-        state.seconds + seconds,
-        state.tokens + tokens,
-    )
+    state.step = state.step + 1
+    state.seconds = state.seconds + seconds
+    state.tokens = state.tokens + tokens
     event = StepEvent(
         step=state.step,
         epoch=state.step * task.config.grad_accumulation_steps / task.feed.per_epoch,
@@ -203,7 +203,9 @@ def _one_update(
     task: Task, state: TrainState, rate: float
 ) -> Generator[Progress, None, tuple[Updated, list[Batch], float]]:
     """Sum over the step's batches and update; nothing is taken over yet."""
-    count, seconds, batches = task.config.grad_accumulation_steps, 0.0, []
+    count = task.config.grad_accumulation_steps
+    seconds = 0.0
+    batches = []
     sums: Sums | None = None
     for i in range(count):
         began = time.perf_counter()
@@ -260,7 +262,9 @@ def _key(config: TrainConfig, number: int) -> mx.array:
 def _taken(task: Task, state: TrainState, new: Updated, batches: list[Batch]) -> str:
     """Take an update over if it is finite; return why the run must end, if it must."""
     if new.finite.item():
-        state.parameters, state.optimizer, state.skipped = new.parameters, new.state, 0
+        state.parameters = new.parameters
+        state.optimizer = new.state
+        state.skipped = 0
         return ""
     state.skipped += 1
     rows = ", ".join(str(n) for batch in batches for row in batch.numbers for n in row)
@@ -290,7 +294,9 @@ def _validation(task: Task, state: TrainState) -> Generator[Progress, None, floa
 def _judged(task: Task, state: TrainState, val_loss: float) -> str:
     """Keep the best; return why the run must end, if no better one is to be expected."""
     if val_loss < state.best_val_loss:
-        state.best_val_loss, state.best_step, state.stale = val_loss, state.step, 0
+        state.best_val_loss = val_loss
+        state.best_step = state.step
+        state.stale = 0
         task.marks.append(Mark("best", f"best so far: validation loss {val_loss:.4g}"))
         if task.checkpoints:
             _written(task, lambda: task.checkpoints.save_best(state))

@@ -164,7 +164,8 @@ def _schedule(train: TrainConfig, updates: int) -> dict[str, Any]:
 
     With both, mlx-lm's schedule runs one step behind, since it holds the full rate twice.
     """
-    rate, left = float(train.learning_rate), max(updates - train.warmup, 1)
+    rate = float(train.learning_rate)
+    left = max(updates - train.warmup, 1)
     arguments = {
         "constant": ("step_decay", [rate, 1.0, 1]),
         "linear": ("linear_schedule", [rate, 0.0, left]),

@@ -37,7 +37,8 @@ class Reporter:
     """
 
     def __init__(self, run: Any) -> None:
-        self._run, self._ended = run, False
+        self._run = run
+        self._ended = False
         self.error = ""
 
     def __call__(self, event: StepEvent) -> None:

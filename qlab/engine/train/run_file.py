@@ -127,9 +127,11 @@ def _plan(found: Any) -> tuple[QuantPlan | None, str]:
     if found is None:
         return None, "rtn"
     held = dict(_known("quantize", found, (*_STORAGE, "solver", "overrides")))
-    solver, own = held.pop("solver", "rtn"), held.pop("overrides", None)
+    solver = held.pop("solver", "rtn")
+    own = held.pop("overrides", None)
     _kind("quantize.solver", solver, (str,), "a text")
-    default, overrides = QuantConfig(**held), {}
+    default = QuantConfig(**held)
+    overrides = {}
     for path, storage in _mapping("quantize.overrides", {} if own is None else own).items():
         if (
             storage is not None
@@ -145,7 +147,8 @@ def _adapter(found: Any) -> tuple[LoRAConfig, int | None, str | None]:
     if isinstance(found, str):
         return LoRAConfig(), None, found
     held = dict(_known("adapter", found, _ADAPTER))
-    seed, alpha = held.pop("seed", None), held.pop("alpha", None)
+    seed = held.pop("seed", None)
+    alpha = held.pop("alpha", None)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise ConfigError(f"adapter.seed={seed!r} is not legal; it is a whole number, 0 or more.")
     if alpha is not None and "scale" in held:

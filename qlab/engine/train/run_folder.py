@@ -118,7 +118,8 @@ def _facts(found: dict[str, Any]) -> RunFacts:
             for path, config in found["plan"]["overrides"].items()
         },
     )
-    lora, train = LoRAConfig(**found["lora"]), TrainConfig(**found["train"])
+    lora = LoRAConfig(**found["lora"])
+    train = TrainConfig(**found["train"])
     return RunFacts(
         **{**found, "plan": plan, "lora": lora, "train": train, "prompts": tuple(found["prompts"])}
     )
@@ -143,7 +144,8 @@ def _unpacked(stored: Any, name: str) -> Rows:
     def parts(key: str, lengths: str) -> list[np.ndarray]:
         return np.split(stored[f"{name}_{key}"], np.cumsum(stored[f"{name}_{lengths}"])[:-1])
 
-    numbers, cut = stored[f"{name}_numbers"].tolist(), stored[f"{name}_cut"].tolist()
+    numbers = stored[f"{name}_numbers"].tolist()
+    cut = stored[f"{name}_cut"].tolist()
     beyond = [part if part.size else None for part in parts("beyond", "beyond_lengths")]
     made = zip(
         numbers, parts("tokens", "lengths"), parts("mask", "lengths"), cut, beyond, strict=True

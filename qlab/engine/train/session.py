@@ -65,13 +65,16 @@ class Session:
         callbacks: Iterable[Callable[[StepEvent], Any]],
         on_change: Callable[[], None],
     ) -> None:
-        self.name, self.config, self.feed = name, config, feed
+        self.name = name
+        self.config = config
+        self.feed = feed
         found = (
             callbacks
             if isinstance(callbacks, Iterable) and not callable(callbacks)
             else (callbacks,)
         )
-        self._callbacks, self._on_change = list(found), on_change
+        self._callbacks = list(found)
+        self._on_change = on_change
         if wrong := [callback for callback in self._callbacks if not callable(callback)]:
             raise ConfigError(
                 f"callbacks={wrong[0]!r} is not legal; give functions that take a StepEvent."

@@ -53,7 +53,8 @@ def held_out(rows: Rows, wanted: float | None, seed: int) -> tuple[Rows, Rows | 
 
 def describe(feed: Feed, held: Rows | None) -> str:
     """Say in a line what there is to train on."""
-    rows, shapes = feed.rows, len(feed.shapes)
+    rows = feed.rows
+    shapes = len(feed.shapes)
     parts = [f"{len(rows)} {rows.kind} rows"]
     parts += [f"{len(held)} held out"] if held else []
     repeats = f"duplicate{'s' * (rows.duplicates != 1)}"
@@ -157,7 +158,8 @@ def resumed(path: Path, parameters: Arrays, task: Task) -> TrainState:
     state = load(path, parameters)
     wanted = task.update.state_by_path(task.update.state)
     for name in sorted(state.optimizer.keys() | wanted.keys()):
-        found, other = state.optimizer.get(name), wanted.get(name)
+        found = state.optimizer.get(name)
+        other = wanted.get(name)
         if (
             found is None
             or other is None

@@ -64,11 +64,9 @@ class Update:
     """
 
     def __init__(self, config: TrainConfig, parameters: Arrays) -> None:
-        self._most, self._whole, self._layout = (
-            config.max_grad_norm,
-            config.kind.elementwise,
-            Layout(parameters),
-        )
+        self._most = config.max_grad_norm
+        self._whole = config.kind.elementwise
+        self._layout = Layout(parameters)
         self._optimizer = config.kind.make(config.learning_rate, config.weight_decay)
         self._numbers = dict(self._optimizer.state)
         self._shapes = {
@@ -78,7 +76,8 @@ class Update:
         self._moments = sorted(
             {moment for _, dot, moment in (name.partition(".") for name in self.state) if dot}
         )
-        self._gather, self._compiled = mx.compile(self._join), mx.compile(self._apply)
+        self._gather = mx.compile(self._join)
+        self._compiled = mx.compile(self._apply)
 
     @property
     def state(self) -> Arrays:
@@ -93,7 +92,8 @@ class Update:
         self._optimizer.init(
             tree_unflatten([(name, mx.zeros(*like)) for name, like in self._shapes.items()])
         )
-        made, self._optimizer.state = dict(tree_flatten(self._optimizer.state)), {}
+        made = dict(tree_flatten(self._optimizer.state))
+        self._optimizer.state = {}
         return made
 
     def gather(self, sums: Sums) -> Gathered:
@@ -172,7 +172,8 @@ class Update:
     ) -> tuple[Arrays, Arrays, mx.array, mx.array, mx.array]:
         grads, norm, loss, count = gathered
         share = 1 / mx.maximum(count, 1)
-        norm, loss = norm * share, loss * share
+        norm = norm * share
+        loss = loss * share
         factor = (
             share * mx.minimum(self._most / mx.maximum(norm, 1e-12), 1) if self._most else share
         )
@@ -184,7 +185,8 @@ class Update:
         pairs = self._optimizer.apply_gradients(
             tree_unflatten(list(mean.items())), tree_unflatten(list(parameters.items()))
         )
-        new, after = dict(tree_flatten(pairs)), dict(tree_flatten(self._optimizer.state))
+        new = dict(tree_flatten(pairs))
+        after = dict(tree_flatten(self._optimizer.state))
         self._optimizer.state = {}  # what it holds here are no numbers
         narrow = [total(array.reshape(-1)) for array in new.values() if array.dtype == mx.float16]
         return new, after, loss, norm, mx.isfinite(sum(narrow, loss + norm))

@@ -48,10 +48,12 @@ def nats(module: nn.Module, parameters: Arrays, batch: Batch) -> Nats:
         batch: padded rows, not packed.
     """
     module.update(tree_unflatten(list(parameters.items())))
-    tokens, mask = mx.array(batch.tokens), batch.mask[:, 1:]
+    tokens = mx.array(batch.tokens)
+    mask = batch.mask[:, 1:]
     where = mx.array(mask.reshape(-1).nonzero()[0].astype("int32"))
     targets = tokens[:, 1:].reshape(-1)[where]
-    predictor, total = Predictor(module), mx.array(0.0)
+    predictor = Predictor(module)
+    total = mx.array(0.0)
     rows = predictor.hidden(tokens[:, :-1], where)
     for start in range(0, where.size, _CHUNK):
         part = slice(start, start + _CHUNK)

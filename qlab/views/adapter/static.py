@@ -21,7 +21,8 @@ _ROWS = 12  # layers listed in the static table
 
 def text_line(state: AdapterState) -> str:
     """Return one line of numbers."""
-    report, lora = state.report, state.config
+    report = state.report
+    lora = state.config
     trained = f", trained: {state.origin}" if state.origin else ""
     return (
         f"Adapter({lora.kind} on {state.spec.name}, {state.storage}: rank {lora.rank}, alpha {lora.alpha:g}, "
@@ -32,7 +33,8 @@ def text_line(state: AdapterState) -> str:
 
 def html(state: AdapterState) -> str:
     """Return a table made of styled cells, which untrusted notebooks and code hosts show too."""
-    report, lora = state.report, state.config
+    report = state.report
+    lora = state.config
     rows = sorted(
         report.layers, key=lambda x: -x.relative_error if math.isfinite(x.relative_error) else 0
     )[:_ROWS]

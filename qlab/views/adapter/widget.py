@@ -110,7 +110,8 @@ def _meta(state: AdapterState) -> dict[str, Any]:
 
 
 def _parts(kind: Any, shape: tuple[int, ...]) -> list[int]:
-    first, second = kind.size(shape, 1), kind.size(shape, 2)
+    first = kind.size(shape, 1)
+    second = kind.size(shape, 2)
     return [2 * first - second, second - first]
 
 
@@ -125,7 +126,8 @@ def _arrays(state: AdapterState) -> dict[str, bytes]:
     for column, layer in enumerate(layers):
         if (found := state.recoveries.get(layer.path)) is not None:
             errors[column] = found.relative_error
-            curves[0, column], curves[1, column] = found.singular, found.weight
+            curves[0, column] = found.singular
+            curves[1, column] = found.weight
             for number, name in enumerate(CURVES[2:], 2):
                 if name in found.output:
                     curves[number, column] = found.output[name]
@@ -147,9 +149,11 @@ class AdapterPanel:
     """
 
     def __init__(self, state: AdapterState, on_intent: Callable[[dict[str, Any]], None]) -> None:
-        self._state, self._on_intent = state, on_intent
+        self._state = state
+        self._on_intent = on_intent
         self._lock = threading.Lock()
-        self._told, self._complaint = 0.0, ""
+        self._told = 0.0
+        self._complaint = ""
         self._controls = Controls()
         self.widget = AdapterView(controls=self._controls, **payload(state))
         self._controls.listen(_OPS, self._heard, self._refused)

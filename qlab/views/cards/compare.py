@@ -65,7 +65,8 @@ def figure(report: CompareReport) -> Any:
             + (f"<br>dominated by {p.dominated_by}" if p.dominated_by else "")
             for p in points
         ]
-        xs, ys = [p.bits_per_weight for p in points], [p.error for p in points]
+        xs = [p.bits_per_weight for p in points]
+        ys = [p.error for p in points]
         return go.Scatter(x=xs, y=ys, hovertext=text, hoverinfo="text", **style)
 
     made = go.Figure()
@@ -149,10 +150,14 @@ def svg(report: CompareReport, width: int = 720, height: int = 380) -> str:
 
     Log error against bits per weight, the front joined, the rest hollow.
     """
-    left, bottom, top = 60, 40, 20
+    left = 60
+    bottom = 40
+    top = 20
     known = [p for p in report.points if p.error > 0]
-    xs, ys = [p.bits_per_weight for p in known], [math.log10(p.error) for p in known]
-    low, high = math.floor(min(ys)), math.ceil(max(ys))
+    xs = [p.bits_per_weight for p in known]
+    ys = [math.log10(p.error) for p in known]
+    low = math.floor(min(ys))
+    high = math.ceil(max(ys))
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (x - min(xs)) / (max(xs) - min(xs) or 1)
@@ -182,7 +187,8 @@ def svg(report: CompareReport, width: int = 720, height: int = 380) -> str:
         fill = "none" if point.dominated_by else "#4c78a8"
         parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4" fill="{fill}" stroke="#4c78a8"/>')
         if not point.dominated_by and cx - labelled > 48:  # labels must not lie on each other
-            labelled, config = cx, point.config
+            labelled = cx
+            config = point.config
             name = (
                 f"{config.bits}b g{config.group_size}"
                 if config.mode == "affine"

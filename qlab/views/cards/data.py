@@ -102,7 +102,8 @@ def dropped(report: DataReport) -> list[str]:
 def histogram(report: DataReport) -> list[tuple[str, int]]:
     """Return ranges of length, such as ``33–48``, and how many rows are in each."""
     lengths = report.rows.lengths
-    low, high = int(lengths.min()), int(lengths.max())
+    low = int(lengths.min())
+    high = int(lengths.max())
     step = max(-(-(high - low + 1) // _BINS), 1)
     counts = np.bincount((lengths - low) // step)
     spans = [(low + i * step, min(low + (i + 1) * step - 1, high)) for i in range(len(counts))]
@@ -175,7 +176,8 @@ def _more(report: DataReport) -> str:
 
 
 def _row(shown: Shown, opened: bool) -> str:
-    parts, n = [], 0
+    parts = []
+    n = 0
     for target, run in groupby(
         range(min(len(shown.pieces), _TOKENS)), lambda k: bool(shown.row.mask[k])
     ):

@@ -83,7 +83,8 @@ def html(report: JudgeReport) -> str:
 
 
 def _line(report: JudgeReport, line: tuple[str, ...]) -> str:
-    title, drawn = line[0], _DRAWN.get(line[0])
+    title = line[0]
+    drawn = _DRAWN.get(line[0])
     values = [drawn[0](column) for column in report.columns] if drawn else []
     errors = [drawn[1](column) for column in report.columns] if drawn else []
     top = max((value for value in values if math.isfinite(value)), default=0) or 1.0

@@ -85,7 +85,8 @@ class Runs:
 
         made = go.Figure()
         for n, (name, history) in enumerate(zip(self._labels(), self.histories, strict=True)):
-            color, rows = PALETTE[n % len(PALETTE)], _rows(history, 2000)
+            color = PALETTE[n % len(PALETTE)]
+            rows = _rows(history, 2000)
             validated = np.isfinite(rows[:, VAL])
             common = {"legendgroup": name, "name": name}
             made.add_trace(
@@ -187,7 +188,8 @@ class Runs:
             rows = _rows(history, _POINTS)
             if not np.isfinite(rows[:, [LOSS, VAL]]).any():
                 continue
-            color, dash = PALETTE[n % len(PALETTE)], DASHES[n // len(PALETTE) % len(DASHES)]
+            color = PALETTE[n % len(PALETTE)]
+            dash = DASHES[n // len(PALETTE) % len(DASHES)]
             validated = bool(np.isfinite(rows[:, VAL]).any())
             lines.append(Line("" if validated else name, rows[:, 0], rows[:, SMOOTH], color, dash))
             if validated:

@@ -29,7 +29,9 @@ def html(est: MemoryEstimate) -> str:
     """Return tables and bars made of styled cells, which untrusted notebooks and code hosts show
     too.
     """
-    train, lora, verdict = est.setup.train, est.setup.adapter, est.verdict()
+    train = est.setup.train
+    lora = est.setup.adapter
+    verdict = est.verdict()
     settings = f"{lora.kind} r{lora.rank}, {train.batch_size} × {train.max_seq_length} tokens, {train.optimizer}"
     settings += ", checkpoints" if train.grad_checkpoint else ""
     rows = "".join(

@@ -110,7 +110,8 @@ def _own(overrides: Any) -> list[list[Any]]:
 
 
 def _meta(state: EstimateState) -> dict[str, Any]:
-    lora, train = state.setup.adapter, state.setup.train
+    lora = state.setup.adapter
+    train = state.setup.train
     return {
         "name": state.spec.name,
         "params": state.spec.size,

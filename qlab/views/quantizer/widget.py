@@ -49,7 +49,8 @@ def payload(state: PanelState) -> dict[str, Any]:
 
 def choice(state: PanelState, ack: int | None) -> dict[str, Any]:
     """Return what changes while a user works: the plan, the running job, the last error."""
-    table, default = state.table, state.plan.default
+    table = state.table
+    default = state.plan.default
     columns = {layer.path: str(i) for i, layer in enumerate(table.layers)}
     return {
         "mode": default.mode,

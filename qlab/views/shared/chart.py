@@ -18,7 +18,10 @@ import numpy as np
 # without colour
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 150, 14, 34
+_LEFT = 48
+_RIGHT = 150
+_TOP = 14
+_BOTTOM = 34
 _LABEL_GAP = 13
 
 
@@ -55,13 +58,15 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
     return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
 
 
 def robust_range(lines: tuple[Line, ...]) -> tuple[float, float]:
     """Return limits of the heights that leave single spikes of faint points outside."""
-    lows, highs = [], []
+    lows = []
+    highs = []
     for line in lines:
         _, y = line.known()
         if len(y):
@@ -70,7 +75,8 @@ def robust_range(lines: tuple[Line, ...]) -> tuple[float, float]:
             highs.append(np.quantile(y, 0.98) if faint else y.max())
     if not lows:
         return 0.0, 1.0
-    low, high = float(min(lows)), float(max(highs))
+    low = float(min(lows))
+    high = float(max(highs))
     room = (high - low) * 0.05 or max(abs(high) * 0.05, 0.01)
     return low - room, high + room
 
@@ -98,10 +104,8 @@ def svg(
         (float(min(x.min() for x in xs)), float(max(x.max() for x in xs))) if xs else (0.0, 1.0)
     )
     y0, y1 = robust_range(lines)
-    across, down = (
-        (width - _LEFT - _RIGHT) / ((x1 - x0) or 1),
-        (height - _TOP - _BOTTOM) / (y1 - y0),
-    )
+    across = (width - _LEFT - _RIGHT) / ((x1 - x0) or 1)
+    down = (height - _TOP - _BOTTOM) / (y1 - y0)
 
     def at(x: np.ndarray | float, y: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
         return np.asarray(_LEFT + (x - x0) * across), np.asarray(

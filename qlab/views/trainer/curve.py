@@ -53,14 +53,19 @@ class Curve:
     def _reset(self) -> None:
         self._all = np.empty((_FIRST_ROWS, len(COLUMNS)), "<f4")
         self._pinned = np.zeros(_FIRST_ROWS, bool)
-        self._count, self._pins, self._last = 0, 0, None
-        self._smooth, self._losses = math.nan, 0
+        self._count = 0
+        self._pins = 0
+        self._last = None
+        self._smooth = math.nan
+        self._losses = 0
         self.marks: list[list[Any]] = []
         self._restart(stride=1)
 
     def _restart(self, stride: int) -> None:
-        self._stride, self._closed = stride, 0
-        self._prefix, self._kept = bytearray(), 0
+        self._stride = stride
+        self._closed = 0
+        self._prefix = bytearray()
+        self._kept = 0
 
     def extend(self, history: tuple[StepEvent, ...]) -> None:
         """Take in the events that are new since the last call.

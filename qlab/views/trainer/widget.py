@@ -126,11 +126,11 @@ class TrainerPanel:
     """
 
     def __init__(self, state: RunState, on_intent: Callable[[dict[str, Any]], None]) -> None:
-        self._state, self._on_intent = state, on_intent
-        self._ack, self._complaint = (
-            0,
-            "",
-        )  # newest intent heard; why it was refused, shown until the next one
+        self._state = state
+        self._on_intent = on_intent
+        # newest intent heard; why it was refused, shown until the next one
+        self._ack = 0
+        self._complaint = ""
         self._lock = threading.RLock()
         self._curve = Curve()
         self._curve.extend(state.history)
@@ -154,7 +154,8 @@ class TrainerPanel:
             ended = (
                 self._state.report.status not in words.ENDED and state.report.status in words.ENDED
             )
-            self._state, self._ack = state, max(self._ack, ack or 0)
+            self._state = state
+            self._ack = max(self._ack, ack or 0)
             self._curve.extend(state.history)
             traits = _traits(self._curve, state, self._facts())
             with self.widget.hold_sync():
@@ -175,7 +176,8 @@ class TrainerPanel:
 
     def _refused(self, seq: int | None, error: str) -> None:
         with self._lock:
-            self._complaint, self._ack = error, max(self._ack, seq or 0)
+            self._complaint = error
+            self._ack = max(self._ack, seq or 0)
             self.widget.state = self._facts()
 
     def _facts(self) -> dict[str, Any]:

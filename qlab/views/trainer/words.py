@@ -85,7 +85,8 @@ def headline(state: RunState) -> str:
 
 def status_words(state: RunState) -> tuple[str, str]:
     """Return the state as an icon and a word."""
-    status, phase = state.report.status, state.phase
+    status = state.report.status
+    phase = state.phase
     if phase and phase != "training" and status == "running":
         return "…" if phase == "preparing" else ICONS[status], phase
     word = {"idle": "ready", "running": "training"}.get(status, status)
