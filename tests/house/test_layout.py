@@ -1,0 +1,96 @@
+"""The layout as told is the layout as it is: README, rooms of tests, shelves and their contracts, decisions."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from qlab import registry
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "qlab"
+MODULES = sorted(
+    path.relative_to(PACKAGE).with_suffix("")
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__init__.py"
+)
+
+# Modules without a test file of their own, and the file that tests them.
+TESTED_BY: dict[str, str] = {}
+
+
+def readme_tree() -> set[str]:
+    """Paths that the README's picture of the house names, below qlab/."""
+    text = (ROOT / "README.md").read_text()
+    block = text.split("## The house")[1].split("```")[1]
+    paths: set[str] = set()
+    parents: list[str] = []
+    for line in block.splitlines():
+        match = re.match(r"^( +)([\w.]+/?)(\s|$)", line)
+        if not match:
+            continue
+        depth = len(match[1]) // 2 - 1
+        parents = [*parents[:depth], match[2]]
+        paths.add("".join(parents))
+    return paths
+
+
+def real_tree() -> set[str]:
+    """Folders of the package, and the modules at its top."""
+    folders = {
+        f"{path.relative_to(PACKAGE)}/"
+        for path in PACKAGE.rglob("*")
+        if path.is_dir() and path.name != "__pycache__" and "assets/" not in str(path)
+    }
+    return folders | {path.name for path in PACKAGE.glob("*.py")}
+
+
+def test_readme_draws_the_tree_that_is_there():
+    assert readme_tree() == real_tree()
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_module_has_its_test_file_or_a_line_that_says_who_tests_it(module):
+    mirrored = ROOT / "tests" / module.parent / f"test_{module.name}.py"
+    if str(module) in TESTED_BY:
+        assert not mirrored.exists(), "it has a test file now: delete its line in TESTED_BY"
+        assert (ROOT / "tests" / TESTED_BY[str(module)]).exists()
+    else:
+        assert mirrored.exists()
+
+
+def test_tested_by_names_modules_that_are_there():
+    assert set(TESTED_BY) <= {str(module) for module in MODULES}
+
+
+def names_that_a_contract_runs_over(shelf: str) -> set[str]:
+    """Names of a shelf's objects among the rows of its contract tests."""
+    contract = importlib.import_module(f"tests.{shelf}.test_contract")
+    names: set[str] = set()
+    for value in vars(contract).values():
+        for mark in getattr(value, "pytestmark", ()):
+            if mark.name == "parametrize":
+                rows = [getattr(row, "values", row) for row in mark.args[1]]
+                names |= set(re.findall(r"\w+", repr(rows)))
+    return names
+
+
+@pytest.mark.parametrize("shelf", registry.SHELVES)
+def test_every_file_of_a_shelf_has_its_rows_in_the_contract(shelf):
+    assert set(registry.shelf(shelf)) <= names_that_a_contract_runs_over(shelf)
+
+
+def test_decisions_are_numbered_without_a_gap_and_short():
+    decisions = sorted((ROOT / "docs/adr").glob("*.md"))
+    assert [int(path.name[:4]) for path in decisions] == list(range(1, len(decisions) + 1))
+    for path in decisions:
+        assert path.read_text().count("\n") <= 60, f"{path.name} has over 60 lines"
+
+
+def test_every_page_of_the_docs_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text()
+    pages = [path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")]
+    assert not [str(page) for page in pages if str(page) not in menu]
