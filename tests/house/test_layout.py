@@ -69,13 +69,16 @@ def test_tested_by_names_modules_that_are_there():
 def names_that_a_contract_runs_over(shelf: str) -> set[str]:
     """Names of a shelf's objects among the rows of its contract tests."""
     contract = importlib.import_module(f"tests.{shelf}.test_contract")
-    names: set[str] = set()
-    for value in vars(contract).values():
-        for mark in getattr(value, "pytestmark", ()):
-            if mark.name == "parametrize":
-                rows = [getattr(row, "values", row) for row in mark.args[1]]
-                names |= set(re.findall(r"\w+", repr(rows)))
-    return names
+    marks = [
+        mark
+        for value in vars(contract).values()
+        for mark in getattr(value, "pytestmark", ())
+        if mark.name == "parametrize"
+    ]
+    rows = [row for mark in marks for row in mark.args[1]]
+    values = [value for row in rows for value in getattr(row, "values", [row])]
+    named = [value for value in values if isinstance(value, str)]
+    return {*named, *(getattr(value, "name", "") or getattr(value, "mode", "") for value in values)}
 
 
 @pytest.mark.parametrize("shelf", registry.SHELVES)
