@@ -1,1 +1,7 @@
-"""Draws frozen reports as text, HTML and live widget; emits intents; never sees a model."""
+"""Draws frozen reports as text, HTML and live widget; emits intents; never sees a model.
+
+Loading this package registers the views of core values (``core.display.view_of``). The files listed
+here import no widget at module level, so that a script does not wait for one.
+"""
+
+import qlab.views.estimate.static  # noqa: F401

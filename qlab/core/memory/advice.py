@@ -9,14 +9,13 @@ comes first, then what makes the adapter smaller, then what cuts the text, then 
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qlab.core.config.code import setup_code
 from qlab.core.config.quant import QuantConfig, QuantPlan
-from qlab.core.display import size_text
+from qlab.core.display import Displayed, size_text
 from qlab.core.machine import Machine
 from qlab.core.memory.estimate import MemoryEstimate
 from qlab.core.memory.setup import Setup
@@ -141,7 +140,7 @@ def _fewer_bits(est: MemoryEstimate, machine: Machine, made: Any) -> Iterator[Ch
 
 
 @dataclass(frozen=True)
-class Advice:
+class Advice(Displayed):
     """Which training to choose on a machine.
 
     Attributes:
@@ -167,10 +166,6 @@ class Advice:
 
     def __repr__(self) -> str:
         return f"{self.choice}: {self.reason}" + (f"\n{self.code}" if self.code else "")
-
-    def _repr_html_(self) -> str:
-        code = f"<pre>{html.escape(self.code)}</pre>" if self.code else ""
-        return f"<p><b>{html.escape(self.choice)}</b>: {html.escape(self.reason)}</p>{code}"
 
 
 def advise(est: MemoryEstimate, machine: Machine) -> Advice:

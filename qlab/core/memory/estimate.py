@@ -7,7 +7,6 @@ Knows neither how the parts were found nor how they are drawn.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qlab.core.config.code import setup_code
 from qlab.core.config.quant import QuantConfig
 from qlab.core.config.spec import ModelSpec
-from qlab.core.display import size_text
+from qlab.core.display import Displayed, size_text
 from qlab.core.graph.parts import PARTS
 from qlab.core.machine import Machine, Verdict, budget, verdict
 from qlab.core.memory.setup import SOLVABLE, Setup
@@ -31,7 +30,7 @@ _MOST_ROWS = 4096  # rows of a batch that solve looks up to
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
+class MemoryEstimate(Displayed):
     """Peak memory of a training step.
 
     Attributes:
@@ -246,21 +245,3 @@ class MemoryEstimate:
             for name, n in self.parts.items()
         ]
         return "\n".join([head, *lines, f"{self.machine.label}: {self.verdict()}", *self.notes])
-
-    def _repr_html_(self) -> str:
-        total = max(self.total_nbytes, 1)
-        rows = "".join(
-            f"<tr><td>{name}</td><td style='text-align:right'>{size_text(n)}</td>"
-            f"<td><div style='background:#4c78a8;height:9px;width:{max(1, round(180 * n / total))}px'></div></td>"
-            f"<td>{PARTS[name]}</td></tr>"
-            for name, n in self.parts.items()
-        )
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        name = html.escape(self.spec.name)
-        label = html.escape(self.setup.label)
-        return (
-            f"<p><b>{name}</b> · {label} · <b>{size_text(self.total_nbytes)}</b> ({self.level}; "
-            f"{size_text(self.low_nbytes)} … {size_text(self.high_nbytes)}; peak in {self.moment})<br>"
-            f"{html.escape(self.machine.label)}: {html.escape(str(self.verdict()))}</p><table>{rows}</table>"
-            + (f"<ul>{notes}</ul>" if notes else "")
-        )

@@ -1,20 +1,28 @@
-"""``EstimateTable``: estimates side by side."""
+"""``EstimateTable``: estimates side by side, as ``qlab.estimate`` returns them for lists."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qlab.core.display import size_text, wide
+from qlab.core.display import Displayed, size_text
 from qlab.core.graph.parts import PARTS
 from qlab.core.memory.estimate import MemoryEstimate
 
+# a narrow page shows the first columns, so what decides comes before the single parts
+_COLUMNS = ("model", "weights as", "adapter", "batch", "total", "verdict")
+
 
 @dataclass(frozen=True)
-class EstimateTable:
-    """Estimates side by side.
+class EstimateTable(Displayed):
+    """Estimates side by side; a cell shows them as a table.
+
+    Example::
+
+        table = qlab.estimate("demo", [qlab.QuantConfig(bits=4), qlab.QuantConfig(bits=8)])
+        table[0].total_nbytes           # an estimate
+        table.to_pandas()               # sizes in bytes
 
     Attributes:
         rows: one estimate each.
@@ -32,76 +40,66 @@ class EstimateTable:
         return self.rows[index]
 
     def records(self) -> list[dict[str, Any]]:
-        """One flat record a row; sizes in bytes."""
-        return [
-            {
-                "model": est.spec.name,
-                "weights as": est.setup.label,
-                "rank": est.setup.adapter.rank,
-                "batch_size": est.setup.train.batch_size,
-                "max_seq_length": est.setup.train.max_seq_length,
-                "grad_checkpoint": est.setup.train.grad_checkpoint,
-                **{f"{name}_nbytes": n for name, n in est.parts.items()},
-                "total_nbytes": est.total_nbytes,
-                "low_nbytes": est.low_nbytes,
-                "high_nbytes": est.high_nbytes,
-                "level": est.level,
-                "verdict": est.verdict().word,
-            }
-            for est in self.rows
-        ]
+        """Return one flat record a row; sizes in bytes."""
+        return [_record(est) for est in self.rows]
 
     def to_pandas(self) -> Any:
-        """Return a data frame, one row an estimate; sizes in bytes."""
+        """Return a pandas data frame, a row for each estimate; sizes in bytes."""
         import pandas as pd
 
         return pd.DataFrame(self.records())
 
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
+    def cells(self) -> list[list[str]]:
+        """Return the table as text: its head, then a row for each estimate.
+
+        Parts that take no memory in any row have no column.
+        """
         names = [name for name in PARTS if any(est.parts[name] for est in self.rows)]
-        head = [
-            "model",
-            "weights as",
-            "adapter",
-            "batch",
-            "total",
-            "verdict",
-            *names,
-        ]  # a narrow page shows the first
-        rows = []
-        for est in self.rows:
-            train = est.setup.train
-            adapter = est.setup.adapter
-            batch = f"{train.batch_size}×{train.max_seq_length}" + (
-                " ckpt" if train.grad_checkpoint else ""
-            )
-            whole = [size_text(est.total_nbytes), est.verdict().word]
-            sizes = [size_text(est.parts[name]) for name in names]
-            rows.append(
-                [
-                    est.spec.name,
-                    est.setup.label,
-                    f"{adapter.kind} r{adapter.rank}",
-                    batch,
-                    *whole,
-                    *sizes,
-                ]
-            )
-        return head, rows
+        return [[*_COLUMNS, *names], *(_row(est, names) for est in self.rows)]
 
     def __repr__(self) -> str:
-        head, rows = self._cells()
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        return "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-            for row in [head, *rows]
-        )
+        lines = self.cells()
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(_padded(line, widths) for line in lines)
 
-    def _repr_html_(self) -> str:
-        head, rows = self._cells()
-        body = "".join(
-            f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows
-        )
-        return wide(
-            f"<table><thead><tr>{''.join(f'<th>{c}</th>' for c in head)}</tr></thead><tbody>{body}</tbody></table>"
-        )
+
+def _record(est: MemoryEstimate) -> dict[str, Any]:
+    train = est.setup.train
+    parts = {f"{name}_nbytes": nbytes for name, nbytes in est.parts.items()}
+    return {
+        "model": est.spec.name,
+        "weights as": est.setup.label,
+        "rank": est.setup.adapter.rank,
+        "batch_size": train.batch_size,
+        "max_seq_length": train.max_seq_length,
+        "grad_checkpoint": train.grad_checkpoint,
+        **parts,
+        "total_nbytes": est.total_nbytes,
+        "low_nbytes": est.low_nbytes,
+        "high_nbytes": est.high_nbytes,
+        "level": est.level,
+        "verdict": est.verdict().word,
+    }
+
+
+def _row(est: MemoryEstimate, names: list[str]) -> list[str]:
+    """Return the cells of an estimate under ``_COLUMNS`` and the named parts."""
+    train = est.setup.train
+    lora = est.setup.adapter
+    batch = f"{train.batch_size}×{train.max_seq_length}"
+    if train.grad_checkpoint:
+        batch += " ckpt"
+    return [
+        est.spec.name,
+        est.setup.label,
+        f"{lora.kind} r{lora.rank}",
+        batch,
+        size_text(est.total_nbytes),
+        est.verdict().word,
+        *(size_text(est.parts[name]) for name in names),
+    ]
+
+
+def _padded(line: list[str], widths: list[int]) -> str:
+    cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+    return "  ".join(cells).rstrip()
