@@ -17,6 +17,7 @@ from qlab.nn.frozen import Compute
 from qlab.engine.adapt.attach import attach
 from qlab.engine.step.choose import make_step
 from qlab.engine.models.surgery import module_at
+from qlab.engine.step.protocol import StepBatch
 from tests.tiny import on_mlx, quantized, tiny
 
 KINDS = list(registry.shelf("adapters"))
@@ -335,7 +336,7 @@ def test_on_embedding_and_head_every_way_to_the_gradients_gives_the_slope_of_the
             parameters.setdefault(
                 path, array + 0.05 * mx.random.normal(array.shape, key=mx.random.key(number))
             )
-        found.append(step(parameters, tokens, mx.ones_like(tokens)))
+        found.append(step(parameters, StepBatch(tokens, mx.ones_like(tokens))))
     for sums in found[1:]:
         assert sums.loss.item() == pytest.approx(found[0].loss.item(), rel=1e-5)
         for path, grad in sums.grads.items():
@@ -352,8 +353,7 @@ def test_on_embedding_and_head_every_way_to_the_gradients_gives_the_slope_of_the
                     **parameters,
                     path: parameters[path] + sign * length * grad / mx.linalg.norm(grad),
                 },
-                tokens,
-                mx.ones_like(tokens),
+                StepBatch(tokens, mx.ones_like(tokens)),
             )
             for sign in (1, -1)
         ]

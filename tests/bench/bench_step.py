@@ -90,6 +90,7 @@ def ours(how: str, batch: int, length: int, steps: int) -> dict:
         from qlab.engine.models.skeleton import describe
         from qlab.engine.adapt.attach import attach
         from qlab.engine.step.choose import make_step
+        from qlab.engine.step.protocol import StepBatch
         from qlab.engine.step.product_trial import choose_compute
         from qlab.engine.train.update import Update
 
@@ -107,7 +108,7 @@ def ours(how: str, batch: int, length: int, steps: int) -> dict:
         mx.reset_peak_memory()
         for _ in range(steps):
             start = time.perf_counter()
-            sums = update.gather(step(parameters, tokens, mask))
+            sums = update.gather(step(parameters, StepBatch(tokens, mask)))
             mx.eval(sums)
             new = update(parameters, state, sums, mx.array(1e-5))
             mx.eval(new)

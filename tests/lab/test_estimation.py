@@ -25,7 +25,7 @@ from qlab.engine.quantize.quantize import quantize
 from qlab.engine.memory.forecast import Forecast
 from qlab.engine.memory.forecast import usual_compute
 from qlab.runtime.job import mlx_call
-from qlab.engine.step.whole import Step
+from qlab.engine.step.whole import WholeGraphStep
 from qlab.engine.adapt.attach import attach
 from qlab.engine.step.blockwise import WINDOWS
 from qlab.engine.io.config_file import structure
@@ -145,7 +145,7 @@ def test_bytes_of_mixed_precision_are_those_really_stored(own):
 def test_bytes_of_adapter_and_optimizer_are_those_really_kept(name, kind):
     module, spec = tiny()
     lora, train = L(rank=4, num_layers=2, kind=kind), T(optimizer=name)
-    step = Step(attach(module, spec, lora, usual_compute(), False), train)
+    step = WholeGraphStep(attach(module, spec, lora, usual_compute(), False), train)
     state = Update(train, step.parameters).state
     found = Forecast(module, "tiny").inputs(Setup(None, lora, train))
     assert found["adapter"] == sum(a.nbytes for a in step.parameters.values())

@@ -12,7 +12,7 @@ from qlab import registry
 from qlab.ops.dynamic_map import dynamic_map
 from qlab.ops.dynamic_map import search_table
 from qlab.core.config.train import TrainConfig
-from qlab.engine.step.loss import Sums
+from qlab.engine.step.protocol import LossAndGradients
 from qlab.engine.train.update import Update
 from qlab.errors import ConfigError
 from tests.tiny import on_mlx
@@ -122,7 +122,7 @@ def stepped(
 ) -> tuple:
     key = mx.random.key(number)
     grads = {path: mx.random.normal(array.shape, key=key) for path, array in parameters.items()}
-    sums = Sums(mx.array(1.0), grads, mx.array(1.0))
+    sums = LossAndGradients(mx.array(1.0), grads, mx.array(1.0))
     return update(parameters, state, sums, mx.array(1e-2))[:2]
 
 
@@ -147,7 +147,7 @@ def test_a_compiled_update_gives_the_same_numbers():
 
     @mx.compile
     def run(weight, grad, *arrays):
-        sums = Sums(mx.array(1.0), {"w": grad}, mx.array(1.0))
+        sums = LossAndGradients(mx.array(1.0), {"w": grad}, mx.array(1.0))
         new = update({"w": weight}, dict(zip(start, arrays, strict=True)), sums, mx.array(1e-2))
         return [new.parameters["w"], *new.state.values()]
 
@@ -166,7 +166,7 @@ def test_the_update_can_be_exported_as_the_memory_trace_needs_and_holds_its_tabl
 
     def run(*arrays):
         given = dict(zip(weights, arrays[:3], strict=True))
-        sums = Sums(mx.array(1.0), given, mx.array(1.0))
+        sums = LossAndGradients(mx.array(1.0), given, mx.array(1.0))
         new = update(given, dict(zip(update.state, arrays[3:], strict=True)), sums, mx.array(1e-2))
         return [*new.parameters.values(), *new.state.values()]
 

@@ -24,8 +24,9 @@ from qlab.engine.memory.whole_step import compiled, updated
 from qlab.engine.models.blocks import Stack
 from qlab.engine.step.block import arrays_of, first_back, followers
 from qlab.engine.step.blockwise import CHUNKS, between_halves
-from qlab.engine.step.loss import Arrays, nats_and_slope
+from qlab.engine.step.loss import nats_and_slope
 from qlab.engine.step.patches import patched, users
+from qlab.engine.step.protocol import Arrays
 from qlab.nn.frozen import Frozen
 
 Function = Callable[..., list[mx.array]]

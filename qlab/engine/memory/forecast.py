@@ -38,7 +38,7 @@ from qlab.engine.models.surgery import put_module, twin
 from qlab.engine.quantize.quantize import chosen, quantize
 from qlab.engine.step.blockwise import WINDOWS
 from qlab.engine.step.choose import make_step
-from qlab.engine.step.loss import Sums
+from qlab.engine.step.protocol import LossAndGradients, StepBatch
 from qlab.engine.train.update import Update
 from qlab.errors import ConfigError, UnsupportedError
 from qlab.nn.frozen import Compute
@@ -431,8 +431,8 @@ def measured_peak(module: nn.Module, setup: Setup) -> int:
     own = sum(a.nbytes for a in given if a is not None)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    sums = step(parameters, tokens, mask, key, segments)
-    sums = Sums(mx.array(0.0), zeros, mx.array(0.0)).plus(sums) if several else sums
+    sums = step(parameters, StepBatch(tokens, mask, key, segments))
+    sums = LossAndGradients(mx.array(0.0), zeros, mx.array(0.0)).plus(sums) if several else sums
     gathered = update.gather(sums)
     del sums
     mx.eval(gathered)

@@ -20,9 +20,9 @@ from qlab.core.graph.fusion import fused
 from qlab.core.graph.graph import Array, Graph
 from qlab.core.graph.unmerge import unmerged
 from qlab.engine.memory.read_graph import read
-from qlab.engine.step.loss import Arrays, Sums
-from qlab.engine.step.whole import Step
-from qlab.engine.train.update import Gathered, Update
+from qlab.engine.step.protocol import Arrays, LossAndGradients, StepBatch
+from qlab.engine.step.whole import WholeGraphStep
+from qlab.engine.train.update import FlatGradients, Update
 from qlab.runtime.device import backend
 
 
@@ -36,7 +36,7 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
     Raises:
         UnsupportedError: the step cannot be built for this model, or cannot be read.
     """
-    step = Step(module, train)
+    step = WholeGraphStep(module, train)
     if backend() != "cpu":
         _mark(step)
     frozen = {
@@ -57,7 +57,8 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
         own = {
             path: mx.depends([a], [key])[0] for path, a in parameters.items()
         }  # differentiation copies what it starts from
-        found = step(own, tokens, mask, key, tokens if train.pack else None)
+        segments = tokens if train.pack else None
+        found = step(own, StepBatch(tokens, mask, key, segments))
         return [found.loss, found.count, *found.grads.values()]
 
     try:
@@ -76,7 +77,7 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
     return graph
 
 
-def _mark(step: Step) -> None:
+def _mark(step: WholeGraphStep) -> None:
     """Keep the two passes behind the blocks, one for the loss and one for its gradients, from being
     merged by reading.
 
@@ -118,7 +119,9 @@ def updated(
         sums = graph.then(plus, [*earlier, *sums], {})
 
     def gather(*grads: mx.array) -> list[mx.array]:
-        found = update.gather(Sums(number, dict(zip(trained, grads, strict=True)), number))
+        found = update.gather(
+            LossAndGradients(number, dict(zip(trained, grads, strict=True)), number)
+        )
         return [*found.grads.values(), found.norm]
 
     def run(*arrays: mx.array) -> list[mx.array]:
@@ -127,7 +130,7 @@ def updated(
             {name: next(given) for name in group} for group in (kept, first, joined)
         )
         norm, loss, count, rate = given
-        new = update(update.by_path(own), state, Gathered(grads, norm, loss, count), rate)
+        new = update(update.by_path(own), state, FlatGradients(grads, norm, loss, count), rate)
         return [
             *update.kept(new.parameters).values(),
             *new.state.values(),
@@ -142,7 +145,7 @@ def updated(
         path: a.astype(a.dtype if size == a.dtype.size else mx.bfloat16)
         for (path, a), size in pairs
     }  # never computed
-    joined = update.gather(Sums(number, slopes, number)).grads
+    joined = update.gather(LossAndGradients(number, slopes, number)).grads
     gathered = graph.then(compiled(read(gather, [*slopes.values()])), grads, {}, "gradients")
     graph.rounds.append((*gathered, loss, count))
     graph.windows.append(1)

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qlab.engine.models.functional import Piece
-from qlab.engine.step.loss import Arrays
+from qlab.engine.step.protocol import Arrays
 from qlab.nn.linear import Packed
 
 

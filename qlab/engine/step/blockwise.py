@@ -5,7 +5,7 @@ One block's forward and one block's way back are compiled, and serve all alike.
 Only the input of each block is kept. Each block is computed when it is handed over, at most a
 window of them in flight, so that the memory in flight is chosen instead of suffered; and what is
 compiled does not grow with depth. The loss is made of the positions that count, a chunk of them at
-a time. The same numbers as ``Step``. Knows no data and no schedule.
+a time. The same numbers as ``WholeGraphStep``. Knows no data and no schedule.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from qlab.core.config.train import TrainConfig
 from qlab.engine.models.blocks import Stack
 from qlab.engine.models.functional import Piece
 from qlab.engine.step.block import Block, followers
-from qlab.engine.step.loss import Arrays, Given, Sums, given, nats_and_slope
+from qlab.engine.step.loss import ShiftedBatch, nats_and_slope, shifted
 from qlab.engine.step.patches import patched, users
+from qlab.engine.step.protocol import Arrays, LossAndGradients, StepBatch
 from qlab.engine.step.vectors import cast
 from qlab.nn.frozen import Frozen
 from qlab.runtime.device import backend
@@ -37,7 +38,7 @@ CHUNKS = 2  # of the loss in flight at most: they are large, and more of them ar
 _PARTS = 8  # sizes of the last chunk of the loss: each is compiled once
 
 
-class Stepped:
+class BlockwiseStep:
     """Loss and gradients of a model, a block at a time.
 
     Computes at once, so it must not be compiled or traced.
@@ -91,31 +92,17 @@ class Stepped:
             f"step: {len(self._blocks)} blocks of {kinds} kind{'s' * (kinds > 1)} one by one, window {self.window}",
         )
 
-    def __call__(
-        self,
-        parameters: Arrays,
-        tokens: mx.array,
-        mask: mx.array,
-        key: mx.array | None = None,
-        segments: mx.array | None = None,
-    ) -> Sums:
-        """Compute; what is returned is on its way.
-
-        Args:
-            parameters: trainable arrays by path.
-            tokens: ``(batch, length)`` integers.
-            mask: ``(batch, length)``, 1 where a token is a target; the first of a row never is.
-            key: of the random generator, for dropout; the same key drops the same inputs. Needed if
-                there is dropout.
-            segments: ``(batch, length)``, 1, 2, … for the packed rows in a row, 0 for padding; None
-                if rows are not packed.
-        """
+    def __call__(self, parameters: Arrays, batch: StepBatch) -> LossAndGradients:
+        """Compute loss and gradients of a batch, and return them unfinished; see ``TrainStep``."""
         if self._keys:
-            if key is None:
+            if batch.key is None:
                 raise ValueError("Dropout needs a key, a new one for every batch.")
-            self._set(dict(zip(self._keys, mx.random.split(key, len(self._keys)), strict=True)))
+            keys = mx.random.split(batch.key, len(self._keys))
+            self._set(dict(zip(self._keys, keys, strict=True)))
         self._set(parameters)
-        batch = given(tokens, mask, segments)
+        return self._compute(parameters, shifted(batch))
+
+    def _compute(self, parameters: Arrays, batch: ShiftedBatch) -> LossAndGradients:
         counted = np.flatnonzero(
             np.array(batch.weights.reshape(-1))
         )  # before there is anything else to wait for
@@ -142,7 +129,7 @@ class Stepped:
                 lambda *a: self._before(a, batch), [parameters[p] for p in names], [cotangent]
             )
             grads |= {path: grads[path] + grad for path, grad in zip(names, more, strict=True)}
-        return Sums(loss, grads, batch.weights.sum())
+        return LossAndGradients(loss, grads, batch.weights.sum())
 
     def _thin(self, parameters: Arrays, dtype: mx.Dtype) -> Arrays:
         """Return the blocks' trained factors as products will take them.
@@ -166,7 +153,7 @@ class Stepped:
         return [*kept, x]
 
     def _loss(
-        self, hidden: mx.array, batch: Given, counted: np.ndarray, flight: _Flight
+        self, hidden: mx.array, batch: ShiftedBatch, counted: np.ndarray, flight: _Flight
     ) -> tuple[mx.array, mx.array, Arrays]:
         """Sum of the loss, and its gradients by the last hidden state and by the parameters outside
         the blocks.
@@ -216,7 +203,7 @@ class Stepped:
             return self._kind(i, call, x)
         return kind, piece
 
-    def _before(self, arrays: Sequence[mx.array], batch: Given) -> list[mx.array]:
+    def _before(self, arrays: Sequence[mx.array], batch: ShiftedBatch) -> list[mx.array]:
         self._set(dict(zip(self._outside, arrays, strict=True)))
         return [self._stack.before(batch.inputs, batch.segments)[0]]
 
@@ -259,7 +246,7 @@ class _Kind:
     A forward pass and a way back, each compiled once.
     """
 
-    def __init__(self, step: Stepped, block: Block) -> None:
+    def __init__(self, step: BlockwiseStep, block: Block) -> None:
         self.block = block
         self._step = step
         self._call: Piece | None = (
@@ -336,7 +323,7 @@ class _End:
         self._heads = linear or frozen
         self.embeds = any(_owner(stack.module, path).base.embeds for path in trained)
         self._compiled: Callable[..., Any] = mx.compile(self._chunk)
-        self._step: Stepped | None = None
+        self._step: BlockwiseStep | None = None
 
     def weights(self, dtype: mx.Dtype) -> list[mx.array]:
         """Return the dense weights of the heads that need one, lazily; they serve all chunks."""
@@ -352,7 +339,7 @@ class _End:
 
     def run(
         self,
-        step: Stepped,
+        step: BlockwiseStep,
         rows: Any,
         labels: Any,
         share: Any,

@@ -1,10 +1,9 @@
-"""Picks the way in which a step is computed."""
+"""Picks the way in which a training step is computed; called once, when a run is set up."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,25 +11,32 @@ import mlx.nn as nn
 from qlab.core.config.train import TrainConfig
 from qlab.engine.models.blocks import Stack, run
 from qlab.engine.models.packed_rows import takes_batches
-from qlab.engine.step.blockwise import Stepped
-from qlab.engine.step.loss import Arrays, Sums
-from qlab.engine.step.whole import Step
+from qlab.engine.step.blockwise import BlockwiseStep
+from qlab.engine.step.protocol import Arrays, LossAndGradients, StepBatch, TrainStep
+from qlab.engine.step.whole import WholeGraphStep
 from qlab.errors import ConfigError, UnsupportedError
 
+WAYS = ("auto", "whole", "stepped")
 
-def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto") -> Any:
-    """Return the step of a run.
 
-    ``step(parameters, tokens, mask, key=None, segments=None) -> Sums``. Computes on few tokens.
+def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto") -> TrainStep:
+    """Return the function that computes loss and gradients of a run's batches.
+
+    Runs the model on a few tokens, to see whether it can be taken apart into its blocks.
+
+    Example:
+        >>> step = make_step(attach(module, spec, lora, usual_compute(), True), config)
+        >>> result = step(step.parameters, StepBatch(tokens, mask))
 
     Args:
-        module: what ``attach`` returned, its arrays in memory; nobody else may use it.
-        config: checkpoints, blocks in flight, chunk of the loss, packing.
-        how: ``whole`` (one graph), ``stepped`` (a block at a time) or ``auto``: stepped wherever
-            blocks are computed again on the way back, if the model can be taken apart.
+        module: what ``attach`` returned, its arrays in memory; the step must be its only user.
+        config: the run: checkpoints, blocks in flight, chunk of the loss, packing.
+        how: ``whole`` (whole-graph step), ``stepped`` (blockwise step) or ``auto``: blockwise
+            wherever blocks are computed again in the backward pass, if the model can be taken
+            apart.
 
     Raises:
-        ConfigError: no such way.
+        ConfigError: ``how`` is none of these.
         UnsupportedError: the model cannot be computed so, or cannot keep packed rows apart.
     """
     if how not in WAYS:
@@ -44,59 +50,71 @@ def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto") -> A
             raise
         stack = None
         config = replace(config, grad_checkpoint=False, loss_chunk=0)
-        note = f"step: whole, neither checkpoints nor a chunked loss, because the model cannot be taken apart: {error}"
+        note = (
+            "step: whole, neither checkpoints nor a chunked loss, because the model cannot be "
+            f"taken apart: {error}"
+        )
+    step: TrainStep
     if stack and (how == "stepped" or how == "auto" and config.grad_checkpoint):
-        step: Any = Stepped(module, config)
+        step = BlockwiseStep(module, config)
     else:
-        step = Step(module, config)
-        step.notes = (note or f"step: {step.how}, as one graph",)
+        step = WholeGraphStep(module, config, note)
     if config.pack and not takes_batches(_logits(module, stack), config.max_seq_length - 1):
-        step = _RowByRow(step)
+        return RowByRow(step)
     return step
-
-
-WAYS = ("auto", "whole", "stepped")
 
 
 def _logits(
     module: nn.Module, stack: Stack | None
 ) -> Callable[[mx.array, mx.array | None], mx.array]:
+    """Return a function from tokens and segments ``(batch, length)`` to the last logits at least."""
     if stack:
         return lambda tokens, segments: stack.logits(tokens, segments, last=8)
     return lambda tokens, segments: run(module, tokens, segments)
 
 
-class _RowByRow:
-    """A step for models whose attention takes one mask for all rows.
+class RowByRow:
+    """A step for models whose attention takes one mask for all rows of a batch.
 
-    Packed rows pass one at a time, and are added up.
+    Each packed row passes through another step by itself, and the results are added up.
+
+    Args:
+        step: what computes one row; see ``TrainStep`` for the attributes, which are its own.
     """
 
-    def __init__(self, step: Any) -> None:
+    def __init__(self, step: TrainStep) -> None:
         self._step = step
+        self.module = step.module
+        self.parameters = step.parameters
+        self.how = step.how
         self.notes = (
             *step.notes,
             "packed rows pass one at a time: this model takes one mask for all",
         )
 
-    def __call__(
-        self,
-        parameters: Arrays,
-        tokens: mx.array,
-        mask: mx.array,
-        key: mx.array | None = None,
-        segments: mx.array | None = None,
-    ) -> Sums:
-        if segments is None:
-            return self._step(parameters, tokens, mask, key)
-        keys = [None] * len(tokens) if key is None else mx.random.split(key, len(tokens))
-        total: Sums | None = None
-        for i, own in enumerate(keys):
-            row = slice(i, i + 1)
-            sums = self._step(parameters, tokens[row], mask[row], own, segments[row])
-            total = sums if total is None else total.plus(sums)
-            mx.eval(total)
-        return total  # type: ignore
+    @property
+    def traces(self) -> int:
+        """Functions compiled so far."""
+        return self._step.traces
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._step, name)
+    def __call__(self, parameters: Arrays, batch: StepBatch) -> LossAndGradients:
+        """Return loss and gradients of a batch, computed row by row; see ``TrainStep``."""
+        if batch.segments is None:
+            return self._step(parameters, batch)
+        count = len(batch.tokens)
+        keys = [None] * count if batch.key is None else mx.random.split(batch.key, count)
+        rows = (
+            StepBatch(batch.tokens[row], batch.mask[row], key, batch.segments[row])
+            for row, key in zip(_each_row(count), keys, strict=True)
+        )
+        total = self._step(parameters, next(rows))
+        mx.eval(total)
+        for row in rows:
+            total = total.plus(self._step(parameters, row))
+            mx.eval(total)
+        return total
+
+
+def _each_row(count: int) -> list[slice]:
+    """Return slices that take one row each and leave it a batch, ``(1, length)``."""
+    return [slice(i, i + 1) for i in range(count)]

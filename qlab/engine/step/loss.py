@@ -1,6 +1,6 @@
-"""What a batch adds up to, and the loss of logits with its slope. Everything stays lazy.
+"""The loss of logits with its gradient, and a batch as a model reads it. Everything stays lazy.
 
-Knows no model.
+Both steps use it; it knows no model.
 """
 
 from __future__ import annotations
@@ -10,42 +10,19 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-Arrays = dict[str, mx.array]
+from qlab.engine.step.protocol import StepBatch
 
 
-class Sums(NamedTuple):
-    """What one batch, or several, add up to.
+class ShiftedBatch(NamedTuple):
+    """A batch as a model reads it: inputs and the tokens that follow them.
 
-    Attributes:
-        loss: in nats over the targets, float32.
-        grads: of that loss by path, in the dtype of the products that gave them.
-        count: number of targets, float32.
-    """
-
-    loss: mx.array
-    grads: Arrays
-    count: mx.array
-
-    def like(self, parameters: Arrays) -> Sums:
-        """Return the gradients in the dtype of the parameters, to be added up in it."""
-        return self._replace(
-            grads={path: grad.astype(parameters[path].dtype) for path, grad in self.grads.items()}
-        )
-
-    def plus(self, other: Sums) -> Sums:
-        """Add another batch."""
-        grads = {path: grad + other.grads[path] for path, grad in self.grads.items()}
-        return Sums(self.loss + other.loss, grads, self.count + other.count)
-
-
-class Given(NamedTuple):
-    """A batch as a model sees it, one position shorter than its rows.
+    ``length`` is one less than that of the ``StepBatch``.
 
     Attributes:
         inputs: ``(batch, length)`` tokens.
-        targets: ``(batch, length)`` the token that follows each.
-        weights: ``(batch, length)`` float32, 1 where the target counts.
-        segments: ``(batch, length)`` number of the packed row that a position belongs to, or None.
+        targets: ``(batch, length)``, the token that follows each input.
+        weights: ``(batch, length)`` float32, 1 where the target counts and 0 elsewhere.
+        segments: ``(batch, length)``, number of the packed row that an input belongs to, or None.
     """
 
     inputs: mx.array
@@ -54,13 +31,15 @@ class Given(NamedTuple):
     segments: mx.array | None
 
 
-def given(tokens: mx.array, mask: mx.array, segments: mx.array | None) -> Given:
-    """Return a batch as a model sees it; the first token of a row, packed or not, is no target."""
-    weights = mask[:, 1:].astype(mx.float32)
-    if segments is None:
-        return Given(tokens[:, :-1], tokens[:, 1:], weights, None)
-    inner = segments[:, 1:] == segments[:, :-1]
-    return Given(tokens[:, :-1], tokens[:, 1:], weights * inner, segments[:, :-1])
+def shifted(batch: StepBatch) -> ShiftedBatch:
+    """Return a batch as a model reads it; the first token of a row, packed or not, is no target."""
+    inputs = batch.tokens[:, :-1]
+    targets = batch.tokens[:, 1:]
+    weights = batch.mask[:, 1:].astype(mx.float32)
+    if batch.segments is None:
+        return ShiftedBatch(inputs, targets, weights, None)
+    same_row = batch.segments[:, 1:] == batch.segments[:, :-1]
+    return ShiftedBatch(inputs, targets, weights * same_row, batch.segments[:, :-1])
 
 
 def nats(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from qlab.engine.step.loss import Arrays
+from qlab.engine.step.protocol import Arrays
 
 
 class Layout:

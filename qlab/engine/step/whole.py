@@ -17,17 +17,19 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from qlab.core.config.train import TrainConfig
 from qlab.engine.models.blocks import Stack, run
-from qlab.engine.step.loss import Arrays, Given, Sums, given, nats, nats_and_slope
+from qlab.engine.step.loss import ShiftedBatch, nats, nats_and_slope, shifted
 from qlab.engine.step.patches import patched, users
+from qlab.engine.step.protocol import Arrays, LossAndGradients, StepBatch
 from qlab.nn.frozen import Frozen
 
 
-class Step:
+class WholeGraphStep:
     """Loss and gradients of a model as one lazy graph, which is compiled on a CPU.
 
     Args:
         module: what ``attach`` returned; nobody else may use it.
         config: checkpoints, chunk of the loss.
+        note: why it is computed as one graph, if that is not what was asked for.
 
     Attributes:
         parameters: trainable arrays by path.
@@ -40,11 +42,11 @@ class Step:
             apart.
     """
 
-    def __init__(self, module: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, module: nn.Module, config: TrainConfig, note: str = "") -> None:
         self.module = module
         self.config = config
         self.how = "checkpointed" if config.grad_checkpoint else "whole"
-        self.notes: tuple[str, ...] = ()
+        self.notes = (note or f"step: {self.how}, as one graph",)
         self.traces = 0
         self.stack = Stack(module) if config.grad_checkpoint or config.loss_chunk else None
         self.parameters: Arrays = dict(tree_flatten(module.trainable_parameters()))
@@ -63,43 +65,26 @@ class Step:
             self._trace
         )  # a CPU computes exponentials fast only where they are compiled
 
-    def __call__(
-        self,
-        parameters: Arrays,
-        tokens: mx.array,
-        mask: mx.array,
-        key: mx.array | None = None,
-        segments: mx.array | None = None,
-    ) -> Sums:
-        """Compute lazily.
-
-        Args:
-            parameters: trainable arrays by path.
-            tokens: ``(batch, length)`` integers.
-            mask: ``(batch, length)``, 1 where a token is a target; the first of a row never is.
-            key: of the random generator, for dropout; the same key drops the same inputs. Needed if
-                there is dropout.
-            segments: ``(batch, length)``, 1, 2, … for the packed rows in a row, 0 for padding; None
-                if rows are not packed.
-        """
+    def __call__(self, parameters: Arrays, batch: StepBatch) -> LossAndGradients:
+        """Return loss and gradients of a batch, lazily; see ``TrainStep``."""
         drops: Arrays = {}
         if self._keys:
-            if key is None:
+            if batch.key is None:
                 raise ValueError("Dropout needs a key, a new one for every batch.")
-            drops = dict(zip(self._keys, mx.random.split(key, len(self._keys)), strict=True))
+            keys = mx.random.split(batch.key, len(self._keys))
+            drops = dict(zip(self._keys, keys, strict=True))
         compute = self._compiled if mx.default_device() == mx.cpu else self._compute
-        ordered = {
-            path: parameters[path] for path in self.parameters
-        }  # another order would be compiled anew
+        # another order would be compiled anew
+        ordered = {path: parameters[path] for path in self.parameters}
         try:
-            loss, grads, count = compute(ordered, drops, tokens, mask, segments)
+            loss, grads, count = compute(ordered, drops, batch.tokens, batch.mask, batch.segments)
         finally:
             self._set(drops | parameters)
-        return Sums(loss, {path: grads[path] for path in parameters}, count)
+        return LossAndGradients(loss, {path: grads[path] for path in parameters}, count)
 
-    def _trace(self, *given: Any) -> tuple[mx.array, Arrays, mx.array]:
+    def _trace(self, *arguments: Any) -> tuple[mx.array, Arrays, mx.array]:
         self.traces += 1
-        return self._compute(*given)
+        return self._compute(*arguments)
 
     def _compute(
         self,
@@ -111,13 +96,13 @@ class Step:
     ) -> tuple[mx.array, Arrays, mx.array]:
         self._drops = drops
         self._set(drops)
-        batch = given(tokens, mask, segments)
+        batch = shifted(StepBatch(tokens, mask, segments=segments))
+        loss_and_grads = self._checkpointed if self.config.grad_checkpoint else self._whole
         with patched(self._users):
-            how = self._checkpointed if self.config.grad_checkpoint else self._whole
-            loss, grads = how(parameters, batch)
+            loss, grads = loss_and_grads(parameters, batch)
         return loss, grads, batch.weights.sum()
 
-    def _whole(self, parameters: Arrays, batch: Given) -> tuple[mx.array, Arrays]:
+    def _whole(self, parameters: Arrays, batch: ShiftedBatch) -> tuple[mx.array, Arrays]:
         targets = batch.targets
         weights = batch.weights
         if not self.config.loss_chunk:
@@ -138,7 +123,7 @@ class Step:
             path: grad + outer[path] if path in outer else grad for path, grad in grads.items()
         }
 
-    def _checkpointed(self, parameters: Arrays, batch: Given) -> tuple[mx.array, Arrays]:
+    def _checkpointed(self, parameters: Arrays, batch: ShiftedBatch) -> tuple[mx.array, Arrays]:
         stack = self.stack
         prefix = f"{self.stack.path}."
         mine: list[Arrays] = [{} for _ in stack.blocks]
@@ -219,11 +204,11 @@ class Step:
             dict(zip(outside, sums, strict=True)),
         )
 
-    def _run(self, parameters: Arrays, batch: Given) -> mx.array:
+    def _run(self, parameters: Arrays, batch: ShiftedBatch) -> mx.array:
         self._set(parameters)
         return run(self.module, batch.inputs, batch.segments)
 
-    def _hidden(self, parameters: Arrays, batch: Given) -> mx.array:
+    def _hidden(self, parameters: Arrays, batch: ShiftedBatch) -> mx.array:
         self._set(parameters)
         x, calls = self.stack.before(batch.inputs, batch.segments)
         for block, (args, kwargs) in zip(self.stack.blocks, calls, strict=True):
@@ -231,7 +216,7 @@ class Step:
         return x
 
     def _before(
-        self, outside: Arrays, arrays: tuple[mx.array, ...], batch: Given
+        self, outside: Arrays, arrays: tuple[mx.array, ...], batch: ShiftedBatch
     ) -> list[mx.array]:
         self._set(dict(zip(outside, arrays, strict=True)))
         return [self.stack.before(batch.inputs, batch.segments)[0]]

@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from qlab.core.train.events import Mark, StepEvent
 from qlab.engine.io.loaded import check_safetensors
-from qlab.engine.step.loss import Arrays
+from qlab.engine.step.protocol import Arrays
 from qlab.errors import LoadError, SaveError
 
 _KEPT = 2  # of the checkpoints to go on from; the best one is kept besides

@@ -18,7 +18,7 @@ import numpy as np
 
 from qlab.core.train.rows import Batch
 from qlab.engine.data.batches import part
-from qlab.engine.step.loss import Arrays, Sums
+from qlab.engine.step.protocol import Arrays, LossAndGradients
 from qlab.engine.train.validate import Nats
 from qlab.errors import RankError
 
@@ -58,7 +58,7 @@ class Ranks:
         """Return this process's key of a batch: each drops inputs of its own."""
         return key if self.size == 1 else mx.random.split(key, self.size)[self.rank]
 
-    def total(self, sums: Sums) -> Sums:
+    def total(self, sums: LossAndGradients) -> LossAndGradients:
         """Add what every process's rows add up to; the result is the same everywhere, bit for bit.
 
         Raises:
@@ -67,7 +67,7 @@ class Ranks:
         if self.size == 1:
             return sums
         loss, count, *grads = self._added([sums.loss, sums.count, *sums.grads.values()])
-        return Sums(loss, dict(zip(sums.grads, grads, strict=True)), count)
+        return LossAndGradients(loss, dict(zip(sums.grads, grads, strict=True)), count)
 
     def all_nats(self, own: Nats) -> Nats:
         """Add the losses of every process's rows held out."""

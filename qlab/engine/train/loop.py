@@ -23,7 +23,7 @@ from qlab.core.train.events import Mark, StepEvent
 from qlab.core.train.rows import Batch
 from qlab.core.train.schedule import learning_rate
 from qlab.engine.data.batches import Feed
-from qlab.engine.step.loss import Sums
+from qlab.engine.step.protocol import LossAndGradients, StepBatch, TrainStep
 from qlab.engine.train.checkpoint import Checkpoints, TrainState
 from qlab.engine.train.distributed import ALONE, Ranks
 from qlab.engine.train.update import Update, Updated
@@ -45,7 +45,7 @@ class Task:
     """What a run is made of.
 
     Attributes:
-        step: batch → sums, what ``make_step`` returned.
+        step: what ``make_step`` returned.
         update: sums → new parameters.
         feed: batches by number.
         held_out: batches of a validation; may be empty.
@@ -63,7 +63,7 @@ class Task:
         own_nbytes: of the model and the optimizer's state, once known.
     """
 
-    step: Any
+    step: TrainStep
     update: Update
     feed: Feed
     held_out: tuple[Batch, ...]
@@ -137,7 +137,7 @@ def _first(task: Task, val_loss: float) -> StepEvent:
     return StepEvent(0, 0.0, nan, nan, nan, 0, 0, 0, 0.0, nan, active, active, val_loss)
 
 
-def _meter(task: Task, state: TrainState, sums: Sums | None) -> None:
+def _meter(task: Task, state: TrainState, sums: LossAndGradients | None) -> None:
     """Begin to measure: what others hold or take between two steps is not the run's."""
     if not task.own_nbytes:  # what it is made of changes, how much it is does not
         arrays = [*tree_flatten(task.step.module.parameters()), *state.optimizer.items()]
@@ -206,7 +206,7 @@ def _one_update(
     count = task.config.grad_accumulation_steps
     seconds = 0.0
     batches = []
-    sums: Sums | None = None
+    sums: LossAndGradients | None = None
     for i in range(count):
         began = time.perf_counter()
         _meter(task, state, sums)
@@ -232,23 +232,23 @@ def _one_update(
     return new, batches, seconds + time.perf_counter() - began
 
 
-def _sums(task: Task, state: TrainState, batch: Batch, number: int) -> Sums:
+def _sums(task: Task, state: TrainState, batch: Batch, number: int) -> LossAndGradients:
     """Compute what a batch adds up to; one without rows is nothing."""
     if not batch.numbers:
-        return Sums(
+        return LossAndGradients(
             mx.array(0.0),
             {path: mx.zeros_like(array) for path, array in state.parameters.items()},
             mx.array(0.0),
         )
-    sums = task.step(
-        state.parameters,
-        mx.array(batch.tokens),
-        mx.array(batch.mask),
-        task.ranks.key(_key(task.config, number)),
-        None if batch.segments is None else mx.array(batch.segments),
+    step_batch = StepBatch(
+        tokens=mx.array(batch.tokens),
+        mask=mx.array(batch.mask),
+        key=task.ranks.key(_key(task.config, number)),
+        segments=None if batch.segments is None else mx.array(batch.segments),
     )
+    sums = task.step(state.parameters, step_batch)
     return (
-        sums.like(state.parameters)
+        sums.in_dtypes_of(state.parameters)
         if task.config.grad_accumulation_steps * task.ranks.size > 1
         else sums
     )

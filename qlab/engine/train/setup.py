@@ -20,8 +20,8 @@ from qlab.core.train.rows import Batch, Rows
 from qlab.engine.adapt.attach import attach
 from qlab.engine.data.batches import Feed
 from qlab.engine.step.choose import make_step
-from qlab.engine.step.loss import Arrays
 from qlab.engine.step.product_trial import choose_compute
+from qlab.engine.step.protocol import Arrays
 from qlab.engine.train.checkpoint import Checkpoints, TrainState, load
 from qlab.engine.train.distributed import ALONE, Ranks
 from qlab.engine.train.loop import Task

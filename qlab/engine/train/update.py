@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from qlab.core.config.train import TrainConfig
-from qlab.engine.step.loss import Arrays, Sums
+from qlab.engine.step.protocol import Arrays, LossAndGradients
 from qlab.engine.step.vectors import Joined, Layout, total
 
 
@@ -39,14 +39,14 @@ class Updated(NamedTuple):
     finite: mx.array
 
 
-class Gathered(NamedTuple):
+class FlatGradients(NamedTuple):
     """A step's sums as the update takes them.
 
     Attributes:
         grads: as parameters are kept, in the dtype in which they came.
         norm: global norm of them, float32.
-        loss: as in ``Sums``.
-        count: as in ``Sums``.
+        loss: as in ``LossAndGradients``.
+        count: as in ``LossAndGradients``.
     """
 
     grads: Arrays
@@ -96,7 +96,7 @@ class Update:
         self._optimizer.state = {}
         return made
 
-    def gather(self, sums: Sums) -> Gathered:
+    def gather(self, sums: LossAndGradients) -> FlatGradients:
         """Join the gradients, lazily.
 
         Who computes this, and lets go of the sums, has neither them nor squares in memory while the
@@ -105,10 +105,14 @@ class Update:
         Args:
             sums: over all batches of the step; its gradients may be as ``kept`` returns them.
         """
-        return Gathered(*self._gather(sums.grads), sums.loss, sums.count)
+        return FlatGradients(*self._gather(sums.grads), sums.loss, sums.count)
 
     def __call__(
-        self, parameters: Arrays, state: Arrays, sums: Sums | Gathered, learning_rate: mx.array
+        self,
+        parameters: Arrays,
+        state: Arrays,
+        sums: LossAndGradients | FlatGradients,
+        learning_rate: mx.array,
     ) -> Updated:
         """Compute lazily.
 
@@ -119,7 +123,7 @@ class Update:
             sums: over all batches of the step.
             learning_rate: for this step, float32.
         """
-        gathered = sums if isinstance(sums, Gathered) else self.gather(sums)
+        gathered = sums if isinstance(sums, FlatGradients) else self.gather(sums)
         kept, *rest = self._compiled(self.kept(parameters), state, gathered, learning_rate)
         return Updated(self.by_path(kept), *rest)
 
@@ -168,7 +172,7 @@ class Update:
         return grads, mx.sqrt(sum(squares, mx.array(0.0)))
 
     def _apply(
-        self, parameters: Arrays, state: Arrays, gathered: Gathered, learning_rate: mx.array
+        self, parameters: Arrays, state: Arrays, gathered: FlatGradients, learning_rate: mx.array
     ) -> tuple[Arrays, Arrays, mx.array, mx.array, mx.array]:
         grads, norm, loss, count = gathered
         share = 1 / mx.maximum(count, 1)

@@ -13,7 +13,7 @@ from mlx.utils import tree_unflatten
 
 from qlab.core.train.rows import Batch
 from qlab.engine.evaluate.predict import Predictor
-from qlab.engine.step.loss import Arrays
+from qlab.engine.step.protocol import Arrays
 
 _CHUNK = 512  # positions whose logits exist at once
 

@@ -20,7 +20,7 @@ from qlab.core.config.train import TrainConfig
 from qlab.engine.data.batches import Feed
 from qlab.engine.data.batches import _groups
 from qlab.nn.frozen import Compute
-from qlab.engine.step.loss import Sums
+from qlab.engine.step.protocol import LossAndGradients, StepBatch
 from qlab.engine.adapt.attach import attach
 from qlab.engine.step.choose import make_step
 from tests.tiny import on_mlx, tiny
@@ -195,10 +195,10 @@ def test_padding_and_packing_add_nothing_to_loss_and_gradient():
         batches = [feed.batch(i) for i in range(feed.per_epoch)]
         segments = [None if b.segments is None else mx.array(b.segments) for b in batches]
         sums = [
-            step(drawn, mx.array(b.tokens), mx.array(b.mask), segments=s)
+            step(drawn, StepBatch(mx.array(b.tokens), mx.array(b.mask), segments=s))
             for b, s in zip(batches, segments, strict=True)
         ]
-        total = functools.reduce(Sums.plus, sums)
+        total = functools.reduce(LossAndGradients.plus, sums)
         mx.eval(total)
         totals.append(total)
         assert total.count.item() == rows.targets

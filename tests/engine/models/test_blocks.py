@@ -15,6 +15,7 @@ from qlab.engine.adapt.attach import attach
 from qlab.engine.step.choose import make_step
 from qlab.engine.models.surgery import module_at
 from qlab.errors import UnsupportedError
+from qlab.engine.step.protocol import StepBatch
 from tests.tiny import ARCHITECTURES, on_mlx, tiny
 
 
@@ -186,7 +187,7 @@ def test_blocks_whose_class_mlx_lm_has_changed_for_checkpoints_are_stepped_throu
         step = make_step(
             attach(module, spec, LoRAConfig(rank=2), Compute(None, False), True), train
         )
-        found = step(step.parameters, tokens(), mx.ones((2, 11), mx.int32))
+        found = step(step.parameters, StepBatch(tokens(), mx.ones((2, 11), mx.int32)))
         assert step.how == "stepped" and len({type(block) for block in step._stack.blocks}) == 1
         mx.eval(found)
         return found

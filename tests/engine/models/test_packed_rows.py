@@ -15,6 +15,7 @@ from qlab.nn.frozen import Compute
 from qlab.engine.adapt.attach import attach
 from qlab.engine.step.choose import make_step
 from qlab.errors import UnsupportedError
+from qlab.engine.step.protocol import StepBatch
 from tests.engine.step.test_whole import assert_same, stirred
 from tests.tiny import on_mlx, tiny
 
@@ -67,8 +68,8 @@ def test_packed_rows_give_the_sums_of_the_rows_alone(name, how):
     step = step_of(name, how, LoRAConfig(rank=4))
     parameters = stirred(step.parameters)
     (tokens, mask, segments), alone = packed()
-    found = step(parameters, tokens, mask, None, segments)
-    rows = [step(parameters, *row) for row in alone]
+    found = step(parameters, StepBatch(tokens, mask, None, segments))
+    rows = [step(parameters, StepBatch(*row)) for row in alone]
     expected = rows[0].plus(rows[1]).plus(rows[2]).plus(rows[3])
     assert_same(found, expected)
     assert found.count.item() == expected.count.item()
@@ -98,9 +99,9 @@ def test_a_model_with_one_mask_for_all_rows_takes_them_one_at_a_time_and_says_so
 def test_the_first_token_of_a_packed_row_is_no_target_even_if_the_mask_says_so():
     step = step_of("llama", "whole", LoRAConfig(rank=4))
     (tokens, mask, segments), _ = packed()
-    expected = step(step.parameters, tokens, mask, None, segments)
+    expected = step(step.parameters, StepBatch(tokens, mask, None, segments))
     mask[0, 5] = 1
-    found = step(step.parameters, tokens, mask, None, segments)
+    found = step(step.parameters, StepBatch(tokens, mask, None, segments))
     assert found.count.item() == expected.count.item() and found.loss.item() == expected.loss.item()
 
 

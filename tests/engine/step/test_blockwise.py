@@ -17,13 +17,14 @@ from qlab.engine.step.block import arrays_of
 from qlab.engine.step.block import followers
 from qlab.engine.models.skeleton import describe
 from qlab.nn.frozen import Compute
-from qlab.engine.step.whole import Step
+from qlab.engine.step.whole import WholeGraphStep
 from qlab.engine.adapt.attach import attach
 from qlab.engine.step.choose import make_step
-from qlab.engine.step.blockwise import Stepped
+from qlab.engine.step.blockwise import BlockwiseStep
 from qlab.engine.step.blockwise import _Flight
 from qlab.errors import ConfigError
 from qlab.errors import UnsupportedError
+from qlab.engine.step.protocol import StepBatch
 from tests.engine.step.test_whole import HEADS, WHOLE, assert_same, batch, label, made, stirred
 from tests.tiny import ARCHITECTURES, on_mlx, quantized, tiny
 
@@ -32,7 +33,7 @@ TRAIN = TrainConfig(grad_checkpoint=True, loss_chunk=7)
 KEY = (3, 4)
 
 
-def stepped(module, spec, lora, train=TRAIN, compute=None, window=None) -> Stepped:
+def stepped(module, spec, lora, train=TRAIN, compute=None, window=None) -> BlockwiseStep:
     mx.random.seed(5)
     train = replace(train, window=window or 0)
     return make_step(
@@ -45,7 +46,9 @@ def both(module, spec, lora, train=TRAIN, compute=None, key=None, given=None, wi
     step = stepped(module, spec, lora, train, compute, window)
     parameters = stirred(step.parameters)
     whole = made(module, spec, lora, WHOLE, compute)
-    found, expected = (one(parameters, *(given or batch()), key) for one in (step, whole))
+    found, expected = (
+        one(parameters, StepBatch(*(given or batch()), key)) for one in (step, whole)
+    )
     mx.eval(found, expected)
     return found, expected, step
 
@@ -102,10 +105,10 @@ def test_with_the_same_key_the_same_inputs_are_dropped(kind):
     lora = LoRAConfig(rank=4, dropout=0.2, kind=kind)
     found, expected, step = both(module, spec, lora, key=mx.random.key(9))
     assert_same(found, expected)
-    other = step(stirred(step.parameters), *batch(), mx.random.key(8))
+    other = step(stirred(step.parameters), StepBatch(*batch(), mx.random.key(8)))
     assert other.loss.item() != pytest.approx(found.loss.item(), rel=1e-5)
     with pytest.raises(ValueError, match="needs a key"):
-        step(step.parameters, *batch())
+        step(step.parameters, StepBatch(*batch()))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +138,7 @@ def test_a_batch_without_targets_adds_nothing():
     module, spec = tiny()
     step = stepped(module, spec, LoRAConfig(rank=4))
     tokens, mask = batch()
-    found = step(stirred(step.parameters), tokens, mx.zeros_like(mask))
+    found = step(stirred(step.parameters), StepBatch(tokens, mx.zeros_like(mask)))
     assert found.loss.item() == found.count.item() == 0
     assert found.grads.keys() == step.parameters.keys()
     assert all(mx.abs(grad).max().item() == 0 for grad in found.grads.values())
@@ -151,10 +154,10 @@ def test_nothing_is_compiled_twice_for_depth_steps_or_numbers_of_targets():
         )
         tokens, mask = batch()
         for n in range(1, 12):
-            mx.eval(step(step.parameters, tokens, mask * (mx.arange(13) <= n)))
+            mx.eval(step(step.parameters, StepBatch(tokens, mask * (mx.arange(13) <= n))))
         traces.append(step.traces)
     assert traces[0] == traces[1] <= 2 + 8
-    mx.eval(step(step.parameters, tokens[:, :9], mask[:, :9]))
+    mx.eval(step(step.parameters, StepBatch(tokens[:, :9], mask[:, :9])))
     assert step.traces <= traces[1] + 3  # another shape
 
 
@@ -255,7 +258,7 @@ def test_who_asks_for_checkpoints_is_stepped_and_others_are_not():
         ways[again] = step.how
         assert step.notes and all(isinstance(note, str) for note in step.notes)
     assert ways == {True: "stepped", False: "whole"}
-    assert isinstance(make_step(twin, TRAIN, how="whole"), Step)
+    assert isinstance(make_step(twin, TRAIN, how="whole"), WholeGraphStep)
     with pytest.raises(ConfigError, match="how='fast'"):
         make_step(twin, TRAIN, how="fast")
 
@@ -277,7 +280,7 @@ def test_the_model_itself_is_left_as_it_was():
     arrays = dict(tree_flatten(module.parameters()))
     step = stepped(module, spec, LoRAConfig(rank=4, dropout=0.2))
     parameters = stirred(step.parameters)
-    mx.eval(step(parameters, *batch(), mx.random.key(1)))
+    mx.eval(step(parameters, StepBatch(*batch(), mx.random.key(1))))
     now = dict(tree_flatten(module.parameters()))
     assert now.keys() == arrays.keys() and all(now[path] is arrays[path] for path in arrays)
     held = dict(tree_flatten(step.module.trainable_parameters()))
@@ -299,7 +302,7 @@ def test_the_loss_curve_of_many_updates_is_that_of_the_whole_graph():
         update = Update(train, step.parameters)
         parameters, state, losses = step.parameters, update.state, []
         for _ in range(200):
-            new = update(parameters, state, step(parameters, *batch()), mx.array(3e-3))
+            new = update(parameters, state, step(parameters, StepBatch(*batch())), mx.array(3e-3))
             mx.eval(new)
             parameters, state = new.parameters, new.state
             losses.append(new.loss.item())
@@ -317,11 +320,13 @@ def test_factors_are_cast_once_a_step_where_nothing_but_products_reads_them(kind
     assert (
         sorted(found.get(mx.bfloat16, [])) == (factors if kind == "lora" else []) and len(found) < 2
     )
-    sums = step(step.parameters, *batch())
+    sums = step(step.parameters, StepBatch(*batch()))
     assert {sums.grads[path].dtype for path in factors} == {
         mx.bfloat16 if kind == "lora" else mx.float32
     }
-    assert {grad.dtype for grad in sums.like(step.parameters).grads.values()} == {mx.float32}
+    assert {grad.dtype for grad in sums.in_dtypes_of(step.parameters).grads.values()} == {
+        mx.float32
+    }
     wide, spec = tiny()
     wide.model.embed_tokens.weight = wide.model.embed_tokens.weight.astype(
         mx.bfloat16

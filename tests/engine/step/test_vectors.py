@@ -14,7 +14,7 @@ from qlab.engine.step.vectors import Joined
 from qlab.engine.step.vectors import Layout
 from qlab.engine.step.vectors import cast
 from qlab.engine.step.vectors import total
-from qlab.engine.step.loss import Sums
+from qlab.engine.step.protocol import LossAndGradients
 from qlab.engine.memory.read_graph import read
 from qlab.engine.train.update import Update
 from tests.tiny import on_mlx
@@ -46,7 +46,9 @@ def updates(update: Update, parameters, count: int = 4, dtype: mx.Dtype = mx.flo
     state = update.state
     for number in range(count):
         grads = {path: grad.astype(dtype) for path, grad in arrays(number + 1).items()}
-        new = update(parameters, state, Sums(mx.array(1.0), grads, mx.array(3.0)), mx.array(3e-3))
+        new = update(
+            parameters, state, LossAndGradients(mx.array(1.0), grads, mx.array(3.0)), mx.array(3e-3)
+        )
         mx.eval(new)
         parameters, state = new.parameters, new.state
     return parameters, state
@@ -190,7 +192,10 @@ def test_hundreds_of_arrays_take_as_many_operations_as_two_but_for_joining_them(
                 {name: next(left) for name in group} for group in (kept, state, given)
             )
             new = update(
-                update.by_path(own), before, Sums(next(left), grads, next(left)), next(left)
+                update.by_path(own),
+                before,
+                LossAndGradients(next(left), grads, next(left)),
+                next(left),
             )
             return [
                 *new.parameters.values(),
@@ -214,7 +219,7 @@ def test_an_update_goes_on_from_other_parameters_than_its_own():
     update = Update(TrainConfig(), given)
     parameters, state = updates(update, given, 1)
     other = {path: array + 1 for path, array in parameters.items()}
-    sums = Sums(mx.array(1.0), arrays(9), mx.array(3.0))
+    sums = LossAndGradients(mx.array(1.0), arrays(9), mx.array(3.0))
     moved = update(other, state, sums, mx.array(3e-3)).parameters
     assert all(
         mx.allclose(moved[path] - 1, array, atol=1e-2).item() for path, array in parameters.items()
@@ -227,7 +232,7 @@ def test_an_update_goes_on_from_other_parameters_than_its_own():
 def test_sums_gathered_before_make_the_same_step():
     given = arrays()
     update = Update(TrainConfig(), given)
-    sums = Sums(mx.array(6.0), arrays(9), mx.array(3.0))
+    sums = LossAndGradients(mx.array(6.0), arrays(9), mx.array(3.0))
     gathered = update.gather(sums)
     mx.eval(gathered)
     assert gathered.norm.item() == pytest.approx(

@@ -14,10 +14,11 @@ from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.train import TrainConfig
 from qlab.engine.models.skeleton import describe
 from qlab.nn.frozen import Compute
-from qlab.engine.step.whole import Step
+from qlab.engine.step.whole import WholeGraphStep
 from qlab.engine.adapt.attach import attach
 from qlab.engine.models.surgery import module_at
 from qlab.errors import UnsupportedError
+from qlab.engine.step.protocol import StepBatch
 from tests.tiny import dense, on_mlx, quantized, tiny
 
 STORAGES = [None, QuantConfig("affine", 4), QuantConfig("mxfp4"), QuantConfig("nf4")]
@@ -55,10 +56,10 @@ def batch(rows: int = 2) -> tuple[mx.array, mx.array]:
 
 def made(
     module, spec, lora: LoRAConfig, train: TrainConfig, compute: Compute | None = None
-) -> Step:
+) -> WholeGraphStep:
     """Return a step whose second factors are random instead of zero."""
     mx.random.seed(5)
-    return Step(
+    return WholeGraphStep(
         attach(module, spec, lora, compute or Compute(None, True), train.grad_checkpoint), train
     )
 
@@ -84,7 +85,7 @@ def numbers(
     """Return loss, gradients and count of the batch, evaluated, and the parameters that they belong to."""
     step = made(module, spec, lora, train, compute)
     parameters = stirred(step.parameters)
-    found = step(parameters, *(given or batch()), key)
+    found = step(parameters, StepBatch(*(given or batch()), key))
     mx.eval(found)
     return found, parameters
 
@@ -199,7 +200,7 @@ def test_another_key_drops_others_and_every_layer_has_its_own():
     without = numbers(module, spec, LoRAConfig(rank=4, keys=lora.keys), WHOLE)[0][0].item()
     assert losses[0] == losses[2] and len({*losses, without}) == 3
     step = made(module, spec, lora, WHOLE)
-    step(step.parameters, *batch(), mx.random.key(1))
+    step(step.parameters, StepBatch(*batch(), mx.random.key(1)))
     keys = {
         path: a.tolist()
         for path, a in tree_flatten(step.module.parameters())
@@ -214,7 +215,9 @@ def test_gradients_with_dropout_are_those_of_differentiating_with_these_masks(tr
     module, spec, _ = model(QuantConfig("affine", 4))
     step = made(module, spec, LoRAConfig(rank=4, dropout=0.2), train)
     parameters, (tokens, mask) = stirred(step.parameters), batch()
-    found = step(parameters, tokens, mask, mx.random.key(9))  # leaves its keys in the module
+    found = step(
+        parameters, StepBatch(tokens, mask, mx.random.key(9))
+    )  # leaves its keys in the module
 
     def nats(p):
         step.module.update(tree_unflatten(list(p.items())))
@@ -244,13 +247,13 @@ def test_a_gradient_is_the_slope_between_two_losses(path, train):
         train,
     )
     parameters, key = stirred(step.parameters), mx.random.key(9)
-    grads = step(parameters, *batch(), key).grads
+    grads = step(parameters, StepBatch(*batch(), key)).grads
     row, column = divmod(mx.argmax(mx.abs(grads[path])).item(), grads[path].shape[1])
 
     def loss(by: float) -> float:
         moved = mx.array(parameters[path])
         moved[row, column] += by
-        return step({**parameters, path: moved}, *batch(), key).loss.item()
+        return step({**parameters, path: moved}, StepBatch(*batch(), key)).loss.item()
 
     slope = (loss(0.02) - loss(-0.02)) / 0.04
     assert grads[path][row, column].item() == pytest.approx(slope, rel=5e-3)
@@ -347,7 +350,7 @@ def test_the_model_itself_is_left_as_it_was(storage, train):
     logits, arrays = module(tokens), dict(tree_flatten(module.parameters()))
     kinds = {path: type(x) for path, x in module.named_modules()}
     step = made(module, spec, LoRAConfig(rank=4, dropout=0.2), train)
-    found = step(stirred(step.parameters), tokens, mask, mx.random.key(1))
+    found = step(stirred(step.parameters), StepBatch(tokens, mask, mx.random.key(1)))
     assert {path: type(x) for path, x in module.named_modules()} == kinds
     now = dict(tree_flatten(module.parameters()))
     assert now.keys() == arrays.keys() and all(now[path] is arrays[path] for path in arrays)
@@ -361,9 +364,9 @@ def test_a_step_may_be_taken_again_and_gives_the_same(train):
     module, spec, _ = model(QuantConfig("nf4"))
     step = made(module, spec, LoRAConfig(rank=4), train)
     parameters = stirred(step.parameters)
-    first = step(parameters, *batch())
-    step({path: 2 * a for path, a in parameters.items()}, *batch(3))
-    again = step(parameters, *batch())
+    first = step(parameters, StepBatch(*batch()))
+    step({path: 2 * a for path, a in parameters.items()}, StepBatch(*batch(3)))
+    again = step(parameters, StepBatch(*batch()))
     assert_same(again, first, 1e-7)
     assert first[0].item() == again[0].item()
     held = dict(tree_flatten(step.module.trainable_parameters()))
@@ -402,10 +405,12 @@ def test_attaching_leaves_the_model_as_trainable_as_it_was():
 @on_mlx
 def test_another_order_of_the_parameters_is_kept_and_not_compiled_anew():
     module, spec = tiny()
-    step = Step(
+    step = WholeGraphStep(
         attach(module, spec, LoRAConfig(rank=2), Compute(mx.float32, True), False), TrainConfig()
     )
     tokens = mx.arange(12).reshape(2, 6)
     for parameters in (step.parameters, dict(reversed(step.parameters.items()))):
-        assert list(step(parameters, tokens, mx.ones_like(tokens)).grads) == list(parameters)
+        assert list(step(parameters, StepBatch(tokens, mx.ones_like(tokens))).grads) == list(
+            parameters
+        )
     assert step.traces == (1 if mx.default_device() == mx.cpu else 0)

@@ -24,7 +24,7 @@ from qlab.engine.train import distributed as parallel
 from qlab.engine.data.batches import Feed
 from qlab.engine.data.batches import part
 from qlab.runtime.job import mlx_call
-from qlab.engine.step.loss import Sums
+from qlab.engine.step.protocol import LossAndGradients
 from qlab.engine.train.distributed import ALONE
 from qlab.engine.train.setup import check_shared
 from qlab.engine.train.loop import train_steps
@@ -89,7 +89,7 @@ def one_process(folder: Path) -> None:
     found["gathered"] = ranks.gather(f"process {ranks.rank} ü")
     found["agreed"] = [ranks.agreed(""), ranks.agreed("one" if mine else "")]
     found["nats"] = ranks.all_nats(Nats(0.1 * ranks.rank, ranks.rank)).__dict__
-    sums = Sums(
+    sums = LossAndGradients(
         mx.array(1.0),
         {"a": mx.full((2, 3), ranks.rank + 1, mx.bfloat16), "b": mx.ones(5)},
         mx.array(2.0),
@@ -232,7 +232,7 @@ def test_one_process_sends_nothing_and_changes_no_object(monkeypatch):
     monkeypatch.setattr(mx.distributed, "all_sum", None)
     assert parallel.joined() is ALONE and ALONE.first
     batch, key = Feed(rows(4), CONFIG).batch(0), mx.random.key(1)
-    sums = Sums(mx.array(1.0), {}, mx.array(1.0))
+    sums = LossAndGradients(mx.array(1.0), {}, mx.array(1.0))
     assert ALONE.share(batch) is batch and ALONE.key(key) is key and ALONE.total(sums) is sums
     assert (
         ALONE.gather("x") == ["x"]

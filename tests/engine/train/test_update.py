@@ -13,8 +13,8 @@ from qlab.core.config.quant import QuantConfig
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.train import TrainConfig
 from qlab.nn.frozen import Compute
-from qlab.engine.step.whole import Step
-from qlab.engine.step.loss import Sums
+from qlab.engine.step.whole import WholeGraphStep
+from qlab.engine.step.protocol import LossAndGradients, StepBatch
 from qlab.engine.adapt.attach import attach
 from qlab.engine.train.update import Update
 from tests.engine.step.test_whole import VARIANTS, WHOLE, batch, label, model, stirred
@@ -34,12 +34,14 @@ class Updating:
         twin = attach(
             module, spec, LoRAConfig(rank=4, **settings), Compute(None, True), train.grad_checkpoint
         )
-        self.step = Step(twin, config)
+        self.step = WholeGraphStep(twin, config)
         self.update = Update(config, self.step.parameters)
         self.state = self.update.state
 
     def __call__(self, parameters, state, tokens, mask, rate: float = RATE):
-        return self.update(parameters, state, self.step(parameters, tokens, mask), mx.array(rate))
+        return self.update(
+            parameters, state, self.step(parameters, StepBatch(tokens, mask)), mx.array(rate)
+        )
 
 
 def unclipped(train: TrainConfig) -> TrainConfig:
@@ -73,7 +75,7 @@ def test_twenty_updates_on_one_batch_lower_the_loss(optimizer, train):
 def test_an_update_follows_the_mean_gradient_of_a_target(optimizer):
     update = Updating(optimizer, unclipped(WHOLE))
     parameters = stirred(update.step.parameters)
-    loss, grads, count = update.step(parameters, *batch())
+    loss, grads, count = update.step(parameters, StepBatch(*batch()))
     found = update(parameters, update.state, *batch())
     assert found.loss.item() == pytest.approx(loss.item() / count.item(), rel=1e-6)
     plain = registry.get("optimizers", optimizer).make(RATE)
@@ -97,7 +99,9 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(optimizer):
     parameters = stirred(update.step.parameters)
     tokens, mask = batch()
     whole = update(parameters, update.state, tokens, mask)
-    first, second = (update.step(parameters, tokens[i : i + 1], mask[i : i + 1]) for i in (0, 1))
+    first, second = (
+        update.step(parameters, StepBatch(tokens[i : i + 1], mask[i : i + 1])) for i in (0, 1)
+    )
     assert first.count.item() != second.count.item()
     found = update.update(parameters, update.state, second.plus(first), mx.array(RATE))
     assert found.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
@@ -109,10 +113,12 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(optimizer):
 def test_clipping_scales_all_gradients_to_the_global_norm_and_reports_it_as_it_was():
     update = Updating("adamw", WHOLE)
     parameters = stirred(update.step.parameters)
-    sums = update.step(parameters, *batch())
+    sums = update.step(parameters, StepBatch(*batch()))
     norm = update.update(parameters, update.state, sums, mx.array(RATE)).grad_norm.item()
     tight = Update(replace(WHOLE, max_grad_norm=norm / 4), parameters)
-    quarter = Sums(sums.loss, {path: grad / 4 for path, grad in sums.grads.items()}, sums.count)
+    quarter = LossAndGradients(
+        sums.loss, {path: grad / 4 for path, grad in sums.grads.items()}, sums.count
+    )
     free = Update(unclipped(WHOLE), parameters)
     found = tight(parameters, tight.state, sums, mx.array(RATE))
     wanted = free(parameters, free.state, quarter, mx.array(RATE))
@@ -129,8 +135,8 @@ def test_the_learning_rate_is_the_one_of_the_step_and_decay_is_decoupled():
     parameters = stirred(update.step.parameters)
     still = update(parameters, update.state, *batch(), rate=0.0)
     assert all(mx.array_equal(still.parameters[path], array) for path, array in parameters.items())
-    sums = update.step(parameters, *batch())
-    none = Sums(
+    sums = update.step(parameters, StepBatch(*batch()))
+    none = LossAndGradients(
         sums.loss, {path: mx.zeros_like(grad) for path, grad in sums.grads.items()}, sums.count
     )
     decaying = Update(replace(WHOLE, weight_decay=0.5), parameters)
