@@ -5,7 +5,6 @@ Wiring only.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,12 +28,11 @@ from qlab.errors import BusyError, ConfigError, named, sealed
 from qlab.lab.adapter_arrays import Held
 from qlab.lab.adapter_traits import TRAITS, AdapterChoice
 from qlab.lab.model import Model
+from qlab.lab.panel import HasPanel, PanelViews
 from qlab.lab.quantizer import Quantizer
-from qlab.runtime.atomic import write_page
 from qlab.runtime.job import Latest, mlx_call
 from qlab.views.adapter.static import html, page, text_line
 from qlab.views.adapter.widget import AdapterPanel
-from qlab.views.shared.wire import bundle
 
 AUTO_SIZE = 1e9  # parameters up to which a panel measures starts without being asked
 _STORED_BY = ["mode", "bits", "group_size", "solver", "overrides"]  # a quantizer's traits
@@ -42,7 +40,7 @@ _STORED_BY = ["mode", "bits", "group_size", "solver", "overrides"]  # a quantize
 
 @named
 @sealed
-class Adapter(AdapterChoice):
+class Adapter(HasPanel, AdapterChoice):
     """Small trainable changes of a frozen model. As the last line of a cell it is a panel.
 
     The traits and the sliders are one state in both directions. The model itself never changes.
@@ -70,6 +68,8 @@ class Adapter(AdapterChoice):
         LayerNotFoundError: a key matches no layer; names the nearest.
     """
 
+    _views = PanelViews(panel=AdapterPanel, text_line=text_line, html=html, page=page)
+
     def __init__(
         self,
         source: Model | Quantizer,
@@ -91,21 +91,18 @@ class Adapter(AdapterChoice):
         first = LoRAConfig(rank, 2.0, dropout, num_layers, keys, kind, dtype, rslora, init).scaled(
             alpha, scale
         )
+        super().__init__()
         self._quantizer = source if isinstance(source, Quantizer) else None
         self._model = source.model if isinstance(source, Quantizer) else source
         self._spec = self._model.spec
         self._held = Held()
         self._bases: dict[Any, Model] = {}
         self._off = 0  # how many ask for the bare base
-        self._lock = threading.RLock()
         self._jobs = Latest(self._show)
-        self._panel: AdapterPanel | None = None
-        self._ack: int | None = None
         self.seed = seed
         self.run = ""  # name of the run that trains it now
         self.notes: tuple[str, ...] = ()  # what to know about the folder it came from
         self._survey = Survey(self._model.study, self._model.tokenizer, text)
-        super().__init__()
         self._take(first)
         self.observe(self._on_trait, list(TRAITS))
         if self._quantizer is not None:
@@ -333,15 +330,6 @@ class Adapter(AdapterChoice):
 
     # --- the panel --------------------------------------------------------------------------------
 
-    @property
-    def widget(self) -> Any:
-        """The live panel; the first one starts to measure."""
-        with self._lock:
-            if self._panel is None:
-                self._panel = AdapterPanel(self.state(), self._on_intent)
-                self._refresh()
-            return self._panel.widget
-
     def state(self) -> AdapterState:
         """What the panel shows now, as a value."""
         found, stale = self._survey.found(self._key())
@@ -359,32 +347,13 @@ class Adapter(AdapterChoice):
             source="q" if self._quantizer is not None else "model",
         )
 
-    def to_html(self, path: str) -> str:
-        """Write one self-contained file in which the sliders still work, offline and without a
-        kernel; return its path.
-        """
-        return write_page(path, page(self.state()))
+    def _panel_opened(self) -> None:
+        self._refresh()
 
-    def close(self) -> None:
-        """End the running job and the panel, and stop to follow the quantizer."""
+    def _stop_work(self) -> None:
         self._jobs.stop()
         if self._quantizer is not None:
             self._quantizer.unobserve(self._on_source, _STORED_BY)
-        if self._panel is not None:
-            self._panel.close()
-            self._panel = None
-
-    def __repr__(self) -> str:
-        return text_line(self.state())
-
-    def _repr_html_(self) -> str:
-        return html(self.state())
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **_: Any) -> Any:
-        return bundle(self.widget, repr(self), self._repr_html_())
-
-    def _display_(self) -> Any:  # marimo
-        return self.widget
 
     # --- within -----------------------------------------------------------------------------------
 
@@ -443,22 +412,14 @@ class Adapter(AdapterChoice):
         if self._held.pinned is None:
             self._refresh()
 
-    def _show(self) -> None:
-        with (
-            self._lock
-        ):  # called by cells, widgets and jobs: an older state must not overtake a newer one
-            if self._panel is not None:
-                self._panel.show(self.state(), self._ack)
+    def _do_set(self, intent: dict[str, Any]) -> None:
+        self._take(replace(self.config, **intent["config"]))
 
-    def _on_intent(self, intent: dict[str, Any]) -> None:
-        """Do what the browser asks; called on a widget thread, so work is only queued."""
-        self._ack = intent["seq"]
-        if intent["op"] == "set":
-            self._take(replace(self.config, **intent["config"]))
-        elif intent["op"] == "measure":
-            self._jobs.start(lambda: self._survey.measure(self._key(), self.config, True))
-        elif intent["op"] == "cancel":
-            self._jobs.stop()
-        elif intent["op"] == "reset":
-            self.reset()
-        self._show()
+    def _do_measure(self, intent: dict[str, Any]) -> None:
+        self._jobs.start(lambda: self._survey.measure(self._key(), self.config, True))
+
+    def _do_cancel(self, intent: dict[str, Any]) -> None:
+        self._jobs.stop()
+
+    def _do_reset(self, intent: dict[str, Any]) -> None:
+        self.reset()

@@ -5,7 +5,6 @@ Traits ↔ study ↔ panel.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Generator
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,13 +23,12 @@ from qlab.core.quantize.report import QuantReport, report_of
 from qlab.engine.io.loaded import Loaded
 from qlab.errors import ConfigError, LayerNotFoundError, named, nearest, sealed
 from qlab.lab.model import Model
-from qlab.runtime.atomic import write_page
+from qlab.lab.panel import HasPanel, PanelViews
 from qlab.runtime.device import machine
 from qlab.runtime.job import Latest, mlx_call
 from qlab.views.cards.compare import Comparison
 from qlab.views.quantizer.static import html, page, text_line
 from qlab.views.quantizer.widget import QuantizerPanel
-from qlab.views.shared.wire import bundle
 
 AUTO_PREDICT_SIZE = 1e9  # parameters up to which ΔKL is predicted without being asked
 RELIABLE_ERROR = 0.5  # weight error up to which allocate trusts the predicted ΔKL
@@ -39,7 +37,7 @@ _KEEP: Any = object()
 
 @named
 @sealed
-class Quantizer(T.HasTraits):
+class Quantizer(HasPanel, T.HasTraits):
     """Storage of a model's weights, chosen by traits, sliders or code, with its error and size at
     once.
 
@@ -58,6 +56,8 @@ class Quantizer(T.HasTraits):
     Raises:
         ConfigError: unknown mode or solver, or bits or group size that the mode does not have.
     """
+
+    _views = PanelViews(panel=QuantizerPanel, text_line=text_line, html=html, page=page)
 
     mode = T.Unicode("affine")
     bits = T.Int(4)
@@ -78,15 +78,12 @@ class Quantizer(T.HasTraits):
             raise ConfigError(f"model={model!r} is not legal; give what qlab.load returned.")
         first = QuantConfig(mode, bits, group_size)
         registry.get("solvers", solver)
+        super().__init__()
         self._model = model
         self._text = text
-        self._lock = threading.RLock()
         self._jobs = Latest(self._show)
-        self._panel: QuantizerPanel | None = None
         self._measure: str | None = None
-        self._ack: int | None = None
         self._machine = mlx_call(machine)
-        super().__init__()
         with self.hold_trait_notifications():
             self.mode = first.mode
             self.bits = first.bits
@@ -267,14 +264,6 @@ class Quantizer(T.HasTraits):
 
     # --- the panel --------------------------------------------------------------------------------
 
-    @property
-    def widget(self) -> Any:
-        """The live panel."""
-        with self._lock:
-            if self._panel is None:
-                self._panel = QuantizerPanel(self.state(), self._on_intent)
-            return self._panel.widget
-
     def state(self) -> PanelState:
         """What the panel shows now, as a value."""
         study = self._model.study
@@ -318,31 +307,8 @@ class Quantizer(T.HasTraits):
             ]
         return tuple(found)
 
-    def to_html(self, path: str) -> str:
-        """Write one self-contained file in which the sliders still work, offline and without a
-        kernel; return its path.
-        """
-        return write_page(path, page(self.state()))
-
-    def close(self) -> None:
-        """End the running job and the panel."""
+    def _stop_work(self) -> None:
         self._jobs.stop()
-        if self._panel is not None:
-            self._panel.close()
-            self._panel = None
-
-    def __repr__(self) -> str:
-        return text_line(self.state())
-
-    def _repr_html_(self) -> str:
-        return html(self.state())
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **_: Any) -> Any:
-        state = self.state()
-        return bundle(self.widget, text_line(state), html(state))
-
-    def _display_(self) -> Any:  # marimo
-        return self.widget
 
     # --- within -----------------------------------------------------------------------------------
 
@@ -411,22 +377,6 @@ class Quantizer(T.HasTraits):
     def _predict(self, text: Any) -> Generator[Progress, None, None]:
         yield from self._model.study.look(self.config)
         yield from self._model.study.predict(text)
-
-    def _show(self) -> None:
-        with (
-            self._lock
-        ):  # called by cells, widgets and jobs: an older state must not overtake a newer one
-            if self._panel is not None:
-                self._panel.show(self.state(), self._ack)
-
-    def _on_intent(self, intent: dict[str, Any]) -> None:
-        """Do what the browser asks; called on a widget thread, so work is only queued."""
-        self._ack = intent["seq"]
-        getattr(self, f"_do_{intent['op']}")(intent)
-        self._show()
-
-    def _do_hello(self, intent: dict[str, Any]) -> None:
-        """A view has opened; the answer is the acknowledgement."""
 
     def _do_set(self, intent: dict[str, Any]) -> None:
         wanted = QuantConfig(intent["mode"], intent["bits"], intent["group_size"])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +14,8 @@ from qlab import registry
 from qlab.core.adapt.recovery import GRID, noise_squares, on_grid
 from qlab.core.config.lora import INITS
 from qlab.core.panels.adapter import AdapterState
-from qlab.views.shared.wire import CSS, Controls, source
+from qlab.views.shared.panel import LivePanel
+from qlab.views.shared.wire import CSS, source
 
 ESM = source(
     "shared/panel.js", "adapter/widget.js"
@@ -139,67 +138,32 @@ def _arrays(state: AdapterState) -> dict[str, bytes]:
     return {"curves": codes.astype("<u2").tobytes(), "errors": errors.astype("<f4").tobytes()}
 
 
-class AdapterPanel:
-    """One panel: shows states and passes on what the user wants.
+class AdapterPanel(LivePanel[AdapterState]):
+    """The live panel of an ``Adapter``."""
 
-    Args:
-        state: shown first.
-        on_intent: called on a widget thread with a checked intent; what it raises is shown in the
-            panel.
-    """
+    view = AdapterView
+    operations = _OPS
+    _sent_at = 0.0  # when curves were sent last
 
-    def __init__(self, state: AdapterState, on_intent: Callable[[dict[str, Any]], None]) -> None:
-        self._state = state
-        self._on_intent = on_intent
-        self._lock = threading.Lock()
-        self._told = 0.0
-        self._complaint = ""
-        self._controls = Controls()
-        self.widget = AdapterView(controls=self._controls, **payload(state))
-        self._controls.listen(_OPS, self._heard, self._refused)
+    def payload(self, state: AdapterState) -> dict[str, Any]:
+        return payload(state)
 
-    def show(self, state: AdapterState, ack: int | None = None) -> None:
-        """Send what has changed, in one message.
+    def large(self, before: AdapterState, state: AdapterState, ended: bool) -> dict[str, Any]:
+        now = time.monotonic()
+        measuring = state.progress is not None
+        if measuring and now - self._sent_at <= _EVERY_S:
+            return {}
+        self._sent_at = now
+        return _arrays(state)
 
-        After a job everything, so that a view can never stay behind.
-        """
-        # hold_sync loses what another thread sets while it flushes
-        with self._lock:
-            ended = self._state.progress is not None and state.progress is None
-            due = state.progress is None or time.monotonic() - self._told > _EVERY_S
-            arrays = _arrays(state) if due else {}
-            if (state.config, state.storage) != (self._state.config, self._state.storage):
-                self._complaint = ""  # what was refused is history
-            self._state = state
-            with self.widget.hold_sync():
-                for name, value in arrays.items():
-                    if getattr(self.widget, name) != value:
-                        setattr(self.widget, name, value)
-                        self._told = time.monotonic()
-                self.widget.state = self._choice(ack)
-            if ended:
-                self.widget.send_state([*arrays, "state"])
+    def small(self, state: AdapterState, ack: int) -> dict[str, Any]:
+        return choice(state, ack)
 
-    def close(self) -> None:
-        """Take the panel off the page."""
-        self.widget.close()
-        self._controls.close()
+    def outdates_complaint(self, before: AdapterState, state: AdapterState) -> bool:
+        return (before.config, before.storage) != (state.config, state.storage)
 
-    def _choice(self, ack: int | None) -> dict[str, Any]:
-        sent = choice(self._state, ack)
-        return {
-            **sent,
-            "error": sent["error"] or self._complaint,
-        }  # a running job must not wipe it away
-
-    def _heard(self, intent: dict[str, Any]) -> None:
-        self._complaint = ""
-        self._on_intent(_settled(intent))
-
-    def _refused(self, seq: int | None, error: str) -> None:
-        with self._lock:
-            self._complaint = error
-            self.widget.state = self._choice(seq)
+    def settled(self, intent: dict[str, Any]) -> dict[str, Any]:
+        return _settled(intent)
 
 
 def _settled(intent: dict[str, Any]) -> dict[str, Any]:

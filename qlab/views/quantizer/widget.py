@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import anywidget
@@ -11,7 +9,8 @@ import numpy as np
 import traitlets as T
 
 from qlab.core.panels.quantizer import PanelState
-from qlab.views.shared.wire import CSS, Controls, source
+from qlab.views.shared.panel import LivePanel
+from qlab.views.shared.wire import CSS, source
 
 ESM = source(
     "shared/panel.js", "quantizer/widget.js"
@@ -103,45 +102,20 @@ def _arrays(state: PanelState) -> dict[str, bytes]:
     }
 
 
-class QuantizerPanel:
-    """One panel: shows states and passes on what the user wants.
+class QuantizerPanel(LivePanel[PanelState]):
+    """The live panel of a ``Quantizer``."""
 
-    Args:
-        state: shown first.
-        on_intent: called on a widget thread with a checked intent; what it raises is shown in the
-            panel.
-    """
+    view = QuantizerView
+    operations = _OPS
 
-    def __init__(self, state: PanelState, on_intent: Callable[[dict[str, Any]], None]) -> None:
-        self._state = state
-        self._lock = threading.Lock()
-        self._controls = Controls()
-        self.widget = QuantizerView(controls=self._controls, **payload(state))
-        self._controls.listen(_OPS, on_intent, self._refused)
+    def payload(self, state: PanelState) -> dict[str, Any]:
+        return payload(state)
 
-    def show(self, state: PanelState, ack: int | None = None) -> None:
-        """Send what has changed, in one message.
+    def large(self, before: PanelState, state: PanelState, ended: bool) -> dict[str, Any]:
+        return _arrays(state)
 
-        After a job everything, so that a view can never stay behind.
-        """
-        arrays = _arrays(state)
-        # hold_sync loses what another thread sets while it flushes
-        with self._lock:
-            ended = self._state.progress is not None and state.progress is None
-            self._state = state
-            with self.widget.hold_sync():
-                for name, value in arrays.items():
-                    if getattr(self.widget, name) != value:
-                        setattr(self.widget, name, value)
-                self.widget.state = choice(state, ack)
-            if ended:
-                self.widget.send_state([*arrays, "state"])
+    def small(self, state: PanelState, ack: int) -> dict[str, Any]:
+        return choice(state, ack)
 
-    def close(self) -> None:
-        """Take the panel off the page."""
-        self.widget.close()
-        self._controls.close()
-
-    def _refused(self, seq: int | None, error: str) -> None:
-        with self._lock:
-            self.widget.state = {**choice(self._state, seq), "error": error}
+    def outdates_complaint(self, before: PanelState, state: PanelState) -> bool:
+        return (before.plan, before.solver) != (state.plan, state.solver)
