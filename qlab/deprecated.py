@@ -1,0 +1,63 @@
+"""Old spellings that still work, with a ``DeprecationWarning`` that says the new one.
+
+Every deprecation of the package goes through one of these functions, so that a search for
+``deprecated`` lists all that a release may drop. Sits beside ``errors`` and knows nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, signature
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def deprecated_name(old: str, new: str, *, stacklevel: int = 2) -> None:
+    """Warn that a spelling is old.
+
+    Args:
+        old: what was written, such as ``Trainer.resume(path)``.
+        new: what to write instead.
+        stacklevel: frames up to the line that wrote it; 2 is the caller of the caller.
+    """
+    message = f"{old} is deprecated and goes with the next release; use {new}."
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel + 1)
+
+
+def positional_arguments(function: Function) -> Function:
+    """Decorate a function whose arguments have become keyword-only: old calls still work.
+
+    Arguments beyond the positional ones fill the keyword-only ones in the order in which they are
+    declared, with a warning that names them.
+
+    Example:
+        >>> @positional_arguments
+        ... def resize(image, *, width, height): ...
+        >>> resize(image, 640, 480)  # works, and warns: write width=640, height=480
+    """
+    parameters = signature(function).parameters.values()
+    positional = [p.name for p in parameters if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    keywords = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
+    most = len(positional) + len(keywords)
+
+    @wraps(function)
+    def call(*args: Any, **settings: Any) -> Any:
+        extra = args[len(positional) :]
+        if not extra or len(args) > most:  # too many: let Python say so
+            return function(*args, **settings)
+        names = keywords[: len(extra)]
+        twice = [name for name in names if name in settings]
+        if twice:
+            name = function.__qualname__.removesuffix(".__init__")
+            raise TypeError(f"{name}() got two values for {twice[0]!r}.")
+        by_name = ", ".join(f"{name}=…" for name in names)
+        name = function.__qualname__.removesuffix(".__init__")
+        deprecated_name(f"{name}(…) with {len(extra)} more values by position", by_name)
+        return function(
+            *args[: len(positional)], **dict(zip(names, extra, strict=True)), **settings
+        )
+
+    return call  # type: ignore[return-value]  # wraps keeps the signature, which no type says
