@@ -77,3 +77,25 @@ def register(kind: str, item: Any) -> Any:
     """
     shelf(kind)[item.name] = item
     return item
+
+
+class LazyModule:
+    """A module that is imported when something in it is first asked for.
+
+    To check a config, the files of a shelf are imported; what only their methods need (MLX above
+    all) should not be loaded by that. A shelf file therefore says::
+
+        if TYPE_CHECKING:
+            import mlx.core as mx
+        else:
+            mx = LazyModule("mlx.core")
+
+    Args:
+        name: the module's full name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)

@@ -1,19 +1,31 @@
-"""MLX's own format: unsigned codes with a scale and a bias per group. Knows no model."""
+"""MLX's own format: unsigned codes with a scale and a bias for each group.
+
+The engine finds it by its mode, ``"affine"``. Knows no model.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-import mlx.core as mx
+from qlab.core.config.quant import Layout, PackedArrays, QuantConfig, Scheme
+from qlab.registry import LazyModule
 
-from qlab.core.config.quant import Layout, QuantConfig, Scheme
-from qlab.ops.unpack import affine
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from qlab.ops import unpack
+else:
+    mx = LazyModule("mlx.core")
+    unpack = LazyModule("qlab.ops.unpack")
 
 
 class Affine(Scheme):
-    """w ≈ scale·q + bias, q in 0…2^bits−1.
+    """Unsigned integers: ŵ = scale·q + bias, q in 0…2^bits − 1.
 
-    Zero and the edge of larger magnitude are exact (mlx ``affine_quantize``).
+    With lo and hi the least and largest weight of a group and n = 2^bits − 1, the scale is
+    (hi − lo)/n, made negative unless |lo| > |hi|; the edge of larger magnitude divided by it is
+    rounded to q₀, and scale = edge/q₀, bias = edge. So that edge and zero are stored exactly.
+    Source: MLX's ``affine_quantize`` (``mlx/ops.cpp``).
     """
 
     name = "affine"
@@ -25,19 +37,24 @@ class Affine(Scheme):
     stock_mode = "affine"
 
     def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:
-        groups = (*shape[:-1], shape[-1] // config.group_size)
-        codes = (*shape[:-1], shape[-1] * config.bits // 32)
-        return {"weight": (codes, "uint32"), "scales": (groups, dtype), "biases": (groups, dtype)}
+        *rows, width = shape
+        words = (*rows, width * config.bits // 32)
+        groups = (*rows, width // config.group_size)
+        return {
+            "weight": (words, "uint32"),
+            "scales": (groups, dtype),
+            "biases": (groups, dtype),
+        }
 
-    def quantize(self, weight: Any, config: QuantConfig) -> dict[str, Any]:
+    def quantize(self, weight: mx.array, config: QuantConfig) -> PackedArrays:
         packed, scales, biases = mx.quantize(weight, config.group_size, config.bits)
         return {"weight": packed, "scales": scales, "biases": biases}
 
-    def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
-        # MLX computes in the scales' dtype; its matrix products do not round there, so float32 is
-        # asked for here too
-        arrays = [packed[name].astype(dtype) for name in ("scales", "biases")]
-        return affine(packed["weight"], arrays, config.bits, config.group_size, dtype)
+    def dequantize(self, packed: PackedArrays, config: QuantConfig, dtype: mx.Dtype) -> mx.array:
+        # MLX computes in the scales' dtype; its matrix products do not round there, so whoever asks
+        # for float32 gets unrounded values here too
+        arrays = [packed["scales"].astype(dtype), packed["biases"].astype(dtype)]
+        return unpack.affine(packed["weight"], arrays, config.bits, config.group_size, dtype)
 
 
 SHELF = (Affine(),)

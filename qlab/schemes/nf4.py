@@ -1,24 +1,31 @@
 """NF4 of QLoRA: sixteen quantiles of a Gaussian, scaled per block.
 
-Optionally with double-quantized scales.
-
-Knows no model. Source: bitsandbytes' exact rule (``functional.py``, ``csrc/kernels.cu``); paper
-arXiv:2305.14314 §3.
+With double quantization the scales are stored in 8 bits, too. Source: Dettmers et al. 2023
+(arXiv:2305.14314), section 3, by bitsandbytes' exact rule (``functional.py``,
+``csrc/kernels.cu``). Knows no model.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING
 
-import mlx.core as mx
 import numpy as np
 
-from qlab.core.config.quant import Layout, QuantConfig, Scheme
+from qlab.core.config.quant import Layout, PackedArrays, QuantConfig, Scheme
 from qlab.ops.dynamic_map import dynamic_map
-from qlab.ops.unpack import lookup
+from qlab.registry import LazyModule
 
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from qlab.ops import unpack
+else:
+    mx = LazyModule("mlx.core")
+    unpack = LazyModule("qlab.ops.unpack")
+
+# bitsandbytes' ``get_4bit_type("nf4")``: appendix E of the paper, to the last digit
 _TABLE = np.array(
     [
         -1,
@@ -40,14 +47,14 @@ _TABLE = np.array(
     ],
     np.float32,
 )
-_UNPACK = lookup(_TABLE)
 _SMALLEST = 2.0**-126  # smallest normal float32: below it a reciprocal may overflow
-_BUCKETS = 64
+_SMALLEST_SCALE = 1e-38  # the same for a second-level scale, as bitsandbytes has it
+_BUCKETS = 64  # of −1…1 in the search for a code: each is 1/32 wide
 _SCALE_BLOCK = 256  # scales that share a second-level scale
 
 
 class Nf4(Scheme):
-    """w ≈ T[q]·absmax of its block, T the NF4 table.
+    """Sixteen values: ŵ = T[q]·absmax of the block, T the NF4 table.
 
     Codes are packed eight to a uint32, the first in the low nibble (bitsandbytes has the first of
     two in the high one).
@@ -67,105 +74,133 @@ class Nf4(Scheme):
     def __init__(self, name: str, double: bool) -> None:
         self.name = name
         self._double = double
-        self.title = "NormalFloat-4 of QLoRA, " + (
-            "double-quantized scales" if double else "float32 scale per block"
-        )
+        scales = "double-quantized scales" if double else "float32 scale per block"
+        self.title = f"NormalFloat-4 of QLoRA, {scales}"
 
     def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:
-        codes = (*shape[:-1], shape[-1] // 8)
-        blocks = (*shape[:-1], shape[-1] // config.group_size)
-        made: Layout = {
-            "weight": (codes, "uint32"),
-            "absmax": (blocks, "uint8" if self._double else "float32"),
+        *rows, width = shape
+        words = (*rows, width // 8)
+        blocks = (*rows, width // config.group_size)
+        if not self._double:
+            return {"weight": (words, "uint32"), "absmax": (blocks, "float32")}
+        scale_blocks = -(-prod(blocks) // _SCALE_BLOCK)
+        return {
+            "weight": (words, "uint32"),
+            "absmax": (blocks, "uint8"),
+            "absmax_scales": ((scale_blocks,), "float32"),
+            "absmax_offset": ((), "float32"),
         }
-        if self._double:
-            made |= {
-                "absmax_scales": ((-(-prod(blocks) // _SCALE_BLOCK),), "float32"),
-                "absmax_offset": ((), "float32"),
-            }
-        return made
 
-    def quantize(self, weight: Any, config: QuantConfig) -> dict[str, Any]:
-        blocks = weight.astype(mx.float32).reshape(*weight.shape[:-1], -1, config.group_size)
+    def quantize(self, weight: mx.array, config: QuantConfig) -> PackedArrays:
+        # (…, out, in) → (…, out, blocks, group_size)
+        blocks = weight.astype(mx.float32)
+        blocks = blocks.reshape(*weight.shape[:-1], -1, config.group_size)
         absmax = mx.abs(blocks).max(-1)
         # a reciprocal, as bitsandbytes has it; a block too small to have one becomes zeros
         inverse = mx.where(absmax < _SMALLEST, 0.0, 1.0 / mx.maximum(absmax, _SMALLEST))
-        packed = _pack(_codes(blocks * inverse[..., None]).reshape(weight.shape))
-        return {"weight": packed, **(_shrink(absmax) if self._double else {"absmax": absmax})}
+        codes = _codes(blocks * inverse[..., None]).reshape(weight.shape)
+        scales = _quantized_scales(absmax) if self._double else {"absmax": absmax}
+        return {"weight": _pack(codes), **scales}
 
-    def take(self, packed: dict[str, Any], rows: Any) -> dict[str, Any]:
+    def take(self, packed: PackedArrays, rows: mx.array) -> PackedArrays:
         if not self._double:
             return super().take(packed, rows)
-        codes = packed["absmax"]
-        index = rows[..., None] * codes.shape[-1] + mx.arange(
-            codes.shape[-1]
-        )  # of each scale in the flattened scales
+        absmax = packed["absmax"]
+        blocks = absmax.shape[-1]
+        # where each scale of the rows stands among all scales, flattened: (…, blocks)
+        index = rows[..., None] * blocks + mx.arange(blocks)
         second = packed["absmax_scales"][index // _SCALE_BLOCK]
-        values = (
-            mx.take(mx.array(dynamic_map(True)), codes[rows]) * second + packed["absmax_offset"]
-        )
-        return {"weight": packed["weight"][rows], "absmax": values}
+        table = mx.array(dynamic_map(True))
+        scales = mx.take(table, absmax[rows]) * second + packed["absmax_offset"]
+        return {"weight": packed["weight"][rows], "absmax": scales}
 
-    def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
-        absmax = _grow(packed) if "absmax_scales" in packed else packed["absmax"]
-        return _UNPACK(packed["weight"], [absmax], 4, config.group_size, dtype)
+    def dequantize(self, packed: PackedArrays, config: QuantConfig, dtype: mx.Dtype) -> mx.array:
+        # rows that ``take`` has picked have plain scales in either form
+        double = "absmax_scales" in packed
+        absmax = _dequantized_scales(packed) if double else packed["absmax"]
+        return _unpack()(packed["weight"], [absmax], 4, config.group_size, dtype)
 
-    def roundtrip(self, rows: Any, config: QuantConfig, amax: Any = None) -> Any:
-        whole = super().roundtrip
+    def roundtrip(
+        self,
+        rows: mx.array,
+        config: QuantConfig,
+        dtype: mx.Dtype,
+        amax: mx.array | None = None,
+    ) -> mx.array:
         if not self._double or amax is None:
-            return whole(rows, config)
-        # the mean of the scales is each tensor's own: a stack is cut where another tensor begins
-        cuts = np.flatnonzero(np.diff(np.array(amax).reshape(-1))) + 1
-        return mx.concatenate([whole(part, config) for part in mx.split(rows, cuts.tolist())])
+            return super().roundtrip(rows, config, dtype)
+        # the mean of the scales is each tensor's own: a stack is cut where another tensor begins,
+        # which is where the largest magnitude changes
+        largest = np.array(amax).reshape(-1)
+        cuts = np.flatnonzero(np.diff(largest)) + 1
+        tensors = mx.split(rows, cuts.tolist())
+        values = [super(Nf4, self).roundtrip(part, config, dtype) for part in tensors]
+        return mx.concatenate(values)
+
+
+@cache
+def _unpack() -> unpack.Unpack:
+    """What turns codes into values of the table; one object, since its kernel is built once."""
+    return unpack.lookup(_TABLE)
 
 
 def _codes(scaled: mx.array) -> mx.array:
-    """Return the number of midpoints of the table strictly below each value of −1…1; uint32.
+    """Return the code of the nearest value of the table for values in −1…1; uint32.
 
-    A value's bucket of 1/32 holds at most one midpoint, so one look-up and one comparison decide.
+    That is the number of midpoints of the table strictly below the value. A bucket of width 1/32
+    holds at most one midpoint, so one look-up and one comparison decide.
     """
-    base, edge = (mx.array(part) for part in _buckets())
-    whole = (mx.maximum(scaled + 1, 0) * (_BUCKETS / 2)).astype(mx.uint32)
-    bucket = mx.minimum(
-        whole, _BUCKETS - 1
-    )  # as integers, so that a weight that is not a number reads no foreign memory
+    base, edge = (mx.array(table) for table in _buckets())
+    # as integers, so that a weight that is not a number reads no foreign memory
+    bucket = (mx.maximum(scaled + 1, 0) * (_BUCKETS / 2)).astype(mx.uint32)
+    bucket = mx.minimum(bucket, _BUCKETS - 1)
     return mx.take(base, bucket) + (scaled > mx.take(edge, bucket)).astype(mx.uint32)
 
 
 @cache
 def _buckets() -> tuple[np.ndarray, np.ndarray]:
-    middle = (_TABLE[1:] + _TABLE[:-1]) / np.float32(2)
+    """Of each bucket of −1…1: midpoints below it, uint32, and the midpoint inside, float32.
+
+    The midpoint is infinite where none is inside. Both ``(64,)``.
+    """
+    midpoints = (_TABLE[1:] + _TABLE[:-1]) / np.float32(2)
     edges = np.arange(_BUCKETS) / (_BUCKETS / 2) - 1
-    base = np.searchsorted(middle, edges).astype(np.uint32)
-    return base, np.append(middle, np.float32(np.inf))[base]
+    base = np.searchsorted(midpoints, edges).astype(np.uint32)
+    return base, np.append(midpoints, np.float32(np.inf))[base]
 
 
 def _pack(codes: mx.array) -> mx.array:
+    """Eight 4-bit codes to a uint32, ``(…, in)`` → ``(…, in / 8)``; the first is lowest."""
     runs = codes.reshape(*codes.shape[:-1], -1, 8)
-    return (runs << mx.arange(0, 32, 4, dtype=mx.uint32)).sum(-1).astype(mx.uint32)
+    shifts = mx.arange(0, 32, 4, dtype=mx.uint32)
+    return (runs << shifts).sum(-1).astype(mx.uint32)
 
 
-def _shrink(absmax: mx.array) -> dict[str, mx.array]:
-    """Quantize the scales of a tensor to 8 bits.
+def _quantized_scales(absmax: mx.array) -> PackedArrays:
+    """Quantize the scales of a tensor to 8 bits (the paper's double quantization).
 
-    Nearest value of the dynamic map, in blocks over the flattened scales.
+    Scales less their mean, flattened, in blocks of 256: each block has a second-level scale, its
+    largest magnitude, and each quotient becomes the nearest value of the signed dynamic map.
+
+    Args:
+        absmax: float32 ``(…, out, blocks)``.
+
+    Returns:
+        Codes, second-level scales and mean, by parameter name.
     """
     offset = absmax.mean()
     flat = (absmax - offset).reshape(-1)
-    whole = flat.size // _SCALE_BLOCK * _SCALE_BLOCK
     padded = mx.pad(flat, (0, -flat.size % _SCALE_BLOCK)).reshape(-1, _SCALE_BLOCK)
     second = mx.abs(padded).max(1)
-    safe = mx.maximum(second, 1e-38)[:, None]
+    safe = mx.maximum(second, _SMALLEST_SCALE)[:, None]
     # bitsandbytes multiplies whole blocks by a reciprocal and divides the last, shorter one
-    scaled = mx.concatenate(
-        [
-            (padded * (1.0 / safe)).reshape(-1)[:whole],
-            (padded / safe).reshape(-1)[whole : flat.size],
-        ]
-    )
+    whole = flat.size // _SCALE_BLOCK * _SCALE_BLOCK
+    multiplied = (padded * (1.0 / safe)).reshape(-1)[:whole]
+    divided = (padded / safe).reshape(-1)[whole : flat.size]
+    scaled = np.clip(np.array(mx.concatenate([multiplied, divided])), -1, 1)
     table = dynamic_map(True)
-    middle = (table[1:] + table[:-1]) / np.float32(2)
-    codes = np.searchsorted(middle, np.clip(np.array(scaled), -1, 1)).astype(np.uint8)
+    midpoints = (table[1:] + table[:-1]) / np.float32(2)
+    codes = np.searchsorted(midpoints, scaled).astype(np.uint8)
     return {
         "absmax": mx.array(codes).reshape(absmax.shape),
         "absmax_scales": second,
@@ -173,12 +208,13 @@ def _shrink(absmax: mx.array) -> dict[str, mx.array]:
     }
 
 
-def _grow(packed: dict[str, mx.array]) -> mx.array:
-    """Return the float32 scales that double quantization stands for."""
+def _dequantized_scales(packed: PackedArrays) -> mx.array:
+    """Return the float32 scales ``(…, out, blocks)`` that double quantization stands for."""
     codes = packed["absmax"]
     values = mx.take(mx.array(dynamic_map(True)), codes.reshape(-1))
-    scales = mx.repeat(packed["absmax_scales"], _SCALE_BLOCK)[: values.size]
-    return (values * scales + packed["absmax_offset"]).reshape(codes.shape)
+    # the last block of scales may be shorter
+    second = mx.repeat(packed["absmax_scales"], _SCALE_BLOCK)[: values.size]
+    return (values * second + packed["absmax_offset"]).reshape(codes.shape)
 
 
 SHELF = (Nf4("nf4", False), Nf4("nf4_dq", True))

@@ -1,24 +1,30 @@
-"""Signed integers with one scale per group, stored in MLX's affine layout so that its kernels run
-it. Knows no model.
+"""Signed integers with one scale per group, in MLX's affine layout so that its kernels read them.
+
+Knows no model.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-import mlx.core as mx
-
-from qlab.core.config.quant import Layout, QuantConfig, Scheme
+from qlab.core.config.quant import Layout, PackedArrays, QuantConfig, Scheme
 from qlab.ops.packing import pack
+from qlab.registry import LazyModule
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+else:
+    mx = LazyModule("mlx.core")
 
 
 class Symmetric(Scheme):
-    """w ≈ s·q with s = max|w|/(2^(N−1)−1) and q in −(2^(N−1)−1)…2^(N−1)−1.
+    """Signed integers: ŵ = s·q with s = max|w| / (2^(bits−1) − 1) over the group.
 
-    The code −2^(N−1) is never produced.
+    q lies in −(2^(bits−1) − 1)…2^(bits−1) − 1; the lowest code −2^(bits−1) is never produced, so
+    that the range is the same on both sides of zero.
 
-    Stored as u = q + 2^(N−1) with bias −2^(N−1)·s, so it costs the bytes of affine although the
-    bias carries nothing.
+    It is stored as the unsigned code u = q + 2^(bits−1) with bias −2^(bits−1)·s, since
+    s·u − 2^(bits−1)·s = s·q. So it costs the bytes of ``affine`` although the bias carries nothing.
     """
 
     name = "symmetric"
@@ -30,28 +36,37 @@ class Symmetric(Scheme):
     stock_mode = "affine"
 
     def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:
-        groups = (*shape[:-1], shape[-1] // config.group_size)
-        codes = (*shape[:-1], shape[-1] * config.bits // 32)
-        return {"weight": (codes, "uint32"), "scales": (groups, dtype), "biases": (groups, dtype)}
+        *rows, width = shape
+        words = (*rows, width * config.bits // 32)
+        groups = (*rows, width // config.group_size)
+        return {
+            "weight": (words, "uint32"),
+            "scales": (groups, dtype),
+            "biases": (groups, dtype),
+        }
 
-    def quantize(self, weight: Any, config: QuantConfig) -> dict[str, Any]:
-        groups = weight.astype(mx.float32).reshape(*weight.shape[:-1], -1, config.group_size)
+    def quantize(self, weight: mx.array, config: QuantConfig) -> PackedArrays:
+        # (…, out, in) → (…, out, groups, group_size)
+        groups = weight.astype(mx.float32)
+        groups = groups.reshape(*weight.shape[:-1], -1, config.group_size)
         half = 2 ** (config.bits - 1)
         # the scale is rounded to what is stored before codes are chosen; its half-range multiple is
         # then exact
         scales = (mx.abs(groups).max(-1) / (half - 1)).astype(weight.dtype)
-        divisor = mx.where(scales == 0, 1, scales).astype(mx.float32)[..., None]
-        codes = mx.clip(mx.round(groups / divisor), 1 - half, half - 1) + half
+        divisor = mx.where(scales == 0, 1, scales).astype(mx.float32)
+        signed = mx.clip(mx.round(groups / divisor[..., None]), 1 - half, half - 1)
+        codes = (signed + half).astype(mx.uint32).reshape(weight.shape)
         return {
-            "weight": pack(codes.astype(mx.uint32).reshape(weight.shape), config.bits),
+            "weight": pack(codes, config.bits),
             "scales": scales,
             "biases": scales * -half,
         }
 
-    def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
-        # MLX computes in the scales' dtype; its matrix products do not round there, so float32 is
-        # asked for here too
-        scales, biases = (packed[name].astype(dtype) for name in ("scales", "biases"))
+    def dequantize(self, packed: PackedArrays, config: QuantConfig, dtype: mx.Dtype) -> mx.array:
+        # MLX computes in the scales' dtype; its matrix products do not round there, so whoever asks
+        # for float32 gets unrounded values here too
+        scales = packed["scales"].astype(dtype)
+        biases = packed["biases"].astype(dtype)
         return mx.dequantize(packed["weight"], scales, biases, config.group_size, config.bits)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlab.core.config.quant import QuantConfig
+from qlab.core.config.quant import PackedArrays, QuantConfig
 from qlab.core.config.solver import Solver
 
 
@@ -16,7 +16,7 @@ class Rtn(Solver):
     needs_inputs = False
     modes = None
 
-    def solve(self, weight: Any, config: QuantConfig, input_power: Any = None) -> dict[str, Any]:
+    def solve(self, weight: Any, config: QuantConfig, input_power: Any = None) -> PackedArrays:
         return config.scheme.quantize(weight, config)
 
 

@@ -1,26 +1,32 @@
-"""Searches scale and bias of every group for the least output error, in the unchanged affine
-format. Knows no model.
+"""Searches scale and bias of every group for the least output error, in MLX's affine format.
+
+The stored format is unchanged, so stock mlx-lm opens the result. Knows no model.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
-import mlx.core as mx
-
-from qlab.core.config.quant import QuantConfig
+from qlab.core.config.quant import PackedArrays, QuantConfig
 from qlab.core.config.solver import Solver
 from qlab.errors import ConfigError
 from qlab.ops.packing import pack
+from qlab.registry import LazyModule
 
-_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
-_REFITS = 2
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import numpy as np
+else:
+    mx = LazyModule("mlx.core")
+
+_MODES = ("affine",)
+_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)  # of a group's range, each tried
+_REFITS = 2  # of scale and bias to the codes, for each range
 _BLOCK = 1 << 22  # weights searched at once
 
 
 class Searched(Solver):
-    """Least Σ_i E[x_i²]·(w_i − ŵ_i)² per group, by trying shrunken ranges and refitting scale and
-    bias to the codes.
+    """Least Σ_i E[x_i²]·(w_i − ŵ_i)² per group, by shrunken ranges and refitted scales and biases.
 
     Weighing by the inputs' second moments is what makes the search worth while: without it the
     weight error falls and the output does not improve (docs/log.md). For given codes the best scale
@@ -32,78 +38,120 @@ class Searched(Solver):
     name = "searched"
     title = "scale and bias searched for least output error (needs a text)"
     needs_inputs = True
-    modes = ("affine",)
+    modes = _MODES
 
-    def solve(self, weight: Any, config: QuantConfig, input_power: Any = None) -> dict[str, Any]:
-        if config.mode not in self.modes:
+    def solve(
+        self,
+        weight: mx.array,
+        config: QuantConfig,
+        input_power: np.ndarray | None = None,
+    ) -> PackedArrays:
+        if config.mode not in _MODES:
             raise ConfigError(
-                f"Solver 'searched' fills mode 'affine', not {config.mode!r}; use solver 'rtn' for it."
+                f"Solver 'searched' fills mode 'affine', not {config.mode!r}; "
+                "use solver 'rtn' for it."
             )
-        power = mx.ones(weight.shape[-1]) if input_power is None else mx.array(input_power)
-        flat = weight.reshape(-1, weight.shape[-1])
-        step = max(1, _BLOCK // flat.shape[1])
+        width = weight.shape[-1]
+        power = mx.ones(width) if input_power is None else mx.array(input_power)
+        rows = weight.reshape(-1, width)
+        step = max(1, _BLOCK // width)
         parts = []
-        for start in range(0, flat.shape[0], step):
-            parts.append(_search(flat[start : start + step], power, config))
+        for start in range(0, rows.shape[0], step):
+            parts.append(_search(rows[start : start + step], power, config))
             mx.eval(parts[-1])  # one block in flight: the search needs several float32 copies of it
-        found = (mx.concatenate(part) for part in zip(*parts, strict=True))
-        names = ("weight", "scales", "biases")
-        return {n: a.reshape(*weight.shape[:-1], -1) for n, a in zip(names, found, strict=True)}
+        packed = {}
+        for name in ("weight", "scales", "biases"):
+            array = mx.concatenate([part[name] for part in parts])
+            packed[name] = array.reshape(*weight.shape[:-1], -1)
+        return packed
 
 
-def _search(
-    rows: mx.array, power: mx.array, config: QuantConfig
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Search the groups of some rows; return packed codes, scales and biases of the rows."""
-    top = 2**config.bits - 1
-    w = rows.astype(mx.float32).reshape(rows.shape[0], -1, config.group_size)
+class _Candidate(NamedTuple):
+    """A scale and a bias for every group, and what they cost.
+
+    Attributes:
+        error: weighted squared error, float32 ``(rows, groups)``.
+        scale: as stored, ``(rows, groups)`` in the weight's dtype.
+        bias: as stored, ``(rows, groups)`` in the weight's dtype.
+    """
+
+    error: mx.array
+    scale: mx.array
+    bias: mx.array
+
+
+def _search(rows: mx.array, power: mx.array, config: QuantConfig) -> PackedArrays:
+    """Search the groups of some rows.
+
+    Args:
+        rows: ``(rows, in)``.
+        power: mean square of each input feature, ``(in,)``.
+        config: bits and group size.
+
+    Returns:
+        Packed codes, scales and biases of the rows.
+    """
+    top = 2**config.bits - 1  # largest code
+    # (rows, in) → (rows, groups, group_size)
+    weights = rows.astype(mx.float32).reshape(rows.shape[0], -1, config.group_size)
     # a little of the mean keeps groups whose inputs are all zero defined
-    h = (power + 1e-6 * power.mean() + 1e-30).reshape(1, -1, config.group_size)
-    _, scale, bias = mx.quantize(rows, config.group_size, config.bits)
-    best = _score(w, h, scale, bias, top)
-    low = w.min(-1)
-    high = w.max(-1)
+    importance = (power + 1e-6 * power.mean() + 1e-30).reshape(1, -1, config.group_size)
+
+    _, scale, *biases = mx.quantize(rows, config.group_size, config.bits)
+    best = _scored(weights, importance, scale, biases[0], top)
+    low = weights.min(-1)
+    high = weights.max(-1)
     for shrink in _SHRINKS:
-        s = (high - low) * (shrink / top)
-        b = (low + high) / 2 - (high - low) * (shrink / 2)
+        scale = (high - low) * (shrink / top)
+        bias = (low + high) / 2 - (high - low) * (shrink / 2)
         for _ in range(_REFITS):
-            s, b = _refit(w, h, _codes(w, s, b, top))
-            best = _better(best, _score(w, h, s.astype(rows.dtype), b.astype(rows.dtype), top))
-    _, s, b = best
-    codes = _codes(w, s.astype(mx.float32), b.astype(mx.float32), top)
-    packed = pack(codes.astype(mx.uint32).reshape(rows.shape), config.bits)
-    return packed, s, b
+            scale, bias = _refit(weights, importance, _codes(weights, scale, bias, top))
+            stored_scale = scale.astype(rows.dtype)
+            stored_bias = bias.astype(rows.dtype)
+            candidate = _scored(weights, importance, stored_scale, stored_bias, top)
+            best = _better(best, candidate)
+
+    scale = best.scale.astype(mx.float32)
+    bias = best.bias.astype(mx.float32)
+    codes = _codes(weights, scale, bias, top).astype(mx.uint32).reshape(rows.shape)
+    return {"weight": pack(codes, config.bits), "scales": best.scale, "biases": best.bias}
 
 
-def _codes(w: mx.array, s: mx.array, b: mx.array, top: int) -> mx.array:
-    safe = mx.where(s == 0, 1.0, s)
-    return mx.clip(mx.round((w - b[..., None]) / safe[..., None]), 0, top)
+def _codes(weights: mx.array, scale: mx.array, bias: mx.array, top: int) -> mx.array:
+    """Nearest codes 0…top, float32 ``(rows, groups, group_size)``."""
+    safe = mx.where(scale == 0, 1.0, scale)
+    return mx.clip(mx.round((weights - bias[..., None]) / safe[..., None]), 0, top)
 
 
-def _score(
-    w: mx.array, h: mx.array, s: mx.array, b: mx.array, top: int
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Weighted squared error of each group, with the scale and bias that are stored."""
-    s32 = s.astype(mx.float32)
-    b32 = b.astype(mx.float32)
-    error = _codes(w, s32, b32, top) * s32[..., None] + b32[..., None] - w
-    return (h * mx.square(error)).sum(-1), s, b
+def _scored(
+    weights: mx.array, importance: mx.array, scale: mx.array, bias: mx.array, top: int
+) -> _Candidate:
+    """Weigh the squared error of each group, with the scale and bias that are stored."""
+    scale32 = scale.astype(mx.float32)
+    bias32 = bias.astype(mx.float32)
+    codes = _codes(weights, scale32, bias32, top)
+    error = codes * scale32[..., None] + bias32[..., None] - weights
+    return _Candidate((importance * mx.square(error)).sum(-1), scale, bias)
 
 
-def _better(old: tuple, new: tuple) -> tuple:
-    wins = new[0] < old[0]
-    return tuple(mx.where(wins, n, o) for n, o in zip(new, old, strict=True))
+def _better(old: _Candidate, new: _Candidate) -> _Candidate:
+    """Take the better of two candidates, group by group; the old one where they are equal."""
+    wins = new.error < old.error
+    return _Candidate(*(mx.where(wins, n, o) for n, o in zip(new, old, strict=True)))
 
 
-def _refit(w: mx.array, h: mx.array, q: mx.array) -> tuple[mx.array, mx.array]:
-    """Weighted least squares of w on q: the scale and bias that suit the codes best."""
-    total = h.sum(-1)
-    q_mean = (h * q).sum(-1) / total
-    w_mean = (h * w).sum(-1) / total
-    centred = q - q_mean[..., None]
-    spread = (h * mx.square(centred)).sum(-1)
-    s = (h * centred * w).sum(-1) / mx.where(spread == 0, 1.0, spread)
-    return s, w_mean - s * q_mean
+def _refit(weights: mx.array, importance: mx.array, codes: mx.array) -> tuple[mx.array, mx.array]:
+    """Weighted least squares of weights on codes, w ≈ scale·q + bias, for every group.
+
+    With means weighted by the importance h: scale = Σh(q − q̄)w / Σh(q − q̄)², bias = w̄ − scale·q̄.
+    """
+    total = importance.sum(-1)
+    code_mean = (importance * codes).sum(-1) / total
+    weight_mean = (importance * weights).sum(-1) / total
+    centred = codes - code_mean[..., None]
+    spread = (importance * mx.square(centred)).sum(-1)
+    scale = (importance * centred * weights).sum(-1) / mx.where(spread == 0, 1.0, spread)
+    return scale, weight_mean - scale * code_mean
 
 
 SHELF = (Searched(),)

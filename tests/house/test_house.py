@@ -56,6 +56,15 @@ def test_importing_qlab_loads_neither_mlx_nor_widgets_and_is_quick():
     assert min(times) < 0.3
 
 
+def test_a_quant_config_is_checked_without_mlx():
+    code = (
+        "import sys, qlab;"
+        "qlab.QuantPlan(qlab.QuantConfig('nf4', group_size=32), {'a': qlab.QuantConfig(bits=3)});"
+        "print([m for m in ('mlx', 'mlx.core', 'mlx_lm') if m in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
 def test_misspelt_public_name_gets_the_nearest():
     import qlab
 

@@ -138,7 +138,7 @@ def test_a_stack_of_samples_gives_each_tensor_its_own_error(config):
     ]
     rows = mx.concatenate([w.reshape(-1, 128)[:64] for w in tensors])
     amax = mx.repeat(mx.stack([mx.abs(w).max() for w in tensors]), 64)[:, None]
-    sample = mx.split(config.scheme.roundtrip(rows, config, amax), 3)
+    sample = mx.split(config.scheme.roundtrip(rows, config, mx.float32, amax), 3)
     for w, part in zip(tensors, sample, strict=True):
         stored = config.scheme.dequantize(
             config.scheme.quantize(w, config), config, mx.float32
@@ -154,7 +154,7 @@ def test_roundtrip_of_a_sample_equals_storing_the_whole(config):
     whole = config.scheme.dequantize(config.scheme.quantize(w, config), config, mx.float32)
     rows = w.reshape(-1, 128)[10:20]
     amax = mx.full((10, 1), mx.abs(w).max())
-    sample = config.scheme.roundtrip(rows, config, amax)
+    sample = config.scheme.roundtrip(rows, config, mx.float32, amax)
     # only double quantization looks beyond its row: its scales' mean differs
     tolerance = 2e-3 if config.mode == "nf4_dq" else 0
     assert mx.abs(sample - whole.reshape(-1, 128)[10:20]).max().item() <= tolerance

@@ -1,6 +1,8 @@
-"""What a storage format must declare and do. The formats themselves are files in ``schemes/``.
+"""Storage formats and which layer has which: ``Scheme``, ``QuantConfig``, ``QuantPlan``.
 
-Knows no model and no format; arrays are whatever the scheme computes with (MLX arrays).
+A scheme is a class in a file of ``schemes/`` (or in a notebook cell); a config names one and its
+settings, a plan gives every layer of a model a config. The engine quantizes and estimates by them.
+Knows no model and no format; arrays are whatever a scheme computes with (MLX arrays).
 """
 
 from __future__ import annotations
@@ -15,12 +17,67 @@ from typing import Any
 from qlab import registry
 from qlab.errors import ConfigError, named
 
-_ITEMSIZES = {"uint8": 1, "float16": 2, "bfloat16": 2, "uint32": 4, "float32": 4}
+_ITEMSIZES = {
+    "bool_": 1,
+    "int8": 1,
+    "uint8": 1,
+    "int16": 2,
+    "uint16": 2,
+    "float16": 2,
+    "bfloat16": 2,
+    "int32": 4,
+    "uint32": 4,
+    "float32": 4,
+    "int64": 8,
+    "uint64": 8,
+}
 Layout = dict[str, tuple[tuple[int, ...], str]]
+"""Shape and dtype name of every stored array, by parameter name."""
+PackedArrays = dict[str, Any]
+"""The stored arrays of a weight, by parameter name."""
 
 
 class Scheme(ABC):
-    """How numbers are stored. One instance per mode stands on the shelf.
+    """How the weights of a layer are stored: the format, its settings, and both conversions.
+
+    A scheme is used everywhere by its ``name``: in menus, measurements, quantized models, memory
+    estimates, training, and saved folders. One instance stands on the shelf for each mode.
+
+    Example:
+        Signed bytes with one scale for each row of a group, in a notebook cell::
+
+            import mlx.core as mx
+            import qlab
+            from qlab.core.config.quant import Scheme
+
+            class Bytes(Scheme):
+                name = "bytes"
+                title = "signed bytes, float16 scale per group"
+                bits = (8,)
+                group_sizes = (32, 64)
+                default_bits = 8
+                default_group_size = 64
+                stock_mode = None  # mlx-lm has no such format: saved in qlab's own layout
+
+                def layout(self, shape, config, dtype):
+                    *rows, width = shape
+                    groups = (*rows, width // config.group_size)
+                    return {"weight": (shape, "int8"), "scales": (groups, "float16")}
+
+                def quantize(self, weight, config):
+                    groups = weight.reshape(*weight.shape[:-1], -1, config.group_size)
+                    scales = (mx.abs(groups).max(-1) / 127).astype(mx.float16)
+                    divisor = mx.where(scales == 0, 1, scales)[..., None]
+                    codes = mx.clip(mx.round(groups / divisor), -127, 127)
+                    return {"weight": codes.astype(mx.int8).reshape(weight.shape), "scales": scales}
+
+                def dequantize(self, packed, config, dtype):
+                    codes = packed["weight"]
+                    groups = codes.astype(dtype).reshape(*codes.shape[:-1], -1, config.group_size)
+                    return (groups * packed["scales"].astype(dtype)[..., None]).reshape(codes.shape)
+
+            qlab.register("schemes", Bytes())
+            qlab.QuantConfig("bytes")  # → QuantConfig(mode='bytes', bits=8, group_size=64)
 
     Attributes:
         name: the ``mode`` that a user types.
@@ -30,6 +87,9 @@ class Scheme(ABC):
         default_bits: bits taken when a user names only the mode.
         default_group_size: group size taken when a user names only the mode.
         stock_mode: mode under which stock mlx-lm reads the packed arrays, or None if it cannot.
+        unreadable_on: MLX back ends (``"cpu"``, ``"cuda"``, ``"metal"``) on which the operations of
+            ``dequantize`` cannot be exported as a graph; there memory estimates read
+            ``dequantize_readable`` instead.
     """
 
     name: str
@@ -39,6 +99,7 @@ class Scheme(ABC):
     default_bits: int
     default_group_size: int
     stock_mode: str | None
+    unreadable_on: tuple[str, ...] = ()
 
     @abstractmethod
     def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:
@@ -47,14 +108,14 @@ class Scheme(ABC):
         Args:
             shape: of the weight, ``(…, out, in)``.
             config: bits and group size.
-            dtype: of the weight.
+            dtype: name of the weight's dtype, such as ``"bfloat16"``.
         """
 
     def nbytes(self, shape: tuple[int, ...], config: QuantConfig, itemsize: int) -> int:
         """Exact bytes of a packed weight.
 
         Args:
-            shape: shape of the weight, ``(…, out, in)``.
+            shape: of the weight, ``(…, out, in)``.
             config: bits and group size.
             itemsize: bytes of one element of the unquantized weight (its scales take that dtype).
         """
@@ -62,7 +123,7 @@ class Scheme(ABC):
         return sum(prod(shape) * _ITEMSIZES[dtype] for shape, dtype in arrays.values())
 
     @abstractmethod
-    def quantize(self, weight: Any, config: QuantConfig) -> dict[str, Any]:
+    def quantize(self, weight: Any, config: QuantConfig) -> PackedArrays:
         """Pack a weight by rounding to nearest.
 
         Args:
@@ -75,31 +136,55 @@ class Scheme(ABC):
         """
 
     @abstractmethod
-    def dequantize(self, packed: dict[str, Any], config: QuantConfig, dtype: Any) -> Any:
-        """Return the weight ``(…, out, in)`` that the packed arrays stand for, in ``dtype``."""
+    def dequantize(self, packed: PackedArrays, config: QuantConfig, dtype: Any) -> Any:
+        """Return the weight that packed arrays stand for.
 
-    def take(self, packed: dict[str, Any], rows: Any) -> dict[str, Any]:
-        """Return packed arrays that stand for some rows of the weight, ``rows`` being integers of
-        any shape.
+        Args:
+            packed: arrays as ``quantize`` or ``take`` returned them.
+            config: bits and group size.
+            dtype: MLX dtype of the result; computed in it, or more exactly.
+
+        Returns:
+            ``(…, out, in)``.
+        """
+
+    def dequantize_readable(self, packed: PackedArrays, config: QuantConfig, dtype: Any) -> Any:
+        """Return an array as ``dequantize`` does, by operations that can be exported as a graph.
+
+        Called instead of ``dequantize`` when a step is read to estimate its memory on a back end of
+        ``unreadable_on``. Only the sizes of the arrays on the way matter: the values may be wrong.
+
+        Args:
+            packed: arrays as ``layout`` has them.
+            config: bits and group size.
+            dtype: MLX dtype of the result.
+        """
+        return self.dequantize(packed, config, dtype)
+
+    def take(self, packed: PackedArrays, rows: Any) -> PackedArrays:
+        """Return packed arrays that stand for some rows of the weight (an embedding's look-up).
+
+        Args:
+            packed: arrays as ``quantize`` returned them, of a weight ``(out, in)``.
+            rows: integers of any shape.
         """
         return {name: array[rows] if array.ndim > 1 else array for name, array in packed.items()}
 
-    def roundtrip(self, rows: Any, config: QuantConfig, amax: Any = None) -> Any:
+    def roundtrip(self, rows: Any, config: QuantConfig, dtype: Any, amax: Any = None) -> Any:
         """Quantize and dequantize rows that are a *sample* of larger tensors.
 
         Args:
             rows: ``(n, width)`` in the weight's own dtype.
             config: bits and group size.
+            dtype: MLX dtype of the result.
             amax: ``(n, 1)`` float32, the largest magnitude of the tensor that each row was taken
                 from; rows of one tensor stand together. Only formats with a number for the whole
                 tensor need it.
 
         Returns:
-            float32 ``(n, width)``: the values that the format would store.
+            ``(n, width)``: the values that the format would store.
         """
-        import mlx.core as mx
-
-        return self.dequantize(self.quantize(rows, config), config, mx.float32)
+        return self.dequantize(self.quantize(rows, config), config, dtype)
 
     def bits_per_weight(
         self, shape: tuple[int, ...], config: QuantConfig, itemsize: int = 2

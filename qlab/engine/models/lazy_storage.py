@@ -1,4 +1,4 @@
-"""Models stored under a plan without computing anything."""
+"""Models stored under a plan without computing anything, to be read by a memory estimate."""
 
 from __future__ import annotations
 
@@ -11,21 +11,15 @@ from qlab.nn.linear import PackedEmbedding, PackedLinear, weight_of
 from qlab.nn.stored import stored_layer
 from qlab.runtime.device import backend
 
-_UNREADABLE = {
-    "nvfp4",
-    "nvfp4_plain",
-    "mxfp8",
-}  # the CPU's dequantization has a primitive that cannot be exported (FromFP8)
-
 
 def stored(module: nn.Module, configs: dict[str, QuantConfig]) -> nn.Module:
-    """Return a twin of a model, to be read and never run, whose layers are stored under configs.
+    """Return a twin of a model whose layers are stored under configs; nothing is computed.
 
-    Nothing is computed.
+    Its weights are lazy zeros of the right shapes: the model is to be read, never run.
 
     Args:
         module: the model; its own weights may be lazy.
-        configs: by path.
+        configs: by path of the layer.
     """
 
     def make(path: str, layer: nn.Module) -> nn.Module:
@@ -36,19 +30,7 @@ def stored(module: nn.Module, configs: dict[str, QuantConfig]) -> nn.Module:
         packed = {
             name: mx.zeros(shape, getattr(mx, kind)) for name, (shape, kind) in layout.items()
         }
-        kind = (
-            "embedding"
-            if hasattr(layer, "as_linear")
-            else "linear"
-            if weight.ndim == 2
-            else "switch"
-        )
-        if config.mode in _UNREADABLE and kind != "switch" and backend() == "cpu":
-            made: nn.Module = (_ReadableEmbedding if kind == "embedding" else _ReadableLinear)(
-                packed, config, weight.shape, weight.dtype
-            )
-        else:
-            made = stored_layer(packed, config, weight.shape, weight.dtype, kind)
+        made = _layer(packed, config, weight, _kind(layer, weight))
         if "bias" in layer:
             made.bias = layer.bias
         return made
@@ -56,50 +38,37 @@ def stored(module: nn.Module, configs: dict[str, QuantConfig]) -> nn.Module:
     return map_layers(module, list(configs), make)
 
 
+def _kind(layer: nn.Module, weight: mx.array) -> str:
+    if hasattr(layer, "as_linear"):
+        return "embedding"
+    return "linear" if weight.ndim == 2 else "switch"
+
+
+def _layer(
+    packed: dict[str, mx.array], config: QuantConfig, weight: mx.array, kind: str
+) -> nn.Module:
+    """Return a layer around packed arrays whose operations can be exported as a graph."""
+    readable = {"linear": _ReadableLinear, "embedding": _ReadableEmbedding}
+    if backend() in config.scheme.unreadable_on and kind in readable:
+        return readable[kind](packed, config, weight.shape, weight.dtype)
+    return stored_layer(packed, config, weight.shape, weight.dtype, kind)
+
+
 class _ReadableLinear(PackedLinear):
-    """A layer whose dequantization makes the same arrays as MLX's, without the primitive that
-    cannot be read.
-    """
+    """A layer whose dequantization can be exported as a graph, with arrays of the same sizes."""
 
     def dense(self, dtype: mx.Dtype | None = None) -> mx.array:
-        return _numbers(self.packed, self.config, dtype or self._dtype)
+        scheme = self.config.scheme
+        return scheme.dequantize_readable(self.packed, self.config, dtype or self._dtype)
 
 
 class _ReadableEmbedding(PackedEmbedding):
+    """The same for an embedding."""
+
     def __call__(self, tokens: mx.array) -> mx.array:
-        dtype = (
-            mx.bfloat16 if self.config.scheme.stock_mode else self._dtype
-        )  # MLX's own layer gives bfloat16
-        return _numbers(self.config.scheme.take(self.packed, tokens), self.config, dtype)
+        scheme = self.config.scheme
+        # MLX's own quantized embedding gives bfloat16
+        dtype = mx.bfloat16 if scheme.stock_mode else self._dtype
+        return scheme.dequantize_readable(scheme.take(self.packed, tokens), self.config, dtype)
 
     dense = _ReadableLinear.dense
-
-
-def _numbers(packed: dict[str, mx.array], config: QuantConfig, dtype: mx.Dtype) -> mx.array:
-    """Arrays of the sizes that ``mx.dequantize`` makes on the CPU (``mlx/ops.cpp``).
-
-    The values mean nothing.
-    """
-    codes = packed["weight"]
-    scales = packed["scales"]
-    group = config.group_size
-    if config.bits == 8:
-        values = codes.view(mx.uint8).astype(dtype).reshape(-1, group)
-        factors = mx.power(
-            mx.array(2.0, dtype), scales.reshape(-1, 1).astype(dtype) - mx.array(127.0, dtype)
-        )
-    else:
-        table = mx.zeros(16, dtype)
-        bytes_ = codes.reshape(-1, 4).view(mx.int8)
-        halves = [
-            table[(bytes_ & 15).astype(mx.int8)][..., None],
-            table[(bytes_ >> 4).astype(mx.int8)][..., None],
-        ]
-        values = mx.concatenate(halves, -1).reshape(-1, group)
-        factors = scales.reshape(-1, 1).astype(dtype)
-    dense = (values * factors).reshape(*codes.shape[:-1], -1)
-    return (
-        dense * (packed["global_scale"].astype(dtype) / 2688.0)
-        if "global_scale" in packed
-        else dense
-    )

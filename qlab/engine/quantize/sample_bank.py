@@ -182,7 +182,8 @@ def evaluate(stack: Stack, config: QuantConfig, amax: np.ndarray) -> ChunkErrors
     seen = np.array(mx.abs(weight).reshape(len(stack.columns), -1).max(1))
     amax = np.where(np.isnan(amax), seen, amax).astype(np.float32)
     per_chunk = mx.array(np.repeat(amax, stack.rows.shape[1]))[:, None]
-    error = config.scheme.roundtrip(stack.chunks, config, per_chunk) - weight
+    stored = config.scheme.roundtrip(stack.chunks, config, mx.float32, per_chunk)
+    error = stored - weight
     squared = mx.square(error)
     largest = mx.abs(error).reshape(len(stack.columns), -1).max(1)
     mx.eval(squared, largest)
