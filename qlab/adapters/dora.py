@@ -16,13 +16,14 @@ from typing import Any
 import mlx.core as mx
 
 from qlab.core.config.lora import AdapterKind, LoRAConfig
-from qlab.nn.low_rank import LowRank, Shapes, factors, kind_of
+from qlab.nn.kinds import layer_kind
+from qlab.nn.low_rank import LowRank, Shapes, factors
 
 
 class DoRALayer(LowRank):
     """A frozen linear layer, a low-rank change of its directions, and the length of every row."""
 
-    follows = False
+    castable = False
 
     def __init__(self, base: Any, config: LoRAConfig, shapes: Shapes) -> None:
         super().__init__(base, config, shapes)
@@ -128,7 +129,7 @@ class DoRA(AdapterKind):
         return {**factors(shape, rank, kind), "m": shape[:-1]}
 
     def make(self, base: Any, shape: tuple[int, ...], config: LoRAConfig) -> Any:
-        kind = kind_of(base, shape)
+        kind = layer_kind(base.layer)
         made = {"linear": DoRALayer, "embedding": DoRAEmbedding, "switch": DoRAExperts}[kind]
         return made(base, config, factors(shape, config.rank, kind))
 

@@ -13,8 +13,9 @@ from typing import Any
 import mlx.core as mx
 
 from qlab.core.config.lora import AdapterKind, LoRAConfig
-from qlab.nn.low_rank import LowRank, factors, kind_of
-from qlab.ops.matmul import onto
+from qlab.nn.kinds import layer_kind
+from qlab.nn.low_rank import LowRank, factors
+from qlab.ops.matmul import add_product
 
 
 class LoRALayer(LowRank):
@@ -22,7 +23,7 @@ class LoRALayer(LowRank):
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.drops:
-            return onto(self.base(x), self.inner(x), self.lora_b)
+            return add_product(self.base(x), self.inner(x), self.lora_b)
         return self.base.adapted(
             x, self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype), self.scale
         )
@@ -37,7 +38,7 @@ class LoRAEmbedding(LowRank):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Multiply by the transposed embedding."""
-        return onto(self.base.as_linear(x), self.inner_head(x), self.lora_a.T)
+        return add_product(self.base.as_linear(x), self.inner_head(x), self.lora_a.T)
 
 
 class LoRAExperts(LowRank):
@@ -61,7 +62,7 @@ class LoRA(AdapterKind):
         return factors(shape, rank, kind)
 
     def make(self, base: Any, shape: tuple[int, ...], config: LoRAConfig) -> Any:
-        kind = kind_of(base, shape)
+        kind = layer_kind(base.layer)
         made = {"linear": LoRALayer, "embedding": LoRAEmbedding, "switch": LoRAExperts}[kind]
         return made(base, config, factors(shape, config.rank, kind))
 

@@ -1,8 +1,6 @@
-"""The experts of a mixture, frozen.
+"""The experts of a mixture, frozen: one weight ``(experts, out, in)``, of which tokens take a few.
 
-One weight ``(experts, out, in)`` in any storage, of which each token takes a few.
-
-Knows no model and no adapter.
+Called as mlx-lm's ``SwitchLinear`` is, with the expert of every row.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from qlab.nn.frozen import Frozen
-from qlab.nn.linear import Packed, having, own_arrays, tied
+from qlab.nn.linear import Packed, arrays_of, depends_on, with_arrays
 from qlab.ops.custom_gradient import with_gradient
 from qlab.ops.matmul import routed
 
@@ -18,36 +16,46 @@ from qlab.ops.matmul import routed
 class PackedExperts(Packed):
     """Experts over any scheme on the shelf; called as mlx-lm's ``SwitchLinear`` is."""
 
+    kind = "switch"
+
     def __call__(
         self, x: mx.array, indices: mx.array, sorted_indices: bool = False, keep: bool = False
     ) -> mx.array:
-        """Return x·Ŵᵀ, every row of x with the weight of its own expert.
+        """Return x·Ŵᵀ and the bias, every row of x with the weight of its own expert.
 
         Args:
             x: ``(…, 1, in)``; the product is made in its dtype.
             indices: ``(…)``, the expert of every row; a row of x may serve several.
             sorted_indices: whether they ascend.
-            keep: whether the dense weight may live from forward to backward, instead of being made
-                again.
+            keep: whether the dense weight may live from forward to backward pass, instead of being
+                made again.
+
+        Returns:
+            ``(…, 1, out)``.
         """
-        y = (
-            self._product(x, indices, sorted_indices)
-            if not keep
-            else routed(x, self.dense(x.dtype), indices, sorted_indices)
-        )
+        if keep:
+            y = routed(x, self.dense(x.dtype), indices, sorted_indices)
+        else:
+            y = self._product(x, indices, sorted_indices)
         return y + self["bias"][indices][..., None, :] if "bias" in self else y
 
     def _product(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
-        names, arrays = own_arrays(self)
+        names, arrays = arrays_of(self)
+
+        def dense(arrays: tuple[mx.array, ...], after: mx.array | None = None) -> mx.array:
+            same = with_arrays(self, names, arrays)
+            later = same if after is None else depends_on(same, after)
+            return later.dense(x.dtype)
 
         def forward(x: mx.array, indices: mx.array, *arrays: mx.array) -> mx.array:
-            return routed(x, having(self, names, arrays).dense(x.dtype), indices, sorted_indices)
+            return routed(x, dense(arrays), indices, sorted_indices)
 
         def backward(
             slope: mx.array, x: mx.array, indices: mx.array, *arrays: mx.array
         ) -> list[mx.array]:
-            dense = tied(having(self, names, arrays), slope).dense(x.dtype)
-            return mx.vjp(lambda x: [routed(x, dense, indices, sorted_indices)], [x], [slope])[1]
+            weight = dense(arrays, after=slope)  # made anew; see nn.linear.product
+            # the gradient of a gather is left to MLX
+            return mx.vjp(lambda x: [routed(x, weight, indices, sorted_indices)], [x], [slope])[1]
 
         return with_gradient(forward, backward, [x], [indices, *arrays])
 
@@ -55,10 +63,11 @@ class PackedExperts(Packed):
 class FrozenExperts(Frozen):
     """Experts that are never trained.
 
-    MLX's own kernels read what they can, the others are dequantized.
+    MLX's own kernels compute the formats that they read; the others are dequantized.
     """
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """Return each row's product with its expert; see ``PackedExperts``."""
         if isinstance(self.layer, PackedExperts):
             return self.layer(x, indices, sorted_indices, keep=self._keep)
         return self.layer(x, indices, sorted_indices=sorted_indices)

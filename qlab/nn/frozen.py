@@ -1,4 +1,8 @@
-"""Products with frozen weights, and how they are computed."""
+"""Frozen layers: products with weights that are never trained, and how these are computed.
+
+``attach`` wraps the layers of a model in ``Frozen``; adapters add their low-rank product through
+``Frozen.adapted``.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,44 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from qlab.nn.linear import having, is_stored_in, own_arrays, product, tied, weight_of
+from qlab.nn.kinds import layer_kind
+from qlab.nn.linear import arrays_of, depends_on, is_stored_in, product, weight_of, with_arrays
 from qlab.ops.custom_gradient import with_gradient
-from qlab.ops.matmul import onto
+from qlab.ops.matmul import add_product
+from qlab.runtime.device import backend, wants_float32
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the frozen layers of a model are computed.
+
+    Attributes:
+        dtype: of the activations; None leaves the model's own.
+        dequantize: whether products are made from dequantized weights, or by MLX's quantized
+            kernels.
+    """
+
+    dtype: mx.Dtype | None
+    dequantize: bool
+
+
+def usual_compute() -> Compute:
+    """Return how frozen layers are computed where nobody has measured. Runs on the MLX thread.
+
+    In float32 where 16-bit products are slow, and from dequantized weights except on Metal, whose
+    quantized kernels are as fast.
+    """
+    dtype = mx.float32 if wants_float32() else None
+    return Compute(dtype, dequantize=backend() != "metal")
 
 
 class Frozen(nn.Module):
-    """A layer that is never trained, with its product made as told.
+    """A layer that is never trained, and how its product is made.
+
+    Example:
+        >>> frozen = Frozen(nn.QuantizedLinear(64, 128), dtype=None, dequantize=True)
+        >>> frozen(mx.ones((1, 5, 64))).shape
+        (1, 5, 128)
 
     Args:
         layer: linear or embedding, dense, quantized or packed.
@@ -23,8 +58,8 @@ class Frozen(nn.Module):
             own.
         dequantize: whether to make the product from the dequantized weight instead of by MLX's
             quantized kernel.
-        keep: whether the dense weight may live from forward to backward (right within a block that
-            is computed again).
+        keep: whether the dense weight may live from forward to backward pass (right within a block
+            that is computed again).
     """
 
     def __init__(
@@ -35,29 +70,32 @@ class Frozen(nn.Module):
         self._compute = dtype
         self._dequantize = dequantize
         self._keep = keep
-        self._shared: mx.array | None = None
+        self._shared: mx.array | None = None  # the dense weight that using_dense lends
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Return the layer's output: ``(…, in)`` or ``(…)`` tokens → ``(…, out)``."""
         if self.embeds:
             y = self.layer(x)
             return y if self._compute is None else y.astype(self._compute)
         if not self._dequantize:
             return self.layer(x)
-        y = self.as_linear(x)
-        return y + self.layer["bias"] if "bias" in self.layer else y
+        return self._with_bias(self.as_linear(x))
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """Return x·Wᵀ, without bias."""
+        """Return x·Wᵀ, ``(…, in)`` → ``(…, out)``, without bias."""
         if self._shared is not None:
             return x @ self._shared.T
         if not self._dequantize:
             return self.layer.as_linear(x)
-        return x @ weight_of(self.layer, x.dtype).T if self._keep else product(self.layer, x)
+        if self._keep:
+            return x @ weight_of(self.layer, x.dtype).T
+        return product(self.layer, x)
 
     def adapted(self, x: mx.array, first: mx.array, second: mx.array, scale: float) -> mx.array:
-        """Return x·Wᵀ + scale·(x·A)·B and the bias, the small product first, so that the large one
-        adds it on its way.
+        """Return x·Wᵀ + scale·(x·A)·B and the bias, ``(…, out)``.
+
+        The small product is made first, so that the large one adds it on its way.
 
         Args:
             x: ``(…, in)``.
@@ -66,21 +104,27 @@ class Frozen(nn.Module):
             scale: of the small product.
         """
         if not self._dequantize and self._shared is None:
-            return onto(self(x), scale * (x @ first), second)
-        y = adapted_product(self.layer, x, first, second, scale, self._shared, self._keep)
+            return add_product(self(x), scale * (x @ first), second)
+        shared = self._shared
+        if shared is None and (self._keep or is_stored_in(self.layer, x.dtype)):
+            shared = weight_of(self.layer, x.dtype)
+        return self._with_bias(adapted_product(self.layer, x, first, second, scale, shared))
+
+    def _with_bias(self, y: mx.array) -> mx.array:
         return y + self.layer["bias"] if "bias" in self.layer else y
 
     @contextmanager
-    def once(self, after: mx.array) -> Iterator[None]:
-        """Dequantize once, when ``after`` is there, for all products made within."""
-        with self.lent(
-            weight_of(tied(self.layer, after), after.dtype) if self._dequantize else None
-        ):
+    def dequantized_once(self, after: mx.array) -> Iterator[None]:
+        """Make all products within from one dense weight, which is made when ``after`` is there."""
+        weight = None
+        if self._dequantize:
+            weight = weight_of(depends_on(self.layer, after), after.dtype)
+        with self.using_dense(weight):
             yield
 
     @contextmanager
-    def lent(self, weight: mx.array | None) -> Iterator[None]:
-        """Make all products within from this dense weight; None leaves it to the layer."""
+    def using_dense(self, weight: mx.array | None) -> Iterator[None]:
+        """Make all products within from this dense weight ``(out, in)``; None changes nothing."""
         self._shared = weight
         try:
             yield
@@ -90,22 +134,27 @@ class Frozen(nn.Module):
     @property
     def embeds(self) -> bool:
         """Whether it looks tokens up."""
-        return hasattr(self.layer, "as_linear")
+        return layer_kind(self.layer) == "embedding"
 
-    def worth(self, dtype: mx.Dtype) -> mx.array | None:
-        """Return the dense weight, lazily, if products in ``dtype`` are to be made from one that is
-        not stored so.
+    def dense_if_needed(self, dtype: mx.Dtype) -> mx.array | None:
+        """Return the dense weight, lazily, if products in ``dtype`` are to be made from it.
+
+        Args:
+            dtype: of the activations.
+
+        Returns:
+            ``(out, in)``; None if the layer computes by a kernel, or stores its weight so already.
         """
         if not self._dequantize or is_stored_in(self.layer, dtype):
             return None
         return weight_of(self.layer, dtype)
 
-    def keep(self) -> None:
-        """Let the dense weight live from forward to backward from now on."""
+    def keep_dense(self) -> None:
+        """Let the dense weight live from forward to backward pass from now on."""
         self._keep = True
 
     def dense(self, dtype: mx.Dtype | None = None) -> mx.array:
-        """Return the weight as numbers."""
+        """Return the dequantized weight, ``(…, out, in)``; see ``weight_of``."""
         return weight_of(self.layer, dtype)
 
     def __getattr__(self, name: str) -> object:
@@ -121,14 +170,12 @@ def adapted_product(
     first: mx.array,
     second: mx.array,
     scale: float,
-    shared: mx.array | None,
-    keep: bool,
+    shared: mx.array | None = None,
 ) -> mx.array:
-    """Return x·Wᵀ + scale·(x·A)·B of a frozen layer, with a gradient that needs no addition of its
-    own either.
+    """Return x·Wᵀ + scale·(x·A)·B of a frozen layer, ``(…, out)``, without bias.
 
-    Every addition and the scale are part of a product: one by one they cost an H100 a tenth of a
-    step.
+    Every addition and the scale are part of a product (``mx.addmm``), in the gradient too: made one
+    by one they cost an H100 a tenth of a step.
 
     Args:
         layer: dense, one of MLX's quantized layers, or a packed one.
@@ -136,48 +183,35 @@ def adapted_product(
         first: A, ``(in, rank)``.
         second: B, ``(rank, out)``.
         scale: of the small product.
-        shared: the dense weight, if there is one already.
-        keep: whether the dense weight may live from forward to backward.
+        shared: the dense weight ``(out, in)``, if it may live from forward to backward pass; else
+            it is made in both.
     """
-    if shared is None and (keep or is_stored_in(layer, x.dtype)):
-        shared = weight_of(layer, x.dtype)
-    names, arrays = own_arrays(layer) if shared is None else ([], [shared])
+    names, arrays = arrays_of(layer) if shared is None else ([], [shared])
 
-    def weight(arrays: Sequence[mx.array], to: mx.array | None) -> mx.array:
+    def weight(arrays: Sequence[mx.array], after: mx.array | None = None) -> mx.array:
         if shared is not None:
             return arrays[0]
-        own = having(layer, names, arrays)
-        return weight_of(own if to is None else tied(own, to), x.dtype)
+        same = with_arrays(layer, names, arrays)
+        return weight_of(same if after is None else depends_on(same, after), x.dtype)
 
-    def times(rows: mx.array, factor: mx.array, first: mx.array) -> mx.array:
-        # nothing times a row of A is added, for its shape: so the product itself is scaled
+    def scaled(rows: mx.array, factor: mx.array, first: mx.array) -> mx.array:
+        # addmm scales a product only while it adds something: so a row of A is added, for its
+        # shape (1, rank), times zero
         return mx.addmm(first[:1], rows, factor, alpha=scale, beta=0.0)
 
     def forward(x: mx.array, first: mx.array, second: mx.array, *arrays: mx.array) -> mx.array:
-        return mx.addmm(times(x, first, first) @ second, x, weight(arrays, None).T)
+        low_rank = scaled(x, first, first) @ second  # (rows, rank) @ (rank, out)
+        return mx.addmm(low_rank, x, weight(arrays).T)
 
     def backward(
         slope: mx.array, x: mx.array, first: mx.array, second: mx.array, *arrays: mx.array
     ) -> list[mx.array]:
-        thin = times(slope, second.T, first)
-        by_x = mx.addmm(thin @ first.T, slope, weight(arrays, slope))
-        return [by_x, x.T @ thin, times(x, first, first).T @ slope]
+        thin = scaled(slope, second.T, first)  # (rows, out) @ (out, rank)
+        by_x = mx.addmm(thin @ first.T, slope, weight(arrays, after=slope))  # (rows, in)
+        by_first = x.T @ thin  # (in, rank)
+        by_second = scaled(x, first, first).T @ slope  # (rank, out)
+        return [by_x, by_first, by_second]
 
-    rows = x.reshape(-1, x.shape[-1])
-    return with_gradient(forward, backward, [rows, first, second], arrays).reshape(
-        *x.shape[:-1], second.shape[-1]
-    )
-
-
-@dataclass(frozen=True)
-class Compute:
-    """How the frozen layers are computed.
-
-    Attributes:
-        dtype: of the activations; None leaves the model's own.
-        dequantize: whether products are made from dequantized weights, or by MLX's quantized
-            kernels.
-    """
-
-    dtype: mx.Dtype | None
-    dequantize: bool
+    rows = x.reshape(-1, x.shape[-1])  # addmm wants matrices
+    y = with_gradient(forward, backward, [rows, first, second], arrays)
+    return y.reshape(*x.shape[:-1], second.shape[-1])

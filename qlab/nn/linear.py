@@ -1,13 +1,15 @@
-"""The weight of a layer as numbers, and layers for formats that MLX's own kernels do not read.
+"""The dense weight of a layer, whatever its storage, and layers for formats MLX cannot read itself.
 
-A packed layer's product dequantizes, and its backward pass dequantizes again instead of keeping the
-dense weight. Knows no model.
+Everything that reads or multiplies by a stored weight comes through ``weight_of`` and ``product``.
+A packed layer dequantizes for its forward pass, and again for its backward pass, instead of keeping
+the dense weight in between.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,9 +18,23 @@ from qlab.core.config.quant import QuantConfig
 from qlab.ops.custom_gradient import with_gradient
 from qlab.ops.unpack import affine
 
+LayerKind = Literal["linear", "embedding", "switch"]
+
 
 class Packed(nn.Module):
-    """Packed arrays of a scheme, under the names that the scheme gives them, and how to read them."""
+    """A layer that holds its weight as the packed arrays of a scheme.
+
+    Args:
+        packed: arrays by the names that the scheme gives them.
+        config: how they are packed.
+        shape: of the dense weight, ``(…, out, in)``.
+        dtype: of the weight before it was packed.
+
+    Attributes:
+        kind: what kind of layer it is; see ``nn.kinds.layer_kind``.
+    """
+
+    kind: ClassVar[LayerKind]
 
     def __init__(
         self,
@@ -43,7 +59,7 @@ class Packed(nn.Module):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight as numbers."""
+        """Shape of the dense weight, ``(…, out, in)``."""
         return self._shape
 
     @property
@@ -52,14 +68,15 @@ class Packed(nn.Module):
         return self._dtype
 
     def dense(self, dtype: mx.Dtype | None = None) -> mx.array:
-        """Return the weight as numbers, in its original dtype unless told."""
+        """Return the dequantized weight, ``(…, out, in)``, lazily.
+
+        Args:
+            dtype: to return; None means the weight's own.
+        """
         return self.config.scheme.dequantize(self.packed, self.config, dtype or self._dtype)
 
     def product(self, x: mx.array) -> mx.array:
-        """Return x·Ŵᵀ.
-
-        The gradient of x is recomputed from the packed weight, and the weight gets none.
-        """
+        """Return x·Ŵᵀ, ``(…, out)``; see ``product``."""
         return product(self, x)
 
     def _extra_repr(self) -> str:
@@ -69,7 +86,10 @@ class Packed(nn.Module):
 class PackedLinear(Packed):
     """A linear layer over any scheme on the shelf."""
 
+    kind = "linear"
+
     def __call__(self, x: mx.array) -> mx.array:
+        """Return x·Ŵᵀ and the bias: ``(…, in)`` → ``(…, out)``."""
         y = self.product(x)
         return y + self["bias"] if "bias" in self else y
 
@@ -77,19 +97,22 @@ class PackedLinear(Packed):
 class PackedEmbedding(Packed):
     """An embedding over any scheme on the shelf, also usable as tied output head."""
 
+    kind = "embedding"
+
     def __call__(self, tokens: mx.array) -> mx.array:
+        """Look tokens up: ``(…)`` integers → ``(…, width)``; only their rows are dequantized."""
         scheme = self.config.scheme
         return scheme.dequantize(scheme.take(self.packed, tokens), self.config, self._dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """Multiply by the transposed embedding."""
+        """Multiply by the transposed embedding: ``(…, width)`` → ``(…, tokens)``."""
         return self.product(x)
 
 
 def product(layer: nn.Module, x: mx.array) -> mx.array:
-    """Return x·Wᵀ of a frozen layer.
+    """Return x·Wᵀ of a frozen layer, without bias: ``(…, in)`` → ``(…, out)``.
 
-    The backward pass dequantizes again instead of keeping the dense weight.
+    The gradient by x dequantizes the weight again; the weight gets no gradient.
 
     Args:
         layer: dense, one of MLX's quantized layers, or a packed one.
@@ -98,41 +121,43 @@ def product(layer: nn.Module, x: mx.array) -> mx.array:
     if is_stored_in(layer, x.dtype):
         return x @ layer.weight.T
 
-    names, arrays = own_arrays(layer)
+    names, arrays = arrays_of(layer)
 
     def forward(x: mx.array, *arrays: mx.array) -> mx.array:
-        return x @ weight_of(having(layer, names, arrays), x.dtype).T
+        weight = weight_of(with_arrays(layer, names, arrays), x.dtype)  # (out, in)
+        return x @ weight.T
 
     def backward(slope: mx.array, _: mx.array, *arrays: mx.array) -> list[mx.array]:
-        # tied to the slope, or compile would merge this dequantization with the forward one and
-        # keep it alive
-        return [slope @ weight_of(tied(having(layer, names, arrays), slope), slope.dtype)]
+        # The weight depends on the slope: otherwise compilation would merge this dequantization
+        # with the forward one, and keep the dense weight alive from forward to backward.
+        later = depends_on(with_arrays(layer, names, arrays), slope)
+        return [slope @ weight_of(later, slope.dtype)]  # (…, out) @ (out, in)
 
     return with_gradient(forward, backward, [x], arrays)
 
 
-def tied(layer: nn.Module, to: mx.array) -> nn.Module:
-    """Return a layer whose arrays are read only once ``to`` is there."""
-    names, arrays = own_arrays(layer)
-    return having(layer, names, mx.depends(arrays, [to]))
+def depends_on(layer: nn.Module, to: mx.array) -> nn.Module:
+    """Return a copy of a layer whose arrays are read only once ``to`` is computed."""
+    names, arrays = arrays_of(layer)
+    return with_arrays(layer, names, mx.depends(arrays, [to]))
 
 
-def own_arrays(layer: nn.Module) -> tuple[list[str], list[mx.array]]:
-    """Return a layer's own arrays and their names."""
-    found = {name: value for name, value in layer.items() if isinstance(value, mx.array)}
-    return list(found), list(found.values())
+def arrays_of(layer: nn.Module) -> tuple[list[str], list[mx.array]]:
+    """Return the names and the values of the arrays that a layer holds itself."""
+    arrays = {name: value for name, value in layer.items() if isinstance(value, mx.array)}
+    return list(arrays), list(arrays.values())
 
 
-def having(layer: nn.Module, names: Sequence[str], arrays: Sequence[mx.array]) -> nn.Module:
-    """Return a layer with other arrays."""
-    made = copy.copy(layer)
+def with_arrays(layer: nn.Module, names: Sequence[str], arrays: Sequence[mx.array]) -> nn.Module:
+    """Return a copy of a layer that holds other arrays; the layer itself is not changed."""
+    changed = copy.copy(layer)
     for name, array in zip(names, arrays, strict=True):
-        made[name] = array
-    return made
+        changed[name] = array
+    return changed
 
 
 def weight_of(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
-    """Return a layer's weight as numbers, lazily, whatever its storage.
+    """Return a layer's dequantized weight, lazily, whatever its storage.
 
     Args:
         layer: dense, one of MLX's quantized layers, or a packed one.
@@ -145,16 +170,21 @@ def weight_of(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
         return layer.dense(dtype)
     if "scales" not in layer:
         return layer.weight if dtype is None else layer.weight.astype(dtype)
-    own = layer.scales.dtype if mx.issubdtype(layer.scales.dtype, mx.floating) else mx.bfloat16
-    dtype = dtype or own
+    scales_dtype = _floating_dtype(layer.scales)
+    dtype = dtype or scales_dtype
     biases = layer.get("biases")
-    # in float32 nothing is rounded to the scales' dtype on the way, as in MLX's products with codes
-    if layer.mode == "affine" and dtype in (own, mx.float32):
-        arrays = [array.astype(dtype) for array in (layer.scales, biases)]
+    # In float32 nothing is rounded to the scales' dtype on the way, as in MLX's quantized products.
+    if layer.mode == "affine" and dtype in (scales_dtype, mx.float32):
+        arrays = [layer.scales.astype(dtype), biases.astype(dtype)]
         return affine(layer.weight, arrays, layer.bits, layer.group_size, dtype)
     return mx.dequantize(
         layer.weight, layer.scales, biases, layer.group_size, layer.bits, layer.mode, dtype=dtype
     )
+
+
+def _floating_dtype(scales: mx.array) -> mx.Dtype:
+    """Dtype that dequantizing gives: that of the scales, bfloat16 where these are codes (mxfp4)."""
+    return scales.dtype if mx.issubdtype(scales.dtype, mx.floating) else mx.bfloat16
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -163,33 +193,5 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def is_stored_in(layer: nn.Module, dtype: mx.Dtype) -> bool:
-    """Whether a layer's weight is there as numbers of this dtype, so that none need be made."""
+    """Whether a layer's weight is there in this dtype and need not be made."""
     return not is_quantized(layer) and layer.weight.dtype == dtype
-
-
-def dense_layer(layer: nn.Module, weight: mx.array) -> nn.Module:
-    """Return an unquantized layer with this weight, and with the layer's own bias.
-
-    Args:
-        layer: dense, quantized or packed; linear, embedding or the experts of a mixture.
-        weight: ``(…, out, in)``.
-    """
-    if not is_quantized(layer):
-        made = copy.copy(layer)
-    else:
-        made = _dense_class(layer).__new__(_dense_class(layer))
-        nn.Module.__init__(made)
-        if "bias" in layer:
-            made.bias = layer.bias
-    made.weight = weight
-    return made
-
-
-def _dense_class(layer: nn.Module) -> type[nn.Module]:
-    if hasattr(layer, "as_linear"):
-        return nn.Embedding
-    if isinstance(layer, (PackedLinear, nn.QuantizedLinear)):
-        return nn.Linear
-    from mlx_lm.models.switch_layers import SwitchLinear
-
-    return SwitchLinear

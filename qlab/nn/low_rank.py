@@ -36,17 +36,6 @@ def factors(shape: tuple[int, ...], rank: int, kind: str) -> Shapes:
     return {"lora_a": (outer, rank), "lora_b": (rank, inner)}
 
 
-def kind_of(base: Any, shape: tuple[int, ...]) -> str:
-    """Return what a frozen layer is: ``linear``, ``embedding`` or ``switch``."""
-    return (
-        "embedding"
-        if hasattr(base.layer, "as_linear")
-        else "switch"
-        if len(shape) > 2
-        else "linear"
-    )
-
-
 class LowRank(nn.Module):
     """A frozen layer and two factors.
 
@@ -60,11 +49,11 @@ class LowRank(nn.Module):
         shapes: what ``factors`` returns.
 
     Attributes:
-        follows: whether nothing but products with activations reads the factors, so that a step may
+        castable: whether nothing but products with activations reads the factors, so that a step may
             cast them beforehand.
     """
 
-    follows = True
+    castable = True
 
     def __init__(self, base: Any, config: LoRAConfig, shapes: Shapes) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ from qlab.core.memory.setup import Setup
 from qlab.core.config.train import TrainConfig
 from qlab.engine.quantize.quantize import quantize
 from qlab.engine.memory.forecast import Forecast
-from qlab.engine.memory.forecast import usual_compute
+from qlab.nn.frozen import usual_compute
 from qlab.runtime.job import mlx_call
 from qlab.engine.step.whole import WholeGraphStep
 from qlab.engine.adapt.attach import attach

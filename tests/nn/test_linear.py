@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 
 from qlab import registry
 from qlab.core.config.quant import QuantConfig
+from qlab.nn import frozen as frozen_module
 from qlab.nn import linear
 from qlab.engine.quantize.quantize import quantized_layer
 from qlab.nn.frozen import Frozen
@@ -123,7 +124,7 @@ def test_an_adapted_product_and_its_gradients_are_those_of_both_products_written
     )
 
     def found(*arrays):
-        with frozen.lent(weight if how == "lent" else None):
+        with frozen.using_dense(weight if how == "lent" else None):
             (y,), grads = mx.vjp(lambda x, a, b: frozen.adapted(x, a, b, 1.7), arrays, [cotangent])
         return [y, *grads]
 
@@ -148,7 +149,7 @@ def test_a_weight_dequantized_once_gives_the_same_value_and_gradient(storage, ke
     frozen = Frozen(layer, None, True, keep)
     x, cotangent = x_and_cotangent()
     expected = mx.vjp(frozen, [x], [cotangent])
-    with frozen.once(x):
+    with frozen.dequantized_once(x):
         found = mx.vjp(frozen, [x], [cotangent])
     for a, b in zip(found, expected, strict=True):
         assert far(a[0], b[0]) < 1e-6
@@ -160,11 +161,12 @@ def test_once_dequantizes_once_and_lets_go_also_after_an_error(monkeypatch):
     layer, _ = layer_and_weight(QuantConfig("nf4"))
     frozen, (x, _) = Frozen(layer, None, True), x_and_cotangent()
     read, real = [], linear.weight_of
-    monkeypatch.setattr(linear, "weight_of", lambda *args: (read.append(1), real(*args))[1])
-    with frozen.once(x):
+    for reader in (linear, frozen_module):
+        monkeypatch.setattr(reader, "weight_of", lambda *args: (read.append(1), real(*args))[1])
+    with frozen.dequantized_once(x):
         _ = frozen(x), frozen.as_linear(x)
     assert len(read) == 1
-    with pytest.raises(ZeroDivisionError), frozen.once(x):
+    with pytest.raises(ZeroDivisionError), frozen.dequantized_once(x):
         _ = 1 / 0
     assert len(read) == 2
     _ = frozen(x), frozen.as_linear(x)

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from qlab.engine.data.text import batches
-from qlab.engine.models.blocks import Stack
+from qlab.engine.models.blocks import BlockStack
 from qlab.engine.models.surgery import map_layers
 from qlab.errors import ConfigError, UnsupportedError
 
@@ -128,7 +128,7 @@ def passing(
     watched = map_layers(model, paths, lambda path, inner: _Tap(inner, found[path]))
     rows = seen + heldout
     try:
-        stack = Stack(watched)
+        stack = BlockStack(watched)
         states = [stack.before(row) for row in rows]
     except UnsupportedError:  # then all at once
         for row in rows:

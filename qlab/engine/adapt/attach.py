@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,8 +13,7 @@ from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.spec import ModelSpec
 from qlab.engine.models.surgery import map_layers, module_at
 from qlab.nn.experts import FrozenExperts
-from qlab.nn.frozen import Compute, Frozen
-from qlab.runtime.device import backend, wants_float32
+from qlab.nn.frozen import Compute, Frozen, usual_compute
 
 
 def twin_with(
@@ -30,7 +30,7 @@ def twin_with(
         lora: the adapters.
         parameters: their arrays by path.
     """
-    compute = Compute(mx.float32 if wants_float32() else None, False)
+    compute = replace(usual_compute(), dequantize=False)
     made = attach(module, spec, lora, compute, False)
     made.update(tree_unflatten(list(parameters.items())))
     made.freeze()
@@ -52,8 +52,7 @@ def twin_for_rows(
         lora: the adapters; None for the bare model.
         parameters: their arrays by path.
     """
-    compute = Compute(mx.float32 if wants_float32() else None, backend() != "metal")
-    made = attach(module, spec, lora, compute, False)
+    made = attach(module, spec, lora, usual_compute(), False)
     made.update(tree_unflatten(list(parameters.items())))
     made.freeze()
     made.eval()

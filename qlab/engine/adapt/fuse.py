@@ -24,7 +24,8 @@ from qlab.engine.adapt.parameters import checked, expected
 from qlab.engine.models.surgery import module_at, put_module, twin
 from qlab.engine.quantize.quantize import quantized_layer
 from qlab.errors import ConfigError, UnsupportedError, WeightsError
-from qlab.nn.linear import Packed, dense_layer, is_quantized, weight_of
+from qlab.nn.linear import Packed, is_quantized, weight_of
+from qlab.nn.stored import dense_layer
 
 BITS = (16, 8, "base")
 ONTO = ("base", "original")

@@ -12,7 +12,7 @@ from functools import cached_property
 import mlx.core as mx
 import mlx.nn as nn
 
-from qlab.engine.models.blocks import Stack
+from qlab.engine.models.blocks import BlockStack
 from qlab.engine.models.surgery import twin
 from qlab.errors import UnsupportedError
 
@@ -30,7 +30,7 @@ class Predictor:
         self._module = twin(module)
         self._module.eval()
         try:
-            self._stack: Stack | None = Stack(self._module)
+            self._stack: BlockStack | None = BlockStack(self._module)
         except UnsupportedError:
             self._stack = None
 

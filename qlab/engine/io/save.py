@@ -11,8 +11,9 @@ import mlx.nn as nn
 from qlab.core.config.quant import QuantConfig, QuantPlan
 from qlab.engine.models.skeleton import skeleton
 from qlab.engine.models.surgery import module_at, put_module
+from qlab.nn.kinds import layer_kind
 from qlab.nn.linear import Packed
-from qlab.nn.stored import _class_of, stored_layer
+from qlab.nn.stored import stored_layer
 from qlab.runtime.atomic import write_folder
 
 _OWN = (  # what a model's folder may hold and still be replaced
@@ -89,7 +90,7 @@ def _facts(
                 "group_size": leaf.config.group_size,
                 "shape": list(leaf.shape),
                 "dtype": str(leaf.dtype).removeprefix("mlx.core."),
-                "kind": _class_of(leaf),
+                "kind": layer_kind(leaf),
                 "arrays": sorted(leaf.packed),
             }
         elif "scales" in leaf:
@@ -151,7 +152,7 @@ def open_packed(path: Path, config: dict[str, Any]) -> nn.Module:
         put_module(
             module,
             layer,
-            stored_layer(packed, kind, dense.weight.shape, dense.weight.dtype, _class_of(dense)),
+            stored_layer(packed, kind, dense.weight.shape, dense.weight.dtype, layer_kind(dense)),
         )
     module.load_weights(list(weights.items()))
     mx.eval(module.parameters())

@@ -21,9 +21,9 @@ from qlab.core.graph.graph import Array, Graph
 from qlab.core.graph.unmerge import unmerged
 from qlab.engine.memory.read_graph import read
 from qlab.engine.memory.whole_step import compiled, updated
-from qlab.engine.models.blocks import Stack
-from qlab.engine.step.block import arrays_of, first_back, followers
-from qlab.engine.step.blockwise import CHUNKS, between_halves
+from qlab.engine.models.blocks import BlockStack
+from qlab.engine.step.block import array_places, castable_parameters, half_step_parameters
+from qlab.engine.step.blockwise import CHUNKS, half_step_window
 from qlab.engine.step.loss import nats_and_slope
 from qlab.engine.step.patches import patched, users
 from qlab.engine.step.protocol import Arrays
@@ -47,10 +47,10 @@ class Pieces:
     def __init__(self, module: nn.Module, train: TrainConfig, window: int) -> None:
         self.module = module
         self.train = train
-        self.stack = Stack(module)
+        self.stack = BlockStack(module)
         self.users = users(module)
         for frozen in (x for x in module.modules() if isinstance(x, Frozen)):
-            frozen.keep()
+            frozen.keep_dense()
         self.trained: Arrays = dict(tree_flatten(module.trainable_parameters()))
         prefix = f"{self.stack.path}."
         every = self._every = dict(tree_flatten(module.parameters()))
@@ -77,7 +77,7 @@ class Pieces:
         self.tokens = self._given(batch, "batch")
         x, calls, kinds = self._before(batch)
         given = [self.ids[path] for path in self.trained]
-        self._thin(self.hidden.dtype)
+        self._cast_factors(self.hidden.dtype)
         outer = [path for path in self.trained if path in self.outside]
         embeds = any(self._embeds(path) for path in outer)
         reached = [
@@ -101,9 +101,9 @@ class Pieces:
             cotangent, *own = self._block(i, True, kinds[i], [kept.pop(), cotangent], calls[i])
             found = dict(zip(names, own, strict=True))
             grads |= found
-            half = first_back(self.stack.blocks[i], self._own[i][:-1], names)
+            half = half_step_parameters(self.stack.blocks[i], self._own[i][:-1], names)
             if half:
-                self._ask(*(found.pop(name) for name in half), window=between_halves(self.window))
+                self._ask(*(found.pop(name) for name in half), window=half_step_window(self.window))
             self._ask(cotangent, *found.values())
         if embeds:
             grads |= self._into(outer, cotangent, grads, batch)
@@ -137,11 +137,11 @@ class Pieces:
         left = iter(found)
         return x, [[next(left) for _ in _leaves(form)] for form in forms], forms
 
-    def _thin(self, dtype: mx.Dtype) -> None:
+    def _cast_factors(self, dtype: mx.Dtype) -> None:
         """Go on with factors as the products take them."""
-        for path in followers(arrays_of(self.module), f"{self.stack.path}.", self.trained).get(
-            dtype, ()
-        ):
+        for path in castable_parameters(
+            array_places(self.module), f"{self.stack.path}.", self.trained
+        ).get(dtype, ()):
             array = self.trained[path]
             if array.dtype != dtype:
                 (self.ids[path],) = self._piece(
@@ -215,7 +215,7 @@ class Pieces:
 
         def dense(*arrays: mx.array) -> list[mx.array]:
             self._set(self.outside, arrays)
-            found = [x.worth(dtype) for x in heads]
+            found = [x.dense_if_needed(dtype) for x in heads]
             examples[:] = [mx.zeros(a.shape, a.dtype) for a in found if a is not None]
             return [
                 mx.zeros((count, shape[-1]), dtype),
@@ -301,14 +301,14 @@ class Pieces:
         rows, labels, share, *rest = arrays
         weights = rest[:count]
         outside = dict(zip(self.outside, rest[count:], strict=True))
-        lent = [x for x in heads if x.worth(self.hidden.dtype) is not None]
+        lent = [x for x in heads if x.dense_if_needed(self.hidden.dtype) is not None]
 
         def logits(h: mx.array, *own: mx.array) -> mx.array:
             now = outside | dict(zip(outer, own, strict=True))
             with ExitStack() as stack:
                 self._set(now, list(now.values()))
                 for head, weight in zip(lent, weights, strict=True):
-                    stack.enter_context(head.lent(weight))
+                    stack.enter_context(head.using_dense(weight))
                 return self.stack.after(h)
 
         primals = [rows, *(outside[path] for path in outer)]
@@ -375,7 +375,7 @@ class Pieces:
 
 def _names(block: nn.Module) -> list[str]:
     """Paths of a block's arrays in the step's order, in which its results are evaluated."""
-    return [path for path, *_ in arrays_of(block)]
+    return [path for path, *_ in array_places(block)]
 
 
 def _leaves(tree: Any) -> list[mx.array]:

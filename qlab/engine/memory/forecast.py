@@ -31,7 +31,7 @@ from qlab.core.memory.setup import Setup
 from qlab.engine.adapt.attach import attach
 from qlab.engine.memory.blockwise_step import Pieces
 from qlab.engine.memory.whole_step import whole
-from qlab.engine.models.blocks import Stack
+from qlab.engine.models.blocks import BlockStack
 from qlab.engine.models.lazy_storage import stored
 from qlab.engine.models.skeleton import describe
 from qlab.engine.models.surgery import put_module, twin
@@ -41,9 +41,9 @@ from qlab.engine.step.choose import make_step
 from qlab.engine.step.protocol import LossAndGradients, StepBatch
 from qlab.engine.train.update import Update
 from qlab.errors import ConfigError, UnsupportedError
-from qlab.nn.frozen import Compute
+from qlab.nn.frozen import usual_compute
 from qlab.runtime import peaks as record
-from qlab.runtime.device import backend, wants_float32
+from qlab.runtime.device import backend
 from qlab.runtime.job import finished
 
 # dispatches of a task, and tasks that may be unfinished (mlx/backend/*/eval.cpp, mlx/scheduler.h):
@@ -59,14 +59,6 @@ SAMPLE = {
     False: 4,
 }  # blocks of each kind in the step that a formula is read from, with checkpoints and without
 _REMEMBERED = 48  # formulas kept
-
-
-def usual_compute() -> Compute:
-    """Return how frozen layers are computed here.
-
-    Metal has a fast quantized product, others dequantize.
-    """
-    return Compute(mx.float32 if wants_float32() else None, dequantize=backend() != "metal")
 
 
 def runahead() -> Runahead:
@@ -184,7 +176,7 @@ class Forecast:
     def whole(self) -> str:
         """Why the model can only be computed as one graph; empty if it can be taken apart."""
         try:
-            Stack(twin(self.module)).before(mx.zeros((1, 2), mx.int32))
+            BlockStack(twin(self.module)).before(mx.zeros((1, 2), mx.int32))
         except UnsupportedError as error:
             return str(error)
         return ""
@@ -317,7 +309,7 @@ class Forecast:
         targets = [x.path for x in setup.adapter.targets(self.spec)]
         if blocks is not None:
             module = twin(module)
-            stack = Stack(module)
+            stack = BlockStack(module)
             put_module(module, stack.path, [stack.blocks[b] for b in sorted(blocks)])  # type: ignore
             places = {
                 f"{stack.path}.{b}.": f"{stack.path}.{i}." for i, b in enumerate(sorted(blocks))

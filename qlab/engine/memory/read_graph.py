@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from qlab.core.graph.graph import Array, Graph, Node
 from qlab.core.graph.handwritten import Halves, handwritten
-from qlab.engine.models.functional import Piece, plain
+from qlab.engine.models.functional import Functional, plain
 from qlab.errors import UnsupportedError
 from qlab.nn import low_rank
 from qlab.ops.custom_gradient import Call, met
@@ -72,7 +72,7 @@ def _form(value: Any) -> Hashable:
     if isinstance(value, mx.array):
         return value.shape, str(value.dtype)
     if isinstance(value, nn.Module):
-        return Piece(value).form
+        return Functional(value).form
     if isinstance(value, (list, tuple)):
         return tuple(map(_form, value))
     if isinstance(value, MethodType):

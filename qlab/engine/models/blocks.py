@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from qlab.engine.models.packed_rows import SILENT, Apart
+from qlab.engine.models.packed_rows import NO_CACHE, PackedRowsCache
 from qlab.engine.models.surgery import module_at, put_module
 from qlab.errors import UnsupportedError
 
@@ -39,7 +39,7 @@ class _Stand:
         return getattr(self._block, name)
 
 
-class Stack:
+class BlockStack:
     """The blocks of a model.
 
     Args:
@@ -89,8 +89,8 @@ class Stack:
             first.append(x)
             calls.append(
                 (
-                    tuple(map(_silent, args)),
-                    {name: _silent(value) for name, value in kwargs.items()},
+                    tuple(map(_without_arrays, args)),
+                    {name: _without_arrays(value) for name, value in kwargs.items()},
                 )
             )
             return x
@@ -192,15 +192,15 @@ def run(module: nn.Module, tokens: mx.array, segments: mx.array | None) -> mx.ar
     if segments is None:
         return module(tokens)
     blocks = module_at(module, _path(module)) if not hasattr(module, "layers") else module.layers
-    return module(tokens, cache=[Apart(segments)] * len(blocks))
+    return module(tokens, cache=[PackedRowsCache(segments)] * len(blocks))
 
 
-def _silent(value: Any) -> Any:
+def _without_arrays(value: Any) -> Any:
     """A block gets its mask as an argument.
 
     What stands for a cache must hold no array, or a compiled block would keep it.
     """
-    return SILENT if isinstance(value, Apart) else value
+    return NO_CACHE if isinstance(value, PackedRowsCache) else value
 
 
 def _path(module: nn.Module) -> str:

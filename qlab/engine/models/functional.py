@@ -16,7 +16,7 @@ _NUMBERS = (
 )  # attributes that only say where a block stands, as a rule
 
 
-class Piece:
+class Functional:
     """A part of a model as a function of its arrays.
 
     Args:
@@ -42,7 +42,7 @@ class Piece:
         return [holder[key] for _, holder, key in self.places]
 
     @contextmanager
-    def having(self, arrays: Sequence[mx.array]) -> Iterator[None]:
+    def using(self, arrays: Sequence[mx.array]) -> Iterator[None]:
         """Give it other arrays within."""
         before = self.arrays
         self._put(arrays)

@@ -7,7 +7,8 @@ import mlx.nn as nn
 
 from qlab.core.config.quant import QuantConfig
 from qlab.engine.models.surgery import map_layers
-from qlab.nn.linear import PackedEmbedding, PackedLinear, weight_of
+from qlab.nn.kinds import layer_kind
+from qlab.nn.linear import LayerKind, Packed, PackedEmbedding, PackedLinear, weight_of
 from qlab.nn.stored import stored_layer
 from qlab.runtime.device import backend
 
@@ -30,7 +31,7 @@ def stored(module: nn.Module, configs: dict[str, QuantConfig]) -> nn.Module:
         packed = {
             name: mx.zeros(shape, getattr(mx, kind)) for name, (shape, kind) in layout.items()
         }
-        made = _layer(packed, config, weight, _kind(layer, weight))
+        made = _layer(packed, config, weight, layer_kind(layer))
         if "bias" in layer:
             made.bias = layer.bias
         return made
@@ -38,17 +39,14 @@ def stored(module: nn.Module, configs: dict[str, QuantConfig]) -> nn.Module:
     return map_layers(module, list(configs), make)
 
 
-def _kind(layer: nn.Module, weight: mx.array) -> str:
-    if hasattr(layer, "as_linear"):
-        return "embedding"
-    return "linear" if weight.ndim == 2 else "switch"
-
-
 def _layer(
-    packed: dict[str, mx.array], config: QuantConfig, weight: mx.array, kind: str
+    packed: dict[str, mx.array], config: QuantConfig, weight: mx.array, kind: LayerKind
 ) -> nn.Module:
     """Return a layer around packed arrays whose operations can be exported as a graph."""
-    readable = {"linear": _ReadableLinear, "embedding": _ReadableEmbedding}
+    readable: dict[LayerKind, type[Packed]] = {
+        "linear": _ReadableLinear,
+        "embedding": _ReadableEmbedding,
+    }
     if backend() in config.scheme.unreadable_on and kind in readable:
         return readable[kind](packed, config, weight.shape, weight.dtype)
     return stored_layer(packed, config, weight.shape, weight.dtype, kind)

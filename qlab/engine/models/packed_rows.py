@@ -19,7 +19,7 @@ _SHARE = {mx.float32: 1e-3}  # by which logits may differ; 16-bit activations ro
 _COARSE = 0.05
 
 
-class Silent:
+class NoCache:
     """A cache, as the models of mlx-lm know it, that keeps nothing."""
 
     offset = 0
@@ -29,10 +29,10 @@ class Silent:
         return keys, values
 
 
-SILENT = Silent()
+NO_CACHE = NoCache()
 
 
-class Apart(Silent):
+class PackedRowsCache(NoCache):
     """A cache whose mask lets a position see the earlier ones of its own row only.
 
     Positions are counted through the packed row: rotary embeddings know only differences.

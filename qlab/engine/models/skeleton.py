@@ -17,8 +17,8 @@ from qlab.core.config.quant import stock_config
 from qlab.core.config.spec import LayerSpec, ModelSpec
 from qlab.engine.models.surgery import cast
 from qlab.errors import LoadError, nearest
-from qlab.nn.experts import PackedExperts
-from qlab.nn.linear import Packed, PackedEmbedding, PackedLinear, is_quantized
+from qlab.nn.kinds import is_layer, layer_kind
+from qlab.nn.linear import Packed, is_quantized
 
 
 def describe(module: nn.Module, name: str) -> ModelSpec:
@@ -28,7 +28,7 @@ def describe(module: nn.Module, name: str) -> ModelSpec:
         module: an mlx-lm model, dense, quantized or lazy.
         name: what to call it.
     """
-    paths = [(path, leaf) for path, leaf in module.named_modules() if _kind(leaf)]
+    paths = [(path, leaf) for path, leaf in module.named_modules() if is_layer(leaf)]
     order = {
         path: i
         for i, (path, _) in enumerate(
@@ -97,26 +97,13 @@ def model_classes(config: dict[str, Any]) -> tuple[type, type]:
         ) from None
 
 
-def _kind(leaf: nn.Module) -> str | None:
-    if isinstance(leaf, (nn.Linear, nn.QuantizedLinear, PackedLinear)):
-        return "linear"
-    if isinstance(leaf, (nn.Embedding, nn.QuantizedEmbedding, PackedEmbedding)):
-        return "embedding"
-    if isinstance(leaf, PackedExperts) or type(leaf).__name__ in (
-        "SwitchLinear",
-        "QuantizedSwitchLinear",
-    ):
-        return "switch"
-    return None
-
-
 def _weight_arrays(leaf: nn.Module) -> list[str]:
     """Names of a layer's parameters that hold its weight (not its bias)."""
     return [name for name, value in leaf.items() if isinstance(value, mx.array) and name != "bias"]
 
 
 def _layer(path: str, leaf: nn.Module, tied: bool) -> LayerSpec:
-    kind = _kind(leaf)
+    kind = layer_kind(leaf)
     nbytes = sum(leaf[name].nbytes for name in _weight_arrays(leaf))
     shape, dtype = _logical(leaf)
     groups = {
@@ -127,7 +114,7 @@ def _layer(path: str, leaf: nn.Module, tied: bool) -> LayerSpec:
         obstacle = f"input width {shape[-1]} is not a multiple of 32, the smallest group"
     return LayerSpec(
         path=path,
-        kind=kind or "linear",
+        kind=kind,
         shape=shape,
         dtype=str(dtype).removeprefix("mlx.core."),
         itemsize=dtype.size,

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from qlab.core.progress import Progress
 from qlab.engine.models.surgery import map_layers
+from qlab.nn.kinds import layer_kind
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def calibrate(
     """
 
     def tapped(path: str, inner: nn.Module) -> nn.Module:
-        return (_TappedEmbedding if hasattr(inner, "as_linear") else _TappedLinear)(
+        return (_TappedEmbedding if layer_kind(inner) == "embedding" else _TappedLinear)(
             inner, shapes[path]
         )
 

@@ -19,8 +19,9 @@ from qlab.core.config.spec import LayerSpec, ModelSpec
 from qlab.core.progress import Progress
 from qlab.engine.models.surgery import module_at, put_module, twin
 from qlab.errors import ConfigError, WeightsError
-from qlab.nn.linear import dense_layer, weight_of
-from qlab.nn.stored import _class_of, stored_layer
+from qlab.nn.kinds import layer_kind
+from qlab.nn.linear import weight_of
+from qlab.nn.stored import dense_layer, stored_layer
 
 
 def chosen(spec: ModelSpec, plan: QuantPlan) -> dict[str, QuantConfig]:
@@ -102,7 +103,7 @@ def quantized_layer(
     if not mx.isfinite(weight).all().item():
         raise WeightsError(f"Layer {path!r} holds NaN or infinite weights; nothing was quantized.")
     packed = solve(weight, config, solver, input_power)
-    made = stored_layer(packed, config, weight.shape, weight.dtype, _class_of(layer))
+    made = stored_layer(packed, config, weight.shape, weight.dtype, layer_kind(layer))
     if "bias" in layer:
         made.bias = layer.bias
     mx.eval(made.parameters())

@@ -25,7 +25,8 @@ from qlab.engine.models.surgery import cast, map_layers, module_at, twin
 from qlab.engine.quantize import quantize as export
 from qlab.engine.quantize.fisher import Calibration, calibrate
 from qlab.engine.quantize.measurer import Measurer
-from qlab.nn.linear import dense_layer, is_quantized, weight_of
+from qlab.nn.linear import is_quantized, weight_of
+from qlab.nn.stored import dense_layer
 from qlab.runtime.device import wants_float32
 
 CALIBRATION_TOKENS = 2048

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from qlab.engine.models.functional import Piece
+from qlab.engine.models.functional import Functional
 from qlab.engine.step.protocol import Arrays
 from qlab.nn.linear import Packed
 
@@ -19,21 +19,21 @@ class Block:
     """One block: where its arrays are, and which of them are trained."""
 
     def __init__(self, module: nn.Module, path: str, parameters: Arrays) -> None:
-        self.piece = Piece(module)
+        self.piece = Functional(module)
         places = [f"{path}.{name}" for name, *_ in self.piece.places]
         self.chosen = [n for n, name in enumerate(places) if name in parameters]
         self.trained = [places[n] for n in self.chosen]
-        self.first = first_back(module, path, self.trained)
+        self.first = half_step_parameters(module, path, self.trained)
 
 
-def arrays_of(module: nn.Module) -> list[tuple[str, Any, Any]]:
+def array_places(module: nn.Module) -> list[tuple[str, Any, Any]]:
     """Return path, holder and key of every array, in the order in which a block's are handed over
     and its gradients come.
     """
-    return Piece(module).places
+    return Functional(module).places
 
 
-def followers(
+def castable_parameters(
     places: list[tuple[str, Any, Any]], prefix: str, trained: Arrays
 ) -> dict[mx.Dtype, list[str]]:
     """Return which trained arrays of the blocks serve as cast to the dtype of what enters them, by
@@ -42,7 +42,7 @@ def followers(
     None do where something else in the blocks would make activations wider on their way.
 
     Args:
-        places: of the arrays of what ``attach`` returned; see ``arrays_of``.
+        places: of the arrays of what ``attach`` returned; see ``array_places``.
         prefix: of paths within the blocks.
         trained: arrays by path.
     """
@@ -54,12 +54,12 @@ def followers(
     )
     dtypes = {array.dtype for array in others if mx.issubdtype(array.dtype, mx.floating)}
     own = [
-        path for path, holder, _ in inside if path in trained and getattr(holder, "follows", False)
+        path for path, holder, _ in inside if path in trained and getattr(holder, "castable", False)
     ]
     return {dtypes.pop(): own} if len(dtypes) == 1 else {}
 
 
-def first_back(block: nn.Module, path: str, trained: list[str]) -> list[str]:
+def half_step_parameters(block: nn.Module, path: str, trained: list[str]) -> list[str]:
     """Return those of a block's trained arrays whose gradients are there when half of the way back
     is done.
 

@@ -21,9 +21,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from qlab.core.config.train import TrainConfig
-from qlab.engine.models.blocks import Stack
-from qlab.engine.models.functional import Piece
-from qlab.engine.step.block import Block, followers
+from qlab.engine.models.blocks import BlockStack
+from qlab.engine.models.functional import Functional
+from qlab.engine.step.block import Block, castable_parameters
 from qlab.engine.step.loss import ShiftedBatch, nats_and_slope, shifted
 from qlab.engine.step.patches import patched, users
 from qlab.engine.step.protocol import Arrays, LossAndGradients, StepBatch
@@ -67,9 +67,9 @@ class BlockwiseStep:
         self.traces = 0
         self.window = config.window or WINDOWS[backend()][0]
         self.parameters: Arrays = dict(tree_flatten(module.trainable_parameters()))
-        self._stack = Stack(module)
+        self._stack = BlockStack(module)
         for frozen in (x for x in module.modules() if isinstance(x, Frozen)):
-            frozen.keep()  # for the moment of one block
+            frozen.keep_dense()  # for the moment of one block
         prefix = f"{self._stack.path}."
         self._blocks = [
             Block(block, f"{prefix}{i}", self.parameters)
@@ -77,14 +77,14 @@ class BlockwiseStep:
         ]
         self._outside = [path for path in self.parameters if not path.startswith(prefix)]
         self.users = users(module)
-        places = Piece(module).places
+        places = Functional(module).places
         self._places = {path: (holder, key) for path, holder, key in places}
         self._keys = [
             path for path, _ in tree_flatten(module.parameters()) if path.endswith("dropout_key")
         ]
-        self._followers = followers(places, prefix, self.parameters)
-        self._end = _End(self._stack, self._outside)
-        self._kinds: dict[Hashable, _Kind] = {}
+        self._followers = castable_parameters(places, prefix, self.parameters)
+        self._head = _Head(self._stack, self._outside)
+        self._programs: dict[Hashable, _BlockProgram] = {}
         self._different: set[int] = set()  # blocks for which it matters where they stand
         self._checked = False
         kinds = len({block.piece.form for block in self._blocks})
@@ -107,10 +107,10 @@ class BlockwiseStep:
             np.array(batch.weights.reshape(-1))
         )  # before there is anything else to wait for
         x, calls = self._stack.before(batch.inputs, batch.segments)
-        self._set(self._thin(parameters, x.dtype))
+        self._set(self._cast_factors(parameters, x.dtype))
         kinds = [self._kind(i, call, x) for i, call in enumerate(calls)]
         self._checked = True
-        flight = _Flight()
+        flight = _InFlight()
         kept = self._forward(x, kinds, flight)
         loss, cotangent, grads = self._loss(kept.pop(), batch, counted, flight)
         first = len(self._blocks) - len(kept)
@@ -120,10 +120,10 @@ class BlockwiseStep:
             cotangent, *own = kind.back(block, call, kept.pop(), cotangent)
             found = dict(zip(block.trained, own, strict=True))
             grads |= found
-            flight.add(between_halves(self.window), *(found.pop(path) for path in block.first))
+            flight.add(half_step_window(self.window), *(found.pop(path) for path in block.first))
             flight.add(self.window, cotangent, *found.values())
         self._set(parameters)
-        if self._end.embeds:
+        if self._head.embeds:
             names = self._outside
             _, more = mx.vjp(
                 lambda *a: self._before(a, batch), [parameters[p] for p in names], [cotangent]
@@ -131,7 +131,7 @@ class BlockwiseStep:
             grads |= {path: grads[path] + grad for path, grad in zip(names, more, strict=True)}
         return LossAndGradients(loss, grads, batch.weights.sum())
 
-    def _thin(self, parameters: Arrays, dtype: mx.Dtype) -> Arrays:
+    def _cast_factors(self, parameters: Arrays, dtype: mx.Dtype) -> Arrays:
         """Return the blocks' trained factors as products will take them.
 
         Cast once, not on every way through a block.
@@ -139,11 +139,11 @@ class BlockwiseStep:
         return cast(parameters, dtype, self._followers.get(dtype, ()))
 
     def _forward(
-        self, x: mx.array, kinds: list[tuple[_Kind, Piece]], flight: _Flight
+        self, x: mx.array, kinds: list[tuple[_BlockProgram, Functional]], flight: _InFlight
     ) -> list[mx.array]:
         """Return the inputs of all blocks that a gradient reaches, and the output of the last."""
         reached = [i for i, block in enumerate(self._blocks) if block.trained]
-        first = 0 if self._end.embeds else min(reached, default=len(self._blocks))
+        first = 0 if self._head.embeds else min(reached, default=len(self._blocks))
         kept = []
         for i, (block, (kind, call)) in enumerate(zip(self._blocks, kinds, strict=True)):
             if i >= first:
@@ -153,7 +153,7 @@ class BlockwiseStep:
         return [*kept, x]
 
     def _loss(
-        self, hidden: mx.array, batch: ShiftedBatch, counted: np.ndarray, flight: _Flight
+        self, hidden: mx.array, batch: ShiftedBatch, counted: np.ndarray, flight: _InFlight
     ) -> tuple[mx.array, mx.array, Arrays]:
         """Sum of the loss, and its gradients by the last hidden state and by the parameters outside
         the blocks.
@@ -162,11 +162,11 @@ class BlockwiseStep:
         size = min(self.config.loss_chunk or flat.shape[0], flat.shape[0])
         targets = batch.targets.reshape(-1)
         weights = batch.weights.reshape(-1)
-        drops = self._end.drops(-(-counted.size // size))
+        drops = self._head.drops(-(-counted.size // size))
         total = mx.array(0.0)
         cotangent = mx.zeros_like(flat)
         sums = [mx.zeros_like(self.parameters[path]) for path in self._outside]
-        weight = self._end.weights(hidden.dtype)
+        weight = self._head.weights(hidden.dtype)
         flight.add(
             1, *weight
         )  # a head may be large: no block is in flight beside it, neither before nor behind
@@ -177,7 +177,7 @@ class BlockwiseStep:
             )  # a few sizes only; the rest counts nothing
             where = mx.array(np.pad(part, (0, max(full, part.size) - part.size)).astype(np.int32))
             share = weights[where] * (mx.arange(where.size) < part.size)
-            loss, slope, *outer = self._end.run(
+            loss, slope, *outer = self._head.run(
                 self, flat[where][None], targets[where][None], share[None], weight, drops[n]
             )
             total = total + loss
@@ -187,12 +187,14 @@ class BlockwiseStep:
             flight.add(1 if last else min(self.window, CHUNKS), total, cotangent, *sums)
         return total, cotangent.reshape(hidden.shape), dict(zip(self._outside, sums, strict=True))
 
-    def _kind(self, i: int, call: tuple[tuple, dict], x: mx.array) -> tuple[_Kind, Piece]:
+    def _kind(
+        self, i: int, call: tuple[tuple, dict], x: mx.array
+    ) -> tuple[_BlockProgram, Functional]:
         """Return what serves a block, and the block's other arguments."""
         block = self._blocks[i]
-        piece = Piece([list(call[0]), call[1]])
+        piece = Functional([list(call[0]), call[1]])
         key = (block.piece.form, piece.form, i if i in self._different else None)
-        kind = self._kinds.setdefault(key, _Kind(self, block))
+        kind = self._programs.setdefault(key, _BlockProgram(self, block))
         if (
             not self._checked
             and block.piece.numbered
@@ -213,7 +215,7 @@ class BlockwiseStep:
             holder[key] = array
 
 
-def between_halves(window: int) -> int:
+def half_step_window(window: int) -> int:
     """Return the window that holds between the two halves of a way back.
 
     For its own first half no block waits.
@@ -223,7 +225,7 @@ def between_halves(window: int) -> int:
     return max(window, 2)
 
 
-class _Flight:
+class _InFlight:
     """Hands arrays over to be computed, and waits so that not too much is unfinished."""
 
     def __init__(self) -> None:
@@ -240,7 +242,7 @@ class _Flight:
             mx.eval(self._unfinished.popleft())
 
 
-class _Kind:
+class _BlockProgram:
     """What blocks that differ in their arrays only have in common.
 
     A forward pass and a way back, each compiled once.
@@ -249,18 +251,20 @@ class _Kind:
     def __init__(self, step: BlockwiseStep, block: Block) -> None:
         self.block = block
         self._step = step
-        self._call: Piece | None = (
+        self._call: Functional | None = (
             None  # whatever is no array in it is the same for all calls of this kind
         )
         self._forward = mx.compile(self._run)
         self._back = mx.compile(self._way_back)
 
-    def forward(self, block: Block, call: Piece, x: mx.array) -> mx.array:
+    def forward(self, block: Block, call: Functional, x: mx.array) -> mx.array:
         """Return the block's output."""
         self._call = call
         return self._forward(x, block.piece.arrays, call.arrays)
 
-    def back(self, block: Block, call: Piece, x: mx.array, cotangent: mx.array) -> list[mx.array]:
+    def back(
+        self, block: Block, call: Functional, x: mx.array, cotangent: mx.array
+    ) -> list[mx.array]:
         """Return the gradients by the block's input and by its trained arrays.
 
         Its output is computed again.
@@ -268,10 +272,10 @@ class _Kind:
         self._call = call
         return self._back(x, cotangent, block.piece.arrays, call.arrays)
 
-    def serves(self, block: Block, call: Piece, x: mx.array) -> bool:
+    def serves(self, block: Block, call: Functional, x: mx.array) -> bool:
         """Whether another block computes the same, tried out on ``x``."""
         args, kwargs = call.root
-        with self.block.piece.having(block.piece.arrays):
+        with self.block.piece.using(block.piece.arrays):
             found = self.block.piece.root(x, *args, **kwargs)
         return mx.array_equal(found, block.piece.root(x, *args, **kwargs)).item()
 
@@ -296,21 +300,21 @@ class _Kind:
             return mx.vjp(run, [x, *(arrays[n] for n in chosen)], [cotangent])[1]
 
     def _apply(self, x: mx.array, arrays: list[mx.array], others: list[mx.array]) -> mx.array:
-        with self.block.piece.having(arrays), self._call.having(others):
+        with self.block.piece.using(arrays), self._call.using(others):
             args, kwargs = self._call.root
             return self.block.piece.root(x, *args, **kwargs)
 
 
-class _End:
+class _Head:
     """What comes after the blocks: the loss of a chunk of positions and its gradients, compiled.
 
     Attributes:
         embeds: whether a trained array is needed before the blocks, too.
     """
 
-    def __init__(self, stack: Stack, trained: list[str]) -> None:
+    def __init__(self, stack: BlockStack, trained: list[str]) -> None:
         self._stack = stack
-        self._piece = Piece(stack.module, without=stack.blocks_held)
+        self._piece = Functional(stack.module, without=stack.blocks_held)
         names = [name for name, *_ in self._piece.places]
         self._chosen = [names.index(path) for path in trained]
         self._dropped = [n for n, name in enumerate(names) if name.endswith("dropout_key")]
@@ -327,7 +331,7 @@ class _End:
 
     def weights(self, dtype: mx.Dtype) -> list[mx.array]:
         """Return the dense weights of the heads that need one, lazily; they serve all chunks."""
-        found = [(head, head.worth(dtype)) for head in self._heads]
+        found = [(head, head.dense_if_needed(dtype)) for head in self._heads]
         self._lent = [head for head, weight in found if weight is not None]
         return [weight for _, weight in found if weight is not None]
 
@@ -370,9 +374,9 @@ class _End:
             for n, array in zip(self._chosen, own, strict=True):
                 all_[n] = array
             with ExitStack() as stack:
-                stack.enter_context(self._piece.having(all_))
+                stack.enter_context(self._piece.using(all_))
                 for head, weight in zip(self._lent, weights, strict=True):
-                    stack.enter_context(head.lent(weight))
+                    stack.enter_context(head.using_dense(weight))
                 return self._stack.after(h)
 
         primals = [rows, *(arrays[n] for n in self._chosen)]

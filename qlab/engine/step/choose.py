@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qlab.core.config.train import TrainConfig
-from qlab.engine.models.blocks import Stack, run
+from qlab.engine.models.blocks import BlockStack, run
 from qlab.engine.models.packed_rows import takes_batches
 from qlab.engine.step.blockwise import BlockwiseStep
 from qlab.engine.step.protocol import Arrays, LossAndGradients, StepBatch, TrainStep
@@ -43,7 +43,7 @@ def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto") -> T
         raise ConfigError(f"how={how!r} is not legal; choose one of {', '.join(WAYS)}.")
     note = ""
     try:
-        stack = Stack(module)
+        stack = BlockStack(module)
         stack.check()
     except UnsupportedError as error:
         if how == "stepped":
@@ -65,7 +65,7 @@ def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto") -> T
 
 
 def _logits(
-    module: nn.Module, stack: Stack | None
+    module: nn.Module, stack: BlockStack | None
 ) -> Callable[[mx.array, mx.array | None], mx.array]:
     """Return a function from tokens and segments ``(batch, length)`` to the last logits at least."""
     if stack:

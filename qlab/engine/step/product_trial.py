@@ -25,9 +25,9 @@ from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.spec import LayerSpec, ModelSpec
 from qlab.engine.models.surgery import module_at
 from qlab.errors import ConfigError
-from qlab.nn.frozen import Compute, Frozen
+from qlab.nn.frozen import Compute, Frozen, usual_compute
 from qlab.runtime import blas
-from qlab.runtime.device import backend, wants_float32
+from qlab.runtime.device import backend
 from qlab.runtime.paths import cache_folder
 
 PRODUCTS = ("auto", "kernel", "dequantize")
@@ -62,7 +62,7 @@ def choose_compute(
     """
     if product not in PRODUCTS:
         raise ConfigError(f"product={product!r} is not legal; choose one of {', '.join(PRODUCTS)}.")
-    dtype = mx.float32 if wants_float32() else None
+    dtype = usual_compute().dtype
     looks = _looks(spec)
     kernels = {
         look: layers

@@ -15,7 +15,7 @@ import mlx.core as mx
 from qlab.engine.step.protocol import Arrays
 
 
-class Layout:
+class FlatLayout:
     """Where in the vectors each array lies.
 
     It does not depend on the order in which a model lists them.
@@ -51,7 +51,7 @@ class Layout:
 
         Nothing is copied of what is joined, or was handed out as views.
         """
-        if isinstance(arrays, Joined) and arrays.layout is self:
+        if isinstance(arrays, FlatViews) and arrays.layout is self:
             return arrays.vectors
         if arrays.keys() == self.dtypes.keys():
             return arrays
@@ -74,7 +74,7 @@ class Layout:
         return found
 
 
-class Joined(dict[str, mx.array]):
+class FlatViews(dict[str, mx.array]):
     """Arrays by path that are views of vectors; read-only, so that both always say the same.
 
     Args:
@@ -83,7 +83,7 @@ class Joined(dict[str, mx.array]):
         vectors: by name of their dtype.
     """
 
-    def __init__(self, views: Arrays, layout: Layout, vectors: Arrays) -> None:
+    def __init__(self, views: Arrays, layout: FlatLayout, vectors: Arrays) -> None:
         super().__init__(views)
         self.layout = layout
         self.vectors = vectors
@@ -101,14 +101,16 @@ def cast(arrays: Arrays, dtype: mx.Dtype, paths: Collection[str]) -> Arrays:
 
     Where they are views of vectors, the vectors are cast.
     """
-    if paths and isinstance(arrays, Joined):
+    if paths and isinstance(arrays, FlatViews):
         arrays = arrays.layout.views(
             {name: vector.astype(dtype) for name, vector in arrays.vectors.items()}
         )
     return {path: arrays[path].astype(dtype) for path in paths}
 
 
-def total(vector: mx.array, of: Callable[[mx.array], mx.array] = lambda part: part) -> mx.array:
+def stable_sum(
+    vector: mx.array, of: Callable[[mx.array], mx.array] = lambda part: part
+) -> mx.array:
     """Sum of what a function makes of all numbers of a vector, in float32.
 
     Not finite if any of them is not.

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from qlab.core.config.train import TrainConfig
-from qlab.engine.models.blocks import Stack, run
+from qlab.engine.models.blocks import BlockStack, run
 from qlab.engine.step.loss import ShiftedBatch, nats, nats_and_slope, shifted
 from qlab.engine.step.patches import patched, users
 from qlab.engine.step.protocol import Arrays, LossAndGradients, StepBatch
@@ -48,7 +48,7 @@ class WholeGraphStep:
         self.how = "checkpointed" if config.grad_checkpoint else "whole"
         self.notes = (note or f"step: {self.how}, as one graph",)
         self.traces = 0
-        self.stack = Stack(module) if config.grad_checkpoint or config.loss_chunk else None
+        self.stack = BlockStack(module) if config.grad_checkpoint or config.loss_chunk else None
         self.parameters: Arrays = dict(tree_flatten(module.trainable_parameters()))
         within = f"{self.stack.path}." if self.stack else ""
         self._heads = [
@@ -182,7 +182,7 @@ class WholeGraphStep:
         }
         with ExitStack() as stack:
             for head in self._heads:
-                stack.enter_context(head.once(hidden))
+                stack.enter_context(head.dequantized_once(hidden))
             for n, start in enumerate(starts):
                 self._set({path: keys[n] for path, keys in drops.items()})
                 label = labels[:, start : start + chunk]

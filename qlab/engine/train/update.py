@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from qlab.core.config.train import TrainConfig
 from qlab.engine.step.protocol import Arrays, LossAndGradients
-from qlab.engine.step.vectors import Joined, Layout, total
+from qlab.engine.step.vectors import FlatLayout, FlatViews, stable_sum
 
 
 class Updated(NamedTuple):
@@ -66,7 +66,7 @@ class Update:
     def __init__(self, config: TrainConfig, parameters: Arrays) -> None:
         self._most = config.max_grad_norm
         self._whole = config.kind.elementwise
-        self._layout = Layout(parameters)
+        self._layout = FlatLayout(parameters)
         self._optimizer = config.kind.make(config.learning_rate, config.weight_decay)
         self._numbers = dict(self._optimizer.state)
         self._shapes = {
@@ -136,7 +136,7 @@ class Update:
 
     def by_path(self, kept: Arrays) -> Arrays:
         """Return parameters by path that still know what ``kept`` makes of them."""
-        return Joined(self._layout.views(kept), self._layout, kept) if self._whole else kept
+        return FlatViews(self._layout.views(kept), self._layout, kept) if self._whole else kept
 
     def state_by_path(self, state: Arrays) -> Arrays:
         """Return a state as it is written: with arrays for every parameter."""
@@ -166,7 +166,7 @@ class Update:
     def _join(self, grads: Arrays) -> tuple[Arrays, mx.array]:
         grads = self.kept(grads)
         if self._whole:
-            squares = [total(vector, mx.square) for vector in grads.values()]
+            squares = [stable_sum(vector, mx.square) for vector in grads.values()]
         else:
             squares = [mx.square(grad.astype(mx.float32)).sum() for grad in grads.values()]
         return grads, mx.sqrt(sum(squares, mx.array(0.0)))
@@ -192,5 +192,7 @@ class Update:
         new = dict(tree_flatten(pairs))
         after = dict(tree_flatten(self._optimizer.state))
         self._optimizer.state = {}  # what it holds here are no numbers
-        narrow = [total(array.reshape(-1)) for array in new.values() if array.dtype == mx.float16]
+        narrow = [
+            stable_sum(array.reshape(-1)) for array in new.values() if array.dtype == mx.float16
+        ]
         return new, after, loss, norm, mx.isfinite(sum(narrow, loss + norm))

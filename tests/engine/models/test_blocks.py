@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.train import TrainConfig
-from qlab.engine.models.blocks import Stack
+from qlab.engine.models.blocks import BlockStack
 from qlab.nn.frozen import Compute
 from qlab.engine.adapt.attach import attach
 from qlab.engine.step.choose import make_step
@@ -23,7 +23,7 @@ def tokens() -> mx.array:
     return mx.random.randint(0, 97, (2, 11), key=mx.random.key(1))
 
 
-def blocks(stack: Stack) -> list[nn.Module]:
+def blocks(stack: BlockStack) -> list[nn.Module]:
     """The blocks that stand in the model now."""
     return module_at(stack.module, stack.path)
 
@@ -60,7 +60,7 @@ class Model(nn.Module):
 def test_pieces_one_after_the_other_give_exactly_the_models_own_logits(name):
     module, _ = tiny(name)
     expected = module(tokens())
-    stack = Stack(module)
+    stack = BlockStack(module)
     assert len(stack.blocks) == 3
     x, calls = stack.before(tokens())
     assert x.shape == (2, 11, 64)
@@ -75,8 +75,8 @@ def test_pieces_one_after_the_other_give_exactly_the_models_own_logits(name):
 def test_the_model_is_whole_afterwards(name):
     module, _ = tiny(name)
     expected, arrays = module(tokens()), tree_flatten(module.parameters())
-    own = list(Stack(module).blocks)
-    stack = Stack(module)
+    own = list(BlockStack(module).blocks)
+    stack = BlockStack(module)
     hidden, _ = stack.before(tokens())
     stack.after(hidden)
     assert all(a is b for a, b in zip(blocks(stack), own, strict=True))
@@ -90,7 +90,7 @@ def test_the_model_is_whole_afterwards(name):
 @on_mlx
 def test_the_model_is_whole_afterwards_also_when_an_error_is_raised_inside():
     module, _ = tiny()
-    expected, stack = module(tokens()), Stack(module)
+    expected, stack = module(tokens()), BlockStack(module)
     with pytest.raises(ValueError):
         stack.after(mx.zeros((2, 11, 63)))
     assert all(a is b for a, b in zip(blocks(stack), stack.blocks, strict=True))
@@ -103,7 +103,7 @@ def test_the_model_is_whole_afterwards_also_when_an_error_is_raised_inside():
 @on_mlx
 def test_no_block_runs_in_what_stands_before_and_after(monkeypatch):
     module, _ = tiny()
-    stack, ran = Stack(module), []
+    stack, ran = BlockStack(module), []
     hidden, _ = stack.before(tokens())
     monkeypatch.setattr(type(stack.blocks[0]), "__call__", lambda *_, **__: ran.append(1))
     stack.before(tokens())
@@ -116,7 +116,7 @@ def test_no_block_runs_in_what_stands_before_and_after(monkeypatch):
 @on_mlx
 def test_what_follows_may_be_asked_of_any_rows():
     module, _ = tiny("gemma2")
-    stack = Stack(module)
+    stack = BlockStack(module)
     hidden = mx.random.normal((2, 11, 64), key=mx.random.key(2))
     whole = stack.after(hidden)
     part = stack.after(hidden.reshape(1, 22, 64)[:, 5:9])
@@ -130,7 +130,7 @@ def test_the_list_with_the_most_in_it_is_the_one_of_the_blocks(last):
     module = Model(lambda layers, x: layers[2](layers[1](layers[0](x))))
     module.norms = [nn.RMSNorm(8) for _ in range(4)]
     module[last] = module.pop(last)
-    stack = Stack(module)
+    stack = BlockStack(module)
     assert stack.path == "layers" and all(
         a is b for a, b in zip(stack.blocks, module.layers, strict=True)
     )
@@ -149,7 +149,7 @@ def test_a_model_without_a_list_of_blocks_is_refused():
             )
 
     with pytest.raises(UnsupportedError, match="no list of blocks"):
-        Stack(Flat())
+        BlockStack(Flat())
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_model_without_a_list_of_blocks_is_refused():
 )
 @on_mlx
 def test_blocks_that_are_not_called_once_each_with_one_hidden_state_are_refused(run, match):
-    stack = Stack(Model(run))
+    stack = BlockStack(Model(run))
     with pytest.raises(UnsupportedError, match=match):
         stack.before(mx.array([[1, 2, 3]]))
     assert all(a is b for a, b in zip(blocks(stack), stack.blocks, strict=True))

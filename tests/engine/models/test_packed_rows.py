@@ -10,7 +10,7 @@ import pytest
 
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.train import TrainConfig
-from qlab.engine.models.packed_rows import Apart
+from qlab.engine.models.packed_rows import PackedRowsCache
 from qlab.nn.frozen import Compute
 from qlab.engine.adapt.attach import attach
 from qlab.engine.step.choose import make_step
@@ -107,6 +107,6 @@ def test_the_first_token_of_a_packed_row_is_no_target_even_if_the_mask_says_so()
 
 @on_mlx
 def test_a_position_sees_its_own_rows_past_within_the_window():
-    mask = Apart(mx.array([[1, 1, 1, 2, 2, 0]])).make_mask(6, window_size=2)
+    mask = PackedRowsCache(mx.array([[1, 1, 1, 2, 2, 0]])).make_mask(6, window_size=2)
     seen = [[0], [0, 1], [1, 2], [3], [3, 4], [5]]
     assert [[j for j in range(6) if mask[0, 0, i, j].item()] for i in range(6)] == seen

@@ -13,15 +13,15 @@ from qlab import registry
 from qlab.core.config.quant import QuantConfig
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.train import TrainConfig
-from qlab.engine.step.block import arrays_of
-from qlab.engine.step.block import followers
+from qlab.engine.step.block import array_places
+from qlab.engine.step.block import castable_parameters
 from qlab.engine.models.skeleton import describe
 from qlab.nn.frozen import Compute
 from qlab.engine.step.whole import WholeGraphStep
 from qlab.engine.adapt.attach import attach
 from qlab.engine.step.choose import make_step
 from qlab.engine.step.blockwise import BlockwiseStep
-from qlab.engine.step.blockwise import _Flight
+from qlab.engine.step.blockwise import _InFlight
 from qlab.errors import ConfigError
 from qlab.errors import UnsupportedError
 from qlab.engine.step.protocol import StepBatch
@@ -169,7 +169,7 @@ def test_no_more_than_the_inputs_of_blocks_that_a_gradient_reaches_is_kept():
     for step, expected in [(few, 1), (many, 6)]:
         x, calls = step._stack.before(tokens)
         kinds = [step._kind(i, call, x) for i, call in enumerate(calls)]
-        assert len(step._forward(x, kinds, _Flight())) == expected + 1
+        assert len(step._forward(x, kinds, _InFlight())) == expected + 1
 
 
 @on_mlx
@@ -189,7 +189,7 @@ def test_gradients_of_the_part_that_comes_last_are_handed_over_first():
 
 @on_mlx
 def test_fewer_than_a_window_of_what_is_handed_over_is_unfinished(monkeypatch):
-    flight, waits, real = _Flight(), [], mx.eval
+    flight, waits, real = _InFlight(), [], mx.eval
     monkeypatch.setattr(mx, "eval", lambda array: (waits.append(array.item()), real(array)))
     for n, window in enumerate((4, 4, 4, 2, 2, 4, 1)):
         flight.add(window, mx.array(n) + 0)
@@ -315,7 +315,7 @@ def test_the_loss_curve_of_many_updates_is_that_of_the_whole_graph():
 def test_factors_are_cast_once_a_step_where_nothing_but_products_reads_them(kind):
     module, spec = tiny(torch_dtype="bfloat16")
     step = stepped(module, spec, LoRAConfig(kind=kind, rank=4))
-    found = followers(arrays_of(step.module), "model.layers.", step.parameters)
+    found = castable_parameters(array_places(step.module), "model.layers.", step.parameters)
     factors = sorted(path for path in step.parameters if path.endswith(("lora_a", "lora_b")))
     assert (
         sorted(found.get(mx.bfloat16, [])) == (factors if kind == "lora" else []) and len(found) < 2
@@ -331,5 +331,5 @@ def test_factors_are_cast_once_a_step_where_nothing_but_products_reads_them(kind
     wide.model.embed_tokens.weight = wide.model.embed_tokens.weight.astype(
         mx.bfloat16
     )  # and norms that make it wider
-    places = arrays_of(stepped(wide, spec, LoRAConfig(rank=4)).module)
-    assert mx.bfloat16 not in followers(places, "model.layers.", step.parameters)
+    places = array_places(stepped(wide, spec, LoRAConfig(rank=4)).module)
+    assert mx.bfloat16 not in castable_parameters(places, "model.layers.", step.parameters)

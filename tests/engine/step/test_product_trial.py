@@ -21,7 +21,7 @@ from tests.tiny import on_mlx, quantized, tiny
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(trial.blas, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(trial, "cache_folder", lambda: tmp_path)
     return tmp_path
 
 
@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_memory(raced, monkeypatc
     def refuse():
         raise OSError("read-only")
 
-    monkeypatch.setattr(trial.blas, "cache_folder", refuse)
+    monkeypatch.setattr(trial, "cache_folder", refuse)
     assert on_mlx(choose_compute)(*base(), 64)[0].dequantize is False
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from qlab import registry
 from qlab.core.config.train import TrainConfig
-from qlab.engine.step.vectors import Joined
-from qlab.engine.step.vectors import Layout
+from qlab.engine.step.vectors import FlatViews
+from qlab.engine.step.vectors import FlatLayout
 from qlab.engine.step.vectors import cast
-from qlab.engine.step.vectors import total
+from qlab.engine.step.vectors import stable_sum
 from qlab.engine.step.protocol import LossAndGradients
 from qlab.engine.memory.read_graph import read
 from qlab.engine.train.update import Update
@@ -57,7 +57,7 @@ def updates(update: Update, parameters, count: int = 4, dtype: mx.Dtype = mx.flo
 @on_mlx
 def test_arrays_come_back_as_they_went_in_whatever_their_order():
     given = arrays(dtypes=(mx.float32, mx.bfloat16))
-    layout, turned = Layout(given), Layout(dict(reversed(given.items())))
+    layout, turned = FlatLayout(given), FlatLayout(dict(reversed(given.items())))
     vectors = layout.vectors(given)
     assert {name: (v.ndim, v.dtype) for name, v in vectors.items()} == {
         name: (1, d) for name, d in layout.dtypes.items()
@@ -69,7 +69,7 @@ def test_arrays_come_back_as_they_went_in_whatever_their_order():
 @on_mlx
 def test_every_view_begins_at_a_multiple_of_the_power_of_two_that_divides_its_rows():
     shapes = [(97,), (576, 1), (1, 64), (64, 16), (97, 4), (16, 48), (1,), (6, 10)]
-    layout = Layout({str(i): mx.zeros(shape) for i, shape in enumerate(shapes)})
+    layout = FlatLayout({str(i): mx.zeros(shape) for i, shape in enumerate(shapes)})
     views = layout.views({"float32": mx.arange(sum(math.prod(shape) for shape in shapes))})
     for i, shape in enumerate(shapes):
         assert views[str(i)].shape == shape
@@ -79,13 +79,13 @@ def test_every_view_begins_at_a_multiple_of_the_power_of_two_that_divides_its_ro
 @on_mlx
 def test_what_was_handed_out_is_known_again_and_anything_else_is_joined_anew():
     given = arrays()
-    layout = Layout(given)
+    layout = FlatLayout(given)
     vectors = layout.vectors(given)
-    views = Joined(layout.views(vectors), layout, vectors)
+    views = FlatViews(layout.views(vectors), layout, vectors)
     assert layout.vectors(views) is vectors
     changed = {**views, "layers.1.w": views["layers.1.w"] + 1}
     assert same(layout.views(layout.vectors(changed)), changed)
-    other = Layout(given)  # may lie otherwise, for all it knows
+    other = FlatLayout(given)  # may lie otherwise, for all it knows
     assert other.vectors(views) is not vectors and same(other.vectors(views), vectors)
 
 
@@ -95,16 +95,16 @@ def test_what_was_handed_out_is_known_again_and_anything_else_is_joined_anew():
 @on_mlx
 def test_views_cannot_be_changed_behind_the_back_of_their_vectors(change):
     given = arrays()
-    layout = Layout(given)
+    layout = FlatLayout(given)
     with pytest.raises(TypeError, match="make a dict"):
-        change(Joined(given, layout, layout.vectors(given)))
+        change(FlatViews(given, layout, layout.vectors(given)))
 
 
 @on_mlx
 def test_views_are_cast_by_one_operation():
     given = arrays()
-    layout, paths = Layout(given), sorted(given)[:3]
-    for form in (given, Joined(given, layout, layout.vectors(given))):
+    layout, paths = FlatLayout(given), sorted(given)[:3]
+    for form in (given, FlatViews(given, layout, layout.vectors(given))):
         assert same(
             cast(form, mx.bfloat16, paths),
             {path: given[path].astype(mx.bfloat16) for path in paths},
@@ -112,7 +112,7 @@ def test_views_are_cast_by_one_operation():
     (vector,) = layout.vectors(given).values()
 
     def run(vector):
-        return list(cast(Joined({}, layout, {"float32": vector}), mx.bfloat16, paths).values())
+        return list(cast(FlatViews({}, layout, {"float32": vector}), mx.bfloat16, paths).values())
 
     assert [node.name for node in read(run, [vector]).nodes].count("AsType") == 1
     assert cast(given, mx.bfloat16, ()) == {}
@@ -122,14 +122,14 @@ def test_views_are_cast_by_one_operation():
 @on_mlx
 def test_a_sum_of_any_length_is_right(size):
     vector = mx.random.uniform(shape=(size,), key=mx.random.key(0))
-    assert total(vector).item() == pytest.approx(sum(vector.tolist()), rel=1e-6)
-    assert not mx.isfinite(total(mx.concatenate([vector, mx.array([mx.inf])]))).item()
+    assert stable_sum(vector).item() == pytest.approx(sum(vector.tolist()), rel=1e-6)
+    assert not mx.isfinite(stable_sum(mx.concatenate([vector, mx.array([mx.inf])]))).item()
 
 
 @on_mlx
 def test_a_sum_takes_the_same_operations_whatever_divides_its_length():
     operations = [
-        [node.name for node in read(lambda v: [total(v)], [mx.zeros(n)]).nodes]
+        [node.name for node in read(lambda v: [stable_sum(v)], [mx.zeros(n)]).nodes]
         for n in range(4090, 4102)
     ]
     assert all(names == operations[0] for names in operations)
@@ -138,7 +138,7 @@ def test_a_sum_takes_the_same_operations_whatever_divides_its_length():
 @on_mlx
 def test_small_numbers_are_not_lost_beside_a_large_one():
     vector = mx.concatenate([mx.array([2.0**24]), mx.ones(4096)])  # one more than 2²⁴ is no float32
-    assert total(vector).item() == pytest.approx(2**24 + 4096, abs=100)
+    assert stable_sum(vector).item() == pytest.approx(2**24 + 4096, abs=100)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
