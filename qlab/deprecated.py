@@ -6,6 +6,7 @@ Every deprecation of the package goes through one of these functions, so that a 
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -15,16 +16,29 @@ from typing import Any, TypeVar
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def deprecated_name(old: str, new: str, *, stacklevel: int = 2) -> None:
-    """Warn that a spelling is old.
+def deprecated_name(old: str, new: str) -> None:
+    """Warn that a spelling is old, at the line outside of qlab that wrote it.
 
     Args:
         old: what was written, such as ``Trainer.resume(path)``.
         new: what to write instead.
-        stacklevel: frames up to the line that wrote it; 2 is the caller of the caller.
     """
     message = f"{old} is deprecated and goes with the next release; use {new}."
-    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel + 1)
+    warnings.warn(message, DeprecationWarning, stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """Return the ``stacklevel``, seen from ``deprecated_name``, of the first frame outside."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_qlab(frame.f_globals["__name__"]):
+        frame = frame.f_back
+        level += 1
+    return level
+
+
+def _is_qlab(module: str) -> bool:
+    return module == "qlab" or module.startswith("qlab.")
 
 
 def positional_arguments(function: Function) -> Function:

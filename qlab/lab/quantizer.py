@@ -1,29 +1,28 @@
-"""``Quantizer``: sliders over the storage of a model, and what it costs. Wiring only.
+"""``Quantizer``: sliders over the storage of a model, and what it costs.
 
-Traits ↔ study ↔ panel.
+What is chosen are traits (``quantizer_traits``); what it costs is measured by the model's study on
+the MLX thread; what is shown is a ``PanelState``. This file connects the three.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
-from fnmatch import fnmatchcase
 from typing import Any
 
-import traitlets as T
-
 from qlab import registry
-from qlab.core.config.code import code_line
 from qlab.core.config.quant import QuantConfig, QuantPlan
 from qlab.core.evaluate.text import EvalReport
 from qlab.core.panels.quantizer import PanelState
 from qlab.core.progress import Progress
-from qlab.core.quantize.allocate import allocate
+from qlab.core.quantize.allocate import overrides_within
 from qlab.core.quantize.compare import compare
 from qlab.core.quantize.report import QuantReport, report_of
+from qlab.deprecated import positional_arguments
 from qlab.engine.io.loaded import Loaded
-from qlab.errors import ConfigError, LayerNotFoundError, named, nearest, sealed
+from qlab.errors import ConfigError, named, sealed
 from qlab.lab.model import Model
 from qlab.lab.panel import HasPanel, PanelViews
+from qlab.lab.quantizer_traits import STORAGE_TRAITS, QuantizerChoice
 from qlab.runtime.device import machine
 from qlab.runtime.job import Latest, mlx_call
 from qlab.views.cards.compare import Comparison
@@ -31,26 +30,35 @@ from qlab.views.quantizer.static import html, page, text_line
 from qlab.views.quantizer.widget import QuantizerPanel
 
 AUTO_PREDICT_SIZE = 1e9  # parameters up to which ΔKL is predicted without being asked
-RELIABLE_ERROR = 0.5  # weight error up to which allocate trusts the predicted ΔKL
-_KEEP: Any = object()
+_END_TO_END = ("kl_nats", "perplexity", "perplexity_before")  # of an EvalReport, shown in the panel
+
+Work = Generator[Progress, None, Any]
 
 
 @named
 @sealed
-class Quantizer(HasPanel, T.HasTraits):
-    """Storage of a model's weights, chosen by traits, sliders or code, with its error and size at
-    once.
+class Quantizer(HasPanel, QuantizerChoice):
+    """Storage of a model's weights, with its error and its size at once.
 
-    As the last line of a cell it is a panel. The traits and the sliders are one state in both
-    directions.
+    As the last line of a cell it is a panel. Its traits (``bits``, ``group_size``, ``mode``,
+    ``solver``, ``overrides``) and the sliders are one state, in both directions. The model itself
+    never changes.
+
+    Example:
+        >>> model = qlab.load("demo")
+        >>> q = qlab.Quantizer(model, bits=4, group_size=64)
+        >>> q.bits = 3
+        >>> q.set("*.down_proj", bits=8)
+        >>> q.report.worst(3)
+        >>> small = q.quantize()
 
     Args:
         model: what ``qlab.load`` returned.
-        bits: bits per code.
-        group_size: weights that share a scale.
-        mode: a scheme on the shelf.
-        solver: how codes are chosen when quantizing: ``rtn`` or ``searched``.
-        text: for calibration; a path, a string, rows, or a ``datasets`` set. None is the embedded
+        bits: bits per stored weight; None is the mode's default.
+        group_size: weights that share a scale; None is the mode's default.
+        mode: name of a scheme on the shelf, such as ``affine`` or ``mxfp4``.
+        solver: name of a solver on the shelf: how codes are chosen when quantizing.
+        text: calibration text: a path, a string, rows, or a ``datasets`` set. None is the embedded
             text.
 
     Raises:
@@ -59,15 +67,11 @@ class Quantizer(HasPanel, T.HasTraits):
 
     _views = PanelViews(panel=QuantizerPanel, text_line=text_line, html=html, page=page)
 
-    mode = T.Unicode("affine")
-    bits = T.Int(4)
-    group_size = T.Int(64)
-    solver = T.Unicode("rtn")
-    overrides = T.Dict()  # by layer path; replaced as a whole, so that who observes it is told
-
+    @positional_arguments
     def __init__(
         self,
         model: Model,
+        *,
         bits: int | None = None,
         group_size: int | None = None,
         mode: str = "affine",
@@ -76,140 +80,52 @@ class Quantizer(HasPanel, T.HasTraits):
     ) -> None:
         if not isinstance(model, Model):
             raise ConfigError(f"model={model!r} is not legal; give what qlab.load returned.")
-        first = QuantConfig(mode, bits, group_size)
-        registry.get("solvers", solver)
+        first = QuantConfig(mode, bits, group_size)  # pyright: ignore[reportArgumentType]
         super().__init__()
         self._model = model
+        self._spec = model.spec
         self._text = text
         self._jobs = Latest(self._show)
-        self._measure: str | None = None
+        self._measure: str | None = None  # what the bars show, once it was chosen
         self._machine = mlx_call(machine)
-        with self.hold_trait_notifications():
-            self.mode = first.mode
-            self.bits = first.bits
-            self.group_size = first.group_size
-            self.solver = solver
-        self.observe(self._on_trait, ["mode", "bits", "group_size", "solver", "overrides"])
+        self._take(first)
+        self.solver = solver
+        self.observe(self._on_trait, list(STORAGE_TRAITS))
         self._jobs.start(self._open)
 
     @property
     def model(self) -> Model:
-        """What is quantized."""
+        """The model to quantize."""
         return self._model
-
-    # --- the choice -------------------------------------------------------------------------------
-
-    @property
-    def config(self) -> QuantConfig:
-        """Storage of every layer that has no override."""
-        return QuantConfig(self.mode, self.bits, self.group_size)
-
-    @property
-    def plan(self) -> QuantPlan:
-        """Storage of every layer; its repr pastes back."""
-        return QuantPlan(self.config, {p: c for p, c in self.overrides.items() if c != self.config})
-
-    @property
-    def code(self) -> str:
-        """The Python that rebuilds this state."""
-        return code_line(self.plan, self.solver)
-
-    def set(
-        self,
-        path: str,
-        bits: int | None = _KEEP,
-        *,
-        group_size: int | None = None,
-        mode: str | None = None,
-    ) -> None:
-        """Give one layer, or all that match a pattern, their own storage.
-
-        Args:
-            path: of a layer, or a pattern such as ``*.down_proj``.
-            bits: bits per code; None keeps the layer at its own precision.
-            group_size: None takes the current one, if the mode has it.
-            mode: None takes the current one.
-
-        Raises:
-            LayerNotFoundError: nothing matches; names the nearest layer.
-            ConfigError: the storage is not legal, or cannot hold the layer.
-        """
-        paths = self._matching(path)
-        config = None
-        if bits is not None:
-            mode = mode or self.mode
-            group_size = group_size or (self.group_size if mode == self.mode else None)
-            config = QuantConfig(mode, self.bits if bits is _KEEP else bits, group_size)
-            for found in paths:
-                if reason := self._model.spec[found].refusal(config):
-                    raise ConfigError(
-                        f"Layer {found!r} cannot be stored as {config.label}: {reason}."
-                    )
-        self._change(dict.fromkeys(paths, config))
-
-    def unset(self, path: str = "*") -> None:
-        """Drop the overrides of one layer, or of all that match a pattern.
-
-        Raises:
-            LayerNotFoundError: nothing matches.
-        """
-        dropped = set(self._matching(path))
-        with self._lock:
-            self.overrides = {p: c for p, c in self.overrides.items() if p not in dropped}
-
-    def allocate(self, bits_per_weight: float) -> QuantPlan:
-        """Choose bits per layer for the least predicted ΔKL under a budget, and set them as
-        overrides.
-
-        Args:
-            bits_per_weight: over all weights of the layers that have a prediction; others keep
-                their setting.
-
-        Raises:
-            ConfigError: even the smallest storage is larger; gives the smallest budget.
-        """
-        study = self._model.study
-        spec = self._model.spec
-        if study.calibration is None:
-            self.predict()
-        table = study.measurer.table
-        rows = [i for i, config in enumerate(table.configs) if config.mode == self.mode]
-        cost = table.measure("kl_nats")[rows]
-        # the prediction is of second order: where a layer's weights move by half their norm it
-        # means nothing
-        cost[~(table.measure("relative_error")[rows] < RELIABLE_ERROR)] = float("nan")
-        columns = [i for i in range(len(spec.layers)) if (cost[:, i] >= 0).any()]
-        cost = cost[:, columns]
-        weights = sum(spec.layers[i].size for i in columns)
-        option = allocate(cost, table.nbytes[rows][:, columns], weights, bits_per_weight)
-        chosen = {
-            spec.layers[c].path: table.configs[rows[o]]
-            for c, o in zip(columns, option, strict=True)
-        }
-        self._change(chosen)
-        return self.plan
 
     # --- what it costs ----------------------------------------------------------------------------
 
     @property
     def report(self) -> QuantReport:
-        """Errors and sizes of the current plan: sampled or exact, each layer says which.
+        """Errors and sizes of the present plan, each layer sampled or exact as it says.
 
-        Waits for the first look.
+        Blocks until every layer was sampled once.
         """
         report = self._report()
-        if any(layer.depth == "unknown" for layer in report.layers):
-            self._jobs.run(self._first_look)
+        if _has_unknown(report):
+            self._jobs.run(self._sample_until_known)
             report = self._report()
         return report
 
     def measure(self, exact: bool = True) -> QuantReport:
-        """Measure the current plan, on all weights if ``exact``; blocks.
+        """Measure the errors of the present plan; blocks.
+
+        Args:
+            exact: whether on all weights; False measures a random sample of each layer, as the
+                panel does by itself.
+
+        Returns:
+            The report of the present plan.
 
         Raises:
             WeightsError: a layer holds NaN or infinity.
         """
-        self._jobs.run(lambda: self._model.study.look(self.config))
+        self._jobs.run(self._sample)
         if exact:
             self._jobs.run(lambda: self._model.study.exact(self.plan))
         return self._report()
@@ -219,36 +135,89 @@ class Quantizer(HasPanel, T.HasTraits):
 
         Args:
             text: a path, a string, rows, or a ``datasets`` set; None is the quantizer's own text.
+
+        Returns:
+            The report of the present plan, with ΔKL in nats per token.
         """
-        self._jobs.run(lambda: self._predict(self._text if text is None else text))
+        chosen = self._text if text is None else text
+        self._jobs.run(lambda: self._predict(chosen))
         return self._report()
 
-    def judge(self, text: Any = None, tokens: int = 1024) -> EvalReport:
-        """Measure the current plan and solver end to end on held-out text: KL, perplexity, flips.
-
-        Blocks.
-        """
-        return self._jobs.run(lambda: self._model.study.judge(self.plan, self.solver, text, tokens))
-
-    def judge_layers(self, count: int = 5) -> dict[str, float]:
-        """Measure the true KL in nats per token of the worst layers, each quantized alone; blocks."""
-        worst = [layer.path for layer in self.report.worst(count)]
-        return self._jobs.run(lambda: self._model.study.judge_layers(worst, self.plan))
-
     def compare(self) -> Comparison:
-        """Compare every scheme on the shelf, bits per weight against error.
+        """Compare every scheme on the shelf: bits per weight against error.
 
         Blocks until all are sampled.
         """
-        self._jobs.run(lambda: self._model.study.look(self.config))
-        return Comparison(compare(self._model.spec, self._model.study.measurer.table))
+        self._jobs.run(self._sample)
+        return Comparison(compare(self._spec, self._model.study.measurer.table))
 
-    def quantize(self, solver: str | None = None, calibration: Any = None) -> Model:
+    def allocate(self, bits_per_weight: float) -> QuantPlan:
+        """Choose bits per layer for the least predicted ΔKL within a budget; set as overrides.
+
+        Predicts ΔKL first if that has not been done, which blocks.
+
+        Args:
+            bits_per_weight: over all weights of the layers that have a prediction; the others keep
+                their setting.
+
+        Raises:
+            ConfigError: even the smallest storage is larger; gives the smallest budget.
+        """
+        study = self._model.study
+        if study.calibration is None:
+            self.predict()
+        table = study.measurer.table
+        self._set_overrides(overrides_within(self._spec, table, self.mode, bits_per_weight))
+        return self.plan
+
+    # --- what it does to the output ---------------------------------------------------------------
+
+    def evaluate(self, text: Any = None, tokens: int = 1024) -> EvalReport:
+        """Measure the present plan and solver end to end on held-out text; blocks.
+
+        Example:
+            >>> report = q.evaluate()
+            >>> report.kl_nats, report.perplexity, report.top1_flips
+
+        Args:
+            text: a path, a string, rows, or a ``datasets`` set that no calibration saw; None is the
+                embedded held-out text.
+            tokens: to use at most.
+
+        Returns:
+            KL to the unquantized model, perplexity before and after, changed top tokens.
+        """
+        study = self._model.study
+        return self._jobs.run(lambda: study.judge(self.plan, self.solver, text, tokens))
+
+    def evaluate_layers(self, count: int = 5) -> dict[str, float]:
+        """Measure the true KL of the worst layers, each quantized alone; blocks.
+
+        Args:
+            count: number of layers, the worst of the present report first.
+
+        Returns:
+            KL to the unquantized model in nats per token, by layer path.
+        """
+        worst = [layer.path for layer in self.report.worst(count)]
+        return self._jobs.run(lambda: self._model.study.judge_layers(worst, self.plan))
+
+    judge = evaluate
+    judge_layers = evaluate_layers
+
+    # --- the quantized model ----------------------------------------------------------------------
+
+    @positional_arguments
+    def quantize(self, solver: str | None = None, *, calibration: Any = None) -> Model:
         """Quantize into a new model; this quantizer and its model stay as they are. Blocks.
+
+        Example:
+            >>> q.quantize(solver="searched").save("demo-4bit")
 
         Args:
             solver: None takes the trait.
-            calibration: text for solvers that need one; None is the quantizer's own text.
+            calibration: text for solvers that need one: a path, a string, rows, or a ``datasets``
+                set. None is the quantizer's own text.
 
         Raises:
             WeightsError: NaN or infinite weights, or nothing that could be quantized.
@@ -260,7 +229,16 @@ class Quantizer(HasPanel, T.HasTraits):
         self._check_solver(name)
         text = self._text if calibration is None else calibration
         module = self._jobs.run(lambda: model.study.quantize(plan, name, text))
-        return Model(Loaded(module, model.tokenizer, model.config, model.name), plan, name, model)
+        loaded = Loaded(module, model.tokenizer, model.config, model.name)
+        return Model(loaded, plan, name, model)
+
+    def _check_solver(self, name: str) -> None:
+        modes = registry.get("solvers", name).modes
+        if modes is not None and self.mode not in modes:
+            legal = ", ".join(modes)
+            raise ConfigError(
+                f"Solver {name!r} fills mode {legal}, not {self.mode!r}; use solver 'rtn'."
+            )
 
     # --- the panel --------------------------------------------------------------------------------
 
@@ -268,10 +246,10 @@ class Quantizer(HasPanel, T.HasTraits):
         """What the panel shows now, as a value."""
         study = self._model.study
         plan = self.plan
-        judged = study.judged.get((plan, self.solver))
-        calibration = study.calibration.text if study.calibration else ""
+        calibration = self._calibration_text()
+        measure = self._measure or ("kl_nats" if calibration else "relative_error")
         return PanelState(
-            spec=self._model.spec,
+            spec=self._spec,
             table=study.measurer.table.snapshot(),
             plan=plan,
             solver=self.solver,
@@ -282,108 +260,39 @@ class Quantizer(HasPanel, T.HasTraits):
             ),
             machine=self._machine,
             calibration=calibration,
-            totals=self._judged(judged),
+            totals=self._evaluated(plan),
             progress=self._jobs.progress,
             error=self._jobs.error,
             code=self.code,
-            measure=self._measure or ("kl_nats" if calibration else "relative_error"),
+            measure=measure,
         )
 
-    def _judged(self, whole: EvalReport | None) -> tuple[tuple[str, float], ...]:
-        """What was measured end to end of the present plan.
+    def _evaluated(self, plan: QuantPlan) -> tuple[tuple[str, float], ...]:
+        """Return what was measured end to end of a plan.
 
-        True KL by layer, and the plan's own numbers by name.
+        The true KL of single layers by path, then the numbers of the whole plan by name.
         """
-        alone = self._model.study.layers_judged
-        found = [
+        study = self._model.study
+        numbers = [
             (path, kl)
-            for (path, config), kl in alone.items()
-            if self.plan.config_for(path) == config
+            for (path, config), kl in study.layers_judged.items()
+            if plan.config_for(path) == config
         ]
+        whole = study.judged.get((plan, self.solver))
         if whole is not None:
-            found += [
-                (name, getattr(whole, name))
-                for name in ("kl_nats", "perplexity", "perplexity_before")
-            ]
-        return tuple(found)
+            numbers += [(name, getattr(whole, name)) for name in _END_TO_END]
+        return tuple(numbers)
 
     def _stop_work(self) -> None:
         self._jobs.stop()
 
-    # --- within -----------------------------------------------------------------------------------
-
-    @T.validate("mode", "solver")
-    def _valid_name(self, proposal: Any) -> str:
-        return registry.get(
-            "schemes" if proposal["trait"].name == "mode" else "solvers", proposal["value"]
-        ).name
-
-    @T.validate("overrides")
-    def _valid_overrides(self, proposal: Any) -> Any:
-        plan = QuantPlan(self.config, proposal["value"])
-        return {self._model.spec[path].path: config for path, config in plan.overrides.items()}
-
-    @T.validate("bits", "group_size")
-    def _valid_size(self, proposal: Any) -> int:
-        name = proposal["trait"].name
-        return getattr(QuantConfig(self.mode, **{name: proposal["value"]}), name)
-
     def _on_trait(self, change: Any) -> None:
-        if change["name"] == "mode":  # bits and group size follow to the nearest that the mode has
-            scheme = registry.get("schemes", self.mode)
-            with self.hold_trait_notifications():
-                self.bits = min(scheme.bits, key=lambda b: abs(b - self.bits))
-                self.group_size = min(scheme.group_sizes, key=lambda g: abs(g - self.group_size))
         self._show()
 
-    def _check_solver(self, name: str) -> None:
-        modes = registry.get("solvers", name).modes
-        if modes is not None and self.mode not in modes:
-            raise ConfigError(
-                f"Solver {name!r} fills mode {', '.join(modes)}, not {self.mode!r}; use solver 'rtn'."
-            )
-
-    def _matching(self, pattern: str) -> list[str]:
-        paths = [layer.path for layer in self._model.spec.layers]
-        found = [path for path in paths if isinstance(pattern, str) and fnmatchcase(path, pattern)]
-        if not found:
-            name = self._model.spec.name
-            raise LayerNotFoundError(
-                f"The model {name!r} has no layer {pattern!r}.{nearest(pattern, paths)}"
-            )
-        return found
-
-    def _change(self, overrides: dict[str, QuantConfig | None]) -> None:
-        with self._lock:
-            self.overrides = {**self.overrides, **overrides}
-
-    def _report(self) -> QuantReport:
-        study = self._model.study
-        text = study.calibration.text if study.calibration else ""
-        return report_of(self._model.spec, study.measurer.table, self.plan, text)
-
-    def _open(self) -> Generator[Progress, None, None]:
-        """What happens by itself: a first look, then the prediction if the model is small."""
-        yield from self._model.study.look(self.config)
-        if self._model.study.calibration is None and self._model.spec.size <= AUTO_PREDICT_SIZE:
-            yield from self._model.study.predict(self._text)
-
-    def _first_look(self) -> Generator[Progress, None, None]:
-        for event in self._model.study.look(self.config):
-            yield event
-            if not any(layer.depth == "unknown" for layer in self._report().layers):
-                return
-
-    def _predict(self, text: Any) -> Generator[Progress, None, None]:
-        yield from self._model.study.look(self.config)
-        yield from self._model.study.predict(text)
+    # --- what the browser asks --------------------------------------------------------------------
 
     def _do_set(self, intent: dict[str, Any]) -> None:
-        wanted = QuantConfig(intent["mode"], intent["bits"], intent["group_size"])
-        with self.hold_trait_notifications():
-            self.mode = wanted.mode
-            self.bits = wanted.bits
-            self.group_size = wanted.group_size
+        self._take(self._config_of(intent["mode"], intent["bits"], intent["group_size"]))
 
     def _do_solver(self, intent: dict[str, Any]) -> None:
         self.solver = intent["solver"]
@@ -398,9 +307,8 @@ class Quantizer(HasPanel, T.HasTraits):
                 self.unset(path)
             return
         wanted = QuantConfig(*config) if config else None
-        self._change(
-            dict.fromkeys((self._model.spec[path].path for path in intent["paths"]), wanted)
-        )
+        paths = [self._spec[path].path for path in intent["paths"]]
+        self._set_overrides(dict.fromkeys(paths, wanted))
 
     def _do_compute(self, intent: dict[str, Any]) -> None:
         study = self._model.study
@@ -416,3 +324,38 @@ class Quantizer(HasPanel, T.HasTraits):
 
     def _do_cancel(self, intent: dict[str, Any]) -> None:
         self._jobs.stop()
+
+    # --- work for the MLX thread ------------------------------------------------------------------
+
+    def _open(self) -> Work:
+        """What happens by itself: samples, then the prediction if the model is small."""
+        study = self._model.study
+        yield from study.look(self.config)
+        if study.calibration is None and self._spec.size <= AUTO_PREDICT_SIZE:
+            yield from study.predict(self._text)
+
+    def _sample(self) -> Work:
+        yield from self._model.study.look(self.config)
+
+    def _sample_until_known(self) -> Work:
+        """Sample until the present plan is known; a background job samples the rest."""
+        for event in self._sample():
+            yield event
+            if not _has_unknown(self._report()):
+                return
+
+    def _predict(self, text: Any) -> Work:
+        yield from self._sample()
+        yield from self._model.study.predict(text)
+
+    def _report(self) -> QuantReport:
+        table = self._model.study.measurer.table
+        return report_of(self._spec, table, self.plan, self._calibration_text())
+
+    def _calibration_text(self) -> str:
+        calibration = self._model.study.calibration
+        return calibration.text if calibration is not None else ""
+
+
+def _has_unknown(report: QuantReport) -> bool:
+    return any(layer.depth == "unknown" for layer in report.layers)

@@ -89,7 +89,13 @@ def source_of(facts: run_folder.RunFacts) -> Model | Quantizer:
     if facts.plan is None:
         return model
     default = facts.plan.default
-    quantizer = Quantizer(model, default.bits, default.group_size, default.mode, facts.solver)
+    quantizer = Quantizer(
+        model,
+        bits=default.bits,
+        group_size=default.group_size,
+        mode=default.mode,
+        solver=facts.solver,
+    )
     for layer, own in facts.plan.overrides.items():
         quantizer.set(
             layer,

@@ -161,3 +161,38 @@ def test_model_without_a_layer_to_quantize_says_so(q):
     q.set("*", bits=None)
     with pytest.raises(qlab.QlabError, match="nothing to quantize"):
         q.quantize()
+
+
+@pytest.mark.parametrize("how", ["trait", "browser"])
+def test_one_slider_move_builds_one_config_and_one_plan(q, monkeypatch, how):
+    _ = q.report
+    widget = q.widget
+    q._jobs.stop()
+    built = []
+    for kind in (QuantConfig, QuantPlan):
+        check = kind.__post_init__
+        monkeypatch.setattr(
+            kind, "__post_init__", lambda value, check=check: (built.append(value), check(value))
+        )
+    if how == "trait":
+        q.bits = 3
+    else:
+        move = {"seq": 1, "op": "set", "mode": "affine", "bits": 3, "group_size": 32}
+        widget.controls.intent = move
+    assert widget.state["bits"] == 3
+    assert [type(value) for value in built] == [QuantConfig, QuantPlan]
+    assert q.plan.default is q.config is built[0] and q.plan is built[1]
+
+
+def test_settings_by_position_still_work_with_a_warning(demo):
+    with pytest.warns(DeprecationWarning, match=r"Quantizer\(…\).*use bits=…, group_size=…"):
+        made = qlab.Quantizer(demo, 3, 32)
+    assert made.config == QuantConfig("affine", 3, 32)
+    made.close()
+
+
+def test_judge_is_another_name_for_evaluate(q):
+    assert q.judge == q.evaluate and q.judge_layers == q.evaluate_layers
+    report = q.evaluate(tokens=64)
+    assert report.kl_nats > 0
+    assert set(q.evaluate_layers(2)) == {layer.path for layer in q.report.worst(2)}

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
+from qlab.core.config.quant import QuantConfig
+from qlab.core.config.spec import ModelSpec
+from qlab.core.quantize.table import ErrorTable
 from qlab.errors import ConfigError
+
+# Weight error ‖W−Ŵ‖/‖W‖ up to which a predicted ΔKL is trusted. The prediction is of second order
+# in the change of the weights; where they move by half their norm it means nothing.
+RELIABLE_ERROR = 0.5
 
 
 def allocate(
@@ -83,3 +92,35 @@ def _spend(
         row, column = np.unravel_index(worth.argmax(), worth.shape)
         option = option.copy()
         option[column] = row
+
+
+def overrides_within(
+    spec: ModelSpec, table: ErrorTable, mode: str, bits_per_weight: float
+) -> dict[str, QuantConfig]:
+    """Choose the bits of every layer for the least predicted ΔKL within a budget.
+
+    Args:
+        spec: the layers.
+        table: sizes and predicted ΔKL of every config.
+        mode: the scheme whose configs may be chosen.
+        bits_per_weight: over all weights of the layers that have a prediction.
+
+    Returns:
+        The config of each layer that has a prediction, by path.
+
+    Raises:
+        ConfigError: see ``allocate``.
+    """
+    rows = [row for row, config in enumerate(table.configs) if config.mode == mode]
+    cost = table.measure("kl_nats")[rows]  # (S, L), a copy
+    reliable = table.measure("relative_error")[rows] < RELIABLE_ERROR
+    cost[~reliable] = math.nan
+    predicted = (cost >= 0).any(axis=0)
+    columns = [int(column) for column in np.flatnonzero(predicted)]
+    size = sum(spec.layers[column].size for column in columns)
+    nbytes = table.nbytes[rows][:, columns]
+    options = allocate(cost[:, columns], nbytes, size, bits_per_weight)
+    return {
+        spec.layers[column].path: table.configs[rows[option]]
+        for column, option in zip(columns, options, strict=True)
+    }
