@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from qlab.core.config.legal import check_choice
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.quant import QuantConfig, QuantPlan
 from qlab.core.config.train import TrainConfig
@@ -31,7 +32,7 @@ from qlab.engine.io.config_file import context, structure
 from qlab.engine.memory.forecast import Forecast
 from qlab.engine.memory.sweep import Sweep
 from qlab.engine.step.blockwise import WINDOWS
-from qlab.errors import ConfigError, QlabError, nearest, sealed
+from qlab.errors import ConfigError, QlabError, sealed
 from qlab.lab.estimate_link import Link, config_of
 from qlab.lab.model import Model
 from qlab.runtime.atomic import write_page
@@ -80,10 +81,7 @@ def estimate(
         ConfigError: a setting is not legal, or does not fit the model.
         LayerNotFoundError: an override or an adapter's key names no layer.
     """
-    if level not in LEVELS:
-        raise ConfigError(
-            f"level={level!r} is not legal; choose one of {', '.join(LEVELS)}.{nearest(level, LEVELS)}"
-        )
+    check_choice("level", level, LEVELS)
     given = (model, quant, adapter, train)
     sources, storages, loras, runs = (
         list(x) if isinstance(x, (list, tuple)) else [x] for x in given

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from qlab.core.config.legal import is_whole
 from qlab.runtime.paths import cache_folder
 
 # lower and upper end as multiples of what is not exact: `make bench-memory` on the CPU,
@@ -98,7 +99,7 @@ def _ratio(line: dict[str, Any]) -> float | None:
     None if the line says nothing.
     """
     sizes = [line.get(name) for name in ("foreseen", "exact", "measured")]
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in sizes):
+    if not all(is_whole(n) for n in sizes):
         return None
     foreseen, exact, measured = sizes
     return (measured - exact) / (foreseen - exact) if 0 <= exact < min(foreseen, measured) else None

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from qlab.core.config.legal import check_choice
 from qlab.core.display import wide
-from qlab.errors import ConfigError, nearest
 
 TARGETS = {
     "16": "dense, in the model's own dtype",
@@ -158,10 +158,7 @@ class Survival:
 
     def _target(self, target: str) -> str:
         target = str(target)
-        if target not in TARGETS:
-            raise ConfigError(
-                f"target={target!r} is not legal; choose one of {', '.join(TARGETS)}.{nearest(target, TARGETS)}"
-            )
+        check_choice("target", target, TARGETS)
         return target
 
     # --- display ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from math import sqrt
 from typing import Any
 
 from qlab import registry
-from qlab.core.config.legal import _choice, _flag, _number, _whole
+from qlab.core.config.legal import check_choice, check_flag, check_number, check_whole, is_whole
 from qlab.core.config.spec import LayerSpec, ModelSpec
 from qlab.errors import ConfigError, LayerNotFoundError, named, nearest
 
@@ -128,18 +128,13 @@ class LoRAConfig:
     init: str = "default"
 
     def __post_init__(self) -> None:
-        _whole("rank", self.rank, 1)
-        if (
-            isinstance(self.num_layers, bool)
-            or not isinstance(self.num_layers, int)
-            or self.num_layers == 0
-            or self.num_layers < -1
-        ):
+        check_whole("rank", self.rank, 1)
+        if not is_whole(self.num_layers, -1) or self.num_layers == 0:
             raise ConfigError(
                 f"num_layers={self.num_layers!r} is not legal; it is a number of blocks, or -1 for all."
             )
-        _number("scale", self.scale, "a number other than 0", lambda x: x != 0)
-        _number("dropout", self.dropout, "a share in [0, 1)", lambda x: 0 <= x < 1)
+        check_number("scale", self.scale, "a number other than 0", lambda x: x != 0)
+        check_number("dropout", self.dropout, "a share in [0, 1)", lambda x: 0 <= x < 1)
         keys = (self.keys,) if isinstance(self.keys, str) else self.keys
         if keys is not None:
             if (
@@ -151,9 +146,9 @@ class LoRAConfig:
                     f"keys={self.keys!r} is not legal; it is a list of names or patterns of layers, or None for all."
                 )
             object.__setattr__(self, "keys", tuple(keys))
-        _choice("dtype", self.dtype, _DTYPES)
-        _flag("rslora", self.rslora)
-        _choice("init", self.init, INITS)
+        check_choice("dtype", self.dtype, _DTYPES)
+        check_flag("rslora", self.rslora)
+        check_choice("init", self.init, INITS)
         _ = self.adapter
 
     @property
@@ -168,7 +163,7 @@ class LoRAConfig:
 
     def with_alpha(self, alpha: float) -> LoRAConfig:
         """Return the same adapter with the scale that gives this alpha."""
-        _number("alpha", alpha, "a number other than 0", lambda x: x != 0)
+        check_number("alpha", alpha, "a number other than 0", lambda x: x != 0)
         return replace(self, scale=alpha / (sqrt(self.rank) if self.rslora else self.rank))
 
     def scaled(self, alpha: float | None, scale: float | None) -> LoRAConfig:

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from qlab import registry
+from qlab.core.config.legal import is_number, is_whole
 from qlab.errors import ConfigError, named
 
 _ITEMSIZES = {
@@ -241,9 +242,9 @@ def _legal(
 ) -> int:
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int) or value not in legal:
+    if not is_whole(value) or value not in legal:
         hint = ""
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if is_number(value):
             hint = f" The nearest is {min(legal, key=lambda x: abs(x - value))}."
         raise ConfigError(
             f"{word}={value!r} is not legal for mode {scheme.name!r}; it has {', '.join(map(str, legal))}.{hint}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlab import registry
-from qlab.core.config.legal import _choice, _flag, _number, _whole
+from qlab.core.config.legal import check_choice, check_flag, check_number, check_whole
 from qlab.errors import named
 
 
@@ -110,21 +110,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("iters", "batch_size", "grad_accumulation_steps", "steps_per_save"):
-            _whole(name, getattr(self, name), 1)
+            check_whole(name, getattr(self, name), 1)
         for name in ("window", "loss_chunk", "warmup", "steps_per_eval", "early_stop", "seed"):
-            _whole(name, getattr(self, name), 0)
-        _whole("max_seq_length", self.max_seq_length, 2)
+            check_whole(name, getattr(self, name), 0)
+        check_whole("max_seq_length", self.max_seq_length, 2)
         if self.val_batches != -1:
-            _whole("val_batches", self.val_batches, 1)
+            check_whole("val_batches", self.val_batches, 1)
         for name in ("grad_checkpoint", "mask_prompt", "pack"):
-            _flag(name, getattr(self, name))
-        _choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
-        _choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
-        _number("learning_rate", self.learning_rate, "a number above 0", lambda x: x > 0)
+            check_flag(name, getattr(self, name))
+        check_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        check_number("learning_rate", self.learning_rate, "a number above 0", lambda x: x > 0)
         if self.epochs is not None:
-            _number("epochs", self.epochs, "a number above 0, or None", lambda x: x > 0)
+            check_number("epochs", self.epochs, "a number above 0, or None", lambda x: x > 0)
         for name in ("weight_decay", "max_grad_norm"):
-            _number(name, getattr(self, name), "a number, 0 or more", lambda x: x >= 0)
+            check_number(name, getattr(self, name), "a number, 0 or more", lambda x: x >= 0)
         _ = self.kind
 
     @property

@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from qlab import registry
+from qlab.core.config.legal import check_choice, is_whole
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.spec import ModelSpec
 from qlab.engine.adapt import peft as peft_files
@@ -80,10 +81,7 @@ def save_adapter(
         WeightsError: a number is NaN or infinite.
         SaveError: the place cannot be written; what stood there is untouched.
     """
-    if format not in FORMATS:
-        raise ConfigError(
-            f"format={format!r} is not legal; choose one of {', '.join(FORMATS)}.{nearest(format, FORMATS)}"
-        )
+    check_choice("format", format, FORMATS)
     arrays = checked(parameters, expected(spec, lora))
     if format == "mlx":
         config, note = _mlx_config(lora, spec, base_name, unsaved[0])
@@ -244,7 +242,7 @@ def _from_mlx(
         )
     num_layers = config.get("num_layers", -1)
     keys = settings.get("keys")
-    if isinstance(num_layers, bool) or not isinstance(num_layers, int):
+    if not is_whole(num_layers):
         raise SettingError(f"num_layers={num_layers!r} is not a number of blocks.")
     if keys is not None and (
         not isinstance(keys, list) or not all(isinstance(key, str) for key in keys)

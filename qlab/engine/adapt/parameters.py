@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from qlab.core.config.legal import check_whole
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.spec import ModelSpec
 from qlab.engine.adapt.attach import attach
@@ -36,8 +37,7 @@ def fresh(module: nn.Module, spec: ModelSpec, lora: LoRAConfig, seed: int) -> di
     Raises:
         ConfigError, LayerNotFoundError: the adapter does not fit the model.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed={seed!r} is not legal; it is a whole number, 0 or more.")
+    check_whole("seed", seed, 0)
     later = mx.random.randint(0, 2**31 - 1).item()  # the state cannot be put back, only sown anew
     try:
         mx.random.seed(seed)

@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from qlab.core.config.legal import is_number
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.spec import LayerSpec, ModelSpec
 from qlab.engine.adapt.targets import STOCK, SettingError, said
@@ -310,7 +311,7 @@ def _by_pattern(table: Any, path: str, default: Any) -> Any:
     """
     for key, value in (table or {}).items():
         if re.match(rf"(.*\.)?({key})$", path):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            if not is_number(value) or value <= 0:
                 raise SettingError(f"the pattern {key!r} gives {value!r}, not a number above 0.")
             return value
     return default

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from qlab.core.config.legal import check_whole
 from qlab.core.train.rows import foreign
 from qlab.errors import ConfigError
 from qlab.runtime.job import finished
@@ -106,8 +107,5 @@ def reply(
     Raises:
         ConfigError: see ``prompt_tokens``; or ``max_tokens`` is no number above 0.
     """
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ConfigError(
-            f"max_tokens={max_tokens!r} is not legal; it is a whole number, 1 or more."
-        )
+    check_whole("max_tokens", max_tokens, 1)
     return finished(answer(module, tokenizer, prompt, max_tokens, vocabulary))

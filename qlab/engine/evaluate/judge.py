@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from qlab.core.config.legal import check_whole
 from qlab.core.evaluate.judge import COLUMNS, Column, JudgeReport, Sample, Scores
 from qlab.core.progress import Progress
 from qlab.engine.evaluate.generate import answer
@@ -300,10 +301,7 @@ def _check(
         raise ConfigError("There is nothing to judge by: give rows, prompts or a golden set.")
     if asked and tokenizer is None:
         raise ConfigError("Prompts need a tokenizer.")
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ConfigError(
-            f"max_tokens={max_tokens!r} is not legal; it is a whole number, 1 or more."
-        )
+    check_whole("max_tokens", max_tokens, 1)
     if kept is not None and (not rows or kept.rows != rows_fingerprint(rows)):
         raise ConfigError(
             "The kept predictions belong to other rows; call remember again with these."

@@ -22,10 +22,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from qlab.core.config.legal import check_whole
 from qlab.core.progress import Progress
 from qlab.engine.evaluate.predict import Predictor, chunk_length
 from qlab.engine.models.fingerprint import fingerprint
-from qlab.errors import ConfigError, DataError
+from qlab.errors import DataError
 from qlab.runtime.paths import cache_folder
 
 KEEP = 512
@@ -154,8 +155,7 @@ def remember(
         ConfigError: ``keep`` is no whole number above 0.
         DataError: the rows have no targets, or tokens that the model has not.
     """
-    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
-        raise ConfigError(f"keep={keep!r} is not legal; it is a whole number, 1 or more.")
+    check_whole("keep", keep, 1)
     rows = checked(rows)
     if not rows:
         raise DataError("There are no rows to judge by.")

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from qlab.core.config.legal import is_whole
 from qlab.core.config.quant import QuantConfig, stock_config
 from qlab.engine.models.lazy_storage import stored
 from qlab.engine.models.skeleton import describe, model_classes, skeleton
@@ -95,9 +96,7 @@ def check(config: dict[str, Any]) -> None:
     for part in (config, config.get("text_config") or {}):
         for key in _COUNTS:
             value = part.get(key)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31
-            ):
+            if value is not None and not (is_whole(value, 1) and value < 2**31):
                 raise ConfigError(
                     f"The config's {key}={value!r} is not legal; it is a whole number from 1 to {2**31 - 1}."
                 )

@@ -8,13 +8,14 @@ from dataclasses import replace
 import mlx.core as mx
 import mlx.nn as nn
 
+from qlab.core.config.legal import check_choice
 from qlab.core.config.train import TrainConfig
 from qlab.engine.models.blocks import BlockStack, run
 from qlab.engine.models.packed_rows import takes_batches
 from qlab.engine.step.blockwise import BlockwiseStep
 from qlab.engine.step.protocol import Arrays, LossAndGradients, StepBatch, TrainStep
 from qlab.engine.step.whole import WholeGraphStep
-from qlab.errors import ConfigError, UnsupportedError
+from qlab.errors import UnsupportedError
 
 WAYS = ("auto", "whole", "stepped")
 
@@ -39,8 +40,7 @@ def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto") -> T
         ConfigError: ``how`` is none of these.
         UnsupportedError: the model cannot be computed so, or cannot keep packed rows apart.
     """
-    if how not in WAYS:
-        raise ConfigError(f"how={how!r} is not legal; choose one of {', '.join(WAYS)}.")
+    check_choice("how", how, WAYS)
     note = ""
     try:
         stack = BlockStack(module)

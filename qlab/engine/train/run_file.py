@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from qlab.core.config.legal import check_whole
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.quant import QuantConfig, QuantPlan
 from qlab.core.config.train import TrainConfig
@@ -149,8 +150,8 @@ def _adapter(found: Any) -> tuple[LoRAConfig, int | None, str | None]:
     held = dict(_known("adapter", found, _ADAPTER))
     seed = held.pop("seed", None)
     alpha = held.pop("alpha", None)
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        raise ConfigError(f"adapter.seed={seed!r} is not legal; it is a whole number, 0 or more.")
+    if seed is not None:
+        check_whole("adapter.seed", seed, 0)
     if alpha is not None and "scale" in held:
         raise ConfigError("adapter: alpha and scale say the same thing twice; give one of them.")
     lora = LoRAConfig(**held)
