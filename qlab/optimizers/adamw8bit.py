@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
+from qlab.core.arithmetic import ceil_div
 from qlab.core.config.train import OptimizerKind
 from qlab.ops.dynamic_map import dynamic_map, search_table
 
@@ -42,7 +43,7 @@ class AdamW8bit(OptimizerKind):
 
     def state_nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         size = prod(shape)
-        return 8 * size if size < _LEAST else 2 * (size + 4 * -(-size // _BLOCK))
+        return 8 * size if size < _LEAST else 2 * (size + 4 * ceil_div(size, _BLOCK))
 
     def make(self, learning_rate: float, weight_decay: float = 0.0) -> Any:
         return _Optimizer(learning_rate, weight_decay)
@@ -62,7 +63,7 @@ class _Optimizer(optim.Optimizer):
         for name in ("m", "v"):
             state[name] = mx.zeros(parameter.shape, mx.float32 if whole else mx.uint8)
             if not whole:
-                state[f"{name}_scale"] = mx.zeros(-(-parameter.size // _BLOCK), mx.float32)
+                state[f"{name}_scale"] = mx.zeros(ceil_div(parameter.size, _BLOCK), mx.float32)
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]

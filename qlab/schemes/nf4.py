@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qlab.core.arithmetic import ceil_div
 from qlab.core.config.quant import Layout, PackedArrays, QuantConfig, Scheme
 from qlab.ops.dynamic_map import dynamic_map
 from qlab.registry import LazyModule
@@ -83,7 +84,7 @@ class Nf4(Scheme):
         blocks = (*rows, width // config.group_size)
         if not self._double:
             return {"weight": (words, "uint32"), "absmax": (blocks, "float32")}
-        scale_blocks = -(-prod(blocks) // _SCALE_BLOCK)
+        scale_blocks = ceil_div(prod(blocks), _SCALE_BLOCK)
         return {
             "weight": (words, "uint32"),
             "absmax": (blocks, "uint8"),

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qlab.core.arithmetic import ceil_div
 from qlab.core.config.code import setup_code
 from qlab.core.config.quant import QuantConfig, QuantPlan
 from qlab.core.display import Displayed, size_text
@@ -78,7 +79,7 @@ def _candidates(est: MemoryEstimate, machine: Machine) -> Iterator[Change]:
             "loss_chunk", 0, 512, setup.with_value("loss_chunk", 512), 0, "same numbers, as fast"
         )
     if rows := _solved(est, "batch_size", machine, train.batch_size):
-        steps = -(-train.batch_size * train.grad_accumulation_steps // rows)
+        steps = ceil_div(train.batch_size * train.grad_accumulation_steps, rows)
         smaller = replace(train, batch_size=rows, grad_accumulation_steps=steps)
         remark = f"with grad_accumulation_steps={steps}: same rows a step, somewhat slower"
         yield made("batch_size", train.batch_size, rows, replace(setup, train=smaller), 0, remark)

@@ -14,6 +14,7 @@ from math import ceil
 
 import numpy as np
 
+from qlab.core.arithmetic import round_up
 from qlab.core.config.train import TrainConfig
 from qlab.core.train.rows import Batch, Rows, order
 from qlab.errors import DataError
@@ -187,7 +188,7 @@ def _packed(lengths: np.ndarray, longest: int, batch_size: int) -> Bins:
     """
     fitted = _best_fit(lengths, longest)
     choices = [fitted]
-    for count in {len(fitted), min(-(-len(fitted) // batch_size) * batch_size, len(lengths))}:
+    for count in {len(fitted), min(round_up(len(fitted), batch_size), len(lengths))}:
         even = _spread(lengths, count)
         if max(_sums(lengths, even)) <= longest:
             choices.append(even)

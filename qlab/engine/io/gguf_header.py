@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
+from qlab.core.arithmetic import round_up
 from qlab.errors import LoadError
 
 # type number → (name, weights in a block, bytes of a block)
@@ -83,7 +84,7 @@ def read_header(path: Path) -> tuple[TensorInfo, ...]:
                 value = _value(stream, _unpack(stream, "<I")[0])
                 alignment = value if key == "general.alignment" else alignment
             found = [_tensor(stream, path) for _ in range(_count(tensors))]
-            start = -(-stream.tell() // int(alignment)) * int(alignment)
+            start = round_up(stream.tell(), int(alignment))
         except (
             struct.error,
             ValueError,

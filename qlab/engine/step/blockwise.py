@@ -20,6 +20,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from qlab.core.arithmetic import ceil_div
 from qlab.core.config.train import TrainConfig
 from qlab.engine.models.blocks import BlockStack
 from qlab.engine.models.functional import Functional
@@ -162,7 +163,7 @@ class BlockwiseStep:
         size = min(self.config.loss_chunk or flat.shape[0], flat.shape[0])
         targets = batch.targets.reshape(-1)
         weights = batch.weights.reshape(-1)
-        drops = self._head.drops(-(-counted.size // size))
+        drops = self._head.drops(ceil_div(counted.size, size))
         total = mx.array(0.0)
         cotangent = mx.zeros_like(flat)
         sums = [mx.zeros_like(self.parameters[path]) for path in self._outside]
@@ -172,9 +173,7 @@ class BlockwiseStep:
         )  # a head may be large: no block is in flight beside it, neither before nor behind
         for n, start in enumerate(range(0, counted.size, size)):
             part = counted[start : start + size]
-            full = (
-                -(-part.size * _PARTS // size) * size // _PARTS
-            )  # a few sizes only; the rest counts nothing
+            full = padded_size(part.size, size, _PARTS)  # the padding counts nothing
             where = mx.array(np.pad(part, (0, max(full, part.size) - part.size)).astype(np.int32))
             share = weights[where] * (mx.arange(where.size) < part.size)
             loss, slope, *outer = self._head.run(
@@ -213,6 +212,18 @@ class BlockwiseStep:
         for path, array in parameters.items():
             holder, key = self._places[path]
             holder[key] = array
+
+
+def padded_size(count: int, size: int, steps: int) -> int:
+    """Return the least of ``steps`` even sizes up to ``size`` that holds ``count``.
+
+    So a chunk of any length is padded to one of few lengths, each of which is compiled once.
+
+    Example:
+        >>> padded_size(130, 512, steps=8), padded_size(500, 512, steps=8)
+        (192, 512)
+    """
+    return ceil_div(count * steps, size) * size // steps
 
 
 def half_step_window(window: int) -> int:

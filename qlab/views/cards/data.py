@@ -12,6 +12,7 @@ from itertools import groupby
 
 import numpy as np
 
+from qlab.core.arithmetic import ceil_div
 from qlab.core.display import wide
 from qlab.core.train.data_report import DataReport, Shown
 
@@ -104,7 +105,7 @@ def histogram(report: DataReport) -> list[tuple[str, int]]:
     lengths = report.rows.lengths
     low = int(lengths.min())
     high = int(lengths.max())
-    step = max(-(-(high - low + 1) // _BINS), 1)
+    step = max(ceil_div(high - low + 1, _BINS), 1)
     counts = np.bincount((lengths - low) // step)
     spans = [(low + i * step, min(low + (i + 1) * step - 1, high)) for i in range(len(counts))]
     return [

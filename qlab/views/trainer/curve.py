@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from qlab.core.arithmetic import ceil_div
 from qlab.core.train.events import StepEvent
 
 COLUMNS = (
@@ -167,7 +168,7 @@ def thinned(rows: np.ndarray, stride: int, pinned: np.ndarray, crowded: bool = F
         crowded: whether too many are pinned: then only the smallest and the largest validation of a
             stretch stay.
     """
-    stretches = -(-len(rows) // stride)
+    stretches = ceil_div(len(rows), stride)
 
     def extreme(column: int, sign: int) -> tuple[np.ndarray, np.ndarray]:
         padded = np.full(stretches * stride, -np.inf)
