@@ -173,7 +173,7 @@ def _resumed(found: Path, size: int) -> Trainer:
     """Return a run as its folder says it, at a checkpoint."""
     facts, _, _ = run_folder.read(found.parent)
     prepare.check_shared(facts.train, size)  # before a large model is read
-    return Trainer.resume(found, _adapter(facts))
+    return Trainer.load(found, _adapter(facts))
 
 
 def _begun(file: run_file.RunFile, size: int) -> Trainer:

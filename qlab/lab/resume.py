@@ -5,9 +5,7 @@ Its model loaded and quantized as it was, its adapter put on it. Wiring only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from qlab.core.train.rows import Rows
 from qlab.engine.models.fingerprint import fingerprint
@@ -28,13 +26,6 @@ _KEPT = (
     "dtype",
     "rslora",
 )  # of the adapter; its start is past
-
-
-class Resume:
-    """``t.resume()`` goes on after a pause; ``Trainer.resume(path)`` goes on from a checkpoint."""
-
-    def __get__(self, trainer: Any, kind: Any) -> Callable[..., Any]:
-        return kind._from_folder if trainer is None else trainer._go_on
 
 
 def rebuilt(
@@ -73,7 +64,7 @@ def rebuilt(
 def _adapter(facts: run_folder.RunFacts) -> Adapter:
     if not facts.source:
         raise ConfigError(
-            "The run does not say where its model came from; give resume the adapter."
+            "The run does not say where its model came from; give Trainer.load the adapter."
         )
     return Adapter(source_of(facts), seed=facts.train.seed, **facts.lora.__dict__)
 

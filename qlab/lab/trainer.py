@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -20,6 +21,7 @@ from qlab.core.panels.trainer import RunState
 from qlab.core.train.events import StepEvent, Voice
 from qlab.core.train.report import RunReport, seconds_left
 from qlab.core.train.rows import Rows
+from qlab.deprecated import deprecated_name
 from qlab.engine.data.batches import Feed
 from qlab.engine.data.preview import report
 from qlab.engine.data.tokenize import read
@@ -32,7 +34,7 @@ from qlab.lab.adapter import Adapter
 from qlab.lab.estimation import estimate, roomy
 from qlab.lab.judging import judged
 from qlab.lab.model import Model
-from qlab.lab.resume import Resume, rebuilt
+from qlab.lab.resume import rebuilt
 from qlab.lab.run_setup import keep, ready, to_yaml
 from qlab.runtime.atomic import write_page
 from qlab.runtime.job import mlx_call
@@ -47,6 +49,19 @@ _ACTIVE: WeakKeyDictionary[Model, str] = (
     WeakKeyDictionary()
 )  # bases that a run holds, and the run's name
 _RUNS: dict[Path, Any] = {}  # this kernel's, by folder: how they ended, or who makes them
+
+
+def _accept_old_class_call(resume: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Let ``Trainer.resume(path, …)``, the old spelling of ``Trainer.load``, still work."""
+
+    @wraps(resume)
+    def resume_or_load(trainer: Any, *args: Any, **settings: Any) -> Any:
+        if isinstance(trainer, Trainer):
+            return resume(trainer, *args, **settings)
+        deprecated_name("Trainer.resume(path)", "Trainer.load(path)")
+        return Trainer.load(trainer, *args, **settings)
+
+    return resume_or_load
 
 
 @named
@@ -71,8 +86,6 @@ class Trainer:
         DataError: rows cannot be used; names each of them.
         ConfigError: a setting is not legal, or does not fit the model.
     """
-
-    resume = Resume()
 
     def __init__(
         self,
@@ -174,7 +187,8 @@ class Trainer:
         self._session.pause()
         self._show()
 
-    def _go_on(self) -> None:
+    @_accept_old_class_call
+    def resume(self) -> None:
         """Go on after a pause."""
         self._session.resume()
         self._show()
@@ -204,17 +218,18 @@ class Trainer:
         self._show()
 
     @classmethod
-    def _from_folder(
-        cls, path: str | Path, adapter: Adapter | None = None, **settings: Any
-    ) -> Trainer:
-        """Make a run again from its folder.
+    def load(cls, path: str | Path, adapter: Adapter | None = None, **settings: Any) -> Trainer:
+        """Load a run from its folder; ``start`` or ``run`` goes on from its last checkpoint.
 
-        ``start`` or ``run`` then goes on from its last checkpoint, bit for bit.
+        The rest of the run equals that of an uninterrupted one bit for bit.
+
+        Example:
+            >>> qlab.Trainer.load("runs/demo-20261201-101500").run()
 
         Args:
-            path: of the run, or of one of its checkpoints; later ones are replaced by the first
-                that is written then.
-            adapter: to train, on the same base; None loads and quantizes the base anew.
+            path: folder of the run, or of one of its checkpoints; later checkpoints are removed
+                when the first new one is written.
+            adapter: adapter to train, on the same base; None loads and quantizes the base anew.
             settings: ``prompts`` and ``callbacks`` as for ``Trainer``.
 
         Raises:

@@ -126,7 +126,7 @@ def test_a_spoilt_run_is_refused_and_nothing_changes(name, base, made, tmp_path)
     adapter = qlab.Adapter(base, **SMALL)
     before, parameters, config = files(run), adapter.parameters, adapter.config
     with pytest.raises(error, match=says):
-        qlab.Trainer.resume(run, adapter)
+        qlab.Trainer.load(run, adapter)
     assert files(run) == before
     assert adapter.config == config and not adapter.trained
     assert all(adapter.parameters[path] is array for path, array in parameters.items())
@@ -140,7 +140,7 @@ def test_a_spoilt_checkpoint_that_is_named_says_what_is_wrong_with_it(name, base
     shutil.copytree(made, run)
     SPOILT[name][0](run)
     with pytest.raises(LoadError, match=r"has no adapters|cut short|cannot be read"):
-        qlab.Trainer.resume(run / LAST, qlab.Adapter(base, **SMALL))
+        qlab.Trainer.load(run / LAST, qlab.Adapter(base, **SMALL))
 
 
 def test_a_model_that_is_gone_and_an_adapter_in_use_are_refused(base, made, tmp_path):
@@ -149,7 +149,7 @@ def test_a_model_that_is_gone_and_an_adapter_in_use_are_refused(base, made, tmp_
     for source, error in (("", ConfigError), (str(tmp_path / "gone"), LoadError)):
         edit("run.json", source=source)(run)
         with pytest.raises(error):
-            qlab.Trainer.resume(run)
+            qlab.Trainer.load(run)
     adapter = qlab.Adapter(base, **SMALL)
     other = qlab.Trainer(
         adapter,
@@ -160,13 +160,18 @@ def test_a_model_that_is_gone_and_an_adapter_in_use_are_refused(base, made, tmp_
     )
     other.start()
     with pytest.raises(BusyError, match="stop it first"):
-        qlab.Trainer.resume(made, adapter)
+        qlab.Trainer.load(made, adapter)
     other.stop()
     other.wait()
 
 
 def test_the_run_as_it_was_is_taken_up(base, made):
     assert (
-        qlab.Trainer.resume(made, qlab.Adapter(base, **SMALL)).adapter.origin
-        == f"checkpoint {LAST}"
+        qlab.Trainer.load(made, qlab.Adapter(base, **SMALL)).adapter.origin == f"checkpoint {LAST}"
     )
+
+
+def test_the_old_spelling_still_loads_a_run_and_warns(base, made):
+    with pytest.warns(DeprecationWarning, match=r"use Trainer\.load\(path\)") as seen:
+        trainer = qlab.Trainer.resume(made, qlab.Adapter(base, **SMALL))
+    assert trainer.adapter.origin == f"checkpoint {LAST}" and seen[0].filename == __file__

@@ -281,7 +281,7 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_what_it_writes(adap
     config = qlab.TrainConfig(iters=12, batch_size=2, max_seq_length=24, steps_per_save=4)
     qlab.Trainer(adapter, ROWS, config, val=0, path=tmp_path).run()
     assert checkpoint.latest(tmp_path).name == "step-000012"
-    again = qlab.Trainer.resume(
+    again = qlab.Trainer.load(
         tmp_path / "step-000008",
         adapter,
         callbacks=[lambda event: event.step == 9 and again.stop()],
@@ -361,15 +361,15 @@ def test_a_killed_kernel_resumes_from_the_folder_alone_and_ends_bit_for_bit_the_
         timeout=300,
         capture_output=True,
     )
-    trainer = qlab.Trainer.resume(tmp_path / "cut")
+    trainer = qlab.Trainer.load(tmp_path / "cut")
     assert trainer.status == "idle" and trainer.adapter.origin == "checkpoint step-000020"
     report = trainer.run()
     assert report.steps == 40 and [event.step for event in trainer.events] == list(range(41))
     wanted = mlx_call(checkpoint.read_parameters, tmp_path / "whole" / "step-000040")
     assert same(trainer.adapter.parameters, wanted)
-    qlab.Trainer.resume(tmp_path / "whole" / "step-000020")
+    qlab.Trainer.load(tmp_path / "whole" / "step-000020")
     with pytest.raises(LoadError, match="no checkpoint that opens"):
-        qlab.Trainer.resume(tmp_path)
+        qlab.Trainer.load(tmp_path)
 
 
 @pytest.mark.parametrize(
