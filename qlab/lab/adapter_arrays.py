@@ -1,90 +1,108 @@
-"""The arrays that an adapter has: made at first use, or trained; and the model that runs with them.
+"""The arrays of an adapter, initial or trained, and the model that runs with them.
 
-Knows no traits.
+``Adapter`` keeps one ``AdapterArrays``. It decides when arrays still fit a config, and when they
+must be made anew; it does not make them itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlab.core.config.lora import LoRAConfig
 from qlab.errors import ConfigError
 
-_SHAPED_BY = ("kind", "rank", "keys", "num_layers", "init", "dtype")  # what arrays belong to
+# settings on which the shapes or the values of the arrays depend
+_SHAPED_BY = ("kind", "rank", "keys", "num_layers", "init", "dtype")
+
+Arrays = dict[str, Any]  # mlx arrays by path, such as model.layers.0.self_attn.q_proj.lora_a
 
 
-class Held:
-    """Arrays of one adapter.
-
-    Trained ones stay until they are dropped, and hold the base that they were trained on.
+class TrainedOn(NamedTuple):
+    """What trained arrays belong to.
 
     Attributes:
-        origin: where trained ones come from, in words; empty until there are some.
-        version: rises with every change of trained ones.
-        pinned: how the base of trained ones is stored, and the base; None until there are some.
+        storage: how the base is stored.
+        base: the model that they were trained on.
+    """
+
+    storage: Any
+    base: Any
+
+
+class AdapterArrays:
+    """Arrays of one adapter: initial ones until trained ones are taken.
+
+    Trained arrays stay until ``drop``, and with them the base that they were trained on.
+
+    Attributes:
+        origin: where trained arrays come from, in words; empty while the arrays are initial.
+        version: a number that rises with every change of trained arrays.
+        trained_on: the base of trained arrays; None while the arrays are initial.
     """
 
     def __init__(self) -> None:
         self.origin = ""
         self.version = 0
-        self.pinned: tuple[Any, Any] | None = None
-        self._arrays: tuple[Any, dict[str, Any]] | None = None  # with what they belong to
-        self._twin: tuple[Any, Any] | None = None
+        self.trained_on: TrainedOn | None = None
+        # each with what it belongs to
+        self._arrays: tuple[dict[str, Any], Arrays] | None = None
+        self._adapted: tuple[Any, Any] | None = None
 
-    def arrays(
-        self, config: LoRAConfig, stored: Any, make: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """Return the arrays, by path.
+    def get(self, config: LoRAConfig, storage: Any, make: Callable[[], Arrays]) -> Arrays:
+        """Return the arrays by path.
 
-        Made anew if they belong to another config or, with a start of their own, storage.
+        Args:
+            config: of the adapter.
+            storage: of its base; initial arrays depend on it unless ``init`` is ``default``.
+            make: returns initial arrays; called if there are none for this config and storage.
         """
-        of = self._of(config, stored)
-        found = self._arrays
-        if found is None or found[0] != of:
-            found = self._arrays = (of, make())
-        return dict(found[1])
+        identity = self._identity(config, storage)
+        if self._arrays is None or self._arrays[0] != identity:
+            self._arrays = identity, make()
+        return dict(self._arrays[1])
 
-    def twin(self, config: LoRAConfig, stored: Any, make: Callable[[], Any]) -> Any:
+    def adapted(self, config: LoRAConfig, storage: Any, make: Callable[[], Any]) -> Any:
         """Return the model that runs with the arrays; made anew after a change."""
-        of = (self._of(config, stored), config.scale, self.version)
-        found = self._twin
-        if found is None or found[0] != of:
-            found = self._twin = (of, make())
-        return found[1]
+        identity = (self._identity(config, storage), config.scale, self.version)
+        if self._adapted is None or self._adapted[0] != identity:
+            self._adapted = identity, make()
+        return self._adapted[1]
 
-    def take(
-        self, arrays: dict[str, Any], config: LoRAConfig, pinned: tuple[Any, Any], origin: str
-    ) -> None:
+    def take(self, arrays: Arrays, config: LoRAConfig, trained_on: TrainedOn, origin: str) -> None:
         """Take trained arrays."""
-        self.pinned = pinned
+        self.trained_on = trained_on
         self.origin = origin
-        self.version = self.version + 1
-        self._arrays = (self._of(config, None), arrays)
+        self.version += 1
+        self._arrays = self._identity(config, trained_on.storage), arrays
 
     def drop(self) -> None:
-        """Go back to none."""
-        self.pinned = self._arrays = self._twin = None
+        """Drop trained arrays; the next ``get`` makes initial ones."""
+        self.trained_on = None
+        self._arrays = None
+        self._adapted = None
         self.origin = ""
-        self.version = self.version + 1
+        self.version += 1
 
     def check(self, config: LoRAConfig) -> None:
-        """Refuse a config that trained arrays would not survive.
+        """Refuse a config whose arrays would be others than the trained ones.
 
         Raises:
-            ConfigError: names the setting.
+            ConfigError: names the first setting in the way.
         """
-        if self.origin and (
-            lost := [name for name in _SHAPED_BY if getattr(config, name) != self._arrays[0][name]]
-        ):
-            raise ConfigError(
-                f"Another {lost[0]} would lose the parameters ({self.origin}); call reset() first."
-            )
+        if not self.origin or self._arrays is None:
+            return
+        identity = self._arrays[0]
+        for name in _SHAPED_BY:
+            if getattr(config, name) != identity[name]:
+                raise ConfigError(
+                    f"Another {name} would lose the parameters ({self.origin}); call reset() first."
+                )
 
-    def _of(self, config: LoRAConfig, stored: Any) -> Any:
+    def _identity(self, config: LoRAConfig, storage: Any) -> dict[str, Any]:
+        """Return all that the arrays depend on."""
         shaped = {name: getattr(config, name) for name in _SHAPED_BY}
-        return (
-            shaped
-            if self.origin or config.init == "default"
-            else {**shaped, "of": stored, "scale": config.scale}
-        )
+        if self.origin or config.init == "default":
+            return shaped
+        # an error-compensating initialization follows the base's error, and divides by the scale
+        return {**shaped, "storage": storage, "scale": config.scale}

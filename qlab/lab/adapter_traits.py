@@ -1,4 +1,7 @@
-"""An adapter's settings as traits: what sliders, code and links share. Knows no model."""
+"""An adapter's settings as traits: what sliders, code and links share.
+
+``Adapter`` inherits it and adds the model. Nothing here knows a model.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +29,17 @@ class AdapterChoice(T.HasTraits):
     num_layers = T.Int(-1)
     init = T.Unicode("default")
     rslora = T.Bool(False)
-    _dtype = "float32"
+
+    _dtype = "float32"  # not a trait: no control moves it
 
     def _allow(self, config: LoRAConfig) -> None:
-        """Raise if a config is not possible here; where nothing is known of a model, any is."""
+        """Raise if a config is not possible here; without a model every config is."""
 
     @property
     def config(self) -> LoRAConfig:
         """The adapter as a value; its repr pastes back."""
-        return LoRAConfig(dtype=self._dtype, **{name: getattr(self, name) for name in TRAITS})
+        settings = {name: getattr(self, name) for name in TRAITS}
+        return LoRAConfig(dtype=self._dtype, **settings)
 
     @property
     def alpha(self) -> float:

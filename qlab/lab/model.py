@@ -1,10 +1,14 @@
-"""``Model``: what ``qlab.load`` returns, and what quantizing returns. Wiring only."""
+"""``Model``: a language model in this kernel, and ``load``, which opens one.
+
+Quantizers, adapters and trainers start from a ``Model``. It hands its work to the engine.
+"""
 
 from __future__ import annotations
 
 import gc
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +28,23 @@ from qlab.runtime.limits import release
 
 @sealed
 class Model:
-    """A language model in this kernel.
+    """A language model in this kernel, as ``qlab.load`` or ``Quantizer.quantize`` returns it.
+
+    Example:
+        >>> model = qlab.load("demo")
+        >>> model.spec.layers[0].path, model.spec.nbytes
+        >>> model.generate("It is a truth universally acknowledged, that")
+        >>> model.save("folder")  # opens with mlx_lm.load
+
+    Args:
+        loaded: what was opened: module, tokenizer, config, name and notes.
+        plan: how it was quantized here.
+        solver: by which its codes were chosen.
+        original: the model that it was quantized from.
+        source: what ``load`` was given.
 
     Attributes:
-        name: short name.
-        tokenizer: mlx-lm's tokenizer wrapper.
-        config: contents of config.json.
         spec: the layers: paths, shapes, dtypes, bytes.
-        notes: what to know about where it came from.
         plan: how it was quantized here, or None.
         solver: by which its codes were chosen; empty if it was not quantized here.
         source: what ``load`` was given.
@@ -45,18 +58,40 @@ class Model:
         original: Model | None = None,
         source: str = "",
     ) -> None:
-        self.name = loaded.name
-        self._module = loaded.module
-        self.tokenizer = loaded.tokenizer
-        self.config = loaded.config
-        self.notes = loaded.notes
+        self._loaded = loaded
         self.plan = plan
         self.solver = solver
         self.source = source or (original.source if original else "")
+        # weak: a quantized model must not hold the memory of the full one
         self._original = weakref.ref(original) if original else None
         self.spec: ModelSpec = mlx_call(describe, loaded.module, loaded.name)
         self._study: Study | None = None
         self._lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """Short name, for headlines."""
+        return self._loaded.name
+
+    @property
+    def tokenizer(self) -> Any:
+        """mlx-lm's ``TokenizerWrapper``."""
+        return self._loaded.tokenizer
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Contents of config.json."""
+        return self._loaded.config
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know about where it came from."""
+        return self._loaded.notes
+
+    @property
+    def storage_label(self) -> str:
+        """Storage of the weights in words, such as ``affine 4-bit g64`` or ``16-bit``."""
+        return storage_label(self.plan, self.spec)
 
     @property
     def module(self) -> Any:
@@ -65,15 +100,15 @@ class Model:
         Raises:
             LoadError: it was given back by ``free``.
         """
-        if self._module is None:
+        if self._loaded.module is None:
             raise LoadError(f"{self.name!r} was given back by free(); load it again.")
-        return self._module
+        return self._loaded.module
 
     @property
     def original(self) -> Model | None:
         """The model that this one was quantized from, while something else still holds it.
 
-        Itself if it is not quantized.
+        Itself if it is not quantized; None if it came quantized.
         """
         if self.plan is None:
             return None if self.spec.stored else self
@@ -89,28 +124,28 @@ class Model:
 
     @property
     def unsaved(self) -> tuple[str, str]:
-        """If mlx-lm finds this very model nowhere.
+        """For a model that mlx-lm cannot open anywhere: what it is, and the Python that saves it.
 
-        What it is, and the Python that writes it to a folder.
+        Both are empty if mlx-lm opens it at ``source``.
         """
-        if (
-            self.plan is None
-            and self.source
-            and self.source != "demo"
-            and not self.source.endswith(".gguf")
-        ):
+        in_mlx_format = self.source not in ("", "demo") and not self.source.endswith(".gguf")
+        if self.plan is None and in_mlx_format:
             return "", ""
-        words = (
-            f"{self.plan.label} of {self.source or self.name!r}" if self.plan else repr(self.name)
-        )
-        return words, base_code(self.source, self.plan, self.solver) if self.source else ""
+        words = repr(self.name)
+        if self.plan is not None:
+            words = f"{self.plan.label} of {self.source or self.name!r}"
+        code = base_code(self.source, self.plan, self.solver) if self.source else ""
+        return words, code
 
     def save(self, path: str | Path) -> str:
-        """Write a model folder, whole or not at all; return a sentence that says who can open it.
+        """Write a model folder, whole or not at all.
 
         Args:
             path: of the folder; an existing one is replaced if it is empty or holds a model and
                 nothing else.
+
+        Returns:
+            Who can open it, in words.
 
         Raises:
             SaveError: the place cannot be written, or holds other files; what stood there is
@@ -119,7 +154,12 @@ class Model:
         return mlx_call(_save, Path(path), self.module, self.tokenizer, self.config, self.plan)
 
     def generate(self, prompt: str, max_tokens: int = 64) -> str:
-        """Return the model's most likely continuation (its answer, if it has a chat template)."""
+        """Return the model's most likely continuation, or answer if it has a chat template.
+
+        Args:
+            prompt: text; with a chat template it is the user's message.
+            max_tokens: to write at most.
+        """
         return mlx_call(
             reply, self.module, self.tokenizer, prompt, max_tokens, self.spec.vocabulary
         )
@@ -127,22 +167,38 @@ class Model:
     def free(self) -> str:
         """Give the memory back.
 
-        Return a sentence that says how much came back, and what may still hold the rest.
+        Returns:
+            How much came back, and what may still hold the rest, in words.
         """
-        held = self.spec.nbytes
-        self._module = None
+        nbytes = self.spec.nbytes
+        self._loaded = replace(self._loaded, module=None)
         self._study = None
         gc.collect()
-        return mlx_call(release, held)
+        return mlx_call(release, nbytes)
 
     def __repr__(self) -> str:
-        facts = f"{self.spec.size / 1e6:.1f} M weights, {self.spec.nbytes / 1e9:.3f} GB"
-        kind = f", {self.plan.default.label}" if self.plan else ""
-        return "\n".join([f"Model({self.name!r}, {facts}{kind})", *self.notes])
+        size = f"{self.spec.size / 1e6:.1f} M weights, {self.spec.nbytes / 1e9:.3f} GB"
+        storage = f", {self.storage_label}" if self.plan else ""
+        return "\n".join([f"Model({self.name!r}, {size}{storage})", *self.notes])
+
+
+def storage_label(plan: QuantPlan | None, spec: ModelSpec) -> str:
+    """Return the storage of a model in words.
+
+    Args:
+        plan: how it was quantized here; None if it stays as it came.
+        spec: its layers.
+    """
+    if plan is not None:
+        return plan.default.label
+    return spec.stored or "16-bit"
 
 
 def load(source: str | Path) -> Model:
     """Open a model.
+
+    Example:
+        >>> model = qlab.load("mlx-community/Qwen3-0.6B-bf16")
 
     Args:
         source: ``"demo"`` (embedded, offline), a local folder, a ``.gguf`` file, or a hub id such
@@ -155,8 +211,9 @@ def load(source: str | Path) -> Model:
         raise LoadError(
             f"source={source!r} is not legal; give a folder, a .gguf file, a hub id or 'demo'."
         )
-    known = Path(source).expanduser()
+    path = Path(source).expanduser()
+    is_path = source != "demo" and path.exists()
     return Model(
         mlx_call(_load.load, source),
-        source=str(known.resolve() if known.exists() and source != "demo" else source),
+        source=str(path.resolve() if is_path else source),
     )

@@ -55,8 +55,8 @@ class HasPanel:
 
     _views: ClassVar[PanelViews]
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)  # of the class that stands beside this one
         self._panel: LivePanel | None = None
         self._ack: int | None = None  # number of the last intent that was done
         self._shows_held = 0  # how many ask that nothing is shown until they end

@@ -22,7 +22,7 @@ from qlab.engine.io.loaded import Loaded
 from qlab.errors import ConfigError, named, sealed
 from qlab.lab.model import Model
 from qlab.lab.panel import HasPanel, PanelViews
-from qlab.lab.quantizer_traits import STORAGE_TRAITS, QuantizerChoice
+from qlab.lab.quantizer_traits import STORAGE_TRAITS, QuantizerChoice, quant_config
 from qlab.runtime.device import machine
 from qlab.runtime.job import Latest, mlx_call
 from qlab.views.cards.compare import Comparison
@@ -80,7 +80,7 @@ class Quantizer(HasPanel, QuantizerChoice):
     ) -> None:
         if not isinstance(model, Model):
             raise ConfigError(f"model={model!r} is not legal; give what qlab.load returned.")
-        first = QuantConfig(mode, bits, group_size)  # pyright: ignore[reportArgumentType]
+        first = quant_config(mode, bits, group_size)
         super().__init__()
         self._model = model
         self._spec = model.spec

@@ -7,6 +7,7 @@ shapes alone; nothing is measured.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,6 +21,13 @@ from qlab.errors import ConfigError, LayerNotFoundError, nearest
 
 STORAGE_TRAITS = ("mode", "bits", "group_size", "solver", "overrides")
 _AS_NOW: Any = object()  # the bits that the sliders show
+
+
+def quant_config(mode: str, bits: int | None, group_size: int | None) -> QuantConfig:
+    """Return a config; None takes the mode's default."""
+    settings = {"bits": bits, "group_size": group_size}
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    return QuantConfig(mode, **chosen)
 
 
 class QuantizerChoice(T.HasTraits):
@@ -135,9 +143,9 @@ class QuantizerChoice(T.HasTraits):
             bits = self.bits
         if not group_size and mode == self.mode:
             group_size = self.group_size
-        return QuantConfig(mode, bits, group_size or None)
+        return quant_config(mode, bits, group_size or None)
 
-    def _set_overrides(self, overrides: dict[str, QuantConfig | None]) -> None:
+    def _set_overrides(self, overrides: Mapping[str, QuantConfig | None]) -> None:
         with self._change_lock:
             self.overrides = {**self.overrides, **overrides}
 
