@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -66,7 +67,7 @@ class Frozen(nn.Module):
         self, layer: nn.Module, dtype: mx.Dtype | None, dequantize: bool, keep: bool = False
     ) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer: Any = layer
         self._compute = dtype
         self._dequantize = dequantize
         self._keep = keep

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -109,7 +109,7 @@ class PackedEmbedding(Packed):
         return self.product(x)
 
 
-def product(layer: nn.Module, x: mx.array) -> mx.array:
+def product(layer: Any, x: mx.array) -> mx.array:
     """Return x·Wᵀ of a frozen layer, without bias: ``(…, in)`` → ``(…, out)``.
 
     The gradient by x dequantizes the weight again; the weight gets no gradient.
@@ -156,7 +156,7 @@ def with_arrays(layer: nn.Module, names: Sequence[str], arrays: Sequence[mx.arra
     return changed
 
 
-def weight_of(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
+def weight_of(layer: Any, dtype: mx.Dtype | None = None) -> mx.array:
     """Return a layer's dequantized weight, lazily, whatever its storage.
 
     Args:
@@ -170,7 +170,7 @@ def weight_of(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
         return layer.dense(dtype)
     if "scales" not in layer:
         return layer.weight if dtype is None else layer.weight.astype(dtype)
-    scales_dtype = _floating_dtype(layer.scales)
+    scales_dtype = floating_dtype(layer.scales)
     dtype = dtype or scales_dtype
     biases = layer.get("biases")
     # In float32 nothing is rounded to the scales' dtype on the way, as in MLX's quantized products.
@@ -182,16 +182,16 @@ def weight_of(layer: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
     )
 
 
-def _floating_dtype(scales: mx.array) -> mx.Dtype:
-    """Dtype that dequantizing gives: that of the scales, bfloat16 where these are codes (mxfp4)."""
+def floating_dtype(scales: mx.array) -> mx.Dtype:
+    """Return the dtype that dequantizing gives: the scales', bfloat16 where these are codes."""
     return scales.dtype if mx.issubdtype(scales.dtype, mx.floating) else mx.bfloat16
 
 
-def is_quantized(layer: nn.Module) -> bool:
+def is_quantized(layer: Any) -> bool:
     """Whether a layer's weight is stored in codes."""
     return isinstance(layer, Packed) or "scales" in layer
 
 
-def is_stored_in(layer: nn.Module, dtype: mx.Dtype) -> bool:
+def is_stored_in(layer: Any, dtype: mx.Dtype) -> bool:
     """Whether a layer's weight is there in this dtype and need not be made."""
     return not is_quantized(layer) and layer.weight.dtype == dtype

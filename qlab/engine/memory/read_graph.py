@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from qlab.core.graph.graph import Array, Graph, Node
 from qlab.core.graph.handwritten import Halves, handwritten
-from qlab.engine.models.functional import Functional, plain
+from qlab.engine.models.functional import Functional, hashable
 from qlab.errors import UnsupportedError
 from qlab.nn import low_rank
 from qlab.ops.custom_gradient import Call, met
@@ -83,7 +83,7 @@ def _form(value: Any) -> Hashable:
             _form(value.__defaults__),
             tuple(_form(cell.cell_contents) for cell in value.__closure__ or ()),
         )
-    return plain(value)
+    return hashable(value)
 
 
 def _read_halves(call: Call) -> Halves:

@@ -1,49 +1,70 @@
-"""Modules as functions of their arrays."""
+"""Modules as functions of their arrays, so that one compiled function serves modules alike.
+
+Used by the blockwise step, which compiles one function for all blocks of a form, and by what reads
+its graph.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-_NUMBERS = (
-    "layer_idx",
-    "layer_id",
-    "layer_number",
-)  # attributes that only say where a block stands, as a rule
+# attributes that, as a rule, only say where a block stands
+_NUMBERS = ("layer_idx", "layer_id", "layer_number")
+
+
+class ArrayPlace(NamedTuple):
+    """Where a module holds an array.
+
+    Attributes:
+        path: of the array, from the root.
+        holder: the module, dict or list that holds it.
+        key: its name or number there.
+    """
+
+    path: str
+    holder: Any
+    key: str | int
 
 
 class Functional:
-    """A part of a model as a function of its arrays.
+    """A module, or a tree of arguments, as a function of the arrays in it.
+
+    Example:
+        >>> function = Functional(nn.Linear(4, 4))
+        >>> with function.using([weight, bias]):
+        ...     y = function.root(x)
 
     Args:
-        root: a module, or a list.
-        without: a list within that is no part of it.
+        root: a module, a dict or a list.
+        without: a list within that is left out.
 
     Attributes:
-        places: path, holder and key of every array.
-        form: everything else about it; two pieces of one form compute the same from the same
-            arrays.
+        root: as given.
+        places: where every array stands, in an order that depends on names only.
+        form: everything else about it; two roots of one form compute the same from the same arrays.
         numbered: whether an attribute that says where it stands was left out of the form.
     """
 
-    def __init__(self, root: Any, without: Any = None) -> None:
+    def __init__(self, root: Any, without: list[Any] | None = None) -> None:
         self.root = root
-        self.places = []
+        self.places: list[ArrayPlace] = []
         self.numbered = False
-        self.form = self._look(root, "", without)
+        self._without = without
+        self.form = self._form(root, "")
 
     @property
     def arrays(self) -> list[mx.array]:
-        """The arrays that it has now."""
-        return [holder[key] for _, holder, key in self.places]
+        """The arrays that it holds now."""
+        return [place.holder[place.key] for place in self.places]
 
     @contextmanager
     def using(self, arrays: Sequence[mx.array]) -> Iterator[None]:
-        """Give it other arrays within."""
+        """Let it hold other arrays within, in the order of ``places``."""
         before = self.arrays
         self._put(arrays)
         try:
@@ -52,31 +73,40 @@ class Functional:
             self._put(before)
 
     def _put(self, arrays: Sequence[mx.array]) -> None:
-        for (_, holder, key), array in zip(self.places, arrays, strict=True):
-            holder[key] = array
+        for place, array in zip(self.places, arrays, strict=True):
+            place.holder[place.key] = array
 
-    def _look(self, node: Any, path: str, without: Any) -> Hashable:
+    def _form(self, node: Any, path: str) -> Hashable:
+        """Note the arrays below a node, and return a value that tells its form from others."""
         if not isinstance(node, (dict, list)):
-            return plain(node)
-        found: list[Hashable] = [type(node)]
-        for key, value in sorted(node.items()) if isinstance(node, dict) else enumerate(node):
+            return hashable(node)
+        form: list[Hashable] = [type(node)]
+        items = sorted(node.items()) if isinstance(node, dict) else enumerate(node)
+        for key, value in items:
             if isinstance(value, mx.array):
-                self.places.append((f"{path}{key}", node, key))
-                found.append((key, value.shape, str(value.dtype)))
-            elif value is not without or without is None:
-                found.append((key, self._look(value, f"{path}{key}.", without)))
-        for key, value in sorted(vars(node).items()) if isinstance(node, nn.Module) else ():
+                self.places.append(ArrayPlace(f"{path}{key}", node, key))
+                form.append((key, value.shape, str(value.dtype)))
+            elif self._without is None or value is not self._without:
+                form.append((key, self._form(value, f"{path}{key}.")))
+        if isinstance(node, nn.Module):
+            form += self._attributes(node)
+        return tuple(form)
+
+    def _attributes(self, module: nn.Module) -> list[Hashable]:
+        """Attributes of a module that are no parameters, such as a number of heads."""
+        form: list[Hashable] = []
+        for key, value in sorted(vars(module).items()):
             if key in _NUMBERS:
                 self.numbered = True
             elif key != "_no_grad":
-                found.append((key, plain(value)))
-        return tuple(found)
+                form.append((key, hashable(value)))
+        return form
 
 
-def plain(value: Any) -> Hashable:
-    """Something equal for equal values: itself if it can be, otherwise its identity."""
+def hashable(value: Any) -> Hashable:
+    """Return something that is equal for equal values: by value if it can be, else by identity."""
     if isinstance(value, (list, tuple)):
-        return tuple(map(plain, value))
+        return tuple(map(hashable, value))
     try:
         hash(value)
     except TypeError:

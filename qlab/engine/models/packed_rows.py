@@ -1,9 +1,8 @@
-"""Several rows in one, none seeing another.
+"""Several packed rows in one row of a batch, none seeing another.
 
-A mask that is handed to a model's own forward pass as if it were a cache.
-
-No model is patched, so whether a model honours the mask is tried out on the model itself. Knows no
-data.
+A mask that is handed to a model's own forward pass as if it were a cache: mlx-lm's models ask their
+cache for the mask. No model is patched, so whether a model honours the mask is tried out on the
+model itself (``takes_batches``).
 """
 
 from __future__ import annotations
@@ -12,20 +11,25 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from qlab.engine.models.compare import relative_distance
 from qlab.errors import UnsupportedError
 
 _TAIL = 4  # positions at the end that are compared
-_SHARE = {mx.float32: 1e-3}  # by which logits may differ; 16-bit activations round more
-_COARSE = 0.05
+# relative distance by which logits may differ; 16-bit activations round more
+_TOLERANCE = {mx.float32: 1e-3}
+_TOLERANCE_16_BIT = 0.05
+
+# logits ``(batch, length, vocabulary)`` of tokens and segments, ``(batch, length)`` each
+Logits = Callable[[mx.array, "mx.array | None"], mx.array]
 
 
 class NoCache:
-    """A cache, as the models of mlx-lm know it, that keeps nothing."""
+    """A cache, as the models of mlx-lm know it, that caches nothing."""
 
     offset = 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Return what it is given."""
+        """Return the keys and values of this call, ``(batch, groups, length, width)`` each."""
         return keys, values
 
 
@@ -33,9 +37,9 @@ NO_CACHE = NoCache()
 
 
 class PackedRowsCache(NoCache):
-    """A cache whose mask lets a position see the earlier ones of its own row only.
+    """A cache whose mask lets a position see the earlier ones of its own packed row only.
 
-    Positions are counted through the packed row: rotary embeddings know only differences.
+    Positions are counted through the whole row: rotary embeddings know only differences.
 
     Args:
         segments: ``(batch, length)`` integers, one number for each packed row; padding sees
@@ -48,36 +52,45 @@ class PackedRowsCache(NoCache):
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array:
-        """Return ``(batch, 1, length, length)``, true where a position is seen."""
-        own = self._segments
-        at = mx.arange(n)
-        mask = (own[:, None, :, None] == own[:, None, None, :]) & (at[:, None] >= at)
-        return mask & (at[:, None] < at + window_size) if window_size else mask
+        """Return the mask of attention, ``(batch, 1, length, length)``: true where one is seen.
+
+        Args:
+            n: length.
+            return_array: mlx-lm's; an array is returned either way.
+            window_size: how many positions back one sees; None means all.
+        """
+        rows = self._segments
+        same_row = rows[:, None, :, None] == rows[:, None, None, :]
+        position = mx.arange(n)
+        mask = same_row & (position[:, None] >= position)  # (batch, 1, length, length)
+        if window_size:
+            mask = mask & (position[:, None] < position + window_size)
+        return mask
 
 
-def takes_batches(logits: Callable[[mx.array, mx.array | None], mx.array], length: int) -> bool:
-    """Whether a model keeps packed rows apart in a batch of several.
+def takes_batches(logits: Logits, length: int) -> bool:
+    """Whether a model keeps packed rows apart in a batch of several rows.
 
     If not, it does so one row at a time.
 
     Args:
-        logits: of tokens and their segments, ``(batch, length)``; the last positions at least.
+        logits: the model as a function; the last positions' logits at least.
         length: of a packed row.
 
     Raises:
-        UnsupportedError: the model mixes packed rows, or minds where in the packed row it stands.
+        UnsupportedError: the model mixes packed rows, or minds where in the row one stands.
     """
     length = max(length, 3 * _TAIL)
     tokens = (mx.arange(2 * length).reshape(2, length) * 7 + 3) % 61
-    cuts = (length - _TAIL - 3, length - _TAIL - 1)  # other ones in each row
+    cuts = (length - _TAIL - 3, length - _TAIL - 1)  # where the second packed row begins
     segments = mx.stack([1 + (mx.arange(length) >= cut) for cut in cuts]).astype(mx.int32)
     try:
         alone = [logits(tokens[i : i + 1, cut:], None)[:, -_TAIL:] for i, cut in enumerate(cuts)]
-        if _same(lambda: logits(tokens, segments)[:, -_TAIL:], mx.concatenate(alone)):
+        if _same(logits, tokens, segments, mx.concatenate(alone)):
             return True
         if all(
-            _same(lambda i=i: logits(tokens[i : i + 1], segments[i : i + 1])[:, -_TAIL:], alone[i])
-            for i in (0, 1)
+            _same(logits, tokens[i : i + 1], segments[i : i + 1], alone[i])
+            for i in range(len(cuts))
         ):
             return False
     except (AttributeError, TypeError, ValueError, IndexError) as error:
@@ -87,13 +100,12 @@ def takes_batches(logits: Callable[[mx.array, mx.array | None], mx.array], lengt
     raise UnsupportedError("This model does not keep packed rows apart; use pack=False.")
 
 
-def _same(found: Callable[[], mx.array], expected: mx.array) -> bool:
+def _same(logits: Logits, tokens: mx.array, segments: mx.array, expected: mx.array) -> bool:
+    """Whether the last logits of packed rows are those expected, ``(batch, tail, vocabulary)``."""
     try:
-        made = found()
-        mx.eval(made, expected)
+        result = logits(tokens, segments)[:, -_TAIL:]
+        mx.eval(result, expected)
     except (ValueError, RuntimeError):  # the mask has no place for rows of a batch
         return False
-    far = mx.linalg.norm((made - expected).astype(mx.float32)) / mx.linalg.norm(
-        expected.astype(mx.float32)
-    )
-    return far.item() < _SHARE.get(expected.dtype, _COARSE)
+    tolerance = _TOLERANCE.get(expected.dtype, _TOLERANCE_16_BIT)
+    return relative_distance(result, expected) < tolerance

@@ -1,7 +1,7 @@
 """What a model is made of: from a module tree or from a config alone, without touching a weight.
 
-Works for every architecture that mlx-lm has, because it asks the modules. Knows no error and no
-plan.
+Works for every architecture that mlx-lm has, because it asks the modules. Called when a model is
+loaded, and for every estimate of a model that need not exist.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qlab.core.config.spec import LayerSpec, ModelSpec
 from qlab.engine.models.surgery import cast
 from qlab.errors import LoadError, nearest
 from qlab.nn.kinds import is_layer, layer_kind
-from qlab.nn.linear import Packed, is_quantized
+from qlab.nn.linear import Packed, floating_dtype, is_quantized
 
 
 def describe(module: nn.Module, name: str) -> ModelSpec:
@@ -28,25 +28,25 @@ def describe(module: nn.Module, name: str) -> ModelSpec:
         module: an mlx-lm model, dense, quantized or lazy.
         name: what to call it.
     """
-    paths = [(path, leaf) for path, leaf in module.named_modules() if is_layer(leaf)]
-    order = {
-        path: i
-        for i, (path, _) in enumerate(
-            tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module)
-        )
-    }
-    paths.sort(key=lambda item: order.get(item[0], len(order)))
-    tied = not any(path.split(".")[-1] == "lm_head" for path, _ in paths)
-    layers = tuple(_layer(path, leaf, tied) for path, leaf in paths)
-    held = {f"{path}.{name}" for path, leaf in paths for name in _weight_arrays(leaf)}
-    other = [array for key, array in tree_flatten(module.parameters()) if key not in held]
-    return ModelSpec(name, layers, sum(a.nbytes for a in other), sum(a.size for a in other))
+    leaves = [(path, leaf) for path, leaf in module.named_modules() if is_layer(leaf)]
+    order = _order_of_leaves(module)
+    leaves.sort(key=lambda item: order.get(item[0], len(order)))
+    tied = not any(path.split(".")[-1] == "lm_head" for path, _ in leaves)
+    layers = tuple(_layer(path, leaf, tied) for path, leaf in leaves)
+    weights = {f"{path}.{name}" for path, leaf in leaves for name in _weight_arrays(leaf)}
+    arrays: dict[str, Any] = dict(tree_flatten(module.parameters()))
+    others = [array for path, array in arrays.items() if path not in weights]
+    return ModelSpec(name, layers, sum(a.nbytes for a in others), sum(a.size for a in others))
+
+
+def _order_of_leaves(module: nn.Module) -> dict[str, int]:
+    """Number of each leaf module by path, in the order in which the model lists them."""
+    leaves = tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module)
+    return {path: number for number, (path, _) in enumerate(leaves)}
 
 
 def skeleton(config: dict[str, Any]) -> nn.Module:
-    """Build mlx-lm's model from a config dict, lazily.
-
-    Paths, shapes and dtypes of a model that need not exist.
+    """Build mlx-lm's model from a config dict; its weights are lazy and need never exist.
 
     Args:
         config: the contents of a ``config.json``; ``torch_dtype`` or ``dtype`` names the
@@ -62,17 +62,19 @@ def skeleton(config: dict[str, Any]) -> nn.Module:
         raise LoadError(
             f"The config does not describe a {config['model_type']!r} model: {error}."
         ) from error
-    text = config.get("text_config") or {}
-    wanted = (
-        config.get("torch_dtype")
-        or config.get("dtype")
-        or text.get("torch_dtype")
-        or text.get("dtype")
-    )
-    return cast(module, getattr(mx, str(wanted or "bfloat16"), mx.bfloat16))
+    return cast(module, getattr(mx, _dtype_name(config), mx.bfloat16))
 
 
-def model_classes(config: dict[str, Any]) -> tuple[type, type]:
+def _dtype_name(config: dict[str, Any]) -> str:
+    """Name of the checkpoint's dtype: of the model, else of its text part, else bfloat16."""
+    for part in (config, config.get("text_config") or {}):
+        name = part.get("torch_dtype") or part.get("dtype")
+        if name:
+            return str(name)
+    return "bfloat16"
+
+
+def model_classes(config: dict[str, Any]) -> tuple[type, Any]:
     """Return mlx-lm's model class and arguments class for a config.
 
     Raises:
@@ -102,7 +104,7 @@ def _weight_arrays(leaf: nn.Module) -> list[str]:
     return [name for name, value in leaf.items() if isinstance(value, mx.array) and name != "bias"]
 
 
-def _layer(path: str, leaf: nn.Module, tied: bool) -> LayerSpec:
+def _layer(path: str, leaf: Any, tied: bool) -> LayerSpec:
     kind = layer_kind(leaf)
     nbytes = sum(leaf[name].nbytes for name in _weight_arrays(leaf))
     shape, dtype = _logical(leaf)
@@ -125,18 +127,17 @@ def _layer(path: str, leaf: nn.Module, tied: bool) -> LayerSpec:
     )
 
 
-def _logical(leaf: nn.Module) -> tuple[tuple[int, ...], mx.Dtype]:
-    """Shape of the weight as numbers, and the dtype that dequantizing gives."""
+def _logical(leaf: Any) -> tuple[tuple[int, ...], mx.Dtype]:
+    """Shape of the dense weight ``(…, out, in)``, and the dtype that dequantizing gives."""
     if isinstance(leaf, Packed):
         return leaf.shape, leaf.dtype
     if not is_quantized(leaf):
         return leaf.weight.shape, leaf.weight.dtype
-    packed = leaf.weight.shape
-    dtype = leaf.scales.dtype if mx.issubdtype(leaf.scales.dtype, mx.floating) else mx.bfloat16
-    return (*packed[:-1], packed[-1] * 32 // leaf.bits), dtype
+    *outer, words = leaf.weight.shape  # uint32 words of codes
+    return (*outer, words * 32 // leaf.bits), floating_dtype(leaf.scales)
 
 
-def _stored(leaf: nn.Module) -> str | None:
+def _stored(leaf: Any) -> str | None:
     if isinstance(leaf, Packed):
         return leaf.config.label
     return stock_config(leaf.mode, leaf.bits, leaf.group_size).label if is_quantized(leaf) else None

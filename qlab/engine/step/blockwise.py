@@ -325,7 +325,7 @@ class _Head:
 
     def __init__(self, stack: BlockStack, trained: list[str]) -> None:
         self._stack = stack
-        self._piece = Functional(stack.module, without=stack.blocks_held)
+        self._piece = Functional(stack.module, without=stack.block_list)
         names = [name for name, *_ in self._piece.places]
         self._chosen = [names.index(path) for path in trained]
         self._dropped = [n for n, name in enumerate(names) if name.endswith("dropout_key")]
