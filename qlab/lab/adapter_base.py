@@ -69,7 +69,7 @@ class AdapterBase:
     @property
     def original(self) -> Model | None:
         """The model before it was quantized; None if that is not known."""
-        if self.quantizer is None and self.model.spec.stored:
+        if self.quantizer is None and self.model.spec.storage:
             return None
         return self.model
 

@@ -111,7 +111,7 @@ class Model:
         Itself if it is not quantized; None if it came quantized.
         """
         if self.plan is None:
-            return None if self.spec.stored else self
+            return None if self.spec.storage else self
         return self._original() if self._original else None
 
     @property
@@ -191,7 +191,7 @@ def storage_label(plan: QuantPlan | None, spec: ModelSpec) -> str:
     """
     if plan is not None:
         return plan.default.label
-    return spec.stored or "16-bit"
+    return spec.storage_label
 
 
 def load(source: str | Path) -> Model:

@@ -275,7 +275,7 @@ class Trainer:
         lora = self.adapter.config
         model = self.adapter.model
         plan = self._base.plan if self._base is not None else self.adapter.plan
-        stored = plan.default.label if plan else model.spec.stored or "16-bit"
+        stored = plan.default.label if plan else model.spec.storage_label
         return RunReport(
             name=self.path.name,
             model=model.name,

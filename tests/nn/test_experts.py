@@ -129,7 +129,7 @@ def test_a_mixture_in_every_storage_says_what_its_dense_numbers_say(storage, nam
     small, plain = quantized(module, spec, storage), dense(module, spec, storage, name)
     before, after = spec.layers, describe(small, "x").layers
     assert [(x.path, x.kind, x.shape) for x in after] == [(x.path, x.kind, x.shape) for x in before]
-    assert len({x.stored for x in after}) == 1 and any(x.kind == "switch" for x in after)
+    assert len({x.storage_label for x in after}) == 1 and any(x.kind == "switch" for x in after)
     assert mx.allclose(small(TOKENS), plain(TOKENS), rtol=1e-3, atol=2e-3)
 
 

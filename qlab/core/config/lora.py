@@ -197,7 +197,7 @@ class LoRAConfig:
                 key of a layer that the kind does not adapt.
             LayerNotFoundError: a key matches no layer; names the nearest.
         """
-        blocks = sorted({layer.block for layer in spec.layers if layer.block is not None})
+        blocks = spec.blocks
         if self.num_layers > len(blocks):
             raise ConfigError(
                 f"num_layers={self.num_layers}, but {spec.name!r} has {len(blocks)} blocks; use -1 for all."

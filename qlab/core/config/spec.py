@@ -1,12 +1,13 @@
-"""What a model is made of, without its weights: paths, shapes, dtypes, sizes.
+"""What a model is made of, without its weights: paths, shapes, dtypes, sizes, present storage.
 
-Knows no framework: a spec can describe a model that does not exist.
+``engine/models/skeleton.py`` describes a model with it; panels, estimates and adapters ask it which
+layers there are. Knows no framework: a spec can describe a model that does not exist.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from math import prod
 
@@ -21,11 +22,11 @@ class LayerSpec:
     Attributes:
         path: module path, such as ``model.layers.0.mlp.down_proj``.
         kind: ``linear``, ``embedding`` or ``switch`` (the experts of a mixture, one tensor).
-        shape: ``(…, out, in)`` of the weight as numbers, whatever its packing.
+        shape: ``(…, out, in)`` of the dequantized weight, whatever its packing.
         dtype: dtype name of the weight, or of its scales if it is stored quantized.
         itemsize: bytes of one element in that dtype.
         nbytes: bytes that the layer's weight takes now.
-        stored: label of the quantized storage that the model already has, or None.
+        storage: how the model stores it now; None if it is not quantized.
         tied: whether the output head uses this weight too (it is counted once).
         obstacle: why no scheme can store it, or None.
     """
@@ -33,12 +34,18 @@ class LayerSpec:
     path: str
     kind: str
     shape: tuple[int, ...]
+    _: KW_ONLY
     dtype: str = "bfloat16"
     itemsize: int = 2
     nbytes: int = 0
-    stored: str | None = None
+    storage: QuantConfig | None = None
     tied: bool = False
     obstacle: str | None = None
+
+    @property
+    def storage_label(self) -> str | None:
+        """How it is stored now, such as ``affine 4-bit g64``; None if it is not quantized."""
+        return self.storage.label if self.storage else None
 
     @cached_property
     def size(self) -> int:
@@ -48,15 +55,15 @@ class LayerSpec:
     @cached_property
     def block(self) -> int | None:
         """Index of the transformer block, or None outside the blocks."""
-        found = re.search(r"\.(\d+)\.", self.path)
-        return int(found.group(1)) if found else None
+        number = re.search(r"\.(\d+)\.", self.path)
+        return int(number.group(1)) if number else None
 
     @cached_property
     def role(self) -> str:
         """What the layer is within its block, such as ``mlp.down_proj``; equal for all blocks."""
-        return (
-            re.split(r"\.\d+\.", self.path, maxsplit=1)[-1] if self.block is not None else self.path
-        )
+        if self.block is None:
+            return self.path
+        return re.split(r"\.\d+\.", self.path, maxsplit=1)[-1]
 
     def refusal(self, config: QuantConfig) -> str | None:
         """Say why this config cannot store the layer, or return None if it can."""
@@ -77,7 +84,14 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model without its weights.
+    """A model without its weights: its layers, and the size of everything else.
+
+    Example:
+        >>> spec = model.spec
+        >>> spec["model.layers.0.mlp.down_proj"].shape
+        (2048, 6144)
+        >>> len(spec.blocks), spec.storage_label
+        (28, '16-bit')
 
     Attributes:
         name: what the user called it, shortened for headlines.
@@ -104,19 +118,25 @@ class ModelSpec:
         return self.by_path[path]
 
     @cached_property
-    def stored(self) -> str:
-        """How the first quantized layer is stored, such as ``affine 4-bit g64``.
+    def blocks(self) -> tuple[int, ...]:
+        """Numbers of the transformer blocks, ascending."""
+        return tuple(sorted({layer.block for layer in self.layers if layer.block is not None}))
 
-        Empty if none is quantized.
-        """
-        return next((layer.stored for layer in self.layers if layer.stored), "")
+    @cached_property
+    def storage(self) -> QuantConfig | None:
+        """How the first quantized layer is stored; None if no layer is quantized."""
+        return next((layer.storage for layer in self.layers if layer.storage), None)
+
+    @property
+    def storage_label(self) -> str:
+        """How the weights are stored, such as ``affine 4-bit g64``, or ``16-bit``."""
+        return self.storage.label if self.storage else "16-bit"
 
     @cached_property
     def vocabulary(self) -> int | None:
         """Tokens that the model knows: rows of its largest embedding; None if no layer is one."""
-        return max(
-            (layer.shape[0] for layer in self.layers if layer.kind == "embedding"), default=None
-        )
+        rows = [layer.shape[0] for layer in self.layers if layer.kind == "embedding"]
+        return max(rows, default=None)
 
     @cached_property
     def size(self) -> int:

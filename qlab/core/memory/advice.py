@@ -125,7 +125,7 @@ def _solved(est: MemoryEstimate, name: str, machine: Machine, now: int) -> int |
 def _fewer_bits(est: MemoryEstimate, machine: Machine, made: Any) -> Iterator[Change]:
     """The most bits that fit, of the scheme in use; affine if the weights are not quantized yet."""
     plan = est.setup.plan
-    if plan is None and est.spec.stored:
+    if plan is None and est.spec.storage:
         return
     default = plan.default if plan else QuantConfig("affine", 8)
     now = default.bits if plan else 16
@@ -176,10 +176,10 @@ def advise(est: MemoryEstimate, machine: Machine) -> Advice:
     16-bit weights come first: no rounding error, and no dequantization in every product. Then 8, 6
     and 4 bits, and 3.
     """
-    stored = est.spec.stored
+    storage = est.spec.storage
     plans = (
         [None]
-        if stored
+        if storage
         else [None, *(QuantPlan(QuantConfig("affine", bits)) for bits in (8, 6, 4, 3))]
     )
     floor = 0
@@ -188,14 +188,14 @@ def advise(est: MemoryEstimate, machine: Machine) -> Advice:
         if setup is not None:
             found = est.again(setup)
             return Advice(
-                "QLoRA" if plan or stored else "LoRA on 16-bit weights",
+                "QLoRA" if plan or storage else "LoRA on 16-bit weights",
                 _reason(est, found, machine),
                 found,
             )
         one = replace(est.setup.train, batch_size=1, grad_checkpoint=True)
         floor = est.again(replace(est.setup, plan=plan, train=one)).total_nbytes
     length = est.setup.train.max_seq_length
-    least = "the weights as stored" if stored else "3-bit weights"
+    least = "the weights as stored" if storage else "3-bit weights"
     reason = (
         f"even with {least}, checkpoints and one row of {length} tokens a step needs {size_text(floor)}, and {machine.label} "
         f"has {size_text(machine.free_nbytes)}. Take shorter rows or a smaller model."
@@ -228,7 +228,7 @@ def _largest(est: MemoryEstimate, setup: Setup, machine: Machine) -> Setup | Non
 def _reason(est: MemoryEstimate, found: MemoryEstimate, machine: Machine) -> str:
     place = f"{size_text(found.total_nbytes)} of the {size_text(machine.free_nbytes)} of {machine.label}"
     if found.setup.plan is None:
-        if est.spec.stored:
+        if est.spec.storage:
             return f"the weights are quantized already; a step takes {place}."
         return f"16-bit weights fit ({place}), so there is no rounding error to train around and nothing to dequantize."
     one = replace(found.setup.train, batch_size=1, grad_checkpoint=True)

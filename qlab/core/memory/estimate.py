@@ -189,7 +189,7 @@ class MemoryEstimate(Displayed):
     @property
     def blocks(self) -> int:
         """Number of the model's blocks."""
-        return len({layer.block for layer in self.spec.layers} - {None})
+        return len(self.spec.blocks)
 
     def again(self, setup: Setup) -> MemoryEstimate:
         """Return the estimate of another setup of the same model, by the formula."""

@@ -197,7 +197,7 @@ class EstimateState:
     @property
     def blocks(self) -> int:
         """Number of the model's blocks."""
-        return len({layer.block for layer in self.spec.layers} - {None})
+        return len(self.spec.blocks)
 
     @property
     def choice(self) -> Choice:

@@ -209,7 +209,7 @@ def _survival(
     norm = _norm(delta)
     depth = "sampled" if few else "exact"
     if not norm:
-        return LayerSurvival(layer.path, layer.stored, 0.0, 0.0, *(math.nan,) * 6, depth)
+        return LayerSurvival(layer.path, layer.storage_label, 0.0, 0.0, *(math.nan,) * 6, depth)
     kept_16, _, of_experts = _kept(weight, delta, None, dtype, expert)
     kept_8, *_ = _kept(weight, delta, eight, dtype, expert)
     kept_base, changed, of_experts = (
@@ -223,7 +223,7 @@ def _survival(
         from_original, *_ = _kept(first, delta, config, dtype, expert)
     return LayerSurvival(
         path=layer.path,
-        stored=layer.stored,
+        stored=layer.storage_label,
         delta_norm=norm * math.sqrt(count / weight.shape[0]),
         relative_size=norm / size if size else math.inf,
         error_ratio=error,

@@ -120,7 +120,7 @@ def to_peft(
                     arrays[f"{layer.path}.{ours}"].T
                 )
     mx.eval(made)
-    blocks = sorted({layer.block for layer in spec.layers} - {None})
+    blocks = list(spec.blocks)
     taken = sorted({layer.block for layer in targets} - {None})
     config = {
         "peft_type": "LORA",

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from qlab import registry
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.spec import ModelSpec
 from qlab.errors import ConfigError, nearest
@@ -39,7 +38,7 @@ def _words(paths: Iterable[str], spec: ModelSpec) -> tuple[int, list[str]] | Non
     None if that cannot be.
     """
     wanted = [spec[path] for path in paths]
-    blocks = sorted({layer.block for layer in spec.layers} - {None})
+    blocks = spec.blocks
     inside = [layer for layer in wanted if layer.block is not None]
     first = min((layer.block for layer in inside), default=blocks[0] if blocks else 0)
     count = len(blocks) - blocks.index(first) if inside else -1
@@ -58,7 +57,7 @@ def reached(num_layers: int, keys: Iterable[str] | None, spec: ModelSpec) -> set
     """Paths of the layers that mlx-lm adapts (``mlx_lm/tuner/utils.py``,
     ``linear_to_lora_layers``).
     """
-    blocks = sorted({layer.block for layer in spec.layers} - {None})
+    blocks = spec.blocks
     taken = set(blocks[-max(num_layers, 0) :])
     inside = {
         layer.path
@@ -73,14 +72,13 @@ def mlx_obstacle(lora: LoRAConfig, spec: ModelSpec) -> str | None:
     if lora.kind not in STOCK:
         return f"it has no kind {lora.kind!r}"
     for layer in spec.layers:
-        words = (layer.stored or "").split()
-        if words and registry.get("schemes", words[0]).stock_mode is None:
-            return f"it cannot read the base ({layer.stored})"
+        if layer.storage and layer.storage.scheme.stock_mode is None:
+            return f"it cannot read the base ({layer.storage_label})"
     for layer in lora.targets(spec) if lora.kind == "dora" else ():
-        bits = int(layer.stored.split()[1].split("-")[0]) if layer.stored else 8
+        bits = layer.storage.bits if layer.storage else 8
         if layer.kind == "switch":
             return f"it has no DoRA of experts ({layer.path!r}); kind='lora' is the nearest"
-        if layer.kind == "embedding" and layer.stored:
+        if layer.kind == "embedding" and layer.storage:
             return f"its DoRA reads no quantized embedding ({layer.path!r})"
         if 32 % bits:
             return f"its DoRA fails on {bits}-bit weights ({layer.path!r})"

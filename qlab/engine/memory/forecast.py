@@ -266,7 +266,7 @@ class Forecast:
             blocks.setdefault(layer.block, []).append(layer)
         looks = {
             block: tuple(
-                (x.role, x.shape, x.stored, configs.get(x.path), x.path in targets) for x in layers
+                (x.role, x.shape, x.storage, configs.get(x.path), x.path in targets) for x in layers
             )
             for block, layers in blocks.items()
         }

@@ -47,7 +47,7 @@ class Sweep:
         spec = self._forecast.spec
         plan = setup.plan
         lora = setup.adapter
-        modes = () if spec.stored else registry.shelf("schemes").values()
+        modes = () if spec.storage else registry.shelf("schemes").values()
         configs = (
             None,
             *(QuantConfig(s.name, b, g) for s in modes for b in s.bits for g in s.group_sizes),
@@ -69,9 +69,7 @@ class Sweep:
 
     @property
     def _blocks(self) -> list[int]:
-        return sorted(
-            {layer.block for layer in self._forecast.spec.layers if layer.block is not None}
-        )
+        return list(self._forecast.spec.blocks)
 
     def read(self, setup: Setup) -> None:
         """Add the formula of a setup's kind of step, and the kinds of its storage.

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from qlab import registry
-from qlab.core.config.quant import stock_config
+from qlab.core.config.quant import QuantConfig, stock_config
 from qlab.core.config.spec import LayerSpec, ModelSpec
 from qlab.engine.models.surgery import cast
 from qlab.errors import LoadError, nearest
@@ -121,7 +121,7 @@ def _layer(path: str, leaf: Any, tied: bool) -> LayerSpec:
         dtype=str(dtype).removeprefix("mlx.core."),
         itemsize=dtype.size,
         nbytes=nbytes,
-        stored=_stored(leaf),
+        storage=_storage(leaf),
         tied=tied and kind == "embedding",
         obstacle=obstacle,
     )
@@ -137,7 +137,9 @@ def _logical(leaf: Any) -> tuple[tuple[int, ...], mx.Dtype]:
     return (*outer, words * 32 // leaf.bits), floating_dtype(leaf.scales)
 
 
-def _stored(leaf: Any) -> str | None:
+def _storage(leaf: Any) -> QuantConfig | None:
     if isinstance(leaf, Packed):
-        return leaf.config.label
-    return stock_config(leaf.mode, leaf.bits, leaf.group_size).label if is_quantized(leaf) else None
+        return leaf.config
+    if is_quantized(leaf):
+        return stock_config(leaf.mode, leaf.bits, leaf.group_size)
+    return None

@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qlab.core.config.lora import LoRAConfig
+from qlab.core.config.quant import QuantConfig
 from qlab.core.config.spec import LayerSpec, ModelSpec
 from qlab.engine.models.surgery import module_at
 from qlab.errors import ConfigError
@@ -93,12 +94,12 @@ def choose_compute(
     return Compute(dtype, dequantize), (note,)
 
 
-def _looks(spec: ModelSpec) -> dict[tuple[tuple[int, ...], str], list[LayerSpec]]:
+def _looks(spec: ModelSpec) -> dict[tuple[tuple[int, ...], QuantConfig], list[LayerSpec]]:
     """Quantized linear layers of the blocks by shape and storage."""
-    found: dict[tuple[tuple[int, ...], str], list[LayerSpec]] = {}
+    found: dict[tuple[tuple[int, ...], QuantConfig], list[LayerSpec]] = {}
     for layer in spec.layers:
-        if layer.kind == "linear" and layer.block is not None and layer.stored:
-            found.setdefault((layer.shape, layer.stored), []).append(layer)
+        if layer.kind == "linear" and layer.block is not None and layer.storage:
+            found.setdefault((layer.shape, layer.storage), []).append(layer)
     return found
 
 
@@ -201,12 +202,12 @@ def _bucket(tokens: int) -> int:
     return 1 << max(tokens - 1, 0).bit_length()
 
 
-def _key(look: tuple[tuple[int, ...], str], tokens: int, dtype: mx.Dtype | None) -> str:
-    shape, stored = look
+def _key(look: tuple[tuple[int, ...], QuantConfig], tokens: int, dtype: mx.Dtype | None) -> str:
+    shape, storage = look
     info = mx.device_info() if backend() != "cpu" else {}
     device = f"{backend()} {info.get('device_name', os.uname().machine)} {os.cpu_count()}"
     library = bool(blas.status().loaded)
-    return f"{device} | blas {library} | mlx {mx.__version__} | {'×'.join(map(str, shape))} | {stored} | {tokens} | {dtype}"
+    return f"{device} | blas {library} | mlx {mx.__version__} | {'×'.join(map(str, shape))} | {storage.label} | {tokens} | {dtype}"
 
 
 def _sound(entry: Any) -> bool:

@@ -117,7 +117,7 @@ def _meta(state: EstimateState) -> dict[str, Any]:
         "params": state.spec.size,
         "blocks": state.blocks,
         "context": state.context,
-        "stored": bool(state.spec.stored),
+        "stored": bool(state.spec.storage),
         "parts": [[name, text, name in INPUTS] for name, text in PARTS.items()],
         "phases": list(PHASES),
         "chunks": CHUNKS,

@@ -71,13 +71,16 @@ def choice(state: PanelState, ack: int | None) -> dict[str, Any]:
 
 
 def _meta(state: PanelState) -> dict[str, Any]:
-    keys = ("path", "kind", "role", "block", "shape", "dtype", "nbytes", "stored", "obstacle")
+    keys = ("path", "kind", "role", "block", "shape", "dtype", "nbytes", "obstacle")
     return {
         "name": state.spec.name,
         "params": state.spec.size,
         "other": state.spec.other_nbytes,
         "before": state.spec.nbytes,
-        "layers": [{key: getattr(layer, key) for key in keys} for layer in state.table.layers],
+        "layers": [
+            {**{key: getattr(layer, key) for key in keys}, "stored": layer.storage_label}
+            for layer in state.table.layers
+        ],
         "configs": [[c.mode, c.bits, c.group_size] for c in state.table.configs],
         "modes": [list(mode) for mode in state.modes],
         "solvers": [list(solver) for solver in state.solvers],

@@ -130,9 +130,9 @@ def test_eight_bits_and_the_bases_own_storage_store_the_adapted_layers_so():
     parameters = stirred(module, spec, lora)
     path = "model.layers.1.mlp.down_proj"
     eight, same = (done(fuse(module, spec, parameters, lora, bits=bits)) for bits in (8, "base"))
-    assert describe(eight, "x")[path].stored == "affine 8-bit g64"
-    assert describe(same, "x")[path].stored == spec[path].stored == "mxfp4 4-bit g32"
-    assert describe(eight, "x")["lm_head"].stored == "mxfp4 4-bit g32", "it has no adapter"
+    assert describe(eight, "x")[path].storage_label == "affine 8-bit g64"
+    assert describe(same, "x")[path].storage_label == spec[path].storage_label == "mxfp4 4-bit g32"
+    assert describe(eight, "x")["lm_head"].storage_label == "mxfp4 4-bit g32", "it has no adapter"
     wanted = twin_with(module, spec, lora, parameters)(TOKENS)
     assert far(eight(TOKENS), wanted) < 0.15 < far(same(TOKENS), wanted)
 

@@ -86,7 +86,7 @@ def test_the_same_on_a_base_of_mixed_precision(kind):
     }
     module = done(quantize(module, spec, QuantPlan(QuantConfig("affine", 4, 32), mixed), "rtn", {}))
     spec = describe(module, "tiny")
-    assert len({layer.stored for layer in spec.layers}) == 4
+    assert len({layer.storage_label for layer in spec.layers}) == 4
     found, expected, step = both(module, spec, LoRAConfig(rank=4, kind=kind))
     assert_same(found, expected)
     assert step.how == "stepped"
@@ -238,7 +238,7 @@ def test_fused_experts_are_stored_as_asked(storage, bits):
     module, spec = mixture(storage=storage)
     lora = LoRAConfig(rank=4, keys="*.switch_mlp.*")
     made = done(fuse(module, spec, stirred(module, spec, lora), lora, bits=bits))
-    found = {layer.stored for layer in describe(made, "x").layers if layer.kind == "switch"}
+    found = {layer.storage_label for layer in describe(made, "x").layers if layer.kind == "switch"}
     assert (
         found == {"affine 8-bit g64" if bits == 8 else storage.label}
         and np.isfinite(np.array(made(TOKENS))).all()

@@ -69,8 +69,8 @@ def test_overrides_are_written_as_mlx_lm_reads_them(demo, tmp_path):
         "mode": "affine",
     }
     again = qlab.load(tmp_path / "m")
-    assert again.spec["model.layers.1.self_attn.q_proj"].stored == "mxfp4 4-bit g32"
-    assert again.spec["model.embed_tokens"].stored is None
+    assert again.spec["model.layers.1.self_attn.q_proj"].storage_label == "mxfp4 4-bit g32"
+    assert again.spec["model.embed_tokens"].storage_label is None
     assert "already quantized" in again.notes[0]
     q.close()
 
