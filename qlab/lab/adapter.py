@@ -16,6 +16,7 @@ from qlab.core.adapt.retention import Survival
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.panels.adapter import AdapterState
 from qlab.core.progress import Progress
+from qlab.core.saved import Saved
 from qlab.deprecated import positional_arguments
 from qlab.engine.adapt import parameters as engine
 from qlab.engine.adapt.files import load_adapter, save_adapter
@@ -130,7 +131,7 @@ class Adapter(HasPanel, AdaptedModel):
     # --- files and fused models -------------------------------------------------------------------
 
     @positional_arguments
-    def save(self, path: str | Path, *, format: str = "mlx") -> str:
+    def save(self, path: str | Path, *, format: str = "mlx") -> Saved:
         """Write an adapter folder, whole or not at all.
 
         Args:
@@ -139,7 +140,8 @@ class Adapter(HasPanel, AdaptedModel):
             format: ``mlx`` (``mlx_lm.load(base, adapter_path=path)``) or ``peft``.
 
         Returns:
-            Who can open it and, if need be, how to get its base.
+            The path and the programs that open it; prints as a sentence, which also says how to get
+            the base if it is in no folder yet.
 
         Raises:
             ConfigError: no such format, or the format cannot say what this adapter is.

@@ -15,6 +15,7 @@ from typing import Any
 from qlab.core.config.code import base_code
 from qlab.core.config.quant import QuantPlan
 from qlab.core.config.spec import ModelSpec
+from qlab.core.saved import Saved
 from qlab.engine.evaluate.generate import reply
 from qlab.engine.io import load as _load
 from qlab.engine.io.loaded import Loaded
@@ -137,7 +138,7 @@ class Model:
         code = base_code(self.source, self.plan, self.solver) if self.source else ""
         return words, code
 
-    def save(self, path: str | Path) -> str:
+    def save(self, path: str | Path) -> Saved:
         """Write a model folder, whole or not at all.
 
         Args:
@@ -145,7 +146,7 @@ class Model:
                 nothing else.
 
         Returns:
-            Who can open it, in words.
+            The path and the programs that open it; prints as a sentence.
 
         Raises:
             SaveError: the place cannot be written, or holds other files; what stood there is

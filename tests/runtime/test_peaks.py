@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -68,7 +69,7 @@ def test_what_says_nothing_is_not_kept(sizes):
 def test_the_file_is_replaced_whole(monkeypatch):
     record.add("cpu", 200, 100, 210)
     before = record.path().read_text()
-    monkeypatch.setattr(record.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     record.add("cpu", 200, 100, 220)
     assert record.path().read_text() == before
 

@@ -23,6 +23,7 @@ from qlab import registry
 from qlab.core.config.legal import check_choice, is_whole
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.spec import ModelSpec
+from qlab.core.saved import Saved
 from qlab.engine.adapt import peft as peft_files
 from qlab.engine.adapt.parameters import checked, expected
 from qlab.engine.adapt.targets import (
@@ -56,7 +57,7 @@ def save_adapter(
     format: str = "mlx",
     model_type: str | None = None,
     unsaved: tuple[str, str] = ("", ""),
-) -> str:
+) -> Saved:
     """Write an adapter folder, whole or not at all.
 
     Args:
@@ -73,7 +74,7 @@ def save_adapter(
             writes it to a folder. The answer and a README then say so.
 
     Returns:
-        Who can open it, in words.
+        Where it is and which programs open it; prints as a sentence.
 
     Raises:
         ConfigError: no such format, not the adapter's parameters, or something that the format
@@ -108,8 +109,15 @@ def save_adapter(
                 f"# An adapter of {base_name}\n\n{note}\n\n{again}", encoding="utf-8"
             )
 
-    write_folder(path, fill, _OURS)
-    return note
+    written = write_folder(path, fill, _OURS)
+    return Saved(note, path=written, opens_in=_opens_in(format, lora, spec))
+
+
+def _opens_in(format: str, lora: LoRAConfig, spec: ModelSpec) -> tuple[str, ...]:
+    """Programs that open an adapter of this format as it is."""
+    if format == "peft":
+        return ("peft", "qlab")
+    return ("qlab",) if mlx_obstacle(lora, spec) else ("mlx-lm", "qlab")
 
 
 # --- mlx-lm's layout ------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ is to see is told as the floor. Knows no student.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
@@ -27,6 +26,7 @@ from qlab.core.progress import Progress
 from qlab.engine.evaluate.predict import Predictor, chunk_length
 from qlab.engine.models.fingerprint import fingerprint
 from qlab.errors import DataError
+from qlab.runtime.atomic import write_file
 from qlab.runtime.paths import cache_folder
 
 KEEP = 512
@@ -245,11 +245,8 @@ def _read(path: Path, made_of: str) -> Kept | None:
 def _write(path: Path, kept: Kept) -> None:
     """Write the file whole or not at all; a cache that cannot be written costs only time."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as beside:
-            part = Path(beside) / path.name
-            np.savez(part, **{f.name: getattr(kept, f.name) for f in fields(Kept)})
-            os.replace(part, path)
+        stored = {f.name: getattr(kept, f.name) for f in fields(Kept)}
+        write_file(path, lambda new: np.savez(new, **stored))
         for old in sorted(path.parent.glob("*.npz"), key=lambda p: p.stat().st_mtime)[:-_FILES]:
             old.unlink(missing_ok=True)
     except OSError:

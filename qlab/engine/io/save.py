@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qlab.core.config.quant import QuantConfig, QuantPlan
+from qlab.core.saved import Saved
 from qlab.engine.models.skeleton import skeleton
 from qlab.engine.models.surgery import module_at, put_module
 from qlab.nn.kinds import layer_kind
@@ -16,7 +17,7 @@ from qlab.nn.linear import Packed
 from qlab.nn.stored import stored_layer
 from qlab.runtime.atomic import write_folder
 
-_OWN = (  # what a model's folder may hold and still be replaced
+_REPLACEABLE = (  # what a model's folder may hold and still be replaced
     "config.json",
     "generation_config.json",
     "*.safetensors",
@@ -34,7 +35,7 @@ _OWN = (  # what a model's folder may hold and still be replaced
 
 def save(
     path: Path, module: nn.Module, tokenizer: Any, config: dict[str, Any], plan: QuantPlan | None
-) -> str:
+) -> Saved:
     """Write a model folder, whole or not at all.
 
     Args:
@@ -46,7 +47,7 @@ def save(
         plan: what was quantized, or None for a model as it came.
 
     Returns:
-        One sentence: who can open the folder.
+        Where it is and which programs open it; prints as one sentence.
 
     Raises:
         SaveError: the disk is full, or the place cannot be written or holds other files; what stood
@@ -61,10 +62,15 @@ def save(
         save_config(facts, folder / "config.json")
         tokenizer.save_pretrained(folder)
 
-    write_folder(path, fill, _OWN)
+    written = write_folder(path, fill, _REPLACEABLE)
     if foreign:
-        return f"Saved in qlab's own layout ({', '.join(sorted(foreign))} is not known to mlx-lm); open it with qlab.load."
-    return "Saved as an mlx-lm folder; mlx_lm.load and qlab.load open it."
+        modes = ", ".join(sorted(foreign))
+        note = (
+            f"Saved in qlab's own layout ({modes} is not known to mlx-lm); open it with qlab.load."
+        )
+        return Saved(note, path=written, opens_in=("qlab",))
+    note = "Saved as an mlx-lm folder; mlx_lm.load and qlab.load open it."
+    return Saved(note, path=written, opens_in=("mlx-lm", "qlab"))
 
 
 def _facts(

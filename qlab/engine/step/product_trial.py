@@ -13,7 +13,6 @@ import json
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -28,6 +27,7 @@ from qlab.engine.models.surgery import module_at
 from qlab.errors import ConfigError
 from qlab.nn.frozen import Compute, Frozen, usual_compute
 from qlab.runtime import blas
+from qlab.runtime.atomic import write_file
 from qlab.runtime.device import backend
 from qlab.runtime.paths import cache_folder
 
@@ -229,10 +229,8 @@ def _read() -> dict[str, Any]:
 def _write(known: dict[str, Any]) -> None:
     """Replace the file whole; a cache that cannot be written is no error."""
     try:
-        folder = cache_folder()
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=_FILE, delete=False) as file:
-            json.dump(known, file, indent=0)
-        os.replace(file.name, folder / _FILE)
+        text = json.dumps(known, indent=0)
+        write_file(cache_folder() / _FILE, lambda new: new.write_text(text))
     except OSError:
         return
 

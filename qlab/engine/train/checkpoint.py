@@ -10,9 +10,7 @@ rate) follows from the config and the step's number.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from math import inf
@@ -24,7 +22,8 @@ import mlx.core as mx
 from qlab.core.train.events import Mark, StepEvent
 from qlab.engine.io.loaded import check_safetensors
 from qlab.engine.step.protocol import Arrays
-from qlab.errors import LoadError, SaveError
+from qlab.errors import LoadError
+from qlab.runtime.atomic import write_folder
 
 _KEPT = 2  # of the checkpoints to go on from; the best one is kept besides
 
@@ -111,28 +110,14 @@ class Checkpoints:
 
     def _write(self, kind: str, state: TrainState, whole: bool, kept: int) -> Path:
         final = self.folder / f"{kind}-{state.step:06d}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as folder:
-                made = Path(folder) / "made"
-                self._write_adapter(made, state.parameters)
-                if whole:
-                    mx.save_safetensors(str(made / "optimizer.safetensors"), state.optimizer)
-                    (made / "state.json").write_text(json.dumps(_facts(state)))
-                for file in made.iterdir():
-                    _sync(file)
-                if final.exists():
-                    final.rename(Path(folder) / "old")
-                made.rename(final)
-                _sync(self.folder)
-        except (OSError, RuntimeError) as error:
-            error = (
-                error.__cause__ or error if isinstance(error, SaveError) else error
-            )  # place and room are said once
-            free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
-            raise SaveError(
-                f"{final} was not written ({error}); {free / 1e9:.2f} GB are free there."
-            ) from error
+
+        def fill(folder: Path) -> None:
+            self._write_adapter(folder, state.parameters)
+            if whole:
+                mx.save_safetensors(str(folder / "optimizer.safetensors"), state.optimizer)
+                (folder / "state.json").write_text(json.dumps(_facts(state)))
+
+        write_folder(final, fill, replaceable=["*"])  # a resumed run writes the same step anew
         found = sorted(self.folder.glob(f"{kind}-*"))
         end = (
             found.index(final) + 1
@@ -140,15 +125,6 @@ class Checkpoints:
         for old in [*found[: max(end - kept, 0)], *found[end:]]:
             shutil.rmtree(old, ignore_errors=True)
         return final
-
-
-def _sync(path: Path) -> None:
-    """Bring a file or a folder's entries to the disk: a rename may otherwise outlive what it names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _facts(state: TrainState) -> dict[str, Any]:

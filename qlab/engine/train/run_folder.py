@@ -8,7 +8,6 @@ no step.
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -23,6 +22,7 @@ from qlab.core.config.quant import QuantConfig, QuantPlan
 from qlab.core.config.train import TrainConfig
 from qlab.core.train.rows import Row, Rows
 from qlab.errors import BusyError, ConfigError, LoadError, SaveError
+from qlab.runtime.atomic import write_file
 
 _NONE = np.zeros(0, np.int32)
 _NAMED: set[Path] = set()  # in this kernel
@@ -58,18 +58,16 @@ def write(folder: Path, facts: RunFacts, rows: Rows, held: Rows | None) -> None:
         SaveError: the place cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         parts = [(name, part) for name, part in (("rows", rows), ("held", held)) if part]
         stored = {f"{name}_{key}": value for name, part in parts for key, value in _packed(part)}
-        with (folder / ".rows.npz").open("wb") as file:
-            np.savez(file, **stored)
-        os.replace(folder / ".rows.npz", folder / "rows.npz")
-        (folder / ".run.json").write_text(json.dumps(_plain(facts), indent=1))
-        os.replace(folder / ".run.json", folder / "run.json")
-    except OSError as error:
-        raise SaveError(
-            f"{folder} cannot be written ({error}); give the run another path."
-        ) from error
+        write_file(folder / "rows.npz", lambda new: np.savez(new, **stored))
+        # last, since a folder with a run.json counts as a run
+        text = json.dumps(_plain(facts), indent=1)
+        write_file(folder / "run.json", lambda new: new.write_text(text))
+    except SaveError as error:
+        reason = error.__cause__ or error
+        message = f"{folder} cannot be written ({reason}); give the run another path."
+        raise SaveError(message) from error
 
 
 def read(folder: Path) -> tuple[RunFacts, Rows, Rows | None]:

@@ -274,7 +274,7 @@ def test_a_disk_that_is_full_does_not_end_a_run_and_the_last_checkpoint_opens(
         next(work)
 
     def full(path, arrays):
-        path.mkdir()
+        path.mkdir(exist_ok=True)
         (path / "adapters.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
