@@ -17,7 +17,6 @@ from qlab.engine.evaluate.teacher import KEEP, remember
 from qlab.errors import ConfigError
 from qlab.lab.adapter import Adapter
 from qlab.runtime.job import Job
-from qlab.views.cards.judged import Judged
 
 
 def judged(
@@ -28,7 +27,7 @@ def judged(
     prompts: Iterable[str] = (),
     max_tokens: int = 64,
     keep: int = KEEP,
-) -> Judged:
+) -> JudgeReport:
     """Judge an adapter on rows it was not trained on, on a golden set, and let it answer prompts.
 
     Blocks.
@@ -89,4 +88,4 @@ def judged(
             )
         )
 
-    return Judged(Job(work).start().wait())
+    return Job(work).start().wait()

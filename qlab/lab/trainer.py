@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary, ref
 from qlab.core.config.code import train_code
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.train import TrainConfig
+from qlab.core.evaluate.judge import JudgeReport
 from qlab.core.memory.estimate import MemoryEstimate
 from qlab.core.panels.trainer import RunState
 from qlab.core.train.events import StepEvent, Voice
@@ -39,7 +40,6 @@ from qlab.lab.run_setup import keep, ready, to_yaml
 from qlab.runtime.atomic import write_page
 from qlab.runtime.job import mlx_call
 from qlab.views.cards.data import DataView
-from qlab.views.cards.judged import Judged
 from qlab.views.cards.runs import Runs
 from qlab.views.shared.wire import bundle
 from qlab.views.trainer.static import html, page, text_line
@@ -326,7 +326,9 @@ class Trainer:
         self._show()
         return text
 
-    def evaluate(self, rows: Any = None, golden: Iterable[Any] = (), **settings: Any) -> Judged:
+    def evaluate(
+        self, rows: Any = None, golden: Iterable[Any] = (), **settings: Any
+    ) -> JudgeReport:
         """Judge the adapter as it is now beside its base and the unquantized model; blocks.
 
         Args:

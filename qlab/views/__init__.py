@@ -4,4 +4,7 @@ Loading this package registers the views of core values (``core.display.view_of`
 here import no widget at module level, so that a script does not wait for one.
 """
 
-import qlab.views.estimate.static  # noqa: F401
+import qlab.views.adapter.report
+import qlab.views.cards.judged
+import qlab.views.estimate.static
+import qlab.views.quantizer.report  # noqa: F401

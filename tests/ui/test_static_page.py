@@ -11,7 +11,6 @@ import qlab
 from qlab.core.config.code import code_line
 from qlab.core.config.quant import QuantConfig
 from qlab.core.config.quant import QuantPlan
-from qlab.views.cards.judged import Judged
 from qlab.views.quantizer.static import page as page_of
 from tests.views.cards.test_runs import judged, runs
 
@@ -59,7 +58,7 @@ TABLES = {
     "runs": runs,
     "estimates": lambda: qlab.estimate("demo", [None, QuantConfig()]),
     "preview of a fuse": lambda: qlab.Adapter(qlab.load("demo"), rank=1, num_layers=1).preview(),
-    "judgement": lambda: Judged(judged()),
+    "judgement": judged,
 }
 
 

@@ -1,6 +1,6 @@
-"""What an adapter panel shows at one moment, as a value, and the table of an adapter's layers.
+"""``AdapterReport``: an adapter layer by layer, with what its rank recovers.
 
-Knows neither how it was measured nor how it is drawn.
+``Adapter.report`` returns it; ``qlab.views.adapter.report`` draws it.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from typing import Any
 
 from qlab.core.adapt.recovery import Recovery
 from qlab.core.config.lora import LoRAConfig
-from qlab.core.config.spec import ModelSpec
+from qlab.core.config.spec import LayerSpec, ModelSpec
+from qlab.core.display import Displayed
 
 NAN = float("nan")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerAdapter:
     """The adapter of one layer.
 
     Attributes:
-        path: of the layer.
+        path: the layer.
         rank: of the two factors.
-        size: trainable numbers.
-        nbytes: of them.
+        size: trainable parameters.
+        nbytes: bytes of these parameters.
         relative_error: ‖W−Ŵ‖/‖W‖ of the layer; NaN if not measured, or if no original is known.
         recovered: share of the squared weight error that the data-free start of this rank takes
             away; NaN if not measured.
@@ -45,12 +46,12 @@ class LayerAdapter:
 
 
 @dataclass(frozen=True)
-class AdapterReport:
+class AdapterReport(Displayed):
     """An adapter, layer by layer.
 
     Attributes:
-        config: of the adapter.
-        layers: that it adapts, in model order.
+        config: the adapter's settings.
+        layers: the adapted layers, in model order.
         model_size: parameters of the model.
     """
 
@@ -60,7 +61,7 @@ class AdapterReport:
 
     @property
     def size(self) -> int:
-        """Number of trainable numbers."""
+        """Number of trainable parameters."""
         return sum(layer.size for layer in self.layers)
 
     @property
@@ -70,7 +71,7 @@ class AdapterReport:
 
     @property
     def share(self) -> float:
-        """Trainable numbers as a share of the model's parameters."""
+        """Trainable parameters as a share of the model's parameters."""
         return self.size / self.model_size
 
     def to_pandas(self) -> Any:
@@ -82,29 +83,38 @@ class AdapterReport:
         )
 
     def __repr__(self) -> str:
-        return (
-            f"AdapterReport({self.config.kind}, rank {self.config.rank}, {len(self.layers)} layers, {self.size:,} trainable "
-            f"numbers, {100 * self.share:.2f} % of the model, {self.nbytes / 1e6:.2f} MB)"
-        )
+        figures = [
+            self.config.kind,
+            f"rank {self.config.rank}",
+            f"{len(self.layers)} layers",
+            f"{self.size:,} trainable parameters",
+            f"{100 * self.share:.2f} % of the model",
+            f"{self.nbytes / 1e6:.2f} MB",
+        ]
+        return f"AdapterReport({', '.join(figures)})"
 
 
 def report_of(
     spec: ModelSpec, config: LoRAConfig, recoveries: Mapping[str, Recovery | None]
 ) -> AdapterReport:
     """Return the table of an adapter's layers with what is known of them."""
-    rows = []
-    for layer in config.targets(spec):
-        size = config.adapter.size(layer.shape, config.rank)
-        rank = config.rank
-        row = LayerAdapter(layer.path, rank, size, size * config.itemsize)
-        if (found := recoveries.get(layer.path)) is not None:
-            noise = replace(found, weight=found.noise_weight).share(rank)
-            row = replace(
-                row,
-                relative_error=found.relative_error,
-                recovered=found.share(rank),
-                recovered_noise=noise,
-                recovered_output=found.share(rank, "qera"),
-            )
-        rows.append(row)
-    return AdapterReport(config, tuple(rows), spec.size)
+    rows = tuple(
+        _layer(layer, config, recoveries.get(layer.path)) for layer in config.targets(spec)
+    )
+    return AdapterReport(config, rows, spec.size)
+
+
+def _layer(layer: LayerSpec, config: LoRAConfig, recovery: Recovery | None) -> LayerAdapter:
+    rank = config.rank
+    size = config.adapter.size(layer.shape, rank)
+    row = LayerAdapter(path=layer.path, rank=rank, size=size, nbytes=size * config.itemsize)
+    if recovery is None:
+        return row
+    white_noise = replace(recovery, weight=recovery.noise_weight)
+    return replace(
+        row,
+        relative_error=recovery.relative_error,
+        recovered=recovery.share(rank),
+        recovered_noise=white_noise.share(rank),
+        recovered_output=recovery.share(rank, "qera"),
+    )

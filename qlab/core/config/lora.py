@@ -40,11 +40,11 @@ class AdapterKind(ABC):
             shape: ``(out, in)`` of the weight; of an embedding ``(tokens, width)``, of experts
                 ``(experts, out, in)``.
             rank: inner width.
-            kind: of the layer. The number of trainable numbers does not depend on it.
+            kind: of the layer. The number of trainable parameters does not depend on it.
         """
 
     def size(self, shape: tuple[int, ...], rank: int) -> int:
-        """Number of trainable numbers on a weight of shape ``(…, out, in)``."""
+        """Number of trainable parameters on a weight of shape ``(…, out, in)``."""
         from math import prod
 
         return sum(prod(s) for s in self.shapes(shape, rank).values())
@@ -238,7 +238,7 @@ class LoRAConfig:
         return found
 
     def size(self, spec: ModelSpec) -> int:
-        """Number of trainable numbers on a model."""
+        """Number of trainable parameters on a model."""
         return sum(self.adapter.size(layer.shape, self.rank) for layer in self.targets(spec))
 
     def _wants(self, layer: LayerSpec) -> bool:

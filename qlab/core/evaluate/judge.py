@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from qlab.core.display import Displayed
 from qlab.core.evaluate.statistics import ratio, wilson
+from qlab.deprecated import deprecated_name
 from qlab.errors import ConfigError, nearest
 
 COLUMNS = ("full precision", "quantized", "quantized + adapter")
@@ -151,7 +153,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class JudgeReport:
+class JudgeReport(Displayed):
     """Models side by side, on the same rows and the same prompts.
 
     Attributes:
@@ -270,7 +272,20 @@ class JudgeReport:
             text.append(
                 f"Predictions at full precision: {self.teacher}; floor of the KL {self.floor_nats:.2g} nats."
             )
-        return "\n".join([*text, *self.verdict, *self.notes])
+        answers = [self._answers(sample) for sample in self.samples]
+        return "\n".join([*text, *self.verdict, *self.notes, *answers])
+
+    def _answers(self, sample: Sample) -> str:
+        names = (column.name for column in self.columns)
+        texts = zip(names, sample.texts, strict=False)
+        answers = [f"  {name}: {text}" for name, text in texts]
+        return "\n".join([f"\n> {sample.prompt}", *answers])
+
+    @property
+    def report(self) -> JudgeReport:
+        """Deprecated: the report itself."""
+        deprecated_name("report of a JudgeReport", "the JudgeReport itself")
+        return self
 
 
 _NOTHING = "–"

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qlab.core.display import Displayed
+
 
 @dataclass(frozen=True)
-class EvalReport:
+class EvalReport(Displayed):
     """A changed model against the original, on text that neither was calibrated on.
 
     Attributes:

@@ -1,4 +1,7 @@
-"""``AdapterState``: what the adapter panel shows, as a value."""
+"""What the adapter panel shows at one moment, as a value.
+
+``Adapter.state`` returns it, and the views in ``qlab.views.adapter`` draw it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.spec import ModelSpec
 from qlab.core.progress import Progress
 
+# why no initialization can compensate a quantization error
 NO_ORIGINAL = (
     "The model came quantized and its original weights are not known; give Adapter the Quantizer."
 )
@@ -21,23 +25,27 @@ NOT_QUANTIZED = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+def _kinds() -> tuple[tuple[str, str, tuple[str, ...]], ...]:
+    shelf = registry.shelf("adapters").values()
+    return tuple((kind.name, kind.title, kind.adapts) for kind in shelf)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class AdapterState:
     """One moment of an adapter panel.
 
     Attributes:
-        spec: the model.
-        config: the adapter.
-        storage: how the model's weights are stored, in words.
-        recoveries: by path, what was measured of a layer; None where it has no error.
-        stale: whether that belongs to a storage chosen earlier.
-        obstacle: why no start can make up for the quantization error, or an empty string.
-        origin: what the present parameters come from, or an empty string as long as they are not
-            trained.
+        spec: the model's layers.
+        config: the adapter's settings.
+        storage: how the base's weights are stored, in words.
+        recoveries: what was measured of a layer, by path; None where it has no error.
+        stale: whether ``recoveries`` belong to a storage chosen earlier.
+        obstacle: why no initialization can compensate the quantization error; may be empty.
+        origin: what trained parameters come from; empty while they are the initial ones.
         progress: the running job, or None.
         error: the last error in words, or an empty string.
-        source: the word for the source in the code.
-        kinds: ``(name, title, what it adapts)`` of every kind on the shelf.
+        source: the name of the source in the code, ``model`` or ``q``.
+        kinds: ``(name, title, kinds of layers that it adapts)`` of every kind on the shelf.
     """
 
     spec: ModelSpec
@@ -50,18 +58,22 @@ class AdapterState:
     progress: Progress | None = None
     error: str = ""
     source: str = "model"
-    kinds: tuple[tuple[str, str, tuple[str, ...]], ...] = field(
-        default_factory=lambda: tuple(
-            (kind.name, kind.title, kind.adapts) for kind in registry.shelf("adapters").values()
-        )
-    )
+    kinds: tuple[tuple[str, str, tuple[str, ...]], ...] = field(default_factory=_kinds)
 
     @property
     def optimizer(self) -> tuple[str, float]:
-        """Name of the optimizer whose bytes are counted, and its bytes for one trainable number."""
-        return "AdamW", registry.get("optimizers", "adamw").state_nbytes(
-            (1000,), self.config.itemsize
-        ) / 1000
+        """Name of the optimizer whose bytes are counted, and its bytes per trainable parameter."""
+        adamw = registry.get("optimizers", "adamw")
+        parameters = 1000  # many, so that a fixed part does not count
+        nbytes = adamw.state_nbytes((parameters,), self.config.itemsize)
+        return "AdamW", nbytes / parameters
+
+    @property
+    def training_nbytes(self) -> int:
+        """Bytes of the parameters, of as many gradients, and of the optimizer's state."""
+        report = self.report
+        _, optimizer_nbytes = self.optimizer
+        return 2 * report.nbytes + round(report.size * optimizer_nbytes)
 
     @property
     def code(self) -> str:

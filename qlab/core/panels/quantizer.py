@@ -1,6 +1,6 @@
-"""What a panel shows at one moment, as a value: the only thing that a view is given.
+"""What the quantizer panel shows at one moment, as a value.
 
-Knows neither how it was measured nor how it is drawn.
+``Quantizer.state`` returns it, and the views in ``qlab.views.quantizer`` draw it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qlab.core.progress import Progress
 from qlab.core.quantize.table import ErrorTable
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PanelState:
     """One moment of a quantizer panel.
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from qlab.core.config.quant import QuantConfig, QuantPlan
 from qlab.core.config.spec import LayerSpec, ModelSpec
+from qlab.core.display import Displayed
 from qlab.core.quantize.sampling import sqnr_db
 from qlab.core.quantize.table import ErrorTable
 
@@ -53,7 +54,7 @@ class LayerError:
 
 
 @dataclass(frozen=True)
-class QuantReport:
+class QuantReport(Displayed):
     """What a plan does to a model, layer by layer.
 
     Attributes:

@@ -1,17 +1,17 @@
-"""The judgement card: full precision, quantized, and quantized + adapter side by side.
+"""Evaluations as cards: models side by side (``JudgeReport``), or one against its original.
 
-Sees a report, never a model.
+Registers the views of both reports; sees reports, never a model.
 """
 
 from __future__ import annotations
 
 import html as _html
 import math
-from dataclasses import dataclass
-from typing import Any
 
-from qlab.core.display import wide
-from qlab.core.evaluate.judge import Column, JudgeReport, Sample
+from qlab.core.display import view_of
+from qlab.core.evaluate.judge import JudgeReport, Sample
+from qlab.core.evaluate.text import EvalReport
+from qlab.views.shared.markup import scrollable, table
 
 _BAR = 90  # pixels
 _LEFT = "style='text-align:left;vertical-align:top'"
@@ -28,48 +28,7 @@ _DRAWN = {
 _BETTER = {"token accuracy": "more is better", "golden set (95 %)": "more is better"}
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A judgement as a cell shows it: one card.
-
-    Attributes:
-        report: the figures.
-    """
-
-    report: JudgeReport
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        """The models; the unquantized one first."""
-        return self.report.columns
-
-    @property
-    def samples(self) -> tuple[Sample, ...]:
-        """Answers to prompts."""
-        return self.report.samples
-
-    def __getitem__(self, name: str) -> Column:
-        return self.report[name]
-
-    def to_pandas(self) -> Any:
-        """Return a data frame, a row a model."""
-        return self.report.to_pandas()
-
-    def __repr__(self) -> str:
-        samples = [
-            f"\n> {sample.prompt}\n"
-            + "\n".join(
-                f"  {column.name}: {text}"
-                for column, text in zip(self.columns, sample.texts, strict=False)
-            )
-            for sample in self.samples
-        ]
-        return "\n".join([repr(self.report), *samples])
-
-    def _repr_html_(self) -> str:
-        return html(self.report)
-
-
+@view_of(JudgeReport)
 def html(report: JudgeReport) -> str:
     """Return the card.
 
@@ -78,8 +37,8 @@ def html(report: JudgeReport) -> str:
     verdict = "".join(f"<p>{_html.escape(sentence)}</p>" for sentence in report.verdict)
     head = "".join(f"<th {_LEFT}>{_html.escape(column.name)}</th>" for column in report.columns)
     rows = "".join(_line(report, line) for line in report.table())
-    table = f"<table><thead><tr><th {_LEFT}></th>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return f"<div>{verdict}{wide(table)}{_samples(report)}{_small_print(report)}</div>"
+    card = f"<table><thead><tr><th {_LEFT}></th>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"<div>{verdict}{scrollable(card)}{_samples(report)}{_small_print(report)}</div>"
 
 
 def _line(report: JudgeReport, line: tuple[str, ...]) -> str:
@@ -116,7 +75,7 @@ def _samples(report: JudgeReport) -> str:
     expected = any(sample.expected is not None for sample in report.samples)
     rows = "".join(_sample(sample, expected) for sample in report.samples)
     right = f"<th {_LEFT}>expected</th>" if expected else ""
-    return wide(
+    return scrollable(
         f"<table><thead><tr><th {_LEFT}>prompt</th>{head}{right}</tr></thead><tbody>{rows}</tbody></table>"
     )
 
@@ -147,3 +106,19 @@ def _small_print(report: JudgeReport) -> str:
     return "".join(
         f"<p><small>{_html.escape(line)}</small></p>" for line in [*lines, *report.notes]
     )
+
+
+@view_of(EvalReport)
+def evaluation(report: EvalReport) -> str:
+    """Return the table of a changed model against the original on one text."""
+    kl = f"{report.kl_nats:.3g}"
+    if math.isfinite(report.kl_nats_se):
+        kl += f" ± {report.kl_nats_se:.2g}"
+    rows = [
+        ["KL to the original, nats/token", kl],
+        ["KL, 99th percentile", f"{report.kl_nats_p99:.3g}"],
+        ["top-token flips", f"{report.top1_flips:.1%}"],
+        ["perplexity", f"{report.perplexity:.4g} (original {report.perplexity_before:.4g})"],
+        ["tokens compared", f"{report.tokens:,}"],
+    ]
+    return table(["on held-out text", ""], rows)

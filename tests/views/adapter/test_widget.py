@@ -63,7 +63,12 @@ def state(**changes) -> AdapterState:
     recoveries = {layer.path: found(layer.path) for layer in SPEC.layers[1:]}
     return replace(
         AdapterState(
-            SPEC, LoRAConfig(rank=8), "affine 4-bit g64", recoveries, source="q", kinds=KINDS
+            spec=SPEC,
+            config=LoRAConfig(rank=8),
+            storage="affine 4-bit g64",
+            recoveries=recoveries,
+            source="q",
+            kinds=KINDS,
         ),
         **changes,
     )

@@ -20,7 +20,6 @@ from qlab.views.shared.chart import Line
 from qlab.views.shared.chart import robust_range
 from qlab.views.shared.chart import svg
 from qlab.views.shared.chart import ticks
-from qlab.views.cards.judged import Judged
 from qlab.views.cards.runs import Runs
 from tests.views.runs import events, run_state
 
@@ -155,7 +154,7 @@ def judged(**more) -> JudgeReport:
 
 
 def test_the_card_shows_three_models_side_by_side_with_errors_and_answers():
-    text = Judged(judged())._repr_html_()
+    text = judged()._repr_html_()
     for word in (
         *COLUMNS,
         "perplexity",
@@ -171,7 +170,7 @@ def test_the_card_shows_three_models_side_by_side_with_errors_and_answers():
 
 
 def test_bars_are_as_long_as_their_numbers():
-    text = Judged(judged())._repr_html_()
+    text = judged()._repr_html_()
     row = text[text.index("perplexity") : text.index("token accuracy")]
     widths = [int(w) for w in re.findall(r"background:#4c78a8;width:(\d+)px", row)]
     report = judged()
@@ -183,12 +182,10 @@ def test_a_card_with_prompts_alone_and_one_with_two_models_are_drawn():
     report = judged()
     assert (
         "perplexity"
-        not in Judged(
-            replace(report, columns=tuple(Column(n) for n in COLUMNS), rows=0, teacher="")
+        not in replace(
+            report, columns=tuple(Column(n) for n in COLUMNS), rows=0, teacher=""
         )._repr_html_()
     )
     two = replace(report, columns=report.columns[1:], samples=())
-    assert "full precision</th>" not in Judged(two)._repr_html_()
-    assert "> 2 + 2 =" in repr(Judged(report)) and list(Judged(report).to_pandas().index) == list(
-        COLUMNS
-    )
+    assert "full precision</th>" not in two._repr_html_()
+    assert "> 2 + 2 =" in repr(report) and list(report.to_pandas().index) == list(COLUMNS)
