@@ -30,6 +30,7 @@ _HOME = {
     "estimate": "qlab.lab.estimation",
     "LoRAConfig": "qlab.core.config.lora",
     "TrainConfig": "qlab.core.config.train",
+    "Estimate": "qlab.lab.estimate",
     "MemoryEstimate": "qlab.core.memory.estimate",
     "doctor": "qlab.runtime.doctor",
     "reporters": "qlab.engine.train.reporters",

@@ -1,89 +1,105 @@
-"""Keeps the traits of a quantizer or an adapter and a setup the same, in both directions.
-
-Knows no model and shows nothing.
-"""
+"""Keeps the traits of a quantizer or an adapter and the sliders of an estimate the same."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from qlab.core.config.lora import LoRAConfig
+from qlab.core.config.quant import QuantPlan
 from qlab.core.memory.setup import Setup
 
-_STORAGE = ("mode", "bits", "group_size", "overrides")
-_SIZE = ("rank", "scale", "num_layers")
+_STORAGE_TRAITS = ["mode", "bits", "group_size", "overrides"]
+_ADAPTER_TRAITS = ["rank", "scale", "num_layers"]
 
 
 def config_of(source: Any) -> LoRAConfig | None:
-    """Return the adapter that a source brings along."""
-    found = getattr(source, "config", None)
-    return found if isinstance(found, LoRAConfig) else None
+    """Return the adapter config that a source brings along, or None if it is no adapter."""
+    config = getattr(source, "config", None)
+    return config if isinstance(config, LoRAConfig) else None
 
 
-class Link:
+class TraitLink:
     """Traits of a quantizer or an adapter that move together with the sliders of an estimate.
 
     Args:
         source: what was estimated; an adapter brings the quantizer along that its base follows.
-        storage: whether its storage counts, not one given beside it.
-        size: whether its adapter counts.
+        storage: whether the source's storage counts, and not one passed beside it.
+        size: whether the source's adapter counts, and not one passed beside it.
+
+    Attributes:
+        storage: the ``Quantizer`` that is linked, or None.
+        adapter: the ``Adapter`` that is linked, or None.
     """
 
     def __init__(self, source: Any, storage: bool, size: bool) -> None:
-        holder = source if hasattr(source, "bits") else getattr(source, "quantizer", None)
         self._source = source
-        self.storage = holder if storage and hasattr(holder, "observe") else None
-        self.adapter = source if size and hasattr(source, "observe") and config_of(source) else None
+        self.storage = _quantizer_of(source) if storage else None
+        is_adapter = hasattr(source, "observe") and config_of(source) is not None
+        self.adapter = source if size and is_adapter else None
 
     @property
     def label(self) -> str:
-        """What moves along, in a word."""
-        return (
-            "quantizer"
-            if self.storage is not None
-            else "adapter"
-            if self.adapter is not None
-            else ""
-        )
+        """What moves along: ``quantizer``, ``adapter`` or nothing."""
+        if self.storage is not None:
+            return "quantizer"
+        if self.adapter is not None:
+            return "adapter"
+        return ""
 
-    def follow(self, heard: Any) -> None:
-        """Call ``heard`` with every change of a trait."""
-        for holder, names in ((self.storage, _STORAGE), (self.adapter, _SIZE)):
-            if holder is not None:
-                holder.observe(heard, list(names))
+    def observe(self, on_change: Callable[[Any], None]) -> None:
+        """Call a function with every change of a linked trait."""
+        for holder, names in self._linked():
+            holder.observe(on_change, names)
 
-    def leave(self, heard: Any) -> None:
-        """Stop to call."""
-        for holder, names in ((self.storage, _STORAGE), (self.adapter, _SIZE)):
-            if holder is not None:
-                holder.unobserve(heard, list(names))
+    def unobserve(self, on_change: Callable[[Any], None]) -> None:
+        """Undo ``observe``."""
+        for holder, names in self._linked():
+            holder.unobserve(on_change, names)
 
-    def pull(self, setup: Setup) -> Setup:
-        """Return a setup as the traits have it now."""
-        plan = (
-            self._source.plan if self.storage is not None else setup.plan
-        )  # a trained adapter stays on its base
-        return replace(
-            setup,
-            plan=plan,
-            adapter=self.adapter.config if self.adapter is not None else setup.adapter,
-        )
+    def _linked(self) -> Iterator[tuple[Any, list[str]]]:
+        if self.storage is not None:
+            yield self.storage, _STORAGE_TRAITS
+        if self.adapter is not None:
+            yield self.adapter, _ADAPTER_TRAITS
 
-    def push(self, setup: Setup) -> None:
-        """Set the traits as a setup has them."""
-        plan = setup.plan
+    def read(self, setup: Setup) -> Setup:
+        """Return a setup with the values that the traits have now."""
+        if self.storage is not None:
+            # asked of the source: once an adapter is trained, its base no longer follows
+            setup = replace(setup, plan=self._source.plan)
+        if self.adapter is not None:
+            setup = replace(setup, adapter=self.adapter.config)
+        return setup
+
+    def write(self, setup: Setup) -> None:
+        """Set the traits to the values of a setup."""
+        if setup.plan is not None:
+            self._write_plan(setup.plan)
         lora = setup.adapter
-        held = getattr(self._source, "quantizer", self.storage) is not self.storage
-        if self.storage is not None and not held and plan is not None and plan != self.storage.plan:
-            with self.storage.hold_trait_notifications():
-                default = plan.default
-                self.storage.mode = default.mode
-                self.storage.bits = default.bits
-                self.storage.group_size = default.group_size
-                self.storage.overrides = dict(plan.overrides)
-        if self.adapter is not None and lora != self.adapter.config:
-            with self.adapter.hold_trait_notifications():
-                self.adapter.rank = lora.rank
-                self.adapter.scale = lora.scale
-                self.adapter.num_layers = lora.num_layers
+        adapter = self.adapter
+        if adapter is not None and lora != adapter.config:
+            with adapter.hold_trait_notifications():
+                adapter.rank = lora.rank
+                adapter.scale = lora.scale
+                adapter.num_layers = lora.num_layers
+
+    def _write_plan(self, plan: QuantPlan) -> None:
+        quantizer = self.storage
+        if quantizer is None or plan == quantizer.plan:
+            return
+        # an adapter that was trained lets go of its quantizer, which is then no longer moved
+        if getattr(self._source, "quantizer", quantizer) is not quantizer:
+            return
+        with quantizer.hold_trait_notifications():
+            quantizer.mode = plan.default.mode
+            quantizer.bits = plan.default.bits
+            quantizer.group_size = plan.default.group_size
+            quantizer.overrides = dict(plan.overrides)
+
+
+def _quantizer_of(source: Any) -> Any:
+    """Return a quantizer, the quantizer that an adapter's base follows, or None."""
+    quantizer = source if hasattr(source, "bits") else getattr(source, "quantizer", None)
+    return quantizer if hasattr(quantizer, "observe") else None

@@ -32,7 +32,7 @@ from qlab.engine.train import setup as prepare
 from qlab.engine.train.session import Made, Session
 from qlab.errors import BusyError, ConfigError, named, sealed
 from qlab.lab.adapter import Adapter
-from qlab.lab.estimation import estimate, roomy
+from qlab.lab.estimation import estimate, with_largest_window
 from qlab.lab.judging import judged
 from qlab.lab.model import Model
 from qlab.lab.resume import rebuilt
@@ -435,7 +435,7 @@ class Trainer:
         return self._session.state.step if self._session.state is not None else 0
 
     def _foreseen(self, source: Any, level: str = "formula") -> MemoryEstimate:
-        found = roomy(
+        found = with_largest_window(
             estimate(
                 source, adapter=self.adapter.config, train=prepare.largest(self.config, self._feed)
             )

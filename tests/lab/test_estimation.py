@@ -34,7 +34,7 @@ from qlab.errors import ConfigError
 from qlab.errors import LayerNotFoundError
 from qlab.errors import LoadError
 from qlab.errors import UnsupportedError
-from qlab.lab.estimation import roomy
+from qlab.lab.estimation import with_largest_window
 from tests.tiny import CONFIG, on_mlx, quantized, tiny
 
 SMALL = {**CONFIG, "num_hidden_layers": 6, "max_position_embeddings": 512}
@@ -110,7 +110,9 @@ def test_lists_make_a_table_of_all_combinations():
 
 
 def test_parts_sum_and_lie_within_the_band(est):
-    assert est.total_nbytes == sum(est.parts.values()) == est.expected_nbytes
+    with pytest.deprecated_call():
+        expected = est.expected_nbytes
+    assert est.total_nbytes == sum(est.parts.values()) == expected
     assert est.exact_nbytes <= est.low_nbytes <= est.total_nbytes <= est.high_nbytes
     assert all(n >= 0 for n in est.parts.values())
 
@@ -175,7 +177,7 @@ def test_what_takes_no_memory_changes_no_estimate(est):
         seed=5,
     )
     assert (
-        est.again(Setup(est.setup.plan, L(scale=9.0, rslora=True, init="residual"), other)).parts
+        est.at(Setup(est.setup.plan, L(scale=9.0, rslora=True, init="residual"), other)).parts
         == est.parts
     )
 
@@ -232,17 +234,17 @@ def test_a_verdict_names_the_largest_part_and_whether_others_are_in_the_way(est)
 def test_the_solved_value_fits_and_the_next_does_not(est, name):
     place = round(
         0.8
-        * est.again(
+        * est.at(
             est.setup.with_value(name, {"rank": 32, "num_layers": 6}.get(name, 200))
         ).total_nbytes
     )
     value = est.solve(name, place)
-    assert est.again(est.setup.with_value(name, value)).fits(place)
-    assert not est.again(est.setup.with_value(name, value + 1)).fits(place)
+    assert est.at(est.setup.with_value(name, value)).fits(place)
+    assert not est.at(est.setup.with_value(name, value + 1)).fits(place)
 
 
 def test_solved_bits_are_the_most_that_fit(est):
-    needs = {bits: est.again(est.setup.with_value("bits", bits)).total_nbytes for bits in (1, 8)}
+    needs = {bits: est.at(est.setup.with_value("bits", bits)).total_nbytes for bits in (1, 8)}
     assert est.solve("bits", max(needs.values()) * 2) == 8
     with pytest.raises(ConfigError, match="Not even bits=1 fits"):
         est.solve("bits", needs[1] - 1)
@@ -256,7 +258,7 @@ def test_a_solved_rank_keeps_alpha(est):
 def test_changes_fit_and_the_least_cost_comes_first(est):
     place = round(0.7 * est.total_nbytes)
     found = est.changes(place)
-    assert found and all(est.again(change.setup).fits(place) for change in found)
+    assert found and all(est.at(change.setup).fits(place) for change in found)
     costs = [("none", "small", "some", "large").index(change.quality) for change in found]
     assert costs == sorted(costs) and costs[0] == 0
     assert est.changes(10 * est.total_nbytes) == ()
@@ -348,7 +350,7 @@ def test_quantizer_and_sliders_are_one_state_while_a_view_is_open(demo):
     assert panel.setup.plan == q.plan == P(Q("nf4"))
     panel._on_intent({"op": "bye", "seq": 3})
     q.mode = "mxfp4"
-    assert panel.setup.plan == P(Q("nf4"))  # nobody looks
+    assert panel.setup.plan == P(Q("nf4"))  # no view is open
     panel._on_intent({"op": "hello", "seq": 4})
     assert panel.setup.plan == q.plan
     panel.close()
@@ -417,8 +419,9 @@ def test_the_trace_follows_a_change_and_a_budget_brings_what_would_make_it_fit()
     panel._on_intent({"op": "set", "seq": 4, "choice": Choice.of(offered, panel.state().blocks)})
     assert panel.setup == offered and panel.estimate.verdict().word != "does not fit"
     place = panel.estimate.machine
-    panel._on_intent({"op": "budget", "seq": 5, "name": "much"})
-    assert "'much' is not legal" in panel.state().error and panel.estimate.machine == place
+    with pytest.raises(ConfigError, match="'much' is not legal"):  # LivePanel shows it
+        panel._on_intent({"op": "budget", "seq": 5, "name": "much"})
+    assert panel.estimate.machine == place
     panel._on_intent({"op": "budget", "seq": 6, "name": "16 GB Mac"})
     assert not panel.state().error and panel.estimate.machine.label == "16 GB Mac"
     panel.close()
@@ -710,12 +713,12 @@ def test_a_run_takes_as_many_blocks_in_flight_as_pay_and_fit(monkeypatch):
     sizes = [estimate(train=replace(train, window=n)).high_nbytes for n in (1, 2, 4)]
     assert sizes[0] < sizes[1] < sizes[2]
     for free, window in [(sizes[2], 4), (sizes[2] - 1, 2), (sizes[1] - 1, 1), (sizes[0] // 2, 1)]:
-        found = roomy(estimate(train=train, machine=free))
+        found = with_largest_window(estimate(train=train, machine=free))
         assert (
             found.setup.train == replace(train, window=window)
             and found.high_nbytes == sizes[(1, 2, 4).index(window)]
         )
     chosen = estimate(train=replace(train, window=2), machine=sizes[2])
-    assert roomy(chosen) is chosen  # what a user chose stays
+    assert with_largest_window(chosen) is chosen  # what a user chose stays
     whole = estimate(train=replace(train, grad_checkpoint=False), machine=1e9)
-    assert roomy(whole) is whole
+    assert with_largest_window(whole) is whole

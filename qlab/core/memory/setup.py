@@ -1,8 +1,8 @@
-"""``Setup``: what an estimate is asked of: storage, adapter and run."""
+"""``Setup``: what an estimate is of: storage of the weights, adapter and run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from qlab.core.config.lora import LoRAConfig
@@ -11,10 +11,17 @@ from qlab.core.config.train import TrainConfig
 
 SOLVABLE = ("max_seq_length", "batch_size", "rank", "num_layers", "bits")
 
+_ADAPTER_SETTINGS = {f.name for f in fields(LoRAConfig)}
+
 
 @dataclass(frozen=True)
 class Setup:
-    """What is estimated.
+    """Storage, adapter and run that an estimate is of.
+
+    Example:
+        >>> setup = Setup(qlab.QuantPlan(qlab.QuantConfig(bits=4)))
+        >>> setup.with_value("batch_size", 8).train.batch_size
+        8
 
     Attributes:
         plan: storage of the weights; None leaves them as they are.
@@ -27,21 +34,33 @@ class Setup:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @property
+    def default(self) -> QuantConfig:
+        """Storage of the layers without an override; ``QuantConfig()`` without a plan."""
+        return self.plan.default if self.plan else QuantConfig()
+
+    @property
     def label(self) -> str:
-        """Short name for tables."""
-        own = f" + {len(self.plan.overrides)} own" if self.plan and self.plan.overrides else ""
-        return f"{self.plan.default.label}{own}" if self.plan else "as stored"
+        """Short name of the storage, for tables."""
+        if self.plan is None:
+            return "as stored"
+        count = len(self.plan.overrides)
+        overrides = f" + {count} own" if count else ""
+        return f"{self.plan.default.label}{overrides}"
 
     def with_value(self, name: str, value: Any) -> Setup:
-        """Return a setup with one of ``SOLVABLE``, or any field of the adapter or the run, changed."""
+        """Return a setup with one setting changed.
+
+        Args:
+            name: one of ``SOLVABLE``, or any field of ``LoRAConfig`` or ``TrainConfig``. A change of
+                ``bits`` drops overrides; a change of ``rank`` leaves alpha as it was.
+            value: of the setting.
+        """
         if name == "bits":
-            default = self.plan.default if self.plan else QuantConfig()
-            return replace(
-                self, plan=QuantPlan(QuantConfig(default.mode, value, default.group_size), {})
-            )
-        if name in LoRAConfig.__dataclass_fields__:
-            made = replace(self.adapter, **{name: value})
-            return replace(
-                self, adapter=made.with_alpha(self.adapter.alpha) if name == "rank" else made
-            )
-        return replace(self, train=replace(self.train, **{name: value}))
+            config = QuantConfig(self.default.mode, value, self.default.group_size)
+            return replace(self, plan=QuantPlan(config, {}))
+        if name not in _ADAPTER_SETTINGS:
+            return replace(self, train=replace(self.train, **{name: value}))
+        adapter = replace(self.adapter, **{name: value})
+        if name == "rank":
+            adapter = adapter.with_alpha(self.adapter.alpha)
+        return replace(self, adapter=adapter)

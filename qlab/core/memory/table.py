@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from qlab.core.display import Displayed, size_text
 from qlab.core.graph.parts import PARTS
 from qlab.core.memory.estimate import MemoryEstimate
+
+Row = TypeVar("Row", bound=MemoryEstimate)
 
 # a narrow page shows the first columns, so what decides comes before the single parts
 _COLUMNS = ("model", "weights as", "adapter", "batch", "total", "verdict")
 
 
 @dataclass(frozen=True)
-class EstimateTable(Displayed):
+class EstimateTable(Displayed, Generic[Row]):
     """Estimates side by side; a cell shows them as a table.
 
     Example::
@@ -28,15 +30,15 @@ class EstimateTable(Displayed):
         rows: one estimate each.
     """
 
-    rows: tuple[MemoryEstimate, ...]
+    rows: tuple[Row, ...]
 
-    def __iter__(self) -> Iterator[MemoryEstimate]:
+    def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> MemoryEstimate:
+    def __getitem__(self, index: int) -> Row:
         return self.rows[index]
 
     def records(self) -> list[dict[str, Any]]:

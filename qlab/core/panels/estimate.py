@@ -16,7 +16,7 @@ from qlab.core.config.spec import ModelSpec
 from qlab.core.config.train import TrainConfig
 from qlab.core.graph.formula import Formula, chunks
 from qlab.core.machine import Machine
-from qlab.core.memory.advice import Change
+from qlab.core.memory.changes import Change
 from qlab.core.memory.estimate import MemoryEstimate
 from qlab.core.memory.setup import Setup
 from qlab.core.progress import Progress

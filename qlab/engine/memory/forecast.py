@@ -92,7 +92,7 @@ class Forecast:
         self.context = context
         self.notes = notes
         self.spec: ModelSpec = describe(module, name)
-        self.held_nbytes = self.spec.nbytes if loaded else 0
+        self.loaded_nbytes = self.spec.nbytes if loaded else 0
         self.vocabulary = max((x.shape[-2] for x in self.spec.layers if x.block is None), default=0)
         self._formulas: OrderedDict[Hashable, Formula] = OrderedDict()
 
@@ -127,16 +127,16 @@ class Forecast:
             parts = _scaled(parts, measured)
         band = (1.0, 1.0) if measured else record.band(backend())
         return MemoryEstimate(
-            self.spec,
-            setup,
-            parts,
-            found,
-            moment,
-            band,
-            machine,
-            self.context,
-            measured,
-            (*self.notes, *notes),
+            spec=self.spec,
+            setup=setup,
+            parts=parts,
+            level=found,
+            moment=moment,
+            band=band,
+            machine=machine,
+            context=self.context,
+            measured_peak=measured,
+            notes=(*self.notes, *notes),
         )
 
     def _check(self, plan: QuantPlan | None) -> None:
@@ -376,7 +376,7 @@ class Forecast:
         Raises:
             ConfigError: it surely would not fit.
         """
-        if not self.held_nbytes:
+        if not self.loaded_nbytes:
             raise ConfigError("A real step needs the weights: load the model first.")
         foreseen = sum(self.by_formula(setup)[1].values())
         if foreseen > machine.free_nbytes:

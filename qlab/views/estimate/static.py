@@ -118,11 +118,21 @@ def advice_html(advice: Advice) -> str:
     return f"{text}<pre>{escape(advice.code)}</pre>"
 
 
+def state_html(state: EstimateState) -> str:
+    """Return what a panel shows, or why it shows nothing."""
+    return html(state.estimate) if state.estimate else escape(state.error)
+
+
+def text_line(state: EstimateState) -> str:
+    """Return what a panel shows, as text."""
+    return repr(state.estimate) if state.estimate else state.error
+
+
 def page(state: EstimateState) -> str:
     """Return one self-contained file in which the sliders still work, offline, without a kernel."""
     # the panel's widget is needed here only; a script that prints an estimate must not load it
     from qlab.views.estimate.widget import ESM, STYLES, payload
     from qlab.views.shared.wire import document
 
-    static = html(state.estimate) if state.estimate else escape(state.error)
-    return document(f"memory of {state.spec.name} · qlab", payload(state), ESM, static, STYLES)
+    title = f"memory of {state.spec.name} · qlab"
+    return document(title, payload(state), ESM, state_html(state), STYLES)

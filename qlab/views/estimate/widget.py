@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -18,7 +16,8 @@ from qlab.core.graph.parts import INPUTS, PARTS
 from qlab.core.machine import Machine
 from qlab.core.memory.estimate import MemoryEstimate
 from qlab.core.panels.estimate import Choice, EstimateState
-from qlab.views.shared.wire import CSS, Controls, source
+from qlab.views.shared.panel import LivePanel
+from qlab.views.shared.wire import CSS, source
 
 ESM = source(
     "shared/panel.js", "estimate/widget.js"
@@ -166,48 +165,23 @@ def _formula(formula: Formula) -> dict[str, Any]:
     }
 
 
-class EstimatePanel:
-    """One panel: shows states and passes on what the user wants.
+class EstimatePanel(LivePanel[EstimateState]):
+    """The live panel of a ``LiveEstimate``."""
 
-    Args:
-        state: shown first.
-        on_intent: called on a widget thread with a checked intent; what it raises is shown in the
-            panel.
-    """
+    view = EstimateView
+    operations = _OPS
 
-    def __init__(self, state: EstimateState, on_intent: Callable[[dict[str, Any]], None]) -> None:
-        self._state = state
-        self._lock = threading.Lock()
-        self._controls = Controls()
-        self.widget = EstimateView(controls=self._controls, **payload(state))
-        self._controls.listen(_OPS, lambda intent: on_intent(_settled(intent)), self._refused)
+    def payload(self, state: EstimateState) -> dict[str, Any]:
+        return payload(state)
 
-    def show(self, state: EstimateState, ack: int | None = None) -> None:
-        """Send what has changed, in one message.
+    def large(self, before: EstimateState, state: EstimateState, ended: bool) -> dict[str, Any]:
+        return _reach(state) if ended or state.reach is not before.reach else {}
 
-        After a job everything, so that a view can never stay behind.
-        """
-        # hold_sync loses what another thread sets while it flushes
-        with self._lock:
-            ended = self._state.progress is not None and state.progress is None
-            reached = _reach(state) if ended or state.reach is not self._state.reach else {}
-            self._state = state
-            with self.widget.hold_sync():
-                for name, value in reached.items():
-                    if getattr(self.widget, name) != value:
-                        setattr(self.widget, name, value)
-                self.widget.state = choice(state, ack)
-            if ended:
-                self.widget.send_state([*reached, "state"])
+    def small(self, state: EstimateState, ack: int) -> dict[str, Any]:
+        return choice(state, ack)
 
-    def close(self) -> None:
-        """Take the panel off the page."""
-        self.widget.close()
-        self._controls.close()
-
-    def _refused(self, seq: int | None, error: str) -> None:
-        with self._lock:
-            self.widget.state = {**choice(self._state, seq), "error": error}
+    def settled(self, intent: dict[str, Any]) -> dict[str, Any]:
+        return _settled(intent)
 
 
 def _settled(intent: dict[str, Any]) -> dict[str, Any]:

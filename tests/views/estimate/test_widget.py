@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -17,7 +19,6 @@ from qlab.core.machine import budget
 from qlab.core.panels.estimate import Choice
 from qlab.core.progress import Progress
 from qlab.runtime.job import mlx_call
-from qlab.errors import ConfigError
 from qlab.views.estimate import widget as view
 from qlab.views.estimate.static import html
 from qlab.views.estimate.static import page
@@ -47,10 +48,10 @@ def live(first):
     """A panel that has read the kinds of step that the cases need."""
     panel = first.panel
     for setup in setups(first):
-        mlx_call(panel._sweep.read, setup)
+        mlx_call(panel._findings.sweep.read, setup)
     for length in (513, 1537, 2049):  # a loss in one, three and four chunks
         mlx_call(
-            panel._sweep.read,
+            panel._findings.sweep.read,
             first.setup.with_value("max_seq_length", length).with_value("batch_size", 1),
         )
     return panel
@@ -83,7 +84,7 @@ def test_script_answers_as_python_does(first, live, tmp_path):
         pytest.skip("NODE IS MISSING: THE PANEL'S PURE FUNCTIONS ARE NOT TESTED")
     state, cases, codes = live.state(), [], []
     for setup in setups(first):
-        est, choice = first.again(setup), asdict(Choice.of(setup, state.blocks))
+        est, choice = first.at(setup), asdict(Choice.of(setup, state.blocks))
         places = [
             budget(n)
             for n in (
@@ -223,8 +224,8 @@ def test_last_state_of_a_job_reaches_the_browser_whole(live, monkeypatch):
     panel.close()
 
 
-def test_an_estimate_without_its_model_has_tables_but_no_panel(first):
-    alone = replace(first, _again=None, _panel=None)
-    assert set(alone._repr_mimebundle_()) == {"text/plain", "text/html"}
-    with pytest.raises(ConfigError, match="without its model"):
-        _ = alone.panel
+def test_an_estimate_without_its_model_is_a_value_with_tables_but_no_panel(first):
+    alone = pickle.loads(pickle.dumps(first))
+    assert type(alone) is qlab.MemoryEstimate and alone == first.value
+    assert "<table" in alone._repr_html_() and not hasattr(alone, "panel")
+    assert isinstance(first, qlab.MemoryEstimate) and copy.deepcopy(first) is first
