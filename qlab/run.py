@@ -34,7 +34,7 @@ from qlab.engine.train.run_folder import RunFacts
 from qlab.engine.train.session import Made
 from qlab.errors import ConfigError, QlabError, RankError
 from qlab.lab.adapter import Adapter
-from qlab.lab.estimation import estimate, roomy
+from qlab.lab.estimation import estimate, with_largest_window
 from qlab.lab.quantizer import Quantizer
 from qlab.lab.resume import source_of
 from qlab.lab.run_setup import facts_of, ready
@@ -166,7 +166,7 @@ def _foreseen(opened: _Opened, size: int) -> MemoryEstimate:
     """Return the memory that each process will take."""
     adapter = opened.trainer.adapter
     train = prepare.largest(opened.trainer.config, opened.feed, size)
-    return roomy(estimate(adapter.base, adapter=adapter.config, train=train))
+    return with_largest_window(estimate(adapter.base, adapter=adapter.config, train=train))
 
 
 def _resumed(found: Path, size: int) -> Trainer:

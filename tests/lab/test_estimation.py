@@ -275,12 +275,12 @@ def test_advice_goes_from_16_bits_to_fewer_to_a_smaller_model():
         "torch_dtype": "bfloat16",
     }
     large = qlab.estimate(wide, train=T(max_seq_length=16))
-    roomy, narrow, none = (
+    ample, narrow, none = (
         large.advise(1e12),
         large.advise(large.parts["weights"]),
         large.advise(1e6),
     )
-    assert roomy.choice == "LoRA on 16-bit weights" and roomy.estimate.fits(1e12)
+    assert ample.choice == "LoRA on 16-bit weights" and ample.estimate.fits(1e12)
     assert narrow.choice == "QLoRA" and narrow.estimate.setup.plan
     assert none.choice == "a smaller model" and none.estimate is None and none.code == ""
     assert (

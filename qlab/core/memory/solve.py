@@ -44,7 +44,9 @@ def solve(est: MemoryEstimate, at: At, name: str, machine: Machine) -> int:
     least = need(0)
     if least > free:
         have = f"{size_text(free)} are free ({machine.label})"
-        raise ConfigError(f"Not even {name}={legal[0]} fits: it needs {size_text(least)}, and {have}.")
+        raise ConfigError(
+            f"Not even {name}={legal[0]} fits: it needs {size_text(least)}, and {have}."
+        )
     fits = 0
     too_large = len(legal)
     while too_large - fits > 1:
