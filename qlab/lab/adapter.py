@@ -117,7 +117,7 @@ class Adapter(HasPanel, AdaptedModel):
         config = config.scaled(alpha, scale)
         super().__init__(base, seed)
         self._jobs = Latest(self._show)
-        self._recovery = Survey(base.model.study, base.model.tokenizer, text)
+        self._recovery = Survey(base.model.measurements, base.model.tokenizer, text)
         self.notes: tuple[str, ...] = ()
         self._take(config)
         self.observe(self._on_trait, list(TRAITS))

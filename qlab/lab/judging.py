@@ -61,7 +61,7 @@ def judged(
     parameters = adapter.parameters
 
     def work() -> Generator[Progress, None, JudgeReport]:
-        teacher = original.study.full_model() if original is not None else None
+        teacher = original.measurements.full_model() if original is not None else None
         kept = (
             (yield from remember(teacher, list(rows), keep))
             if teacher is not None and rows

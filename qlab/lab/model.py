@@ -21,7 +21,7 @@ from qlab.engine.io import load as _load
 from qlab.engine.io.loaded import Loaded
 from qlab.engine.io.save import save as _save
 from qlab.engine.models.skeleton import describe
-from qlab.engine.quantize.study import Study
+from qlab.engine.quantize.measurements import ModelMeasurements
 from qlab.errors import LoadError, sealed
 from qlab.runtime.job import mlx_call
 from qlab.runtime.limits import release
@@ -66,7 +66,7 @@ class Model:
         # weak: a quantized model must not hold the memory of the full one
         self._original = weakref.ref(original) if original else None
         self.spec: ModelSpec = mlx_call(describe, loaded.module, loaded.name)
-        self._study: Study | None = None
+        self._measurements: ModelMeasurements | None = None
         self._lock = threading.Lock()
 
     @property
@@ -116,12 +116,14 @@ class Model:
         return self._original() if self._original else None
 
     @property
-    def study(self) -> Study:
+    def measurements(self) -> ModelMeasurements:
         """What has been measured of this model; shared by all panels on it."""
         with self._lock:  # a job and a cell may both be the first to ask
-            if self._study is None:
-                self._study = Study(self.module, self.tokenizer, self.spec)
-            return self._study
+            if self._measurements is None:
+                self._measurements = ModelMeasurements(self.module, self.tokenizer, self.spec)
+            return self._measurements
+
+    study = measurements  # the old spelling, until every caller has moved
 
     @property
     def unsaved(self) -> tuple[str, str]:
@@ -173,7 +175,7 @@ class Model:
         """
         nbytes = self.spec.nbytes
         self._loaded = replace(self._loaded, module=None)
-        self._study = None
+        self._measurements = None
         gc.collect()
         return mlx_call(release, nbytes)
 

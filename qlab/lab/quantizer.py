@@ -1,6 +1,6 @@
 """``Quantizer``: sliders over the storage of a model, and what it costs.
 
-What is chosen are traits (``quantizer_traits``); what it costs is measured by the model's study on
+What is chosen are traits (``quantizer_traits``); what it costs is measured by the model's measurements on
 the MLX thread; what is shown is a ``PanelState``. This file connects the three.
 """
 
@@ -127,7 +127,7 @@ class Quantizer(HasPanel, QuantizerChoice):
         """
         self._jobs.run(self._sample)
         if exact:
-            self._jobs.run(lambda: self._model.study.exact(self.plan))
+            self._jobs.run(lambda: self._model.measurements.measure_exactly(self.plan))
         return self._report()
 
     def predict(self, text: Any = None) -> QuantReport:
@@ -149,7 +149,7 @@ class Quantizer(HasPanel, QuantizerChoice):
         Blocks until all are sampled.
         """
         self._jobs.run(self._sample)
-        return Comparison(compare(self._spec, self._model.study.measurer.table))
+        return Comparison(compare(self._spec, self._model.measurements.table))
 
     def allocate(self, bits_per_weight: float) -> QuantPlan:
         """Choose bits per layer for the least predicted ΔKL within a budget; set as overrides.
@@ -163,10 +163,10 @@ class Quantizer(HasPanel, QuantizerChoice):
         Raises:
             ConfigError: even the smallest storage is larger; gives the smallest budget.
         """
-        study = self._model.study
-        if study.calibration is None:
+        measured = self._model.measurements
+        if measured.calibration is None:
             self.predict()
-        table = study.measurer.table
+        table = measured.table
         self._set_overrides(overrides_within(self._spec, table, self.mode, bits_per_weight))
         return self.plan
 
@@ -187,8 +187,8 @@ class Quantizer(HasPanel, QuantizerChoice):
         Returns:
             KL to the unquantized model, perplexity before and after, changed top tokens.
         """
-        study = self._model.study
-        return self._jobs.run(lambda: study.judge(self.plan, self.solver, text, tokens))
+        measured = self._model.measurements
+        return self._jobs.run(lambda: measured.evaluate(self.plan, self.solver, text, tokens))
 
     def evaluate_layers(self, count: int = 5) -> dict[str, float]:
         """Measure the true KL of the worst layers, each quantized alone; blocks.
@@ -200,7 +200,7 @@ class Quantizer(HasPanel, QuantizerChoice):
             KL to the unquantized model in nats per token, by layer path.
         """
         worst = [layer.path for layer in self.report.worst(count)]
-        return self._jobs.run(lambda: self._model.study.judge_layers(worst, self.plan))
+        return self._jobs.run(lambda: self._model.measurements.evaluate_layers(worst, self.plan))
 
     judge = evaluate
     judge_layers = evaluate_layers
@@ -228,7 +228,7 @@ class Quantizer(HasPanel, QuantizerChoice):
         model = self._model
         self._check_solver(name)
         text = self._text if calibration is None else calibration
-        module = self._jobs.run(lambda: model.study.quantize(plan, name, text))
+        module = self._jobs.run(lambda: model.measurements.quantize(plan, name, text))
         loaded = Loaded(module, model.tokenizer, model.config, model.name)
         return Model(loaded, plan, name, model)
 
@@ -244,13 +244,13 @@ class Quantizer(HasPanel, QuantizerChoice):
 
     def state(self) -> PanelState:
         """What the panel shows now, as a value."""
-        study = self._model.study
+        measured = self._model.measurements
         plan = self.plan
         calibration = self._calibration_text()
         measure = self._measure or ("kl_nats" if calibration else "relative_error")
         return PanelState(
             spec=self._spec,
-            table=study.measurer.table.snapshot(),
+            table=measured.table.snapshot(),
             plan=plan,
             solver=self.solver,
             solvers=tuple((s.name, s.title) for s in registry.shelf("solvers").values()),
@@ -272,13 +272,13 @@ class Quantizer(HasPanel, QuantizerChoice):
 
         The true KL of single layers by path, then the numbers of the whole plan by name.
         """
-        study = self._model.study
+        measured = self._model.measurements
         numbers = [
             (path, kl)
-            for (path, config), kl in study.layers_judged.items()
+            for (path, config), kl in measured.layers_judged.items()
             if plan.config_for(path) == config
         ]
-        whole = study.judged.get((plan, self.solver))
+        whole = measured.judged.get((plan, self.solver))
         if whole is not None:
             numbers += [(name, getattr(whole, name)) for name in _END_TO_END]
         return tuple(numbers)
@@ -311,14 +311,14 @@ class Quantizer(HasPanel, QuantizerChoice):
         self._set_overrides(dict.fromkeys(paths, wanted))
 
     def _do_compute(self, intent: dict[str, Any]) -> None:
-        study = self._model.study
+        measured = self._model.measurements
         plan = self.plan
         solver = self.solver
         work = {
             "kl": lambda: self._predict(self._text),
-            "exact": lambda: study.exact(plan),
-            "plan": lambda: study.judge(plan, solver),
-            "layer_kl": lambda: study.judge_layers([x.path for x in self._report().worst()], plan),
+            "exact": lambda: measured.measure_exactly(plan),
+            "plan": lambda: measured.evaluate(plan, solver),
+            "layer_kl": lambda: measured.evaluate_layers([x.path for x in self._report().worst()], plan),
         }
         self._jobs.start(work[intent["what"]])
 
@@ -329,13 +329,13 @@ class Quantizer(HasPanel, QuantizerChoice):
 
     def _open(self) -> Work:
         """What happens by itself: samples, then the prediction if the model is small."""
-        study = self._model.study
-        yield from study.look(self.config)
-        if study.calibration is None and self._spec.size <= AUTO_PREDICT_SIZE:
-            yield from study.predict(self._text)
+        measured = self._model.measurements
+        yield from measured.sample(self.config)
+        if measured.calibration is None and self._spec.size <= AUTO_PREDICT_SIZE:
+            yield from measured.predict(self._text)
 
     def _sample(self) -> Work:
-        yield from self._model.study.look(self.config)
+        yield from self._model.measurements.sample(self.config)
 
     def _sample_until_known(self) -> Work:
         """Sample until the present plan is known; a background job samples the rest."""
@@ -346,14 +346,14 @@ class Quantizer(HasPanel, QuantizerChoice):
 
     def _predict(self, text: Any) -> Work:
         yield from self._sample()
-        yield from self._model.study.predict(text)
+        yield from self._model.measurements.predict(text)
 
     def _report(self) -> QuantReport:
-        table = self._model.study.measurer.table
+        table = self._model.measurements.table
         return report_of(self._spec, table, self.plan, self._calibration_text())
 
     def _calibration_text(self) -> str:
-        calibration = self._model.study.calibration
+        calibration = self._model.measurements.calibration
         return calibration.text if calibration is not None else ""
 
 

@@ -54,7 +54,10 @@ def main() -> None:
         trainer = Trainer(adapter, rows, config, val=0.2, path=f"{folder}/run")
         trainer.run()
         held, base = trainer.held, adapter.base
-        teacher, quantized = mlx_call(model.study.full_model), mlx_call(base.study.full_model)
+        teacher, quantized = (
+            mlx_call(model.measurements.full_model),
+            mlx_call(base.measurements.full_model),
+        )
         adapted = mlx_call(twin_with, quantized, base.spec, adapter.config, adapter.parameters)
         students = {COLUMNS[1]: quantized, COLUMNS[2]: adapted}
         exact, seconds = median(lambda: judge(teacher, students, held))

@@ -20,8 +20,9 @@ from qlab.core.config.quant import QuantConfig
 from qlab.runtime.job import Job
 from qlab.runtime.job import mlx_call
 from qlab.nn.linear import weight_of
-from qlab.engine.quantize.measurer import Measurer
-from qlab.engine.quantize.measurer import all_configs
+from qlab.core.quantize.table import ErrorTable
+from qlab.engine.quantize.table_filler import TableFiller
+from qlab.engine.quantize.table_filler import all_configs
 from qlab.engine.models.skeleton import describe
 from qlab.engine.models.skeleton import skeleton
 from qlab.engine.models.surgery import module_at
@@ -63,14 +64,14 @@ def timed(events) -> tuple[float, float]:
     return first[0] - start, time.perf_counter() - start
 
 
-def accuracy(measurer: Measurer) -> None:
+def accuracy(filler: TableFiller) -> None:
     """Compare every sampled error of every layer with the exact one."""
-    sampled, n = measurer.table.snapshot(), len(measurer.layers)
+    sampled, n = filler.table.snapshot(), len(filler.table.layers)
     start = time.perf_counter()
-    Job(lambda: exact_all(measurer, n)).start().wait()
+    Job(lambda: exact_all(filler, n)).start().wait()
     seconds = time.perf_counter() - start
     relative, se = sampled.measure("relative_error"), sampled.measure("relative_error_se")
-    exact, legal = measurer.table.measure("relative_error"), sampled.legal & (se > 0)
+    exact, legal = filler.table.measure("relative_error"), sampled.legal & (se > 0)
     off = np.abs(relative / exact - 1)[sampled.legal]
     z = np.abs((relative - exact) / np.where(se > 0, se, 1))[legal]
     print(
@@ -78,21 +79,21 @@ def accuracy(measurer: Measurer) -> None:
         f"{np.quantile(off, 0.95):.2%} (95th percentile), {off.max():.2%} (largest)"
     )
     print(f"  within 2 stated standard errors: {(z < 2).mean():.1%} (95.4 % if Gaussian)")
-    print(f"  exact measurement of {len(measurer.table.configs)} schemes: {seconds:.0f} s")
+    print(f"  exact measurement of {len(filler.table.configs)} schemes: {seconds:.0f} s")
 
 
-def exact_all(measurer: Measurer, n: int):
-    for config in measurer.table.configs:
-        yield from measurer.exact([config] * n)
+def exact_all(filler: TableFiller, n: int):
+    for config in filler.table.configs:
+        yield from filler.measure_exactly([config] * n)
 
 
-def exact_speed(measurer: Measurer) -> None:
+def exact_speed(filler: TableFiller) -> None:
     """Exact measurement of one scheme against a copy of the same bytes."""
-    nbytes = sum(layer.nbytes for layer in measurer.layers)
-    _, seconds = timed(lambda: measurer.exact([FIRST] * len(measurer.layers)))
+    nbytes = sum(layer.nbytes for layer in filler.table.layers)
+    _, seconds = timed(lambda: filler.measure_exactly([FIRST] * len(filler.table.layers)))
 
     def copy() -> float:
-        weights = [measurer._weight_of(layer.path) for layer in measurer.layers]
+        weights = [filler._weight_of(layer.path) for layer in filler.table.layers]
         start = time.perf_counter()
         mx.eval([w + mx.zeros((), w.dtype) for w in weights])
         return time.perf_counter() - start
@@ -103,8 +104,8 @@ def exact_speed(measurer: Measurer) -> None:
     )
 
 
-def drawn_8b() -> tuple[Measurer, object]:
-    """A measurer over 8B's shapes, with weights drawn for a small part of each layer that stands for the whole."""
+def drawn_8b() -> tuple[TableFiller, object]:
+    """A table over 8B's shapes, with weights drawn for a small part of each layer that stands for the whole."""
     spec = mlx_call(lambda: describe(skeleton(LLAMA_8B), "llama-8B"))
     noise = mlx_call(lambda: eval_(mx.random.normal((1 << 22,)).astype(mx.bfloat16) * 0.02))
 
@@ -112,7 +113,7 @@ def drawn_8b() -> tuple[Measurer, object]:
         layer = spec[path]
         return mx.broadcast_to(noise[None, : layer.shape[-1]], layer.shape)
 
-    return Measurer(spec.layers, weight), spec
+    return TableFiller(ErrorTable.empty(spec.layers, all_configs()), weight), spec
 
 
 def eval_(a):
@@ -120,7 +121,7 @@ def eval_(a):
     return a
 
 
-def paint(name: str, spec, measurer: Measurer) -> None:
+def paint(name: str, spec, filler: TableFiller) -> None:
     """Time from a slider's input event to the painted frame, in Chromium."""
     from playwright.sync_api import sync_playwright
 
@@ -136,7 +137,7 @@ def paint(name: str, spec, measurer: Measurer) -> None:
     )
     state = PanelState(
         spec,
-        measurer.table,
+        filler.table,
         QuantPlan(FIRST),
         "rtn",
         (("rtn", ""),),
@@ -172,10 +173,11 @@ def main() -> None:
     )
     model = load(smollm2())
     mlx_call(degrid, model.module)
-    measurer = Measurer(model.spec.layers, lambda path: weight_of(module_at(model.module, path)))
-    first, whole = timed(lambda: measurer.sample(FIRST))
+    table = ErrorTable.empty(model.spec.layers, all_configs())
+    filler = TableFiller(table, lambda path: weight_of(module_at(model.module, path)))
+    first, whole = timed(lambda: filler.sample(FIRST))
     print(f"SmolLM2-135M: first bars {first:.2f} s, full grid {whole:.2f} s")
-    paint("SmolLM2-135M", model.spec, measurer)
+    paint("SmolLM2-135M", model.spec, filler)
     big, spec = drawn_8b()
     start = time.perf_counter()
     events = big.sample(FIRST)
@@ -185,8 +187,8 @@ def main() -> None:
         big.table.legal, np.random.default_rng(0).lognormal(-4, 1, big.table.values.shape), np.nan
     )
     paint("8B", spec, big)
-    exact_speed(measurer)
-    accuracy(measurer)
+    exact_speed(filler)
+    accuracy(filler)
 
 
 if __name__ == "__main__":

@@ -30,18 +30,18 @@ def main() -> None:
     """Print the tables."""
     model = load(smollm2())
     mlx_call(degrid, model.module)
-    study = model.study
-    Job(lambda: study.look(QuantConfig("affine", 3, 64))).start().wait()
-    Job(lambda: study.predict()).start().wait()
+    measured = model.measurements
+    Job(lambda: measured.sample(QuantConfig("affine", 3, 64))).start().wait()
+    Job(lambda: measured.predict()).start().wait()
     kept = {"model.embed_tokens": None}
     plan = QuantPlan(QuantConfig("affine", 3, 64), kept)
     paths = [layer.path for layer in model.spec.layers if layer.kind == "linear"][::EVERY]
     columns = [i for i, layer in enumerate(model.spec.layers) if layer.path in paths]
-    true = Job(lambda: study.judge_layers(paths, plan)).start().wait()
+    true = Job(lambda: measured.evaluate_layers(paths, plan)).start().wait()
     measured = np.array([true[path] for path in paths])
-    row = study.measurer.table.row(plan.default)
+    row = measured.table.row(plan.default)
     for name in ("kl_nats", "relative_error"):
-        shown = study.measurer.table.measure(name)[row, columns]
+        shown = measured.table.measure(name)[row, columns]
         rank = np.corrcoef(ranks(shown), ranks(measured))[0, 1]
         print(
             f"{name:16s} rank correlation with the true single-layer KL, {len(paths)} layers at 3 bits: {rank:.3f}"
@@ -54,7 +54,7 @@ def main() -> None:
         found = {}
         for solver in ("rtn", "searched"):
             wanted = QuantPlan(QuantConfig("affine", bits, 64), kept)
-            report = Job(lambda w=wanted, s=solver: study.judge(w, s)).start().wait()
+            report = Job(lambda w=wanted, s=solver: measured.evaluate(w, s)).start().wait()
             found[solver] = report.kl_nats
             print(
                 f"{bits}-bit g64 {solver:9s} KL {report.kl_nats:.3f} ± {report.kl_nats_se:.3f} nats/token, "

@@ -18,7 +18,7 @@ from mlx.utils import tree_unflatten
 from qlab.core.config.quant import QuantConfig
 from qlab.core.config.quant import QuantPlan
 from qlab.core.config.lora import LoRAConfig
-from qlab.engine.evaluate.divergence import evaluate
+from qlab.engine.evaluate.divergence import compare_on_text
 from qlab.engine.quantize.quantize import quantize
 from qlab.engine.adapt.activations import passing
 from qlab.engine.adapt.activations import texts
@@ -48,7 +48,7 @@ def main(bits_tried: tuple[int, ...] = (4, 3)) -> None:
     """Print the tables."""
     model = load(smollm2())
     mlx_call(degrid, model.module)
-    full = mlx_call(model.study.full_model)
+    full = mlx_call(model.measurements.full_model)
     seen, heldout = mlx_call(texts, model.tokenizer, None)
     layers = LoRAConfig(rank=RANK).targets(model.spec)
     paths = [layer.path for layer in layers]
@@ -73,7 +73,7 @@ def main(bits_tried: tuple[int, ...] = (4, 3)) -> None:
                     groups = passing(full, paths, seen, heldout) if lora.init != "residual" else []
                     arrays = yield from start(lora, layers, original, stored, groups)
                     made.update(tree_unflatten(list(arrays.items())))
-                report = yield from evaluate(full, made, heldout)
+                report = yield from compare_on_text(full, made, heldout)
                 return report
 
             report = run(student())

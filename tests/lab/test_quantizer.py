@@ -153,7 +153,7 @@ def test_bundle_has_widget_html_and_one_line(q):
 
 def test_two_panels_on_one_model_share_what_was_measured(q, demo):
     other = qlab.Quantizer(demo, bits=2)
-    assert other._model.study is q._model.study
+    assert other._model.measurements is q._model.measurements
     other.close()
 
 

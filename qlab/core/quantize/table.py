@@ -1,12 +1,18 @@
-"""The table behind the sliders.
+"""The table behind the sliders: every storage config × every layer, so a slider position is a row.
 
-Every storage config × every layer, so that a slider position is a row.
+Four parts hold what was measured of a model:
 
-Pure numpy. Filled by the engine piece by piece; NaN means not measured yet.
+- ``ErrorTable`` (here): the numbers, pure numpy; NaN means not measured yet;
+- ``engine.quantize.sample_bank.SampleStack``: the random sample of the weights;
+- ``engine.quantize.table_filler.TableFiller``: writes into the table, from samples or all weights;
+- ``engine.quantize.measurements.ModelMeasurements``: one per model; owns the other three.
+
+Readers (``report_of``, ``compare``, the panel) are given a table, never what fills it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,12 +20,19 @@ import numpy as np
 from qlab.core.config.quant import QuantConfig
 from qlab.core.config.spec import LayerSpec
 
-MEASURES = ("relative_error", "relative_error_se", "max_abs_error", "kl_nats", "kl_nats_se")
+KL_MEASURES = ("kl_nats", "kl_nats_se")
+MEASURES = ("relative_error", "relative_error_se", "max_abs_error", *KL_MEASURES)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ErrorTable:
     """Errors and sizes of every config (rows, S) for every layer (columns, L).
+
+    Example::
+
+        table = ErrorTable.empty(spec.layers, (QuantConfig(bits=4), QuantConfig(bits=8)))
+        table.nbytes.sum(1)                              # exact at once
+        table.measure("relative_error")[table.row(QuantConfig(bits=4))]   # NaN until filled
 
     Attributes:
         layers: the columns.
@@ -46,27 +59,26 @@ class ErrorTable:
     @classmethod
     def empty(cls, layers: tuple[LayerSpec, ...], configs: tuple[QuantConfig, ...]) -> ErrorTable:
         """Return a table whose sizes are exact and whose errors are all unknown."""
-        s = len(configs)
-        n = len(layers)
-        legal = np.array(
-            [[layer.refusal(c) is None for layer in layers] for c in configs], bool
-        ).reshape(s, n)
-        nbytes = np.array(
-            [[layer.nbytes_as(c) for layer in layers] for c in configs], np.float64
-        ).reshape(s, n)
-        values = np.full((len(MEASURES), s, n), np.nan, np.float32)
+        shape = (len(configs), len(layers))
+
+        def cells(
+            value: Callable[[LayerSpec, QuantConfig], float], dtype: type[np.generic]
+        ) -> np.ndarray:
+            rows = [[value(layer, config) for layer in layers] for config in configs]
+            return np.array(rows, dtype).reshape(shape)
+
         return cls(
-            layers,
-            configs,
-            nbytes,
-            legal,
-            values,
-            np.zeros((s, n), bool),
-            np.full(n, np.nan, np.float32),
+            layers=layers,
+            configs=configs,
+            nbytes=cells(LayerSpec.nbytes_as, np.float64),
+            legal=cells(lambda layer, config: layer.refusal(config) is None, np.bool_),
+            values=np.full((len(MEASURES), *shape), np.nan, np.float32),
+            exact=np.zeros(shape, np.bool_),
+            kurtosis=np.full(len(layers), np.nan, np.float32),
         )
 
     def measure(self, name: str) -> np.ndarray:
-        """Return the ``(S, L)`` float32 array of one of ``MEASURES``."""
+        """Return the ``(S, L)`` float32 array of one of ``MEASURES``, a view into ``values``."""
         return self.values[MEASURES.index(name)]
 
     def row(self, config: QuantConfig) -> int:

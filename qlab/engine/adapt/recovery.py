@@ -20,8 +20,8 @@ from qlab.core.progress import Progress
 from qlab.engine.adapt.activations import Passed, passing, texts
 from qlab.engine.adapt.init import Weight, recoveries, start
 from qlab.engine.models.surgery import module_at
+from qlab.engine.quantize.measurements import ModelMeasurements
 from qlab.engine.quantize.quantize import chosen, solve
-from qlab.engine.quantize.study import Study
 from qlab.nn.linear import weight_of
 
 Storage = tuple[QuantPlan, str]  # a plan, and the solver that fills it
@@ -32,13 +32,13 @@ class Survey:
     """Recoveries of one model.
 
     Args:
-        study: of the model before it is quantized.
+        measured: of the model before it is quantized.
         tokenizer: mlx-lm's wrapper.
         text: for starts that need one; see ``engine.data.text.read_text``.
     """
 
-    def __init__(self, study: Study, tokenizer: Any, text: Any) -> None:
-        self._study = study
+    def __init__(self, measured: ModelMeasurements, tokenizer: Any, text: Any) -> None:
+        self._measurements = measured
         self._tokenizer = tokenizer
         self._text = text
         self._found: dict[Any, Found] = {}
@@ -64,10 +64,10 @@ class Survey:
             outputs: whether also on the layers' outputs, for which two texts pass the model.
         """
         plan, solver = storage
-        if registry.get("solvers", solver).needs_inputs and self._study.calibration is None:
-            yield from self._study.predict(self._text)
-        configs = chosen(self._study.spec, plan)
-        power = self._study.input_power()
+        if registry.get("solvers", solver).needs_inputs and self._measurements.calibration is None:
+            yield from self._measurements.predict(self._text)
+        configs = chosen(self._measurements.spec, plan)
+        power = self._measurements.input_power()
 
         def stored(path: str) -> mx.array:
             weight = self._original(path)
@@ -77,7 +77,7 @@ class Survey:
                 solve(weight, config, solver, power.get(path)), config, mx.float32
             )
 
-        layers = lora.targets(self._study.spec)
+        layers = lora.targets(self._measurements.spec)
         into = self._found.setdefault(storage, {})
         known = all(
             layer.path in into and (into[layer.path] is None or into[layer.path].output)
@@ -97,7 +97,7 @@ class Survey:
             base: the quantized model.
             lora: the adapter.
         """
-        layers = lora.targets(self._study.spec)
+        layers = lora.targets(self._measurements.spec)
         groups = (
             self._groups([layer.path for layer in layers]) if lora.init != "residual" else iter(())
         )
@@ -108,8 +108,8 @@ class Survey:
 
     @property
     def _original(self) -> Weight:
-        return lambda path: weight_of(module_at(self._study.module, path))
+        return lambda path: weight_of(module_at(self._measurements.module, path))
 
     def _groups(self, paths: list[str]) -> Iterator[dict[str, Passed]]:
-        seen, heldout = texts(self._tokenizer, self._text, self._study.spec.vocabulary)
-        yield from passing(self._study.full_model(), paths, seen, heldout)
+        seen, heldout = texts(self._tokenizer, self._text, self._measurements.spec.vocabulary)
+        yield from passing(self._measurements.full_model(), paths, seen, heldout)

@@ -1,13 +1,15 @@
-"""Judges a changed model against the original.
+"""Compares a changed model with the original on held-out text: KL, perplexity, top-token flips.
 
-KL divergence, perplexity, top-token flips, on held-out text.
+``ModelMeasurements`` calls this for a plan (``compare_on_text``) and for single layers
+(``layer_kl``). Models side by side on rows with targets are ``engine.evaluate.judge``'s.
 
-Knows no scheme: it compares two models.
+Shapes: T tokens in a row, V words in the vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,24 +19,41 @@ from qlab.core.evaluate.text import EvalReport
 from qlab.core.progress import Progress
 
 
+class _TokenScores(NamedTuple):
+    """What is collected at each token, ``(T,)`` each; the last token of a row has no target."""
+
+    kl: mx.array
+    flips: mx.array
+    nll: mx.array
+    nll_before: mx.array
+
+
 def log_probs(model: nn.Module, tokens: mx.array) -> mx.array:
-    """Return log-probabilities of the next token at every position, float32 ``(T, V)``."""
+    """Return log-probabilities of the next token at every position, float32 ``(T, V)``.
+
+    Args:
+        model: an mlx-lm model.
+        tokens: token ids ``(1, T)``.
+    """
     logits = model(tokens)[0].astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def kl_per_token(teacher: mx.array, student: mx.array) -> mx.array:
-    """KL(teacher ‖ student) in nats at every position, float32 ``(T,)``, from log-probabilities
-    ``(T, V)``.
+    """Return KL(teacher ‖ student) = Σ p·(log p − log q) in nats at every position.
+
+    Args:
+        teacher: log-probabilities ``(T, V)``.
+        student: log-probabilities ``(T, V)``.
+
+    Returns:
+        float32 ``(T,)``.
     """
     return (mx.exp(teacher) * (teacher - student)).sum(-1)
 
 
-def evaluate(
-    teacher: nn.Module,
-    student: nn.Module,
-    batches: list[mx.array],
-    what: str = "comparing with the original",
+def compare_on_text(
+    teacher: nn.Module, student: nn.Module, batches: Sequence[mx.array]
 ) -> Generator[Progress, None, EvalReport]:
     """Compare two models on text, a row at a time, so that only two rows of logits exist at once.
 
@@ -42,37 +61,37 @@ def evaluate(
         teacher: the original.
         student: the changed model.
         batches: token ids ``(1, T)``.
-        what: words for the progress line.
 
     Yields:
         Progress after each row.
     """
-    kl = []
-    flips = []
-    nll = []
-    nll_teacher = []
+    rows: list[list[np.ndarray]] = []
     for i, tokens in enumerate(batches):
-        p = log_probs(teacher, tokens)
-        q = log_probs(student, tokens)
-        target = tokens[0, 1:, None]
-        row = (
-            kl_per_token(p, q),
-            p.argmax(-1) != q.argmax(-1),
-            -mx.take_along_axis(q[:-1], target, -1)[:, 0],
-            -mx.take_along_axis(p[:-1], target, -1)[:, 0],
-        )
-        mx.eval(row)
-        for found, values in zip((kl, flips, nll, nll_teacher), row, strict=True):
-            found.append(np.array(values, np.float64))
-        del p, q
-        yield Progress(what, i + 1, len(batches))
-    return EvalReport.from_tokens(*(np.concatenate(v) for v in (kl, flips, nll, nll_teacher)))
+        rows.append(_row_scores(teacher, student, tokens))
+        yield Progress("comparing with the original", i + 1, len(batches))
+    kl, flips, nll, nll_before = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    return EvalReport.from_tokens(kl, flips, nll, nll_before)
+
+
+def _row_scores(teacher: nn.Module, student: nn.Module, tokens: mx.array) -> list[np.ndarray]:
+    """Return the fields of ``_TokenScores`` of one row, float64."""
+    p = log_probs(teacher, tokens)
+    q = log_probs(student, tokens)
+    targets = tokens[0, 1:, None]  # (T−1, 1): the token that each position should predict
+    scores = _TokenScores(
+        kl=kl_per_token(p, q),
+        flips=p.argmax(-1) != q.argmax(-1),
+        nll=-mx.take_along_axis(q[:-1], targets, -1)[:, 0],
+        nll_before=-mx.take_along_axis(p[:-1], targets, -1)[:, 0],
+    )
+    mx.eval(scores)
+    return [np.array(values, np.float64) for values in scores]
 
 
 def layer_kl(
-    teacher: nn.Module, students: dict[str, nn.Module], batches: list[mx.array]
+    teacher: nn.Module, students: Mapping[str, nn.Module], batches: Sequence[mx.array]
 ) -> Generator[Progress, None, dict[str, float]]:
-    """True KL of several changed models, the teacher's pass made once per row.
+    """Measure the true KL of several changed models; the teacher runs once per row.
 
     Args:
         teacher: the original.
@@ -86,14 +105,16 @@ def layer_kl(
         Mean KL in nats per token, by name.
     """
     sums = dict.fromkeys(students, 0.0)
+    total = len(students) * len(batches)
+    done = 0
     count = 0
-    for i, tokens in enumerate(batches):
+    for tokens in batches:
         p = log_probs(teacher, tokens)
         mx.eval(p)
         count += tokens.size
-        for j, (name, student) in enumerate(students.items()):
-            sums[name] += kl_per_token(p, log_probs(student, tokens)).sum().item()
-            yield Progress(
-                "true KL, layer by layer", i * len(students) + j + 1, len(students) * len(batches)
-            )
-    return {name: total / count for name, total in sums.items()}
+        for name, student in students.items():
+            q = log_probs(student, tokens)
+            sums[name] += float(np.array(kl_per_token(p, q).sum()))
+            done += 1
+            yield Progress("true KL, layer by layer", done, total)
+    return {name: nats / count for name, nats in sums.items()}

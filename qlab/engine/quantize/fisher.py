@@ -1,13 +1,20 @@
 """One forward and backward pass over a short text: what an error in each weight costs, in nats.
 
-Gives Fisher weights, and the second moments of every layer's inputs. Knows no scheme: importance is
-a property of the model and the text.
+``ModelMeasurements.predict`` calls ``calibrate``, and ``table_filler`` turns its result into
+predicted ΔKL. It also gives the mean squares of every layer's inputs, which some solvers need.
+
+How it works: each layer is wrapped so that its output passes an identity function ("tap") with a
+custom gradient. In the backward pass the tap sees the output's gradient g and the layer's input x,
+and returns what is wanted of them as the "gradients" of vectors that take no other part.
+
+Shapes: T tokens in a row of text, ``out`` and ``in`` features of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,8 +34,8 @@ class Calibration:
     F the diagonal of the Fisher information of the weights, F[o,i] = E[(Σ_t g[t,o]·x[t,i])²] / T
     over rows of T tokens. Rounding errors are nearly independent of each other, so the diagonal is
     what counts; the sum over tokens stands inside the square because one error acts on all tokens
-    at once. F is kept as the product of its margins, Σ_p r_p ⊗ c_p. (A product of *separate* second
-    moments of g and x, as in K-FAC, ranks layers worse: docs/log.md.)
+    at once. F is stored as the product of its margins, Σ_p r_p ⊗ c_p. (A product of *separate*
+    second moments of g and x, as in K-FAC, ranks layers worse: docs/log.md.)
 
     Attributes:
         pairs: by path, ``(r, c)`` float32 vectors of lengths ``out`` and ``in``; a tied embedding
@@ -46,62 +53,83 @@ class Calibration:
 
 @mx.custom_function
 def _tap(y: mx.array, x: mx.array, rows: mx.array, columns: mx.array, power: mx.array) -> mx.array:
-    """Identity on y, whose "gradients" are the margins of (gᵀx)² and Σ_t x².
+    """Return y; the "gradients" of rows, columns and power are the sums that are wanted.
 
-    The margins need no matrix of the weight's size: Σ_i (gᵀx)²[o,i] = Σ_ts
-    g[t,o]·(x·xᵀ)[t,s]·g[s,o].
+    With G = gᵀx, the gradient of the weight ``(out, in)``: rows Σ_i G[o,i]², columns Σ_o G[o,i]²,
+    power Σ_t x[t,i]².
+
+    Args:
+        y: output of the layer, ``(1, T, out)``.
+        x: its input, ``(1, T, in)``.
+        rows: any values, ``(out,)``.
+        columns: any values, ``(in,)``.
+        power: any values, ``(in,)``.
     """
-    return y + mx.zeros((), y.dtype)
+    return y + mx.zeros((), y.dtype)  # a function must not return its argument itself
 
 
 @_tap.vjp
-def _tap_vjp(primals, cotangent, _):
-    _, x, rows, columns, power = primals
-    g = cotangent.astype(mx.float32).reshape(-1, rows.shape[0])
-    inputs = x.astype(mx.float32).reshape(-1, columns.shape[0])
+def _tap_vjp(
+    primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, ...]:
+    _, x, rows, columns, _ = primals
+    g = cotangent.astype(mx.float32).reshape(-1, rows.shape[0])  # (T, out)
+    inputs = x.astype(mx.float32).reshape(-1, columns.shape[0])  # (T, in)
+    # The margins of G² need no matrix of the weight's size:
+    # Σ_i G[o,i]² = Σ_ts g[t,o]·(x·xᵀ)[t,s]·g[s,o], and the same with g and x exchanged.
     by_row = (((inputs @ inputs.T) @ g) * g).sum(0)
     by_column = (((g @ g.T) @ inputs) * inputs).sum(0)
-    return cotangent, mx.zeros_like(x), by_row, by_column, mx.square(inputs).sum(0)
+    power = mx.square(inputs).sum(0)
+    return cotangent, mx.zeros_like(x), by_row, by_column, power
 
 
 @mx.custom_function
 def _tap_lookup(y: mx.array, tokens: mx.array, rows: mx.array, columns: mx.array) -> mx.array:
-    """The same for an embedding, whose inputs are one-hot."""
+    """Do the same for an embedding, whose inputs are one-hot vectors.
+
+    Args:
+        y: embeddings of the tokens, ``(1, T, in)``.
+        tokens: token ids, ``(1, T)``.
+        rows: any values, one for each word of the vocabulary.
+        columns: any values, ``(in,)``.
+    """
     return y + mx.zeros((), y.dtype)
 
 
 @_tap_lookup.vjp
-def _tap_lookup_vjp(primals, cotangent, _):
+def _tap_lookup_vjp(
+    primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, ...]:
     _, tokens, rows, columns = primals
-    g = cotangent.astype(mx.float32).reshape(-1, columns.shape[0])
+    g = cotangent.astype(mx.float32).reshape(-1, columns.shape[0])  # (T, in)
     ids = tokens.reshape(-1)
+    # x·xᵀ of one-hot inputs, (T, T): 1 where two positions hold the same token
     same = (ids[:, None] == ids[None]).astype(mx.float32)
     product = (same @ g) * g
-    return (
-        cotangent,
-        mx.zeros_like(tokens),
-        mx.zeros_like(rows).at[ids].add(product.sum(1)),
-        product.sum(0),
-    )
+    by_row = mx.zeros_like(rows).at[ids].add(product.sum(1))
+    by_column = product.sum(0)
+    return cotangent, mx.zeros_like(tokens), by_row, by_column
 
 
 class _Tapped(nn.Module):
-    """A layer that reports what passes through it.
+    """A layer whose outputs pass a tap.
 
-    An embedding does so as look-up and as tied output head.
+    An embedding is tapped both as a look-up and as a tied output head.
     """
 
-    def __init__(self, inner: nn.Module, shape: tuple[int, int]) -> None:
+    def __init__(self, inner: nn.Module, shape: Sequence[int]) -> None:
         super().__init__()
+        outputs, inputs = shape
         self.inner = inner
-        self.rows = mx.zeros(shape[0])
-        self.columns = mx.zeros(shape[1])
-        self.power = mx.zeros(shape[1])
+        self.rows = mx.zeros(outputs)
+        self.columns = mx.zeros(inputs)
+        self.power = mx.zeros(inputs)
         self.freeze()
         self.unfreeze(recurse=False, keys=["rows", "columns", "power"])
 
     def _watch(self, y: mx.array, x: mx.array) -> mx.array:
-        return _tap(y, mx.stop_gradient(x), self.rows, self.columns, self.power)
+        outputs = _tap(y, mx.stop_gradient(x), self.rows, self.columns, self.power)
+        return outputs  # pyright: ignore[reportReturnType]  # MLX's stub says object
 
 
 class _TappedLinear(_Tapped):
@@ -110,22 +138,26 @@ class _TappedLinear(_Tapped):
 
 
 class _TappedEmbedding(_Tapped):
-    def __init__(self, inner: nn.Module, shape: tuple[int, int]) -> None:
+    def __init__(self, inner: nn.Module, shape: Sequence[int]) -> None:
         super().__init__(inner, shape)
-        self.lookup_rows = mx.zeros(shape[0])
-        self.lookup_columns = mx.zeros(shape[1])
+        words, features = shape
+        self.lookup_rows = mx.zeros(words)
+        self.lookup_columns = mx.zeros(features)
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        return _tap_lookup(self.inner(tokens), tokens, self.lookup_rows, self.lookup_columns)
+        embeddings = self.inner(tokens)
+        outputs = _tap_lookup(embeddings, tokens, self.lookup_rows, self.lookup_columns)
+        return outputs  # pyright: ignore[reportReturnType]  # MLX's stub says object
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return self._watch(self.inner.as_linear(x), x)
+        embedding: Any = self.inner
+        return self._watch(embedding.as_linear(x), x)
 
 
 def calibrate(
     model: nn.Module,
-    shapes: dict[str, tuple[int, int]],
-    batches: list[mx.array],
+    shapes: Mapping[str, Sequence[int]],
+    batches: Sequence[mx.array],
     text: str,
     seed: int = 0,
 ) -> Generator[Progress, None, Calibration]:
@@ -145,48 +177,69 @@ def calibrate(
     Yields:
         Progress after each batch.
     """
-
-    def tapped(path: str, inner: nn.Module) -> nn.Module:
-        return (_TappedEmbedding if layer_kind(inner) == "embedding" else _TappedLinear)(
-            inner, shapes[path]
-        )
-
-    watched = map_layers(model, list(shapes), tapped)
-    for module in watched.modules():
-        if not isinstance(module, _Tapped):
-            module.freeze(recurse=False)
+    watched = _with_taps(model, shapes)
 
     def score(tokens: mx.array, key: mx.array) -> mx.array:
         logits = watched(tokens).astype(mx.float32)
-        drawn = mx.random.categorical(mx.stop_gradient(logits), key=key)
-        return -nn.losses.cross_entropy(logits, drawn, reduction="sum")
+        labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
+        return -nn.losses.cross_entropy(logits, labels, reduction="sum")
 
     grad = nn.value_and_grad(watched, score)
     key = mx.random.key(seed)
     totals: dict[str, np.ndarray] = {}
     count = 0
     for i, tokens in enumerate(batches):
-        key, sub = mx.random.split(key)
-        found = tree_flatten(grad(tokens, sub)[1])
-        mx.eval([value for _, value in found])
-        for name, value in found:
+        key, label_key = mx.random.split(key)
+        _, gradients = grad(tokens, label_key)
+        sums = dict(tree_flatten(gradients))
+        mx.eval(sums)
+        for name, value in sums.items():
             totals[name] = totals.get(name, 0) + np.array(value, np.float64)
         count += tokens.size
         yield Progress("predicting ΔKL", i + 1, len(batches))
     return _collect(totals, shapes, count, text)
 
 
-def _collect(totals: dict[str, np.ndarray], shapes: dict, count: int, text: str) -> Calibration:
-    made = Calibration(tokens=count, text=text)
+def _with_taps(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+    """Return the model with its layers tapped; only what the taps report has gradients."""
+
+    def tapped(path: str, inner: nn.Module) -> nn.Module:
+        is_embedding = layer_kind(inner) == "embedding"
+        tap = _TappedEmbedding if is_embedding else _TappedLinear
+        return tap(inner, shapes[path])
+
+    watched = map_layers(model, list(shapes), tapped)
+    for module in watched.modules():
+        if not isinstance(module, _Tapped):
+            module.freeze(recurse=False)
+    return watched
+
+
+def _collect(
+    totals: dict[str, np.ndarray], shapes: Mapping[str, Sequence[int]], count: int, text: str
+) -> Calibration:
+    """Turn sums over all tokens, by parameter name, into a calibration."""
+    calibration = Calibration(tokens=count, text=text)
     for path in shapes:
         for site in ("", "lookup_"):
-            rows, columns = (totals.get(f"{path}.{site}{axis}") for axis in ("rows", "columns"))
-            if rows is None or columns is None or not rows.sum() > 0:
-                continue
-            # a margin of squares is not negative; products of float32 sums may be, by a little
-            pair = np.maximum(rows, 0) / count, np.maximum(columns, 0) / rows.sum()
-            made.pairs.setdefault(path, []).append(tuple(v.astype(np.float32) for v in pair))
+            pair = _margins(totals, f"{path}.{site}", count)
+            if pair is not None:
+                calibration.pairs.setdefault(path, []).append(pair)
         power = totals.get(f"{path}.power")
         if power is not None and power.any():
-            made.input_power[path] = (power / count).astype(np.float32)
-    return made
+            calibration.input_power[path] = (power / count).astype(np.float32)
+    return calibration
+
+
+def _margins(
+    totals: dict[str, np.ndarray], prefix: str, count: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return r ``(out,)`` and c ``(in,)`` of a tap, so that r ⊗ c has the margins of F."""
+    rows = totals.get(f"{prefix}rows")
+    columns = totals.get(f"{prefix}columns")
+    if rows is None or columns is None or not rows.sum() > 0:
+        return None
+    # A margin of squares is not negative; a product of float32 sums may be, by a little.
+    r = np.maximum(rows, 0) / count
+    c = np.maximum(columns, 0) / rows.sum()
+    return r.astype(np.float32), c.astype(np.float32)

@@ -1,13 +1,12 @@
-"""Turns a plan into a quantized model, and writes and reads model folders.
+"""Turns a plan into a quantized model: a solver fills each layer's storage.
 
-A folder whose every layer stock mlx-lm can read is written as mlx-lm writes it; any other in qlab's
-own layout, which differs in one key of config.json (``qlab``: mode, bits, group size and shape of
-each layer that mlx-lm cannot read). Knows no error and no panel.
+``ModelMeasurements.quantize`` and ``qlab.Quantizer`` call this; ``adapt`` uses it to store fused
+weights. Writing the model to a folder is ``engine.io.save``'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +14,7 @@ import numpy as np
 
 from qlab import registry
 from qlab.core.config.quant import QuantConfig, QuantPlan
+from qlab.core.config.solver import Solver
 from qlab.core.config.spec import LayerSpec, ModelSpec
 from qlab.core.progress import Progress
 from qlab.engine.models.surgery import module_at, put_module, twin
@@ -23,47 +23,45 @@ from qlab.nn.kinds import layer_kind
 from qlab.nn.linear import weight_of
 from qlab.nn.stored import dense_layer, stored_layer
 
+InputPower = Mapping[str, np.ndarray]  # by path: mean square of each input feature, ``(in,)``
+
 
 def chosen(spec: ModelSpec, plan: QuantPlan) -> dict[str, QuantConfig]:
-    """Configs of the layers that a plan quantizes and can quantize, by path.
+    """Return the configs of the layers that a plan quantizes and can quantize, by path.
 
     Raises:
         LayerNotFoundError: an override names no layer.
         ConfigError: an override cannot hold its layer; names what can.
     """
-    for path, config in plan.overrides.items():
+    for path, override in plan.overrides.items():
         layer = spec[path]
-        if config and (reason := layer.refusal(config)):
+        reason = layer.refusal(override) if override else None
+        if override and reason:
             raise ConfigError(
-                f"Layer {path!r} cannot be stored as {config.label}: {reason}; {_instead(layer, config)}."
+                f"Layer {path!r} cannot be stored as {override.label}: {reason}; "
+                f"{_instead(layer, override)}."
             )
-    configs = {layer.path: plan.config_for(layer.path) for layer in spec.layers}
-    return {
-        path: config
-        for path, config in configs.items()
-        if config and spec[path].refusal(config) is None
-    }
+    configs: dict[str, QuantConfig] = {}
+    for layer in spec.layers:
+        config = plan.config_for(layer.path)
+        if config is not None and layer.refusal(config) is None:
+            configs[layer.path] = config
+    return configs
 
 
 def _instead(layer: LayerSpec, config: QuantConfig) -> str:
-    """What an override may be: the nearest group size that divides the layer, or None."""
-    sizes = (
-        [] if layer.obstacle else [g for g in config.scheme.group_sizes if layer.shape[-1] % g == 0]
-    )
-    if not sizes:
+    """Say what an override may be: the nearest group size that divides the layer, or None."""
+    sizes = [size for size in config.scheme.group_sizes if layer.shape[-1] % size == 0]
+    if layer.obstacle or not sizes:
         return "give None, which keeps it as it is"
-    return f"the nearest group size that does is {min(sizes, key=lambda g: abs(g - config.group_size))}"
+    best = min(sizes, key=lambda size: abs(size - config.group_size))
+    return f"the nearest group size that does is {best}"
 
 
 def quantize(
-    module: nn.Module,
-    spec: ModelSpec,
-    plan: QuantPlan,
-    solver: str,
-    input_power: dict[str, np.ndarray],
+    module: nn.Module, spec: ModelSpec, plan: QuantPlan, solver: str, input_power: InputPower
 ) -> Generator[Progress, None, nn.Module]:
-    """Quantize a model, layer by layer, into a new model that shares everything else with the old
-    one.
+    """Quantize a model, layer by layer, into a new model that shares everything else with it.
 
     Args:
         module: the model; it is not changed.
@@ -84,12 +82,13 @@ def quantize(
         raise WeightsError(
             f"No layer of {spec.name!r} can be stored as {plan.default.label}; nothing to quantize."
         )
-    made = twin(module)
+    quantized = twin(module)
     for n, (path, config) in enumerate(configs.items()):
         layer = module_at(module, path)
-        put_module(made, path, quantized_layer(layer, path, config, solver, input_power.get(path)))
+        replacement = quantized_layer(layer, path, config, solver, input_power.get(path))
+        put_module(quantized, path, replacement)
         yield Progress("quantizing", n + 1, len(configs))
-    return made
+    return quantized
 
 
 def quantized_layer(
@@ -97,32 +96,47 @@ def quantized_layer(
 ) -> nn.Module:
     """Return a layer stored under a config.
 
-    MLX's own quantized class where that reads it, a packed one elsewhere.
+    It is MLX's own quantized class where that reads the storage, a packed one of ``qlab.nn``
+    elsewhere.
+
+    Args:
+        layer: linear, embedding or experts; it is not changed.
+        path: for the error message.
+        config: the storage.
+        solver: name of a solver on the shelf.
+        input_power: mean square of each input feature, ``(in,)``, or None.
+
+    Raises:
+        WeightsError: a weight is NaN or infinite.
     """
     weight = weight_of(layer)
     if not mx.isfinite(weight).all().item():
         raise WeightsError(f"Layer {path!r} holds NaN or infinite weights; nothing was quantized.")
     packed = solve(weight, config, solver, input_power)
-    made = stored_layer(packed, config, weight.shape, weight.dtype, layer_kind(layer))
+    stored = stored_layer(packed, config, weight.shape, weight.dtype, layer_kind(layer))
     if "bias" in layer:
-        made.bias = layer.bias
-    mx.eval(made.parameters())
-    return made
+        stored.bias = layer.bias
+    mx.eval(stored.parameters())
+    return stored
 
 
 def solve(
     weight: mx.array, config: QuantConfig, solver: str, input_power: np.ndarray | None
 ) -> dict[str, mx.array]:
-    """Fill a scheme by a solver, or by rounding to nearest where the solver does not apply."""
-    found = registry.get("solvers", solver)
-    applies = (found.modes is None or config.mode in found.modes) and (
-        input_power is not None or not found.needs_inputs
-    )
-    return (
-        found.solve(weight, config, input_power)
-        if applies
-        else config.scheme.quantize(weight, config)
-    )
+    """Return a weight packed by a solver, or rounded to nearest where the solver does not apply.
+
+    Args:
+        weight: ``(…, out, in)``.
+        config: the storage.
+        solver: name of a solver on the shelf.
+        input_power: mean square of each input feature, ``(in,)``, or None.
+    """
+    filler: Solver = registry.get("solvers", solver)
+    fills_mode = filler.modes is None or config.mode in filler.modes
+    has_inputs = input_power is not None or not filler.needs_inputs
+    if fills_mode and has_inputs:
+        return filler.solve(weight, config, input_power)
+    return config.scheme.quantize(weight, config)
 
 
 def dense_twin(
@@ -130,11 +144,12 @@ def dense_twin(
     spec: ModelSpec,
     plan: QuantPlan,
     solver: str,
-    input_power: dict[str, np.ndarray],
+    input_power: InputPower,
     full: nn.Module,
 ) -> Generator[Progress, None, nn.Module]:
-    """Return the model that a plan would give, with dense weights, for judging it where quantized
-    products are slow.
+    """Return the model that a plan would give, with dense weights.
+
+    Used to evaluate a plan where quantized products are slow.
 
     Args:
         module: the model whose weights are quantized.
@@ -143,15 +158,17 @@ def dense_twin(
         solver: name of a solver.
         input_power: by path, mean squares of the input features.
         full: the dense model to compute with; its dtype is taken.
+
+    Yields:
+        Progress after each layer.
     """
     configs = chosen(spec, plan)
-    layers = {}
+    layers: dict[str, nn.Module] = {}
     for n, (path, config) in enumerate(configs.items()):
-        weight = weight_of(module_at(module, path))
         target = module_at(full, path)
-        values = config.scheme.dequantize(
-            solve(weight, config, solver, input_power.get(path)), config, target.weight.dtype
-        )
+        weight = weight_of(module_at(module, path))
+        packed = solve(weight, config, solver, input_power.get(path))
+        values = config.scheme.dequantize(packed, config, target.weight.dtype)
         layers[path] = dense_layer(target, values)
         mx.eval(values)
         yield Progress("rounding the weights", n + 1, len(configs))

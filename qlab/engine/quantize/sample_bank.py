@@ -1,16 +1,18 @@
-"""The sample bank.
+"""Random samples of every layer's weights, so that an error estimate costs the same for any model.
 
-A few random chunks of every layer, evaluated together, so that the cost does not grow with the
-model.
+``draw_samples`` takes about 24,000 weights of each layer once. ``roundtrip_errors`` then quantizes
+and dequantizes a whole ``SampleStack`` (the samples of many layers) in one go and returns the
+errors chunk by chunk; ``table_filler`` turns those into rows of the error table.
 
-A chunk is 128 neighbouring weights of one row (64 or 32 where the width does not divide), which
-covers every group size on the shelf up to its length. Knows nothing of tables and text: it turns a
-config into errors per chunk.
+A *chunk* is 128 neighbouring weights of one row of a matrix (64 or 32 where the row's length is not
+a multiple of 128). It covers every group size on the shelf up to its own length.
+
+Shapes: L layers in a stack, n chunks from each layer, ``width`` weights in a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,14 +21,17 @@ import numpy as np
 
 from qlab.core.config.quant import QuantConfig
 from qlab.core.config.spec import LayerSpec
+from qlab.engine.quantize.moments import ImportancePairs
 
 WEIGHTS_PER_LAYER = 24576
 WIDTHS = (128, 64, 32)
+# A population this many times the sample is not listed to draw from it.
+_LISTED_AT_MOST = 64
 
 
-@dataclass
-class Stack:
-    """Samples of all layers that share a chunk width and a dtype, one after another.
+@dataclass(kw_only=True)
+class SampleStack:
+    """Samples of all layers that share a chunk width and a dtype, one layer after another.
 
     Attributes:
         columns: columns of the error table that the layers have, ``(L,)``.
@@ -53,8 +58,12 @@ class Stack:
         return self.chunks.shape[1]
 
     def sums(self, values: mx.array) -> np.ndarray:
-        """Sum each chunk's values; return float64 ``(L, n)``."""
+        """Sum ``(L·n, width)`` values within each chunk; return float64 ``(L, n)``."""
         return np.array(values.sum(1), np.float64).reshape(self.rows.shape)
+
+    def largest(self, values: mx.array) -> np.ndarray:
+        """Return the largest of ``(L·n, width)`` values of each layer, ``(L,)``."""
+        return np.array(values.reshape(len(self.columns), -1).max(1))
 
     @cached_property
     def energy(self) -> np.ndarray:
@@ -62,49 +71,73 @@ class Stack:
         return self.sums(mx.square(self.chunks.astype(mx.float32)))
 
     def spans(self, group: int) -> np.ndarray:
-        """Sum over each chunk's weights of their group's squared range, float64 ``(L, n)``.
+        """Return Σ over each chunk's weights of their group's squared range, float64 ``(L, n)``.
 
-        Group is 32, 64 or 128.
+        Args:
+            group: 32, 64 or 128 weights.
         """
         if group not in self._spans:
             self._spans[group] = self.sums(self._squared_ranges(group))
         return self._spans[group]
 
     def weighted_spans(self, group: int) -> np.ndarray:
-        """The same, each weight counted by its importance."""
+        """Return the same as ``spans``, each weight counted by its importance.
+
+        ``set_importance`` comes first.
+        """
+        assert self.weights is not None, "set_importance comes first"
         if group not in self._weighted_spans:
-            self._weighted_spans[group] = self.sums(self._squared_ranges(group) * self.weights)
+            ranges = self._squared_ranges(group)
+            self._weighted_spans[group] = self.sums(ranges * self.weights)
         return self._weighted_spans[group]
 
-    def weigh(self, pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]]) -> None:
+    def set_importance(self, pairs: Mapping[int, ImportancePairs]) -> None:
         """Give every sampled weight its importance Σ_p r_p[row]·c_p[feature].
 
-        NaN in layers without pairs.
+        Layers without pairs get NaN, so that nothing is predicted of them.
 
         Args:
             pairs: by table column, ``(r, c)`` vectors of lengths ``out`` and ``in``.
         """
+        # (L, n, width): input feature of every sampled weight
         features = self.starts[..., None] + np.arange(self.width)
-        made = np.full((*self.rows.shape, self.width), np.nan, np.float32)
+        importance = np.full(features.shape, np.nan, np.float32)
         for i, column in enumerate(self.columns):
             if column in pairs:
-                made[i] = sum(r[self.rows[i], None] * c[features[i]] for r, c in pairs[column])
-        self.weights = mx.array(made.reshape(-1, self.width))
+                importance[i] = sum(
+                    r[self.rows[i], None] * c[features[i]]  # (n, 1) · (n, width)
+                    for r, c in pairs[column]
+                )
+        self.weights = mx.array(importance.reshape(-1, self.width))
         self._weighted_spans.clear()
 
     def _squared_ranges(self, group: int) -> mx.array:
+        """(max − min)² of each weight's group, ``(L·n, width)``."""
         groups = self.chunks.astype(mx.float32).reshape(-1, group)
-        span = mx.square(groups.max(1) - groups.min(1))
-        return mx.repeat(span, group).reshape(self.chunks.shape)
+        squared = mx.square(groups.max(1) - groups.min(1))
+        return mx.repeat(squared, group).reshape(self.chunks.shape)
 
 
-def gather(
-    layers: tuple[LayerSpec, ...],
+@dataclass(frozen=True, kw_only=True)
+class _LayerSample:
+    """Chunks of one layer: what ``SampleStack`` holds of it."""
+
+    column: int
+    chunks: mx.array  # (n, width)
+    rows: np.ndarray  # (n,)
+    starts: np.ndarray  # (n,)
+    population: int
+
+
+def draw_samples(
+    layers: Sequence[LayerSpec],
     weight_of: Callable[[str], mx.array],
     seed: int = 0,
     size: int = WEIGHTS_PER_LAYER,
-) -> list[Stack]:
-    """Draw the sample, without replacement, the same for one seed; small layers are taken whole.
+) -> list[SampleStack]:
+    """Draw chunks of every layer without replacement; a layer smaller than ``size`` is taken whole.
+
+    The same seed draws the same chunks.
 
     Args:
         layers: all layers; those with an obstacle are left out.
@@ -113,49 +146,59 @@ def gather(
         size: weights per layer.
     """
     rng = np.random.default_rng(seed)
-    found: dict[tuple, list[tuple]] = {}
+    alike: dict[tuple[int, str, int], list[_LayerSample]] = {}
     for column, layer in enumerate(layers):
         if layer.obstacle:
             continue
-        width = next(w for w in WIDTHS if layer.shape[-1] % w == 0)
-        population = layer.size // width
-        per_row = layer.shape[-1] // width
-        index = np.sort(_draw(rng, population, min(size // width, population)))
-        rows = index // per_row
-        starts = index % per_row * width
-        weight = weight_of(layer.path)
-        # by row and column, so that a weight that is not contiguous is not copied whole
-        columns = mx.array(starts)[:, None] + mx.arange(width)
-        chunks = weight.reshape(-1, weight.shape[-1])[mx.array(rows)[:, None], columns]
-        mx.eval(chunks)
-        key = (width, str(chunks.dtype), len(index))
-        found.setdefault(key, []).append((column, chunks, rows, starts, population))
-    stacks = []
-    for parts in found.values():
-        columns, chunks, rows, starts, population = zip(*parts, strict=True)
-        stacks.append(
-            Stack(
-                np.array(columns),
-                mx.concatenate(chunks),
-                np.stack(rows),
-                np.stack(starts),
-                np.array(population),
-            )
-        )
+        sample = _draw_layer(rng, column, layer, weight_of(layer.path), size)
+        count, width = sample.chunks.shape
+        key = (width, str(sample.chunks.dtype), count)
+        alike.setdefault(key, []).append(sample)
+    stacks = [_stacked(samples) for samples in alike.values()]
     mx.eval([stack.chunks for stack in stacks])
     return stacks
 
 
+def _draw_layer(
+    rng: np.random.Generator, column: int, layer: LayerSpec, weight: mx.array, size: int
+) -> _LayerSample:
+    features = layer.shape[-1]
+    width = next(w for w in WIDTHS if features % w == 0)
+    population = layer.size // width
+    index = np.sort(_draw(rng, population, min(size // width, population)))
+    chunks_per_row = features // width
+    rows = index // chunks_per_row
+    starts = index % chunks_per_row * width
+    # Taken by row and column: to take chunks of a reshaped weight would copy it whole where it is
+    # not contiguous.
+    within_row = mx.array(starts)[:, None] + mx.arange(width)  # (n, width)
+    chunks = weight.reshape(-1, features)[mx.array(rows)[:, None], within_row]
+    mx.eval(chunks)
+    return _LayerSample(
+        column=column, chunks=chunks, rows=rows, starts=starts, population=population
+    )
+
+
 def _draw(rng: np.random.Generator, population: int, count: int) -> np.ndarray:
-    if population < 64 * count:
+    """Return ``count`` different numbers below ``population``, in random order."""
+    if population < _LISTED_AT_MOST * count:
         return rng.permutation(population)[:count]
-    drawn = rng.permutation(
-        np.unique(rng.integers(0, population, 2 * count))
-    )  # a large layer is not listed
-    return drawn[:count]
+    # Twice as many are drawn, so that enough different ones are left.
+    drawn = np.unique(rng.integers(0, population, 2 * count))
+    return rng.permutation(drawn)[:count]
 
 
-@dataclass(frozen=True)
+def _stacked(samples: list[_LayerSample]) -> SampleStack:
+    return SampleStack(
+        columns=np.array([sample.column for sample in samples]),
+        chunks=mx.concatenate([sample.chunks for sample in samples]),
+        rows=np.stack([sample.rows for sample in samples]),
+        starts=np.stack([sample.starts for sample in samples]),
+        population=np.array([sample.population for sample in samples]),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChunkErrors:
     """Errors of one config on one stack.
 
@@ -170,8 +213,8 @@ class ChunkErrors:
     largest: np.ndarray
 
 
-def evaluate(stack: Stack, config: QuantConfig, amax: np.ndarray) -> ChunkErrors:
-    """Round-trip a stack through a config by rounding to nearest.
+def roundtrip_errors(stack: SampleStack, config: QuantConfig, amax: np.ndarray) -> ChunkErrors:
+    """Quantize and dequantize a stack by rounding to nearest, and return its errors.
 
     Args:
         stack: the sample; its width is a multiple of the group size.
@@ -179,13 +222,15 @@ def evaluate(stack: Stack, config: QuantConfig, amax: np.ndarray) -> ChunkErrors
         amax: ``(L,)``, largest magnitude of each whole layer; NaN takes that of its sample.
     """
     weight = stack.chunks.astype(mx.float32)
-    seen = np.array(mx.abs(weight).reshape(len(stack.columns), -1).max(1))
-    amax = np.where(np.isnan(amax), seen, amax).astype(np.float32)
-    per_chunk = mx.array(np.repeat(amax, stack.rows.shape[1]))[:, None]
-    stored = config.scheme.roundtrip(stack.chunks, config, mx.float32, per_chunk)
-    error = stored - weight
+    largest_sampled = stack.largest(mx.abs(weight))
+    amax = np.where(np.isnan(amax), largest_sampled, amax).astype(np.float32)
+    # (L·n, 1): formats with one scale for a whole tensor need the tensor's largest magnitude
+    amax_of_chunk = mx.array(np.repeat(amax, stack.rows.shape[1]))[:, None]
+    dequantized = config.scheme.roundtrip(stack.chunks, config, mx.float32, amax_of_chunk)
+    error = dequantized - weight
     squared = mx.square(error)
-    largest = mx.abs(error).reshape(len(stack.columns), -1).max(1)
-    mx.eval(squared, largest)
-    weighted = None if stack.weights is None else stack.sums(squared * stack.weights)
-    return ChunkErrors(stack.sums(squared), weighted, np.array(largest))
+    largest = stack.largest(mx.abs(error))
+    weighted = None
+    if stack.weights is not None:
+        weighted = stack.sums(squared * stack.weights)
+    return ChunkErrors(squared=stack.sums(squared), weighted=weighted, largest=largest)

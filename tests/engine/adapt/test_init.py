@@ -238,11 +238,11 @@ def test_a_layer_that_is_not_quantized_has_no_recovery(models):
 
 
 def test_survey_measures_the_plan_and_keeps_what_is_known(models):
-    from qlab.engine.quantize.study import Study
+    from qlab.engine.quantize.measurements import ModelMeasurements
     from qlab.engine.adapt.recovery import Survey
 
     module, _, spec = models
-    survey = Survey(Study(module, None, spec), None, None)
+    survey = Survey(ModelMeasurements(module, None, spec), None, None)
     plan = QuantPlan(QuantConfig("affine", 3, 32), {"model.layers.0.mlp.up_proj": None})
     lora = LoRAConfig(rank=4)
     assert survey.found((plan, "rtn")) == ({}, False)

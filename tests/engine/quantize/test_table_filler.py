@@ -1,14 +1,18 @@
-"""Sampled numbers against exact ones, and the job that makes them."""
+"""Sampled numbers against exact ones, and the job that fills the table with them."""
 
 from __future__ import annotations
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 import qlab
 from qlab.core.config.quant import QuantConfig
+from qlab.engine.models.surgery import module_at
+from qlab.nn.linear import weight_of
 from qlab.runtime.job import Job
-from qlab.engine.quantize.study import Study
+from qlab.runtime.job import mlx_call
+from qlab.engine.quantize.measurements import ModelMeasurements
 
 CONFIGS = [
     QuantConfig(m, b)
@@ -28,19 +32,19 @@ def run(events):
 
 
 @pytest.fixture(scope="module")
-def study(demo):
-    made = Study(demo.module, demo.tokenizer, demo.spec)
-    run(lambda: made.look(CONFIGS[0]))
+def measured(demo):
+    made = ModelMeasurements(demo.module, demo.tokenizer, demo.spec)
+    run(lambda: made.sample(CONFIGS[0]))
     return made
 
 
-def test_sampled_error_is_near_the_exact_one_and_its_standard_error_covers_it(study, demo):
-    sampled = study.measurer.table.snapshot()
+def test_sampled_error_is_near_the_exact_one_and_its_standard_error_covers_it(measured, demo):
+    sampled = measured.table.snapshot()
     off, z = [], []
     for config in CONFIGS:
-        run(lambda c=config: study.measurer.exact([c] * len(demo.spec.layers)))
+        run(lambda c=config: measured.measure_exactly(qlab.QuantPlan(c)))
         row = sampled.row(config)
-        exact = study.measurer.table.measure("relative_error")[row]
+        exact = measured.table.measure("relative_error")[row]
         guess, se = (
             sampled.measure("relative_error")[row],
             sampled.measure("relative_error_se")[row],
@@ -51,48 +55,41 @@ def test_sampled_error_is_near_the_exact_one_and_its_standard_error_covers_it(st
     assert 0.7 < np.sqrt(np.mean(np.concatenate(z) ** 2)) < 1.4
 
 
-def test_every_legal_config_of_every_layer_is_filled(study):
-    table = study.measurer.table
+def test_every_legal_config_of_every_layer_is_filled(measured):
+    table = measured.table
     assert np.isfinite(table.measure("relative_error")[table.legal]).all()
     assert np.isnan(table.measure("relative_error")[~table.legal]).all()
 
 
-def test_kurtosis_is_the_fourth_moment(study, demo):
-    from qlab.runtime.job import mlx_call
-    from qlab.nn.linear import weight_of
-    from qlab.engine.models.surgery import module_at
-
+def test_kurtosis_is_the_fourth_moment(measured, demo):
     layer = demo.spec.layers[5]
     w = mlx_call(
-        lambda: np.array(
-            weight_of(module_at(demo.module, layer.path)).astype(qlab.engine.bank.mx.float32)
-        )
-    )
-    w = w.astype(np.float64)
+        lambda: np.array(weight_of(module_at(demo.module, layer.path)).astype(mx.float32))
+    ).astype(np.float64)
     expected = ((w - w.mean()) ** 4).mean() / w.var() ** 2
-    assert study.measurer.table.kurtosis[5] == pytest.approx(expected, rel=1e-3)
+    assert measured.table.kurtosis[5] == pytest.approx(expected, rel=1e-3)
 
 
 def test_predicted_kl_adds_up_to_about_the_measured_one(demo):
-    made = Study(demo.module, demo.tokenizer, demo.spec)
+    made = ModelMeasurements(demo.module, demo.tokenizer, demo.spec)
     plan = qlab.QuantPlan(QuantConfig("affine", 4, 64))
-    run(lambda: made.look(plan.default))
+    run(lambda: made.sample(plan.default))
     run(lambda: made.predict())
-    row = made.measurer.table.row(plan.default)
-    predicted = made.measurer.table.measure("kl_nats")[row].sum()
-    measured = run(lambda: made.judge(plan, "rtn")).kl_nats
+    row = made.table.row(plan.default)
+    predicted = made.table.measure("kl_nats")[row].sum()
+    measured = run(lambda: made.evaluate(plan, "rtn")).kl_nats
     assert 0.6 < predicted / measured < 1.7
 
 
 def test_stopped_job_keeps_what_it_has_measured_and_goes_on_later(demo):
-    made = Study(demo.module, demo.tokenizer, demo.spec)
+    made = ModelMeasurements(demo.module, demo.tokenizer, demo.spec)
     seen = []
     job = Job(
-        lambda: made.look(CONFIGS[1]),
+        lambda: made.sample(CONFIGS[1]),
         on_event=lambda e: (seen.append(e), job.stop() if len(seen) == 20 else None),
     )
     assert job.start().wait() is None and job.state == "stopped"
-    known = np.isfinite(made.measurer.table.measure("relative_error")).sum()
+    known = np.isfinite(made.table.measure("relative_error")).sum()
     assert known > 0
-    run(lambda: made.look(CONFIGS[1]))
-    assert np.isfinite(made.measurer.table.measure("relative_error")).sum() > known
+    run(lambda: made.sample(CONFIGS[1]))
+    assert np.isfinite(made.table.measure("relative_error")).sum() > known
