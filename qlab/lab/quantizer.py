@@ -1,6 +1,6 @@
 """``Quantizer``: sliders over the storage of a model, and what it costs.
 
-What is chosen are traits (``quantizer_traits``); what it costs is measured by the model's measurements on
+What is chosen are traits (``quantizer_traits``); what it costs is in the model's measurements, made on
 the MLX thread; what is shown is a ``PanelState``. This file connects the three.
 """
 
@@ -318,7 +318,9 @@ class Quantizer(HasPanel, QuantizerChoice):
             "kl": lambda: self._predict(self._text),
             "exact": lambda: measured.measure_exactly(plan),
             "plan": lambda: measured.evaluate(plan, solver),
-            "layer_kl": lambda: measured.evaluate_layers([x.path for x in self._report().worst()], plan),
+            "layer_kl": lambda: measured.evaluate_layers(
+                [x.path for x in self._report().worst()], plan
+            ),
         }
         self._jobs.start(work[intent["what"]])
 
