@@ -14,6 +14,7 @@ from inspect import Parameter, signature
 from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Settings = TypeVar("Settings")
 
 
 def deprecated_name(old: str, new: str) -> None:
@@ -75,3 +76,9 @@ def positional_arguments(function: Function) -> Function:
         )
 
     return call  # type: ignore[return-value]  # wraps keeps the signature, which no type says
+
+
+def positional_settings(cls: type[Settings]) -> type[Settings]:
+    """Decorate a keyword-only dataclass so that values by position still work, with a warning."""
+    cls.__init__ = positional_arguments(cls.__init__)
+    return cls

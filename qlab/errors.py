@@ -59,39 +59,49 @@ class RankError(QlabError, RuntimeError):
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the candidate closest to ``name``, or an empty string."""
-    found = difflib.get_close_matches(str(name), list(candidates), n=1, cutoff=0.4)
-    return f" Did you mean {found[0]!r}?" if found else ""
+    matches = difflib.get_close_matches(str(name), list(candidates), n=1, cutoff=0.4)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
-def named(cls: type[T]) -> type[T]:
-    """Let a class refuse an argument that it does not know with the nearest that it knows, as a
-    file's key is refused.
+def reject_unknown_arguments(cls: type[T]) -> type[T]:
+    """Decorate a class so that it answers an unknown argument with the nearest known one.
+
+    Python's own ``TypeError`` would not list what there is. Names with an underscore are private
+    and pass.
+
+    Raises:
+        ConfigError: from the class's constructor; names every unknown argument.
     """
     make = cls.__init__
-    legal = tuple(
+    legal = [
         name for name in signature(make).parameters if name != "self" and not name.startswith("_")
-    )
+    ]
 
     @wraps(make)
     def init(self: Any, *args: Any, **settings: Any) -> None:
-        unknown = [key for key in settings if key not in legal and not key.startswith("_")]
+        unknown = [name for name in settings if name not in legal and not name.startswith("_")]
         if unknown:
-            told = " ".join(f"{key!r} is no setting.{nearest(key, legal)}" for key in unknown)
-            raise ConfigError(f"{cls.__name__}: {told} The settings are {', '.join(legal)}.")
+            refusals = [f"{name!r} is no setting.{nearest(name, legal)}" for name in unknown]
+            raise ConfigError(
+                f"{cls.__name__}: {' '.join(refusals)} The settings are {', '.join(legal)}."
+            )
         make(self, *args, **settings)
 
     cls.__init__ = init
     return cls
 
 
-def sealed(cls: type[T]) -> type[T]:
-    """Let a class refuse to set, on an object once made, a public attribute that it has not.
+def reject_unknown_attributes(cls: type[T]) -> type[T]:
+    """Decorate a class so that its objects refuse to set a public attribute that they do not have.
 
-    A typo would be lost.
+    Python would accept ``q.bit = 4`` and the typo would be lost.
+
+    Raises:
+        AttributeError: from setting an attribute once the object is built; names the nearest.
     """
     make = cls.__init__
-    put = cls.__setattr__
-    # its own methods are called, not set; traitlets sets inherited ones
+    set_any = cls.__setattr__
+    # a class's methods are called, not set; what it inherits may be set, for traitlets does
     legal = {
         name
         for name in dir(cls)
@@ -101,15 +111,21 @@ def sealed(cls: type[T]) -> type[T]:
     @wraps(make)
     def init(self: Any, *args: Any, **settings: Any) -> None:
         make(self, *args, **settings)
-        self._made = True
+        self._is_built = True
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
-        has = vars(self)
-        if "_made" in has and not name.startswith("_") and name not in legal and name not in has:
-            known = [known for known in (*has, *legal) if not known.startswith("_")]
-            hint = " It is a method: call it." if hasattr(cls, name) else nearest(name, known)
-            raise AttributeError(f"{name!r} of {cls.__name__} is nothing to set.{hint}")
-        put(self, name, value)
+        present = vars(self)
+        is_known = name.startswith("_") or name in legal or name in present
+        if "_is_built" in present and not is_known:
+            raise AttributeError(
+                f"{cls.__name__} has no settable attribute {name!r}.{hint(name, present)}"
+            )
+        set_any(self, name, value)
+
+    def hint(name: str, present: Iterable[str]) -> str:
+        if hasattr(cls, name):
+            return " It is a method: call it."
+        return nearest(name, [x for x in (*present, *legal) if not x.startswith("_")])
 
     cls.__init__ = init
     cls.__setattr__ = set_attribute

@@ -23,7 +23,7 @@ from qlab.engine.adapt.files import load_adapter, save_adapter
 from qlab.engine.adapt.fuse import fuse, preview
 from qlab.engine.adapt.recovery import Survey
 from qlab.engine.io.loaded import Loaded
-from qlab.errors import ConfigError, named, sealed
+from qlab.errors import ConfigError, reject_unknown_arguments, reject_unknown_attributes
 from qlab.lab.adapted_model import AdaptedModel
 from qlab.lab.adapter_base import AdapterBase
 from qlab.lab.adapter_traits import TRAITS
@@ -38,8 +38,8 @@ from qlab.views.adapter.widget import AdapterPanel
 AUTO_OUTPUT_SIZE = 1e9
 
 
-@named
-@sealed
+@reject_unknown_arguments
+@reject_unknown_attributes
 class Adapter(HasPanel, AdaptedModel):
     """Small trainable changes of a frozen model.
 

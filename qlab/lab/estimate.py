@@ -14,7 +14,7 @@ from qlab.core.memory.setup import Setup
 from qlab.core.panels.estimate import BUDGETS, Choice, EstimateState
 from qlab.deprecated import deprecated_name
 from qlab.engine.memory.forecast import Forecast
-from qlab.errors import sealed
+from qlab.errors import reject_unknown_attributes
 from qlab.lab.estimate_findings import Findings
 from qlab.lab.estimate_link import TraitLink
 from qlab.lab.estimate_source import this_machine
@@ -155,7 +155,7 @@ def _restored(value: MemoryEstimate) -> MemoryEstimate:
     return value
 
 
-@sealed
+@reject_unknown_attributes
 class LiveEstimate(HasPanel):
     """An estimate whose settings move: by its sliders, or with the quantizer or adapter it is of.
 

@@ -22,12 +22,12 @@ from qlab.engine.io.loaded import Loaded
 from qlab.engine.io.save import save as _save
 from qlab.engine.models.skeleton import describe
 from qlab.engine.quantize.measurements import ModelMeasurements
-from qlab.errors import LoadError, sealed
+from qlab.errors import LoadError, reject_unknown_attributes
 from qlab.runtime.job import mlx_call
 from qlab.runtime.limits import release
 
 
-@sealed
+@reject_unknown_attributes
 class Model:
     """A language model in this kernel, as ``qlab.load`` or ``Quantizer.quantize`` returns it.
 

@@ -19,7 +19,7 @@ from qlab.core.quantize.compare import compare
 from qlab.core.quantize.report import QuantReport, report_of
 from qlab.deprecated import positional_arguments
 from qlab.engine.io.loaded import Loaded
-from qlab.errors import ConfigError, named, sealed
+from qlab.errors import ConfigError, reject_unknown_arguments, reject_unknown_attributes
 from qlab.lab.model import Model
 from qlab.lab.panel import HasPanel, PanelViews
 from qlab.lab.quantizer_traits import STORAGE_TRAITS, QuantizerChoice, quant_config
@@ -35,8 +35,8 @@ _END_TO_END = ("kl_nats", "perplexity", "perplexity_before")  # of an EvalReport
 Work = Generator[Progress, None, Any]
 
 
-@named
-@sealed
+@reject_unknown_arguments
+@reject_unknown_attributes
 class Quantizer(HasPanel, QuantizerChoice):
     """Storage of a model's weights, with its error and its size at once.
 

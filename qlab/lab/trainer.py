@@ -30,7 +30,7 @@ from qlab.engine.evaluate.generate import checked_prompts
 from qlab.engine.train import checkpoint, run_folder
 from qlab.engine.train import setup as prepare
 from qlab.engine.train.session import Made, Session
-from qlab.errors import BusyError, ConfigError, named, sealed
+from qlab.errors import BusyError, ConfigError, reject_unknown_arguments, reject_unknown_attributes
 from qlab.lab.adapter import Adapter
 from qlab.lab.estimation import estimate, with_largest_window
 from qlab.lab.judging import judged
@@ -64,8 +64,8 @@ def _accept_old_class_call(resume: Callable[[Any], None]) -> Callable[[Any], Non
     return resume_or_load
 
 
-@named
-@sealed
+@reject_unknown_arguments
+@reject_unknown_attributes
 class Trainer:
     """A training run. As the last line of a cell it is a panel.
 

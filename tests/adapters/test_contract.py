@@ -39,7 +39,7 @@ def base(storage: QuantConfig | None = None, bias: bool = True, dequantize: bool
 
 def made(kind: str, on: Frozen | None = None, **settings) -> nn.Module:
     config = LoRAConfig(kind=kind, **{"rank": 4, **settings})
-    return config.adapter.make(on or base(), (OUT, WIDTH), config)
+    return config.adapter_kind.make(on or base(), (OUT, WIDTH), config)
 
 
 def stir(adapter: nn.Module, kind: str) -> None:
@@ -87,7 +87,7 @@ def test_on_a_model_exactly_what_was_declared_is_trainable(kind, dropout):
     declared = {
         f"{layer.path}.{name}": shape
         for layer in lora.targets(spec)
-        for name, shape in lora.adapter.shapes(layer.shape, 4).items()
+        for name, shape in lora.adapter_kind.shapes(layer.shape, 4).items()
     }
     assert found == declared and len(lora.targets(spec)) == 5
     assert lora.size(spec) == sum(
@@ -254,12 +254,12 @@ def test_on_an_embedding_look_up_and_head_use_the_same_changed_weight(kind, stor
         quantized_layer(layer, "x", storage, "rtn", None) if storage else layer, mx.float32, True
     )
     config = LoRAConfig(kind=kind, rank=4, scale=0.7)
-    adapter = config.adapter.make(layer, (96, WIDTH), config)
+    adapter = config.adapter_kind.make(layer, (96, WIDTH), config)
     tokens, hidden = mx.array([[3, 95, 0]]), mx.random.normal((2, 3, WIDTH))
     assert mx.array_equal(adapter(tokens), layer(tokens)) and mx.array_equal(
         adapter.as_linear(hidden), layer.as_linear(hidden)
     )
-    declared = config.adapter.shapes((96, WIDTH), 4, "embedding")
+    declared = config.adapter_kind.shapes((96, WIDTH), 4, "embedding")
     assert {
         name: array.shape for name, array in tree_flatten(adapter.trainable_parameters())
     } == declared
@@ -293,7 +293,7 @@ def test_dora_keeps_no_dense_weight_for_the_way_back():
         layer = quantized_layer(
             nn.Linear(width, width, bias=False), "x", QuantConfig("nf4"), "rtn", None
         )
-        chain.append(config.adapter.make(Frozen(layer, None, True), (width, width), config))
+        chain.append(config.adapter_kind.make(Frozen(layer, None, True), (width, width), config))
     mx.eval([adapter.parameters() for adapter in chain])
     x = mx.random.normal((16, width))
 

@@ -138,9 +138,13 @@ def test_a_mixture_in_every_storage_says_what_its_dense_numbers_say(storage, nam
 
 def made(kind: str, layer: SwitchLinear, **settings):
     config = LoRAConfig(kind=kind, **{"rank": RANK, "scale": 0.7, **settings})
-    adapter = config.adapter.make(FrozenExperts(layer, None, True), (EXPERTS, OUT, WIDTH), config)
+    adapter = config.adapter_kind.make(
+        FrozenExperts(layer, None, True), (EXPERTS, OUT, WIDTH), config
+    )
     adapter.freeze()
-    adapter.unfreeze(keys=list(config.adapter.shapes((EXPERTS, OUT, WIDTH), RANK)), recurse=False)
+    adapter.unfreeze(
+        keys=list(config.adapter_kind.shapes((EXPERTS, OUT, WIDTH), RANK)), recurse=False
+    )
     return adapter
 
 

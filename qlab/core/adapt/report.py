@@ -106,7 +106,7 @@ def report_of(
 
 def _layer(layer: LayerSpec, config: LoRAConfig, recovery: Recovery | None) -> LayerAdapter:
     rank = config.rank
-    size = config.adapter.size(layer.shape, rank)
+    size = config.adapter_kind.size(layer.shape, rank)
     row = LayerAdapter(path=layer.path, rank=rank, size=size, nbytes=size * config.itemsize)
     if recovery is None:
         return row

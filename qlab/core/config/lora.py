@@ -1,29 +1,56 @@
-"""What a kind of adapter must declare and do. The kinds themselves are files in ``adapters/``.
+"""Adapters: what a user may ask for (``LoRAConfig``) and what a kind must do (``AdapterKind``).
 
-Knows no model.
+The kinds themselves are files in ``adapters/``. The engine asks a kind for everything that depends
+on it, so a kind registered in a notebook cell works everywhere. Knows no array library.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from math import sqrt
+from math import prod, sqrt
 from typing import Any
 
 from qlab import registry
 from qlab.core.config.legal import check_choice, check_flag, check_number, check_whole, is_whole
 from qlab.core.config.spec import LayerSpec, ModelSpec
-from qlab.errors import ConfigError, LayerNotFoundError, named, nearest
+from qlab.deprecated import deprecated_name, positional_settings
+from qlab.errors import (
+    ConfigError,
+    LayerNotFoundError,
+    UnsupportedError,
+    nearest,
+    reject_unknown_arguments,
+)
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 class AdapterKind(ABC):
     """A small trainable change of a frozen layer. One instance per kind stands on the shelf.
 
+    A subclass must declare the shapes of its arrays and make a module. With ``change`` it can be
+    fused and previewed too; with ``compensated`` it has the error-compensating initializations.
+
+    Example:
+        >>> class Gain(qlab.AdapterKind):  # y = (1 + gain) · base(x)
+        ...     name, title = "gain", "a gain for every output"
+        ...     def shapes(self, shape, rank, kind="linear"):
+        ...         return {"gain": shape[:-1]}
+        ...     def make(self, base, shape, config):
+        ...         return GainLayer(base, shape)  # an mlx.nn.Module with a parameter ``gain``
+        ...     def change(self, arrays, weight, config, kind):
+        ...         return arrays["gain"][..., None] * weight
+        >>> qlab.register("adapters", Gain())
+        >>> a = qlab.Adapter(model, kind="gain")
+
     Attributes:
         name: the ``kind`` that a user types.
         title: one line that says what it is.
-        adapts: kinds of layers that it can change: ``linear``, ``embedding``, ``switch``.
+        adapts: kinds of layers that it can change: ``linear``, ``embedding``, ``switch`` (the
+            experts of a mixture).
     """
 
     name: str
@@ -31,10 +58,8 @@ class AdapterKind(ABC):
     adapts: tuple[str, ...] = ("linear",)
 
     @abstractmethod
-    def shapes(
-        self, shape: tuple[int, ...], rank: int, kind: str = "linear"
-    ) -> dict[str, tuple[int, ...]]:
-        """Shapes of the trainable arrays, by parameter name.
+    def shapes(self, shape: tuple[int, ...], rank: int, kind: str = "linear") -> Shapes:
+        """Return the shapes of the trainable arrays, by parameter name.
 
         Args:
             shape: ``(out, in)`` of the weight; of an embedding ``(tokens, width)``, of experts
@@ -44,15 +69,12 @@ class AdapterKind(ABC):
         """
 
     def size(self, shape: tuple[int, ...], rank: int) -> int:
-        """Number of trainable parameters on a weight of shape ``(…, out, in)``."""
-        from math import prod
-
-        return sum(prod(s) for s in self.shapes(shape, rank).values())
+        """Return the number of trainable parameters on a weight of shape ``(…, out, in)``."""
+        return sum(prod(array) for array in self.shapes(shape, rank).values())
 
     @abstractmethod
     def make(self, base: Any, shape: tuple[int, ...], config: LoRAConfig) -> Any:
-        """Return a module that runs the frozen ``base`` and adds the change, at first without
-        effect.
+        """Return a module that runs a frozen layer and adds the change, at first without effect.
 
         Args:
             base: a frozen layer: callable, ``dense(dtype)`` returns its weight ``(…, out, in)``,
@@ -74,11 +96,43 @@ class AdapterKind(ABC):
             norms: ``(…, out)``, lengths of the rows of the weight before it was quantized.
 
         Raises:
-            ConfigError: the kind cannot start so.
+            ConfigError: the kind has no error-compensating initialization.
         """
         raise ConfigError(
-            f"kind={self.name!r} cannot make up for the quantization error; use init='default'."
+            f"kind={self.name!r} has no error-compensating initialization; use init='default'."
         )
+
+    def change(self, arrays: Mapping[str, Any], weight: Any, config: LoRAConfig, kind: str) -> Any:
+        """Return D, what trained arrays add to a layer's weight; ``fuse`` and ``preview`` need it.
+
+        Args:
+            arrays: the layer's trained arrays by name, float32.
+            weight: the base's dequantized weight, float32 ``(…, out, in)``.
+            config: rank and scale.
+            kind: of the layer: ``linear``, ``embedding`` or ``switch``.
+
+        Returns:
+            float32 ``(…, out, in)``, the shape of the weight.
+
+        Raises:
+            UnsupportedError: the kind does not say what it adds.
+        """
+        raise UnsupportedError(
+            f"kind={self.name!r} cannot be fused: it does not say what it adds to the weight "
+            "(AdapterKind.change)."
+        )
+
+    def mlx_obstacle(self, layer: LayerSpec) -> str | None:
+        """Return why stock mlx-lm cannot run the kind on a layer, after "it"; None if it can."""
+        return f"it has no kind {self.name!r}"
+
+    def peft_obstacle(self, layer: LayerSpec) -> str | None:
+        """Return why PEFT cannot run the kind on a layer, as a clause; None if it can."""
+        return f"PEFT has no kind {self.name!r}"
+
+    def peft_settings(self) -> dict[str, Any] | None:
+        """Return the options of PEFT's ``LoraConfig`` that mean this kind; None if none do."""
+        return None
 
 
 INITS = {
@@ -89,12 +143,20 @@ INITS = {
 }
 ALL_LINEAR = "all-linear"
 _DTYPES = {"float32": 4, "bfloat16": 2}  # in float16 the optimizers' small constants round to 0
+_LAYER_KINDS = {"linear": "linear", "embedding": "an embedding", "switch": "a stack of experts"}
 
 
-@named
-@dataclass(frozen=True)
+@positional_settings
+@reject_unknown_arguments
+@dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """A low-rank adapter: ``W + scale · B·A`` on chosen layers.
+
+    Example:
+        >>> config = qlab.LoRAConfig(rank=16, keys=("q_proj", "v_proj"))
+        >>> config.alpha
+        32.0
+        >>> qlab.estimate(model, adapter=config).total_nbytes
 
     Args:
         rank: inner width of the two factors.
@@ -104,14 +166,14 @@ class LoRAConfig:
         keys: layers to adapt, each a name such as ``q_proj``, the end of a path, a pattern, or
             ``all-linear``; None means the same as ``all-linear``, and what mlx-lm means by it:
             every linear layer within the blocks, the experts of a mixture too (each expert gets
-            factors of its own). Embeddings and the head only by name.
-        kind: a file on the shelf ``adapters``.
+            factors for itself). Embeddings and the head only by name.
+        kind: a file on the shelf ``adapters``; ``adapter_kind`` is the object.
         dtype: of the factors: ``float32`` or ``bfloat16``; products are made in the activations'
             dtype.
         rslora: whether alpha is divided by the root of the rank instead of the rank (Kalajdzievski
             2023, arXiv:2312.03732).
-        init: what the factors are before the first step: ``default`` (no change of the model) or a
-            start that makes up for the quantization error (``engine/adapt/init.py``).
+        init: what the factors are before the first step: ``default`` (the model stays as it is) or
+            an error-compensating initialization (``engine/adapt/init.py``).
 
     Raises:
         ConfigError: a value is not legal.
@@ -131,40 +193,41 @@ class LoRAConfig:
         check_whole("rank", self.rank, 1)
         if not is_whole(self.num_layers, -1) or self.num_layers == 0:
             raise ConfigError(
-                f"num_layers={self.num_layers!r} is not legal; it is a number of blocks, or -1 for all."
+                f"num_layers={self.num_layers!r} is not legal; "
+                "it is a number of blocks, or -1 for all."
             )
         check_number("scale", self.scale, "a number other than 0", lambda x: x != 0)
         check_number("dropout", self.dropout, "a share in [0, 1)", lambda x: 0 <= x < 1)
-        keys = (self.keys,) if isinstance(self.keys, str) else self.keys
-        if keys is not None:
-            if (
-                not isinstance(keys, (list, tuple))
-                or not keys
-                or not all(isinstance(key, str) for key in keys)
-            ):
-                raise ConfigError(
-                    f"keys={self.keys!r} is not legal; it is a list of names or patterns of layers, or None for all."
-                )
-            object.__setattr__(self, "keys", tuple(keys))
+        object.__setattr__(self, "keys", _keys(self.keys))
         check_choice("dtype", self.dtype, _DTYPES)
         check_flag("rslora", self.rslora)
         check_choice("init", self.init, INITS)
-        _ = self.adapter
+        _ = self.adapter_kind  # refuses a name that is not on the shelf
 
     @property
-    def adapter(self) -> AdapterKind:
+    def adapter_kind(self) -> AdapterKind:
         """The kind on the shelf that this config names."""
         return registry.get("adapters", self.kind)
 
     @property
+    def adapter(self) -> AdapterKind:
+        """Old name of ``adapter_kind``."""
+        deprecated_name("LoRAConfig.adapter", "LoRAConfig.adapter_kind")
+        return self.adapter_kind
+
+    @property
     def alpha(self) -> float:
         """Scale × rank; with ``rslora`` scale × the root of the rank."""
-        return self.scale * (sqrt(self.rank) if self.rslora else self.rank)
+        return self.scale * self._alpha_divisor
+
+    @property
+    def _alpha_divisor(self) -> float:
+        return sqrt(self.rank) if self.rslora else self.rank
 
     def with_alpha(self, alpha: float) -> LoRAConfig:
         """Return the same adapter with the scale that gives this alpha."""
         check_number("alpha", alpha, "a number other than 0", lambda x: x != 0)
-        return replace(self, scale=alpha / (sqrt(self.rank) if self.rslora else self.rank))
+        return replace(self, scale=alpha / self._alpha_divisor)
 
     def scaled(self, alpha: float | None, scale: float | None) -> LoRAConfig:
         """Return the same adapter with this alpha or this scale; with neither, as it is.
@@ -176,18 +239,21 @@ class LoRAConfig:
             raise ConfigError(
                 f"alpha={alpha!r} and scale={scale!r} say the same thing twice; give one of them."
             )
-        return (
-            self.with_alpha(alpha)
-            if alpha is not None
-            else self
-            if scale is None
-            else replace(self, scale=scale)
-        )
+        if alpha is not None:
+            return self.with_alpha(alpha)
+        if scale is not None:
+            return replace(self, scale=scale)
+        return self
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one number of the factors."""
+        """Bytes of one trainable parameter."""
         return _DTYPES[self.dtype]
+
+    def size(self, spec: ModelSpec) -> int:
+        """Return the number of trainable parameters on a model."""
+        kind = self.adapter_kind
+        return sum(kind.size(layer.shape, self.rank) for layer in self.targets(spec))
 
     def targets(self, spec: ModelSpec) -> tuple[LayerSpec, ...]:
         """Return the layers of a model that get adapters, in model order.
@@ -197,61 +263,83 @@ class LoRAConfig:
                 key of a layer that the kind does not adapt.
             LayerNotFoundError: a key matches no layer; names the nearest.
         """
-        blocks = spec.blocks
-        if self.num_layers > len(blocks):
-            raise ConfigError(
-                f"num_layers={self.num_layers}, but {spec.name!r} has {len(blocks)} blocks; use -1 for all."
-            )
-        taken = set(blocks if self.num_layers < 0 else blocks[-self.num_layers :])
-        found = tuple(
-            x for x in spec.layers if self._wants(x) and (x.block is None or x.block in taken)
-        )
+        blocks = self._blocks(spec)
         for key in self.keys or ():
-            matched = [layer for layer in spec.layers if _matches(layer, key)]
-            if matched and not any(layer.kind in self.adapter.adapts for layer in matched):
-                kind = {
-                    "linear": "linear",
-                    "embedding": "an embedding",
-                    "switch": "a stack of experts",
-                }[matched[0].kind]
-                adapts = " and ".join(self.adapter.adapts)
-                raise ConfigError(
-                    f"{matched[0].path!r} is {kind}; kind={self.kind!r} adapts {adapts} layers."
-                )
-            if not matched:
-                names = {layer.role.split(".")[-1] for layer in spec.layers} | {
-                    layer.role for layer in spec.layers
-                }
-                raise LayerNotFoundError(
-                    f"No layer of {spec.name!r} matches the key {key!r}.{nearest(key, names)}"
-                )
-        if not found:
+            self._check_key(key, spec)
+        targets = tuple(layer for layer in spec.layers if self._adapts(layer, blocks))
+        if not targets:
             raise ConfigError(
-                f"No layer of {spec.name!r} gets an adapter: keys={self.keys!r}, num_layers={self.num_layers}."
+                f"No layer of {spec.name!r} gets an adapter: "
+                f"keys={self.keys!r}, num_layers={self.num_layers}."
             )
-        for layer in found:
-            if self.rank > min(layer.shape[-2:]):
-                width = " × ".join(map(str, layer.shape))
-                raise ConfigError(
-                    f"rank={self.rank} is above the width of {layer.path!r} ({width}); the largest is {min(layer.shape[-2:])}."
-                )
-        return found
+        for layer in targets:
+            self._check_rank(layer)
+        return targets
 
-    def size(self, spec: ModelSpec) -> int:
-        """Number of trainable parameters on a model."""
-        return sum(self.adapter.size(layer.shape, self.rank) for layer in self.targets(spec))
+    def _blocks(self, spec: ModelSpec) -> set[int]:
+        """Numbers of the blocks that get adapters."""
+        if self.num_layers > len(spec.blocks):
+            raise ConfigError(
+                f"num_layers={self.num_layers}, but {spec.name!r} has {len(spec.blocks)} blocks; "
+                "use -1 for all."
+            )
+        if self.num_layers < 0:
+            return set(spec.blocks)
+        return set(spec.blocks[-self.num_layers :])
 
-    def _wants(self, layer: LayerSpec) -> bool:
-        if layer.kind not in self.adapter.adapts:
+    def _adapts(self, layer: LayerSpec, blocks: set[int]) -> bool:
+        if layer.kind not in self.adapter_kind.adapts:
+            return False
+        if layer.block is not None and layer.block not in blocks:
             return False
         return any(_matches(layer, key) for key in self.keys or (ALL_LINEAR,))
+
+    def _check_key(self, key: str, spec: ModelSpec) -> None:
+        """Refuse a key that names no layer, or only layers that the kind cannot change."""
+        matches = [layer for layer in spec.layers if _matches(layer, key)]
+        if not matches:
+            roles = {layer.role for layer in spec.layers}
+            names = roles | {role.split(".")[-1] for role in roles}
+            raise LayerNotFoundError(
+                f"No layer of {spec.name!r} matches the key {key!r}.{nearest(key, names)}"
+            )
+        adapts = self.adapter_kind.adapts
+        if not any(layer.kind in adapts for layer in matches):
+            first = matches[0]
+            raise ConfigError(
+                f"{first.path!r} is {_LAYER_KINDS[first.kind]}; "
+                f"kind={self.kind!r} adapts {' and '.join(adapts)} layers."
+            )
+
+    def _check_rank(self, layer: LayerSpec) -> None:
+        largest = min(layer.shape[-2:])
+        if self.rank > largest:
+            width = " × ".join(map(str, layer.shape))
+            raise ConfigError(
+                f"rank={self.rank} is above the width of {layer.path!r} ({width}); "
+                f"the largest is {largest}."
+            )
+
+
+def _keys(keys: Any) -> tuple[str, ...] | None:
+    """Return the keys as a tuple; one name may stand alone."""
+    if keys is None:
+        return None
+    names = (keys,) if isinstance(keys, str) else keys
+    legal = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not legal or not names:
+        raise ConfigError(
+            f"keys={keys!r} is not legal; "
+            "it is a list of names or patterns of layers, or None for all."
+        )
+    return tuple(names)
 
 
 def _matches(layer: LayerSpec, key: str) -> bool:
     if key == ALL_LINEAR:
         return layer.kind != "embedding" and layer.block is not None
-    if (
-        layer.kind == "embedding" and key.split(".")[-1] == "*"
-    ):  # whatever the place, an embedding wants to be named
-        return False
-    return layer.path == key or layer.path.endswith(f".{key}") or fnmatchcase(layer.path, key)
+    if layer.kind == "embedding" and key.split(".")[-1] == "*":
+        return False  # a pattern of any layer does not name the embedding
+    if layer.path == key or layer.path.endswith(f".{key}"):
+        return True
+    return fnmatchcase(layer.path, key)

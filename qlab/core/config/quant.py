@@ -16,7 +16,7 @@ from typing import Any
 
 from qlab import registry
 from qlab.core.config.legal import is_number, is_whole
-from qlab.errors import ConfigError, named
+from qlab.errors import ConfigError, reject_unknown_arguments
 
 _ITEMSIZES = {
     "bool_": 1,
@@ -194,13 +194,19 @@ class Scheme(ABC):
         return 8 * self.nbytes(shape, config, itemsize) / prod(shape)
 
 
-@named
+@reject_unknown_arguments
 @dataclass(frozen=True)
 class QuantConfig:
-    """Storage of one weight.
+    """Storage of one weight: a scheme, the bits of a code and the size of a group.
+
+    Example:
+        >>> qlab.QuantConfig("affine", bits=3)
+        QuantConfig(mode='affine', bits=3, group_size=64)
+        >>> qlab.QuantConfig("mxfp4").label
+        'mxfp4 4-bit g32'
 
     Args:
-        mode: name of a scheme on the shelf.
+        mode: name of a scheme on the shelf; ``scheme`` is the object.
         bits: bits per code; None takes the scheme's default.
         group_size: weights that share a scale; None takes the scheme's default.
 
@@ -215,16 +221,12 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         scheme = self.scheme
-        object.__setattr__(
-            self, "bits", _legal("bits", self.bits, scheme.bits, scheme.default_bits, scheme)
-        )
-        object.__setattr__(
-            self,
-            "group_size",
-            _legal(
-                "group_size", self.group_size, scheme.group_sizes, scheme.default_group_size, scheme
-            ),
-        )
+        bits = scheme.default_bits if self.bits is None else self.bits
+        size = scheme.default_group_size if self.group_size is None else self.group_size
+        _check_legal("bits", bits, scheme.bits, scheme)
+        _check_legal("group_size", size, scheme.group_sizes, scheme)
+        object.__setattr__(self, "bits", bits)
+        object.__setattr__(self, "group_size", size)
 
     @property
     def scheme(self) -> Scheme:
@@ -237,39 +239,51 @@ class QuantConfig:
         return f"{self.mode} {self.bits}-bit g{self.group_size}"
 
 
-def _legal(
-    word: str, value: int | None, legal: tuple[int, ...], default: int, scheme: Scheme
-) -> int:
-    if value is None:
-        return default
-    if not is_whole(value) or value not in legal:
-        hint = ""
-        if is_number(value):
-            hint = f" The nearest is {min(legal, key=lambda x: abs(x - value))}."
-        raise ConfigError(
-            f"{word}={value!r} is not legal for mode {scheme.name!r}; it has {', '.join(map(str, legal))}.{hint}"
-        )
-    return value
+def _check_legal(name: str, value: Any, legal: tuple[int, ...], scheme: Scheme) -> None:
+    if is_whole(value) and value in legal:
+        return
+    hint = ""
+    if is_number(value):
+        closest = min(legal, key=lambda x: abs(x - value))
+        hint = f" The nearest is {closest}."
+    raise ConfigError(
+        f"{name}={value!r} is not legal for mode {scheme.name!r}; "
+        f"it has {', '.join(map(str, legal))}.{hint}"
+    )
 
 
 def stock_config(mode: str, bits: int, group_size: int) -> QuantConfig:
-    """Return the config of what mlx-lm calls a mode (its nvfp4 has no scale of the tensor).
+    """Return the config of a mode of stock mlx-lm.
+
+    Modes have the same names here, but for mlx-lm's ``nvfp4``, which has no scale of the tensor.
 
     Raises:
         ConfigError: no scheme reads that mode.
     """
-    names = [s.name for s in registry.shelf("schemes").values() if s.stock_mode == mode]
-    return QuantConfig(mode if mode in names else next(iter(names), mode), bits, group_size)
+    schemes = registry.shelf("schemes").values()
+    names = [scheme.name for scheme in schemes if scheme.stock_mode == mode]
+    if names and mode not in names:
+        return QuantConfig(names[0], bits, group_size)
+    return QuantConfig(mode, bits, group_size)
 
 
-@named
+@reject_unknown_arguments
 @dataclass(frozen=True)
 class QuantPlan:
-    """Storage of every layer of a model.
+    """Storage of every layer of a model: one config, and layers that differ from it.
+
+    Example:
+        >>> eight = qlab.QuantConfig("affine", bits=8)
+        >>> plan = qlab.QuantPlan(qlab.QuantConfig("mxfp4"), {"lm_head": eight})
+        >>> plan.config_for("lm_head").bits
+        8
 
     Args:
         default: for each quantizable layer that has no override.
-        overrides: by layer path; None keeps that layer at its own precision.
+        overrides: by layer path; None keeps that layer at its present precision.
+
+    Raises:
+        ConfigError: an override is neither a config nor None.
     """
 
     default: QuantConfig = field(default_factory=lambda: QuantConfig())
@@ -281,17 +295,17 @@ class QuantPlan:
                 raise ConfigError(
                     f"overrides[{path!r}]={config!r} is not legal; it is a QuantConfig, or None."
                 )
-        object.__setattr__(
-            self, "overrides", MappingProxyType(dict(sorted(self.overrides.items())))
-        )
+        in_order = dict(sorted(self.overrides.items()))
+        object.__setattr__(self, "overrides", MappingProxyType(in_order))
 
     def config_for(self, path: str) -> QuantConfig | None:
-        """Return the config of a layer, or None where it stays at its own precision."""
+        """Return the config of a layer, or None where it stays at its present precision."""
         return self.overrides.get(path, self.default)
 
     def with_override(self, path: str, config: QuantConfig | None) -> QuantPlan:
-        """Return the same plan with one override more; an override equal to the default is dropped."""
-        overrides = {k: v for k, v in self.overrides.items() if k != path}
+        """Return the same plan with one more override; one equal to the default is dropped."""
+        overrides = dict(self.overrides)
+        overrides.pop(path, None)
         if config != self.default:
             overrides[path] = config
         return QuantPlan(self.default, overrides)
@@ -300,9 +314,14 @@ class QuantPlan:
     def label(self) -> str:
         """Short name, such as ``affine 4-bit g64`` or ``affine 4-bit g64 (2 layers otherwise)``."""
         count = len(self.overrides)
-        return self.default.label + (
-            f" ({count} layer{'s' * (count > 1)} otherwise)" if count else ""
-        )
+        if not count:
+            return self.default.label
+        layers = "layer" if count == 1 else "layers"
+        return f"{self.default.label} ({count} {layers} otherwise)"
+
+    def __reduce__(self) -> tuple[type[QuantPlan], tuple[QuantConfig, dict]]:
+        # a mapping proxy can neither be pickled nor copied
+        return QuantPlan, (self.default, dict(self.overrides))
 
     def __hash__(self) -> int:
         return hash((self.default, tuple(self.overrides.items())))

@@ -1,6 +1,6 @@
-"""What an optimizer must declare and do. The optimizers themselves are files in ``optimizers/``.
+"""Training runs: what a user may ask for (``TrainConfig``) and what an optimizer must do.
 
-Knows no model.
+The optimizers themselves are files in ``optimizers/``. Knows no model and no array library.
 """
 
 from __future__ import annotations
@@ -11,16 +11,27 @@ from typing import Any
 
 from qlab import registry
 from qlab.core.config.legal import check_choice, check_flag, check_number, check_whole
-from qlab.errors import named
+from qlab.deprecated import deprecated_name, positional_settings
+from qlab.errors import reject_unknown_arguments
 
 
 class OptimizerKind(ABC):
     """How parameters are changed by gradients. One instance per kind stands on the shelf.
 
+    Example:
+        >>> class Sgd(qlab.OptimizerKind):
+        ...     name, title, elementwise = "sgd", "plain gradient descent", True
+        ...     def state_nbytes(self, shape, itemsize):
+        ...         return 0
+        ...     def make(self, learning_rate, weight_decay=0.0):
+        ...         return mlx.optimizers.SGD(learning_rate, weight_decay=weight_decay)
+        >>> qlab.register("optimizers", Sgd())
+        >>> config = qlab.TrainConfig(optimizer="sgd")
+
     Attributes:
         name: the ``optimizer`` that a user types.
         title: one line that says what it is.
-        elementwise: whether each number is updated by itself, with state of the parameter's own
+        elementwise: whether each element is updated by itself, with state of the parameter's
             shape. Then all parameters are updated as one vector, to the same bits; False is always
             right.
     """
@@ -31,40 +42,51 @@ class OptimizerKind(ABC):
 
     @abstractmethod
     def state_nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
-        """Bytes kept from step to step for one parameter.
+        """Return the bytes that stay from step to step for one trainable array.
 
         Args:
-            shape: of the parameter.
-            itemsize: bytes of one of its numbers.
+            shape: of the array.
+            itemsize: bytes of one element.
         """
 
     @abstractmethod
     def make(self, learning_rate: float, weight_decay: float = 0.0) -> Any:
-        """Return an ``mlx.optimizers.Optimizer``; decay is decoupled from the gradient."""
+        """Return an ``mlx.optimizers.Optimizer``.
+
+        Args:
+            learning_rate: once warm.
+            weight_decay: share of each parameter taken off per step and unit of learning rate,
+                decoupled from the gradient.
+        """
 
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 ON_NONFINITE = ("skip", "stop")
 
 
-@named
-@dataclass(frozen=True)
+@positional_settings
+@reject_unknown_arguments
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run.
+    """A training run: how long, on how much at once, and by which optimizer.
+
+    Example:
+        >>> config = qlab.TrainConfig(iters=500, batch_size=2, grad_checkpoint=True)
+        >>> t = qlab.Trainer(a, "rows.jsonl", config)
 
     Args:
         iters: optimizer steps.
         epochs: passes through the rows; replaces ``iters`` if given.
         batch_size: rows that pass the model at once.
         max_seq_length: tokens in the longest row; longer ones are cut.
-        learning_rate: of the optimizer, once warm.
+        learning_rate: of the optimizer, after the warm-up.
         lr_schedule: ``constant``, ``linear`` (to 0) or ``cosine`` (to 0).
         warmup: steps in which the learning rate rises from 0.
-        optimizer: a file on the shelf ``optimizers``.
+        optimizer: a file on the shelf ``optimizers``; ``optimizer_kind`` is the object.
         weight_decay: share of each parameter taken off per step and unit of learning rate.
         max_grad_norm: gradients are scaled down to this global norm; 0 leaves them as they are.
-        grad_checkpoint: keep only the input of each block, and compute the rest again on the way
-            back.
+        grad_checkpoint: store only the input of each block, and compute the rest again in the
+            backward pass.
         window: blocks in flight at once, with ``grad_checkpoint``: more are faster on a GPU and
             take more memory, for the same numbers. 0 leaves it to qlab: a run takes as many as pay
             and fit.
@@ -125,12 +147,18 @@ class TrainConfig:
             check_number("epochs", self.epochs, "a number above 0, or None", lambda x: x > 0)
         for name in ("weight_decay", "max_grad_norm"):
             check_number(name, getattr(self, name), "a number, 0 or more", lambda x: x >= 0)
-        _ = self.kind
+        _ = self.optimizer_kind  # refuses a name that is not on the shelf
+
+    @property
+    def optimizer_kind(self) -> OptimizerKind:
+        """The optimizer on the shelf that this config names."""
+        return registry.get("optimizers", self.optimizer)
 
     @property
     def kind(self) -> OptimizerKind:
-        """The optimizer on the shelf that this config names."""
-        return registry.get("optimizers", self.optimizer)
+        """Old name of ``optimizer_kind``."""
+        deprecated_name("TrainConfig.kind", "TrainConfig.optimizer_kind")
+        return self.optimizer_kind
 
     @property
     def tokens(self) -> int:

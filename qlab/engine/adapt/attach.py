@@ -80,12 +80,12 @@ def attach(
         if compute.dequantize or compute.dtype is not None or path in targets:
             frozen = FrozenExperts if spec[path].kind == "switch" else Frozen
             layer = frozen(layer, compute.dtype, compute.dequantize, keep=checkpoint)
-        return lora.adapter.make(layer, spec[path].shape, lora) if path in targets else layer  # type: ignore
+        return lora.adapter_kind.make(layer, spec[path].shape, lora) if path in targets else layer  # type: ignore
 
     made = map_layers(module, [layer.path for layer in spec.layers], make)
     made.freeze()
     for path in targets:
         module_at(made, path).unfreeze(
-            keys=list(lora.adapter.shapes(spec[path].shape, lora.rank)), recurse=False
+            keys=list(lora.adapter_kind.shapes(spec[path].shape, lora.rank)), recurse=False
         )  # type: ignore
     return made

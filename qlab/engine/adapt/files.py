@@ -266,7 +266,11 @@ def _from_mlx(
             f"it has {what}, which num_layers and keys in {_SETTINGS} {'adapt' if gone else 'do not adapt'}."
         )
     dropout = settings.get("dropout", 0.0)
-    lora = said(LoRAConfig(settings["rank"], settings["scale"], dropout, kind=kind), paths, spec)
+    lora = said(
+        LoRAConfig(rank=settings["rank"], scale=settings["scale"], dropout=dropout, kind=kind),
+        paths,
+        spec,
+    )
     return lora, arrays, ()
 
 

@@ -261,7 +261,7 @@ def _arrays(
     else:
         b, a = _pair(lora, error, inputs)  # type: ignore
         a, b = (b, a) if layer.kind == "embedding" else (a.T, b.T)
-    made = lora.adapter.compensated(a, b, mx.linalg.norm(weight, axis=-1))
+    made = lora.adapter_kind.compensated(a, b, mx.linalg.norm(weight, axis=-1))
     made = {name: array.astype(getattr(mx, lora.dtype)) for name, array in made.items()}
     mx.eval(made)
     return made

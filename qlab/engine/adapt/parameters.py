@@ -57,7 +57,7 @@ def expected(spec: ModelSpec, lora: LoRAConfig) -> dict[str, tuple[int, ...]]:
     return {
         f"{layer.path}.{name}": shape
         for layer in lora.targets(spec)
-        for name, shape in lora.adapter.shapes(layer.shape, lora.rank, layer.kind).items()
+        for name, shape in lora.adapter_kind.shapes(layer.shape, lora.rank, layer.kind).items()
     }
 
 

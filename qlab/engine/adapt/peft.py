@@ -216,7 +216,12 @@ def from_peft(
         scales[path] = alpha / (sqrt(ranks[path]) if config.get("use_rslora") else ranks[path])
     rank = max(ranks.values())
     scale = scales[next(path for path in paths if ranks[path] == rank)]
-    lora = LoRAConfig(rank, scale, config.get("lora_dropout", 0.0), kind="dora" if dora else "lora")
+    lora = LoRAConfig(
+        rank=rank,
+        scale=scale,
+        dropout=config.get("lora_dropout", 0.0),
+        kind="dora" if dora else "lora",
+    )
     lora = said(lora, paths, spec)
     made = {
         f"{p}.{n}": _padded(n, a, rank, scales[p] / scale)

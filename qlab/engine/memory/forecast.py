@@ -197,7 +197,9 @@ class Forecast:
             "weights": self.spec.other_nbytes
             + sum(x.nbytes_as(configs.get(x.path)) for x in self.spec.layers),
             "adapter": adapter.itemsize * sum(prod(s) for s in shapes),
-            "optimizer": sum(setup.train.kind.state_nbytes(s, adapter.itemsize) for s in shapes),
+            "optimizer": sum(
+                setup.train.optimizer_kind.state_nbytes(s, adapter.itemsize) for s in shapes
+            ),
         }
 
     # --- formula ----------------------------------------------------------------------------------
@@ -437,7 +439,7 @@ def _trained(adapter: LoRAConfig, spec: ModelSpec) -> list[tuple[int, ...]]:
     return [
         s
         for x in adapter.targets(spec)
-        for s in adapter.adapter.shapes(x.shape, adapter.rank, x.kind).values()
+        for s in adapter.adapter_kind.shapes(x.shape, adapter.rank, x.kind).values()
     ]
 
 

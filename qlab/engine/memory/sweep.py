@@ -192,7 +192,7 @@ def _trained_nbytes(
     for shape in {x.shape for x in targets}:
         known[shape] = np.zeros((1 + len(states), len(ranks)))
         for i, rank in enumerate(ranks):
-            arrays = lora.adapter.shapes(shape, rank).values()
+            arrays = lora.adapter_kind.shapes(shape, rank).values()
             known[shape][0, i] = lora.itemsize * sum(map(prod, arrays))
             known[shape][1:, i] = [
                 sum(s.state_nbytes(a, lora.itemsize) for a in arrays) for s in states

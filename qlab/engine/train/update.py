@@ -65,9 +65,9 @@ class Update:
 
     def __init__(self, config: TrainConfig, parameters: Arrays) -> None:
         self._most = config.max_grad_norm
-        self._whole = config.kind.elementwise
+        self._whole = config.optimizer_kind.elementwise
         self._layout = FlatLayout(parameters)
-        self._optimizer = config.kind.make(config.learning_rate, config.weight_decay)
+        self._optimizer = config.optimizer_kind.make(config.learning_rate, config.weight_decay)
         self._numbers = dict(self._optimizer.state)
         self._shapes = {
             name: (array.shape, array.dtype) for name, array in self.kept(parameters).items()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from inspect import signature
 
+import copy
+import pickle
+
 import pytest
 
 from qlab import registry
@@ -43,11 +46,30 @@ def paths(**settings) -> list[str]:
     "config",
     [
         LoRAConfig(),
-        LoRAConfig(16, 0.5, 0.1, 2, ("q_proj", "v_proj"), "lora", "bfloat16"),
+        LoRAConfig(
+            rank=16,
+            scale=0.5,
+            dropout=0.1,
+            num_layers=2,
+            keys=("q_proj", "v_proj"),
+            dtype="bfloat16",
+        ),
         LoRAConfig(keys=["q_proj"]),
         LoRAConfig(keys="mlp.*"),
         TrainConfig(),
-        TrainConfig(1, 0.5, 2, 3, 4e-5, "cosine", 6, "lion", 0.1, 0.0, True),
+        TrainConfig(
+            iters=1,
+            epochs=0.5,
+            batch_size=2,
+            max_seq_length=3,
+            learning_rate=4e-5,
+            lr_schedule="cosine",
+            warmup=6,
+            optimizer="lion",
+            weight_decay=0.1,
+            max_grad_norm=0.0,
+            grad_checkpoint=True,
+        ),
         *(TrainConfig(optimizer=name) for name in registry.shelf("optimizers")),
         *(LoRAConfig(kind=name) for name in registry.shelf("adapters")),
     ],
@@ -57,6 +79,21 @@ def test_repr_pastes_back(config):
     pasted = eval(repr(config))
     assert pasted == config and hash(pasted) == hash(config)
     assert repr(pasted) == repr(config)
+    assert pickle.loads(pickle.dumps(config)) == config and copy.deepcopy(config) == config
+
+
+def test_values_by_position_still_work_and_warn():
+    with pytest.warns(DeprecationWarning, match="rank=…, scale=…"):
+        assert LoRAConfig(16, 0.5) == LoRAConfig(rank=16, scale=0.5)
+    with pytest.warns(DeprecationWarning, match="iters=…"):
+        assert TrainConfig(3) == TrainConfig(iters=3)
+
+
+def test_old_names_of_the_kinds_still_work_and_warn():
+    with pytest.warns(DeprecationWarning, match="adapter_kind"):
+        assert LoRAConfig().adapter is LoRAConfig().adapter_kind
+    with pytest.warns(DeprecationWarning, match="optimizer_kind"):
+        assert TrainConfig().kind is TrainConfig().optimizer_kind
 
 
 @pytest.mark.parametrize(
@@ -327,4 +364,4 @@ def test_a_setting_that_does_not_exist_is_refused_with_the_nearest():
         TrainConfig(iter=3)
     with pytest.raises(ConfigError, match="LoRAConfig: 'rnk' is no setting. Did you mean 'rank'"):
         LoRAConfig(rnk=3)
-    assert str(signature(LoRAConfig)).startswith("(rank: ")  # what an editor completes
+    assert str(signature(LoRAConfig)).startswith("(*, rank: ")  # what an editor completes

@@ -54,7 +54,7 @@ def stirred(module, spec, lora: LoRAConfig, size: float = 0.3) -> dict[str, mx.a
     """Parameters of an adapter whose change is so large, relative to the weight."""
     made = {}
     for number, layer in enumerate(lora.targets(spec)):
-        shapes = lora.adapter.shapes(layer.shape, lora.rank, layer.kind)
+        shapes = lora.adapter_kind.shapes(layer.shape, lora.rank, layer.kind)
         keys = [mx.random.key(7 * number + i) for i in range(3)]
         weight = weight_of(module_at(module, layer.path), mx.float32)
         own = {
@@ -147,7 +147,7 @@ def test_onto_the_original_adds_the_same_change_to_the_weights_before_quantizati
         parameters = stirred(module, spec, lora, 0.05)
         made = done(fuse(module, spec, parameters, lora, onto="original", original=first, rest=16))
         path = "model.layers.0.mlp.down_proj"
-        own = {name: parameters[f"{path}.{name}"] for name in lora.adapter.shapes((1, 1), 1)}
+        own = {name: parameters[f"{path}.{name}"] for name in lora.adapter_kind.shapes((1, 1), 1)}
         delta = change(module_at(module, path), "linear", lora, own)
         assert mx.allclose(
             module_at(made, path).weight - module_at(first, path).weight, delta, atol=1e-6
