@@ -63,11 +63,13 @@ class Frozen(nn.Module):
             that is computed again).
     """
 
+    layer: Any  # any class of MLX's, mlx-lm's or qlab's that ``layer_kind`` knows
+
     def __init__(
         self, layer: nn.Module, dtype: mx.Dtype | None, dequantize: bool, keep: bool = False
     ) -> None:
         super().__init__()
-        self.layer: Any = layer
+        self.layer = layer
         self._compute = dtype
         self._dequantize = dequantize
         self._keep = keep

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,7 @@ from qlab.ops.custom_gradient import with_gradient
 from qlab.ops.unpack import affine
 
 LayerKind = Literal["linear", "embedding", "switch"]
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Packed(nn.Module):
@@ -136,7 +137,7 @@ def product(layer: Any, x: mx.array) -> mx.array:
     return with_gradient(forward, backward, [x], arrays)
 
 
-def depends_on(layer: nn.Module, to: mx.array) -> nn.Module:
+def depends_on(layer: Layer, to: mx.array) -> Layer:
     """Return a copy of a layer whose arrays are read only once ``to`` is computed."""
     names, arrays = arrays_of(layer)
     return with_arrays(layer, names, mx.depends(arrays, [to]))
@@ -148,7 +149,7 @@ def arrays_of(layer: nn.Module) -> tuple[list[str], list[mx.array]]:
     return list(arrays), list(arrays.values())
 
 
-def with_arrays(layer: nn.Module, names: Sequence[str], arrays: Sequence[mx.array]) -> nn.Module:
+def with_arrays(layer: Layer, names: Sequence[str], arrays: Sequence[mx.array]) -> Layer:
     """Return a copy of a layer that holds other arrays; the layer itself is not changed."""
     changed = copy.copy(layer)
     for name, array in zip(names, arrays, strict=True):

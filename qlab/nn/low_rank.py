@@ -49,8 +49,8 @@ class LowRank(nn.Module):
         shapes: what ``factors`` returns.
 
     Attributes:
-        castable: whether nothing but products with activations reads the factors, so that a step may
-            cast them beforehand.
+        castable: whether nothing but products with activations reads the factors, so that a step
+            may cast them beforehand.
     """
 
     castable = True

@@ -1,79 +1,98 @@
-"""A part of a model as a function of its arrays, and what a step must know of a block.
+"""What a blockwise step must know of a block: where its arrays are, and which of them are trained.
 
-Computes nothing.
+Nothing is computed here. Also used by what reads the graph of that step (``engine/memory``).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
 
-from qlab.engine.models.functional import Functional
+from qlab.engine.models.functional import ArrayPlace, Functional
 from qlab.engine.step.protocol import Arrays
 from qlab.nn.linear import Packed
 
 
 class Block:
-    """One block: where its arrays are, and which of them are trained."""
+    """One block as a function of its arrays, and which of these are trained.
+
+    Args:
+        module: the block.
+        path: of the block, such as ``model.layers.0``.
+        parameters: all trained arrays of the model, by path.
+
+    Attributes:
+        functional: the block as a function of its arrays.
+        trained: paths of its trained arrays, from the model's root.
+        trained_numbers: their numbers among ``functional.arrays``.
+        half_step: see ``half_step_parameters``.
+    """
 
     def __init__(self, module: nn.Module, path: str, parameters: Arrays) -> None:
-        self.piece = Functional(module)
-        places = [f"{path}.{name}" for name, *_ in self.piece.places]
-        self.chosen = [n for n, name in enumerate(places) if name in parameters]
-        self.trained = [places[n] for n in self.chosen]
-        self.first = half_step_parameters(module, path, self.trained)
+        self.functional = Functional(module)
+        paths = [f"{path}.{place.path}" for place in self.functional.places]
+        self.trained_numbers = [n for n, name in enumerate(paths) if name in parameters]
+        self.trained = [paths[n] for n in self.trained_numbers]
+        self.half_step = half_step_parameters(module, path, self.trained)
 
 
-def array_places(module: nn.Module) -> list[tuple[str, Any, Any]]:
-    """Return path, holder and key of every array, in the order in which a block's are handed over
-    and its gradients come.
+def array_places(module: nn.Module) -> list[ArrayPlace]:
+    """Return where every array of a module stands.
+
+    In the order in which a block's arrays are handed over and its gradients come.
     """
     return Functional(module).places
 
 
 def castable_parameters(
-    places: list[tuple[str, Any, Any]], prefix: str, trained: Arrays
+    places: list[ArrayPlace], prefix: str, trained: Arrays
 ) -> dict[mx.Dtype, list[str]]:
-    """Return which trained arrays of the blocks serve as cast to the dtype of what enters them, by
-    that dtype.
+    """Return which trained arrays may be cast to the dtype of the activations before they are used.
 
-    None do where something else in the blocks would make activations wider on their way.
+    None may where something else in the blocks would make activations wider on their way: then the
+    dtype that enters a block is not the one that reaches its products.
 
     Args:
-        places: of the arrays of what ``attach`` returned; see ``array_places``.
-        prefix: of paths within the blocks.
+        places: of all arrays of what ``attach`` returned; see ``array_places``.
+        prefix: of paths within the blocks, such as ``model.layers.``.
         trained: arrays by path.
+
+    Returns:
+        Paths by the one dtype of activations for which they may be cast; else nothing.
     """
-    inside = [
-        (path, holder, holder[key]) for path, holder, key in places if path.startswith(prefix)
+    inside = [place for place in places if place.path.startswith(prefix)]
+    dtypes = set()
+    for place in inside:
+        if place.path in trained or isinstance(place.holder, Packed):
+            continue
+        dtype = place.holder[place.key].dtype
+        if mx.issubdtype(dtype, mx.floating):
+            dtypes.add(dtype)
+    if len(dtypes) != 1:
+        return {}
+    castable = [
+        place.path
+        for place in inside
+        if place.path in trained and getattr(place.holder, "castable", False)
     ]
-    others = (
-        a for path, holder, a in inside if path not in trained and not isinstance(holder, Packed)
-    )
-    dtypes = {array.dtype for array in others if mx.issubdtype(array.dtype, mx.floating)}
-    own = [
-        path for path, holder, _ in inside if path in trained and getattr(holder, "castable", False)
-    ]
-    return {dtypes.pop(): own} if len(dtypes) == 1 else {}
+    return {dtypes.pop(): castable}
 
 
 def half_step_parameters(block: nn.Module, path: str, trained: list[str]) -> list[str]:
-    """Return those of a block's trained arrays whose gradients are there when half of the way back
-    is done.
+    """Return those trained arrays whose gradients are there halfway through a backward pass.
 
-    They are those of the part that was put into the block last, and so, as a rule, is the last on
-    the way forward.
+    They are those of the part that was put into the block last, which as a rule comes last in the
+    forward pass (the feed-forward part), so first in the backward pass. None if only one part of
+    the block is trained.
 
     Args:
-        block: its parts in order.
+        block: a block, its parts in the order of its constructor.
         path: of the block.
-        trained: paths.
+        trained: paths of its trained arrays, from the model's root.
     """
-    parts = [
-        own
-        for key in block
-        if (own := [name for name in trained if name.startswith(f"{path}.{key}.")])
-    ]
+    parts = []
+    for key in block:
+        of_part = [name for name in trained if name.startswith(f"{path}.{key}.")]
+        if of_part:
+            parts.append(of_part)
     return parts[-1] if len(parts) > 1 else []

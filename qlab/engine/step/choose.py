@@ -67,7 +67,7 @@ def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto") -> T
 def _logits(
     module: nn.Module, stack: BlockStack | None
 ) -> Callable[[mx.array, mx.array | None], mx.array]:
-    """Return a function from tokens and segments ``(batch, length)`` to the last logits at least."""
+    """Return the model as a function from tokens and segments, ``(batch, length)``, to logits."""
     if stack:
         return lambda tokens, segments: stack.logits(tokens, segments, last=8)
     return lambda tokens, segments: run(module, tokens, segments)

@@ -21,7 +21,7 @@ from qlab.engine.step.whole import WholeGraphStep
 from qlab.engine.adapt.attach import attach
 from qlab.engine.step.choose import make_step
 from qlab.engine.step.blockwise import BlockwiseStep
-from qlab.engine.step.blockwise import _InFlight
+from qlab.engine.step.blockwise import _InFlight, padded_size
 from qlab.errors import ConfigError
 from qlab.errors import UnsupportedError
 from qlab.engine.step.protocol import StepBatch
@@ -168,8 +168,8 @@ def test_no_more_than_the_inputs_of_blocks_that_a_gradient_reaches_is_kept():
     tokens, _ = batch()
     for step, expected in [(few, 1), (many, 6)]:
         x, calls = step._stack.before(tokens)
-        kinds = [step._kind(i, call, x) for i, call in enumerate(calls)]
-        assert len(step._forward(x, kinds, _InFlight())) == expected + 1
+        plans = [step._plan(i, call, x) for i, call in enumerate(calls)]
+        assert len(step._forward(x, plans, _InFlight())) == expected + 1
 
 
 @on_mlx
@@ -182,9 +182,9 @@ def test_gradients_of_the_part_that_comes_last_are_handed_over_first():
     ]:
         step = stepped(module, spec, LoRAConfig(rank=4, keys=keys))
         block = step._blocks[1]
-        assert set(block.first) <= set(block.trained)
-        assert all(path.startswith(f"model.layers.1.{expected}") for path in block.first)
-        assert bool(block.first) == (expected is not None)
+        assert set(block.half_step) <= set(block.trained)
+        assert all(path.startswith(f"model.layers.1.{expected}") for path in block.half_step)
+        assert bool(block.half_step) == (expected is not None)
 
 
 @on_mlx
@@ -195,6 +195,13 @@ def test_fewer_than_a_window_of_what_is_handed_over_is_unfinished(monkeypatch):
         flight.add(window, mx.array(n) + 0)
     assert waits == [0, 1, 2, 3, 4, 5, 6]
     assert len(flight._unfinished) == 0
+
+
+@pytest.mark.parametrize("size", [1, 7, 512])
+def test_a_last_chunk_is_padded_to_one_of_a_few_sizes_that_hold_it(size):
+    sizes = {padded_size(count, size, 8) for count in range(1, size + 1)}
+    assert len(sizes) <= 8 and max(sizes) == size
+    assert all(count <= padded_size(count, size, 8) <= size for count in range(1, size + 1))
 
 
 class Block(nn.Module):

@@ -1,0 +1,123 @@
+"""Forward and backward pass of blocks that differ in their arrays only, each compiled once.
+
+A model of eighty blocks alike has one ``BlockProgram``: every block's arrays are its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from qlab.engine.models.functional import Functional
+from qlab.engine.step.block import Block
+from qlab.engine.step.patches import Users, patched
+
+
+class BlockProgram:
+    """The compiled forward and backward pass of one kind of block.
+
+    Args:
+        block: one of its blocks, whose modules are run with the arrays of all.
+        users: see ``patches.users``.
+        on_trace: called whenever a function is compiled.
+
+    Attributes:
+        block: that block.
+    """
+
+    def __init__(self, block: Block, users: Users, on_trace: Callable[[], None]) -> None:
+        self.block = block
+        self._users = users
+        self._on_trace = on_trace
+        # set before each call: whatever is no array in it is the same for all calls of this kind
+        self._call = Functional([])
+        self._forward = mx.compile(self._run)
+        self._backward = mx.compile(self._run_backward)
+
+    def forward(self, block: Block, call: Functional, x: mx.array) -> mx.array:
+        """Return a block's output, ``(batch, length, hidden)``.
+
+        Args:
+            block: of this kind.
+            call: its other arguments, a list of positional ones and a dict of named ones.
+            x: its input, ``(batch, length, hidden)``.
+        """
+        self._call = call
+        return self._forward(x, block.functional.arrays, call.arrays)
+
+    def backward(
+        self, block: Block, call: Functional, x: mx.array, cotangent: mx.array
+    ) -> list[mx.array]:
+        """Return the gradients by a block's input and by its trained arrays.
+
+        The block's output is computed again.
+
+        Args:
+            block: of this kind.
+            call: its other arguments.
+            x: its input, ``(batch, length, hidden)``.
+            cotangent: gradient by its output, ``(batch, length, hidden)``.
+        """
+        self._call = call
+        return self._backward(x, cotangent, block.functional.arrays, call.arrays)
+
+    def serves(self, block: Block, call: Functional, x: mx.array) -> bool:
+        """Whether another block computes the same with this one's arrays, tried out on ``x``."""
+        args, kwargs = call.root
+        mine = self.block.functional
+        with mine.using(mine.arrays):
+            result = mine.root(x, *args, **kwargs)
+        return bool(mx.array_equal(result, block.functional.root(x, *args, **kwargs)).item())
+
+    def _run(self, x: mx.array, arrays: list[mx.array], others: list[mx.array]) -> mx.array:
+        """What ``forward`` compiles: all arrays are arguments."""
+        self._on_trace()
+        with patched(self._users, forward=True):
+            return self._apply(x, arrays, others)
+
+    def _run_backward(
+        self, x: mx.array, cotangent: mx.array, arrays: list[mx.array], others: list[mx.array]
+    ) -> list[mx.array]:
+        """What ``backward`` compiles: all arrays are arguments."""
+        self._on_trace()
+        numbers = self.block.trained_numbers
+
+        def run(h: mx.array, *trained: mx.array) -> list[mx.array]:
+            every = list(arrays)
+            for n, array in zip(numbers, trained, strict=True):
+                every[n] = array
+            return [self._apply(h, every, others)]
+
+        with patched(self._users):
+            return mx.vjp(run, [x, *(arrays[n] for n in numbers)], [cotangent])[1]
+
+    def _apply(self, x: mx.array, arrays: list[mx.array], others: list[mx.array]) -> mx.array:
+        """Run the block with some arrays of its own and some in its other arguments."""
+        function = self.block.functional
+        with function.using(arrays), self._call.using(others):
+            args, kwargs = self._call.root
+            return function.root(x, *args, **kwargs)
+
+
+class PlannedBlock(NamedTuple):
+    """One block of a step, with what computes it.
+
+    Attributes:
+        block: the block.
+        program: of its kind.
+        call: its other arguments in this step.
+    """
+
+    block: Block
+    program: BlockProgram
+    call: Functional
+
+    def forward(self, x: mx.array) -> mx.array:
+        """Return its output; see ``BlockProgram``."""
+        return self.program.forward(self.block, self.call, x)
+
+    def backward(self, x: mx.array, cotangent: mx.array) -> list[mx.array]:
+        """Return the gradients by its input and by its trained arrays; see ``BlockProgram``."""
+        return self.program.backward(self.block, self.call, x, cotangent)
