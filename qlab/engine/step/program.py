@@ -64,12 +64,16 @@ class BlockProgram:
         return self._backward(x, cotangent, block.functional.arrays, call.arrays)
 
     def serves(self, block: Block, call: Functional, x: mx.array) -> bool:
-        """Whether another block computes the same with this one's arrays, tried out on ``x``."""
+        """Whether this block computes what another does when it has that one's arrays.
+
+        Tried out on ``x``, ``(batch, length, hidden)``.
+        """
         args, kwargs = call.root
         mine = self.block.functional
-        with mine.using(mine.arrays):
+        theirs = block.functional
+        with mine.using(theirs.arrays):
             result = mine.root(x, *args, **kwargs)
-        return bool(mx.array_equal(result, block.functional.root(x, *args, **kwargs)).item())
+        return bool(mx.array_equal(result, theirs.root(x, *args, **kwargs)).item())
 
     def _run(self, x: mx.array, arrays: list[mx.array], others: list[mx.array]) -> mx.array:
         """What ``forward`` compiles: all arrays are arguments."""
