@@ -1,6 +1,7 @@
-"""Judges an adapter against the model before it was quantized.
+"""Evaluates an adapter against the model before it was quantized.
 
-Full precision, quantized, quantized + adapter. Wiring only.
+Three models side by side: full precision, quantized, quantized + adapter. ``Trainer.evaluate`` is
+the public door to it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 from qlab.core.evaluate.judge import COLUMNS, JudgeReport
 from qlab.core.progress import Progress
 from qlab.core.train.rows import Rows
+from qlab.deprecated import positional_arguments
 from qlab.engine.adapt.attach import twin_for_rows
 from qlab.engine.evaluate.judge import judge
 from qlab.engine.evaluate.teacher import KEEP, remember
@@ -18,74 +20,76 @@ from qlab.errors import ConfigError
 from qlab.lab.adapter import Adapter
 from qlab.runtime.job import Job
 
+_FULL, _QUANTIZED, _ADAPTED = COLUMNS
 
+
+@positional_arguments
 def judged(
     adapter: Adapter,
     rows: Rows | None,
     golden: Iterable[Mapping[str, Any]] = (),
+    *,
     match: Any = "exact",
     prompts: Iterable[str] = (),
     max_tokens: int = 64,
     keep: int = KEEP,
 ) -> JudgeReport:
-    """Judge an adapter on rows it was not trained on, on a golden set, and let it answer prompts.
+    """Evaluate an adapter on rows, on questions with answers, and by its answers to prompts.
 
-    Blocks.
-
-    The unquantized model's predictions are kept on disk, so that judging again costs only the
-    others.
+    Blocks. The unquantized model's predictions are stored on disk, so that only the other models
+    run when the same rows are evaluated again.
 
     Args:
         adapter: as it is now.
-        rows: held out; None for none.
-        golden: prompts with expected answers.
+        rows: tokens that it was not trained on; None for none.
+        golden: questions with expected answers: dicts with ``prompt`` and ``expected``.
         match: ``exact``, ``contains`` or a function of answer and expected answer.
         prompts: answered by every model.
         max_tokens: longest answer.
-        keep: tokens of the unquantized model's predictions that are kept at each target; the whole
-            vocabulary is exact.
+        keep: number of the unquantized model's predictions stored for each target, the likeliest;
+            the whole vocabulary is exact.
 
     Raises:
-        ConfigError: there is nothing to judge by, or ``keep`` is no whole number above 0.
+        ConfigError: there is nothing to evaluate on, or ``keep`` is no whole number above 0.
         DataError: the golden set has faults.
     """
-    golden = tuple(golden)
-    prompts = tuple([prompts] if isinstance(prompts, str) else prompts)
-    if not rows and not golden and not prompts:
+    held_out = list(rows or ())
+    questions = tuple(golden)
+    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    if not held_out and not questions and not prompts:
         raise ConfigError(
             "There is nothing to judge by: no rows are held out. Give rows, a golden set or prompts."
         )
+    # the adapter's sliders may move while the job runs
     base = adapter.base
     original = adapter.original
-    lora = adapter.config
+    config = adapter.config
     parameters = adapter.parameters
 
     def work() -> Generator[Progress, None, JudgeReport]:
-        teacher = original.measurements.full_model() if original is not None else None
-        kept = (
-            (yield from remember(teacher, list(rows), keep))
-            if teacher is not None and rows
-            else None
+        teacher = None
+        predictions = None
+        if original is not None:
+            teacher = original.measurements.full_model()
+            if held_out:
+                predictions = yield from remember(teacher, held_out, keep)
+        students = {}
+        adapted = f"{_FULL} + adapter"
+        if base is not original:
+            students[_QUANTIZED] = twin_for_rows(base.module, base.spec, None, {})
+            adapted = _ADAPTED
+        students[adapted] = twin_for_rows(base.module, base.spec, config, parameters)
+        report = yield from judge(
+            teacher,
+            students,
+            held_out,
+            kept=predictions,
+            tokenizer=adapter.model.tokenizer,
+            prompts=prompts,
+            golden=questions,
+            match=match,
+            max_tokens=max_tokens,
         )
-        bare = (
-            {}
-            if base is original
-            else {COLUMNS[1]: twin_for_rows(base.module, base.spec, None, {})}
-        )
-        name = COLUMNS[2] if bare else f"{COLUMNS[0]} + adapter"
-        students = {**bare, name: twin_for_rows(base.module, base.spec, lora, parameters)}
-        return (
-            yield from judge(
-                teacher,
-                students,
-                list(rows or ()),
-                kept=kept,
-                tokenizer=adapter.model.tokenizer,
-                prompts=prompts,
-                golden=golden,
-                match=match,
-                max_tokens=max_tokens,
-            )
-        )
+        return report
 
     return Job(work).start().wait()

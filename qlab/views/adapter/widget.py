@@ -1,4 +1,8 @@
-"""The live adapter panel: two widgets, one for each direction. Sees states, never a model."""
+"""The live adapter panel: what its browser half receives and may ask.
+
+``Adapter.widget`` makes one. The browser gets, for every layer, what each rank recovers, so that
+the sliders need no answer from the kernel.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,14 @@ import traitlets as T
 
 from qlab import registry
 from qlab.core.adapt.recovery import GRID, noise_squares, on_grid
-from qlab.core.config.lora import INITS
+from qlab.core.config.lora import INITS, AdapterKind
+from qlab.core.config.spec import LayerSpec
 from qlab.core.panels.adapter import AdapterState
 from qlab.views.shared.panel import LivePanel
-from qlab.views.shared.wire import CSS, source
+from qlab.views.shared.wire import CSS, progress_row, source
 
-ESM = source(
-    "shared/panel.js", "adapter/widget.js"
-)  # text, not a Path: a Path keeps every instance alive
+# text, not a Path: a Path keeps every instance alive
+ESM = source("shared/panel.js", "adapter/widget.js")
 STYLES = CSS + "\n" + source("adapter/widget.css")
 CURVES = ("singular", "weight", "residual", "diagonal", "qera")
 _UNKNOWN = 65535  # curves are sent as whole numbers from 0 to 65534, for shares from 0 to 1
@@ -57,61 +61,73 @@ def payload(state: AdapterState) -> dict[str, Any]:
 
 def choice(state: AdapterState, ack: int | None) -> dict[str, Any]:
     """Return what changes while a user works: the adapter, the running job, the last error."""
-    lora = state.config
-    matched = {layer.path for layer in replace(lora, num_layers=-1).targets(state.spec)}
+    config = state.config
+    in_any_block = replace(config, num_layers=-1)  # the browser counts the blocks itself
+    matched = {layer.path for layer in in_any_block.targets(state.spec)}
     return {
-        **{
-            name: getattr(lora, name)
-            for name in ("kind", "rank", "scale", "dropout", "num_layers", "init", "rslora")
-        },
-        "keys": list(lora.keys) if lora.keys else None,
+        "kind": config.kind,
+        "rank": config.rank,
+        "scale": config.scale,
+        "dropout": config.dropout,
+        "num_layers": config.num_layers,
+        "init": config.init,
+        "rslora": config.rslora,
+        "keys": list(config.keys) if config.keys else None,
         "on": [layer.path in matched for layer in state.spec.layers],
-        "dtype": lora.dtype,
-        "itemsize": lora.itemsize,
+        "dtype": config.dtype,
+        "itemsize": config.itemsize,
         "storage": state.storage,
         "stale": state.stale,
         "obstacle": state.obstacle,
         "origin": state.origin,
         "optimizer": list(state.optimizer),
-        "progress": [state.progress.what, state.progress.done, state.progress.total]
-        if state.progress
-        else None,
+        "progress": progress_row(state.progress),
         "error": state.error,
         "ack": ack or 0,
     }
 
 
 def _meta(state: AdapterState) -> dict[str, Any]:
+    """Return what never changes: the layers, the shelf of kinds, and what white noise would give."""
     layers = state.spec.layers
-    shapes = {" ".join(map(str, layer.shape[-2:])): layer.shape[-2:] for layer in layers}
-    noise = {key: noise_squares(*shape) for key, shape in shapes.items()}
     return {
         "name": state.spec.name,
         "params": state.spec.size,
         "source": state.source,
         "grid": list(GRID),
-        "layers": [
-            {key: getattr(x, key) for key in ("path", "kind", "role", "block", "shape", "tied")}
-            for x in layers
-        ],
-        "noise": {
-            key: [_rounded(on_grid(np.sqrt(n))), _rounded(on_grid(np.cumsum(n)))]
-            for key, n in noise.items()
-        },
+        "layers": [_layer(layer) for layer in layers],
+        "noise": _noise(layers),
         "kinds": [[name, title, list(adapts)] for name, title, adapts in state.kinds],
-        # numbers of a rank: those of every kind are a fixed part and one that grows with the rank
         "sizes": {
-            name: [_parts(registry.get("adapters", name), x.shape) for x in layers]
+            name: [_size_by_rank(registry.get("adapters", name), layer.shape) for layer in layers]
             for name, _, _ in state.kinds
         },
         "inits": [[name, title] for name, title in INITS.items()],
     }
 
 
-def _parts(kind: Any, shape: tuple[int, ...]) -> list[int]:
-    first = kind.size(shape, 1)
-    second = kind.size(shape, 2)
-    return [2 * first - second, second - first]
+def _layer(layer: LayerSpec) -> dict[str, Any]:
+    names = ("path", "kind", "role", "block", "shape", "tied")
+    return {name: getattr(layer, name) for name in names}
+
+
+def _noise(layers: tuple[LayerSpec, ...]) -> dict[str, list[list[float]]]:
+    """Return the spectrum of white noise by shape: singular values, and the share of each rank."""
+    noise = {}
+    for layer in layers:
+        shape = layer.shape[-2:]
+        squares = noise_squares(*shape)
+        singular = on_grid(np.sqrt(squares))
+        share = on_grid(np.cumsum(squares))
+        noise[" ".join(map(str, shape))] = [_rounded(singular), _rounded(share)]
+    return noise
+
+
+def _size_by_rank(kind: AdapterKind, shape: tuple[int, ...]) -> list[int]:
+    """Return a kind's parameters on a layer: a fixed number, and one for each unit of rank."""
+    at_one = kind.size(shape, 1)
+    at_two = kind.size(shape, 2)
+    return [2 * at_one - at_two, at_two - at_one]
 
 
 def _rounded(values: np.ndarray) -> list[float]:
@@ -119,22 +135,26 @@ def _rounded(values: np.ndarray) -> list[float]:
 
 
 def _arrays(state: AdapterState) -> dict[str, bytes]:
+    """Return what was measured: C curves over a grid of G ranks, for each of L layers."""
     layers = state.spec.layers
-    curves = np.full((len(CURVES), len(layers), len(GRID)), np.nan, np.float32)
-    errors = np.full(len(layers), np.nan, np.float32)
+    curves = np.full((len(CURVES), len(layers), len(GRID)), np.nan, np.float32)  # (C, L, G)
+    errors = np.full(len(layers), np.nan, np.float32)  # (L,)
     for column, layer in enumerate(layers):
-        if (found := state.recoveries.get(layer.path)) is not None:
-            errors[column] = found.relative_error
-            curves[0, column] = found.singular
-            curves[1, column] = found.weight
-            for number, name in enumerate(CURVES[2:], 2):
-                if name in found.output:
-                    curves[number, column] = found.output[name]
-    codes = np.where(
-        np.isfinite(curves),
-        np.round(np.clip(np.nan_to_num(curves), 0, 1) * (_UNKNOWN - 1)),
-        _UNKNOWN,
-    )
+        recovery = state.recoveries.get(layer.path)
+        if recovery is None:
+            continue
+        errors[column] = recovery.relative_error
+        by_name = {
+            "singular": recovery.singular,
+            "weight": recovery.weight,
+            **recovery.output,
+        }
+        for number, name in enumerate(CURVES):
+            if name in by_name:
+                curves[number, column] = by_name[name]
+    shares = np.clip(np.nan_to_num(curves), 0, 1)
+    codes = np.round(shares * (_UNKNOWN - 1))
+    codes[~np.isfinite(curves)] = _UNKNOWN
     return {"curves": codes.astype("<u2").tobytes(), "errors": errors.astype("<f4").tobytes()}
 
 
@@ -174,8 +194,6 @@ def _settled(intent: dict[str, Any]) -> dict[str, Any]:
     for name, value in config.items():
         if name not in _SETTINGS or not isinstance(value, _SETTINGS[name]):
             raise ValueError(f"The panel sent no usable {name!r}: {value!r}.")
-    keys = config.get("keys")
-    return {
-        **intent,
-        "config": {**config, "keys": tuple(keys)} if isinstance(keys, list) else config,
-    }
+    if isinstance(config.get("keys"), list):
+        config = {**config, "keys": tuple(config["keys"])}
+    return {**intent, "config": config}

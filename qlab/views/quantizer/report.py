@@ -21,8 +21,13 @@ _HEAD = ("stored as", "weight error", "SQNR", "ΔKL, nats/token", "size", "")
 
 
 @view_of(QuantReport)
-def html(report: QuantReport, headline: str = "") -> str:
-    """Return tables and bars.
+def html(report: QuantReport) -> str:
+    """Return the figures of the whole model, and its worst layers with bars."""
+    return tables(report)
+
+
+def tables(report: QuantReport, headline: str = "") -> str:
+    """Return what ``html`` returns, after a headline.
 
     Args:
         report: the figures.

@@ -38,7 +38,7 @@ def text_line(state: PanelState) -> str:
 
 def html(state: PanelState) -> str:
     """Return tables and bars that untrusted notebooks and code hosts show too."""
-    tables = report_view.html(_report(state), headline=f"<b>{escape(state.spec.name)}</b>")
+    tables = report_view.tables(_report(state), headline=f"<b>{escape(state.spec.name)}</b>")
     return f"<div>{tables}<pre>{escape(state.code)}</pre></div>"
 
 

@@ -1,4 +1,8 @@
-"""The live quantizer panel: two widgets, one for each direction. Sees states, never a model."""
+"""The live quantizer panel: what its browser half receives and may ask.
+
+``Quantizer.widget`` makes one. Layers are columns and configs are rows of one table; the browser
+looks costs and sizes up there, so that a slider needs no answer from the kernel.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,14 @@ import anywidget
 import numpy as np
 import traitlets as T
 
+from qlab.core.config.spec import LayerSpec
 from qlab.core.panels.quantizer import PanelState
 from qlab.views.shared.panel import LivePanel
-from qlab.views.shared.wire import CSS, source
+from qlab.views.shared.wire import CSS, progress_row, source
 
-ESM = source(
-    "shared/panel.js", "quantizer/widget.js"
-)  # text, not a Path: a Path keeps every instance alive
+# text, not a Path: a Path keeps every instance alive
+ESM = source("shared/panel.js", "quantizer/widget.js")
+_NOT_QUANTIZED = -1  # in place of a row of the table
 
 _OPS = {
     "hello": {},
@@ -48,21 +53,15 @@ def payload(state: PanelState) -> dict[str, Any]:
 
 def choice(state: PanelState, ack: int | None) -> dict[str, Any]:
     """Return what changes while a user works: the plan, the running job, the last error."""
-    table = state.table
     default = state.plan.default
-    columns = {layer.path: str(i) for i, layer in enumerate(table.layers)}
     return {
         "mode": default.mode,
         "bits": default.bits,
         "group_size": default.group_size,
         "solver": state.solver,
         "measure": state.measure,
-        "overrides": {
-            columns[p]: table.row(c) if c else -1 for p, c in state.plan.overrides.items()
-        },
-        "progress": [state.progress.what, state.progress.done, state.progress.total]
-        if state.progress
-        else None,
+        "overrides": _overrides(state),
+        "progress": progress_row(state.progress),
         "error": state.error,
         "calibration": state.calibration,
         "totals": [[name, value] for name, value in state.totals],
@@ -70,38 +69,55 @@ def choice(state: PanelState, ack: int | None) -> dict[str, Any]:
     }
 
 
+def _overrides(state: PanelState) -> dict[str, int]:
+    """Return the row of the table that a layer with an override has, by column."""
+    columns = {layer.path: str(column) for column, layer in enumerate(state.table.layers)}
+    rows = {}
+    for path, config in state.plan.overrides.items():
+        rows[columns[path]] = state.table.row(config) if config else _NOT_QUANTIZED
+    return rows
+
+
 def _meta(state: PanelState) -> dict[str, Any]:
-    keys = ("path", "kind", "role", "block", "shape", "dtype", "nbytes", "obstacle")
+    """Return what never changes: the layers, the configs and the shelves."""
+    spec = state.spec
+    machine = state.machine
     return {
-        "name": state.spec.name,
-        "params": state.spec.size,
-        "other": state.spec.other_nbytes,
-        "before": state.spec.nbytes,
-        "layers": [
-            {**{key: getattr(layer, key) for key in keys}, "stored": layer.storage_label}
-            for layer in state.table.layers
-        ],
+        "name": spec.name,
+        "params": spec.size,
+        "other": spec.other_nbytes,
+        "before": spec.nbytes,
+        "layers": [_layer(layer) for layer in state.table.layers],
         "configs": [[c.mode, c.bits, c.group_size] for c in state.table.configs],
         "modes": [list(mode) for mode in state.modes],
         "solvers": [list(solver) for solver in state.solvers],
         "machine": {
-            "label": state.machine.label,
-            "total": state.machine.total_nbytes,
-            "free": state.machine.free_nbytes,
+            "label": machine.label,
+            "total": machine.total_nbytes,
+            "free": machine.free_nbytes,
         },
-        "judged": [],
         "text": state.calibration,
     }
 
 
+def _layer(layer: LayerSpec) -> dict[str, Any]:
+    names = ("path", "kind", "role", "block", "shape", "dtype", "nbytes", "obstacle")
+    sent = {name: getattr(layer, name) for name in names}
+    sent["stored"] = layer.storage_label
+    return sent
+
+
 def _arrays(state: PanelState) -> dict[str, bytes]:
+    """Return the error table: S configs by L layers, M measures of each."""
     table = state.table
-    flags = table.legal.astype(np.uint8) | (table.exact.astype(np.uint8) << 1)
+    legal = table.legal.astype(np.uint8)
+    exact = table.exact.astype(np.uint8)
+    flags = legal | (exact << 1)  # (S, L)
     return {
-        "values": table.values.astype("<f4").tobytes(),
-        "sizes": table.nbytes.astype("<f8").tobytes(),
+        "values": table.values.astype("<f4").tobytes(),  # (M, S, L)
+        "sizes": table.nbytes.astype("<f8").tobytes(),  # (S, L)
         "flags": flags.tobytes(),
-        "kurtosis": table.kurtosis.astype("<f4").tobytes(),
+        "kurtosis": table.kurtosis.astype("<f4").tobytes(),  # (L,)
     }
 
 

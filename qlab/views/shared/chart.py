@@ -1,16 +1,15 @@
-"""A small line chart as a picture.
+"""A small line chart as a picture: SVG text for an ``<img>``.
 
-SVG text for an ``<img>``, since untrusted notebooks drop inline SVG.
-
-Knows nothing of runs: it draws named lines with direct labels over a linear axis each.
+Untrusted notebooks drop inline SVG and show pictures. The chart knows nothing of runs: it draws
+named lines with direct labels over linear axes. The run cards use it.
 """
 
 from __future__ import annotations
 
 import base64
-import html as _html
 import math
 from dataclasses import dataclass
+from html import escape
 
 import numpy as np
 
@@ -18,11 +17,14 @@ import numpy as np
 # without colour
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
+
+# margins and distances in pixels
 _LEFT = 48
 _RIGHT = 150
 _TOP = 14
 _BOTTOM = 34
 _LABEL_GAP = 13
+_LONGEST_LABEL = 24  # letters
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +33,8 @@ class Line:
 
     Attributes:
         label: written at its end; may be empty.
-        x: positions.
-        y: heights; NaN leaves a gap in ``dots`` and is bridged in lines.
+        x: positions, ``(N,)``.
+        y: heights, ``(N,)``; NaN leaves a gap in ``dots`` and is bridged in lines.
         color: of the curve.
         dash: SVG dash pattern, or an empty string.
         look: ``line``, ``dots`` (faint points), or ``marked`` (a line with a marker at each point).
@@ -47,8 +49,47 @@ class Line:
 
     def known(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the points that have a height."""
-        there = np.isfinite(self.y)
-        return self.x[there], self.y[there]
+        finite = np.isfinite(self.y)
+        return self.x[finite], self.y[finite]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Frame:
+    """Where values of the axes lie in the picture.
+
+    Attributes:
+        x: lowest and highest position.
+        y: lowest and highest height.
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+    """
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    width: int
+    height: int
+
+    def across(self, x: np.ndarray | float) -> np.ndarray:
+        """Return positions as pixels from the left."""
+        low, high = self.x
+        room = self.width - _LEFT - _RIGHT
+        return np.asarray(_LEFT + (x - low) * room / ((high - low) or 1))
+
+    def down(self, y: np.ndarray | float) -> np.ndarray:
+        """Return heights as pixels from the top; what lies outside stands at the edge."""
+        low, high = self.y
+        room = self.height - _TOP - _BOTTOM
+        return np.asarray(_TOP + (high - np.clip(y, low, high)) * room / (high - low))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _End:
+    """Where a line ends, in pixels, and what is written there."""
+
+    y: float
+    x: float
+    label: str
+    color: str
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -57,10 +98,11 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
         return [low]
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))
+    steps = (power * factor for factor in (1, 2, 5, 10))
+    step = next(step for step in steps if step >= rough * (1 - 1e-9))
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
-    return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
+    return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
 
 def robust_range(lines: tuple[Line, ...]) -> tuple[float, float]:
@@ -84,102 +126,131 @@ def robust_range(lines: tuple[Line, ...]) -> tuple[float, float]:
 def image(
     lines: tuple[Line, ...], x_label: str, y_label: str, width: int = 720, height: int = 300
 ) -> str:
-    """Return the chart as an ``<img>``; its alternative text tells the last height of every line."""
-    last = "; ".join(
-        f"{line.label} {line.known()[1][-1]:.3g}"
-        for line in lines
-        if line.label and len(line.known()[1])
-    )
+    """Return the chart as an ``<img>``; its alternative text says the last height of every line.
+
+    Args:
+        lines: what to draw.
+        x_label: name of the positions.
+        y_label: name of the heights.
+        width: in pixels.
+        height: in pixels.
+    """
+    heights = []
+    for line in lines:
+        _, y = line.known()
+        if line.label and len(y):
+            heights.append(f"{line.label} {y[-1]:.3g}")
+    alt = escape(f"{y_label} against {x_label}: {'; '.join(heights)}")
     data = base64.b64encode(svg(lines, x_label, y_label, width, height).encode()).decode()
-    alt = _html.escape(f"{y_label} against {x_label}: {last}")
-    return f'<img alt="{alt}" width="{width}" height="{height}" src="data:image/svg+xml;base64,{data}"/>'
+    source = f"data:image/svg+xml;base64,{data}"
+    return f'<img alt="{alt}" width="{width}" height="{height}" src="{source}"/>'
 
 
 def svg(
     lines: tuple[Line, ...], x_label: str, y_label: str, width: int = 720, height: int = 300
 ) -> str:
     """Return the chart as SVG on white: a picture cannot follow the theme of its page."""
-    xs = [x for line in lines if len(x := line.known()[0])]
-    x0, x1 = (
-        (float(min(x.min() for x in xs)), float(max(x.max() for x in xs))) if xs else (0.0, 1.0)
-    )
-    y0, y1 = robust_range(lines)
-    across = (width - _LEFT - _RIGHT) / ((x1 - x0) or 1)
-    down = (height - _TOP - _BOTTOM) / (y1 - y0)
-
-    def at(x: np.ndarray | float, y: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-        return np.asarray(_LEFT + (x - x0) * across), np.asarray(
-            _TOP + (y1 - np.clip(y, y0, y1)) * down
-        )
-
-    parts = [f'<rect width="{width}" height="{height}" fill="#fff"/>']
-    for value in ticks(y0, y1):
-        y = at(x0, value)[1]
-        parts.append(f'<path d="M{_LEFT} {y:.1f}H{width - _RIGHT}" stroke="#e2e2e2"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in ticks(x0, x1):
-        parts.append(
-            f'<text x="{at(value, y0)[0]:.1f}" y="{height - 18}" text-anchor="middle">{value:g}</text>'
-        )
-    ends: list[tuple[float, float, str, str]] = []
+    frame = _Frame(x=_x_range(lines), y=robust_range(lines), width=width, height=height)
+    parts = [f'<rect width="{width}" height="{height}" fill="#fff"/>', *_axes(frame)]
+    ends = []
     for line in lines:
         x, y = line.known()
         if not len(x):
             continue
-        px, py = at(x, y)
-        parts.append(_drawn(line, px, py))
+        across = frame.across(x)
+        down = frame.down(y)
+        parts.append(_curve(line, across, down))
         if line.label:
-            ends.append((float(py[-1]), float(px[-1]), line.label, line.color))
+            end_x = float(across[-1])
+            end_y = float(down[-1])
+            ends.append(_End(x=end_x, y=end_y, label=line.label, color=line.color))
     parts += _labels(ends, width - _RIGHT + 6, height - _BOTTOM)
-    parts.append(
-        f'<text x="{_LEFT}" y="{height - 4}" fill="#555">{_html.escape(f"{y_label}, against {x_label}")}</text>'
-    )
+    names = escape(f"{y_label}, against {x_label}")
+    parts.append(f'<text x="{_LEFT}" y="{height - 4}" fill="#555">{names}</text>')
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'font-family="sans-serif" font-size="11">{"".join(parts)}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">'
+        f"{''.join(parts)}</svg>"
     )
 
 
-def _drawn(line: Line, px: np.ndarray, py: np.ndarray) -> str:
-    points = [f"{x:.1f} {y:.1f}" for x, y in zip(px, py, strict=True)]
-    if line.look == "dots":
-        dots = "".join(f"M{p}h0" for p in points)
-        return f'<path d="{dots}" stroke="{line.color}" stroke-opacity=".3" stroke-width="3" stroke-linecap="round"/>'
-    dash = f' stroke-dasharray="{line.dash}"' if line.dash else ""
-    drawn = f'<path d="M{"L".join(points)}" fill="none" stroke="{line.color}" stroke-width="1.6"{dash}/>'
-    if line.look == "marked":
-        marks = "".join(
-            f"M{x:.1f} {y - 3.5:.1f}l3.5 3.5-3.5 3.5-3.5-3.5z" for x, y in zip(px, py, strict=True)
-        )
-        drawn += f'<path d="{marks}" fill="#fff" stroke="{line.color}" stroke-width="1.4"/>'
-    return drawn
+def _x_range(lines: tuple[Line, ...]) -> tuple[float, float]:
+    positions = [line.known()[0] for line in lines]
+    positions = [x for x in positions if len(x)]
+    if not positions:
+        return 0.0, 1.0
+    return float(min(x.min() for x in positions)), float(max(x.max() for x in positions))
 
 
-def _labels(ends: list[tuple[float, float, str, str]], x: float, bottom: float) -> list[str]:
-    """Write labels beside the ends of their lines, pushed apart so that none lies on another.
-
-    Led to where lines end early.
-    """
-    ends = sorted(ends)
-    ys = [y for y, _, _, _ in ends]
-    for n in range(1, len(ys)):
-        ys[n] = max(ys[n], ys[n - 1] + _LABEL_GAP)
-    if ys and ys[-1] > bottom:
-        ys[-1] = bottom
-        for n in range(len(ys) - 2, -1, -1):
-            ys[n] = min(ys[n], ys[n + 1] - _LABEL_GAP)
+def _axes(frame: _Frame) -> list[str]:
+    """Draw a line across at every round height, and write the round numbers of both axes."""
     parts = []
-    for y, (end_y, end_x, label, color) in zip(ys, ends, strict=True):
-        parts.append(
-            f'<text x="{x:.0f}" y="{y + 4:.1f}" fill="{color}">{_html.escape(_short(label))}</text>'
-        )
-        if x - end_x > 20 or abs(y - end_y) > _LABEL_GAP:
-            lead = f"M{end_x + 6:.1f} {end_y:.1f}L{x - 4:.1f} {y:.1f}"
-            parts.append(
-                f'<path d="{lead}" stroke="{color}" stroke-opacity=".5" stroke-dasharray="1 3"/>'
-            )
+    for value in ticks(*frame.y):
+        y = frame.down(value)
+        across = f"M{_LEFT} {y:.1f}H{frame.width - _RIGHT}"
+        parts.append(f'<path d="{across}" stroke="#e2e2e2"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    below = frame.height - 18
+    for value in ticks(*frame.x):
+        x = frame.across(value)
+        parts.append(f'<text x="{x:.1f}" y="{below}" text-anchor="middle">{value:g}</text>')
     return parts
 
 
-def _short(label: str, most: int = 24) -> str:
-    return label if len(label) <= most else label[: most - 1] + "…"
+def _curve(line: Line, across: np.ndarray, down: np.ndarray) -> str:
+    points = [f"{x:.1f} {y:.1f}" for x, y in zip(across, down, strict=True)]
+    if line.look == "dots":
+        dots = "".join(f"M{point}h0" for point in points)
+        faint = 'stroke-opacity=".3" stroke-width="3" stroke-linecap="round"'
+        return f'<path d="{dots}" stroke="{line.color}" {faint}/>'
+    dash = f' stroke-dasharray="{line.dash}"' if line.dash else ""
+    path = "M" + "L".join(points)
+    curve = f'<path d="{path}" fill="none" stroke="{line.color}" stroke-width="1.6"{dash}/>'
+    if line.look != "marked":
+        return curve
+    diamonds = "".join(
+        f"M{x:.1f} {y - 3.5:.1f}l3.5 3.5-3.5 3.5-3.5-3.5z"
+        for x, y in zip(across, down, strict=True)
+    )
+    marks = f'<path d="{diamonds}" fill="#fff" stroke="{line.color}" stroke-width="1.4"/>'
+    return curve + marks
+
+
+def _labels(ends: list[_End], x: float, bottom: float) -> list[str]:
+    """Write labels beside the ends of their lines, pushed apart so that none covers another.
+
+    A dotted line leads to a label that does not stand right beside its end.
+
+    Args:
+        ends: of the lines, with their labels.
+        x: where labels begin, in pixels.
+        bottom: lowest place for a label, in pixels.
+    """
+    ends = sorted(ends, key=lambda end: (end.y, end.x, end.label))
+    parts = []
+    for end, y in zip(ends, _apart([end.y for end in ends], bottom), strict=True):
+        text = escape(_short(end.label))
+        parts.append(f'<text x="{x:.0f}" y="{y + 4:.1f}" fill="{end.color}">{text}</text>')
+        if x - end.x > 20 or abs(y - end.y) > _LABEL_GAP:
+            lead = f"M{end.x + 6:.1f} {end.y:.1f}L{x - 4:.1f} {y:.1f}"
+            dotted = 'stroke-opacity=".5" stroke-dasharray="1 3"'
+            parts.append(f'<path d="{lead}" stroke="{end.color}" {dotted}/>')
+    return parts
+
+
+def _apart(heights: list[float], bottom: float) -> list[float]:
+    """Push ascending heights apart: downwards first, then up from the bottom."""
+    apart = list(heights)
+    for n in range(1, len(apart)):
+        apart[n] = max(apart[n], apart[n - 1] + _LABEL_GAP)
+    if apart and apart[-1] > bottom:
+        apart[-1] = bottom
+        for n in reversed(range(len(apart) - 1)):
+            apart[n] = min(apart[n], apart[n + 1] - _LABEL_GAP)
+    return apart
+
+
+def _short(label: str) -> str:
+    if len(label) <= _LONGEST_LABEL:
+        return label
+    return label[: _LONGEST_LABEL - 1] + "…"

@@ -1,6 +1,4 @@
-"""What every live panel is made of.
-
-Its sources, and the widget that carries what the browser wants to the kernel.
+"""Between kernel and browser: a panel's sources, its messages, and its form as a file.
 
 What the kernel sends and what the browser sends go over separate comms: a comm on which a busy cell
 publishes would hold back the browser's messages until the cell ends. Sees no state.
@@ -18,23 +16,36 @@ from typing import Any
 import anywidget
 import traitlets as T
 
+from qlab.core.progress import Progress
+
 _VIEWS = Path(__file__).parents[1]
 
 
 def source(*names: str) -> str:
     """Read sources, one after the other, without indentation and comment lines.
 
-    Every panel carries its own copy.
+    Every panel carries its own copy, so less is sent without them. The files of one panel share one
+    module: what one file declares the next may use.
+
+    Args:
+        names: paths within ``qlab/views``, such as ``shared/panel.js``.
     """
-    lines = (
-        line.strip()
-        for name in names
-        for line in (_VIEWS / name).read_text(encoding="utf-8").splitlines()
-    )
-    return "\n".join(line for line in lines if line and not line.startswith(("//", "/**")))
+    kept = []
+    for name in names:
+        text = (_VIEWS / name).read_text(encoding="utf-8")
+        lines = (line.strip() for line in text.splitlines())
+        kept += [line for line in lines if line and not line.startswith(("//", "/**"))]
+    return "\n".join(kept)
 
 
 CSS = source("shared/panel.css")
+
+
+def progress_row(progress: Progress | None) -> list[Any] | None:
+    """Return a running job as the browser gets it: what it does, steps done, steps in all."""
+    if progress is None:
+        return None
+    return [progress.what, progress.done, progress.total]
 
 
 class Controls(anywidget.AnyWidget):
@@ -59,18 +70,18 @@ class Controls(anywidget.AnyWidget):
         """
 
         def receive(change: Any) -> None:
+            intent = change["new"]
             try:
-                on_intent(checked(change["new"], ops))
+                on_intent(checked(intent, ops))
             except Exception as error:
-                seq = change["new"].get("seq") if isinstance(change["new"], dict) else None
-                on_refused(
-                    seq if isinstance(seq, int) else None, str(error) or type(error).__name__
-                )
+                seq = intent.get("seq") if isinstance(intent, dict) else None
+                number = seq if isinstance(seq, int) else None
+                on_refused(number, str(error) or type(error).__name__)
 
         self.observe(receive, "intent")
 
     def close(self) -> None:
-        """Hear nothing any more."""
+        """Stop listening."""
         self.unobserve_all()
         super().close()
 
@@ -85,30 +96,32 @@ def checked(intent: Any, ops: dict[str, dict[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: it has not; says what is wrong.
     """
-    if (
-        not isinstance(intent, dict)
-        or intent.get("op") not in ops
-        or not isinstance(intent.get("seq"), int)
-    ):
+    is_intent = (
+        isinstance(intent, dict) and intent.get("op") in ops and isinstance(intent.get("seq"), int)
+    )
+    if not is_intent:
         raise ValueError(f"The panel sent something that is no intent: {intent!r}.")
-    for key, kind in ops[intent["op"]].items():
-        if key not in intent or not isinstance(intent[key], kind):
-            raise ValueError(
-                f"The panel's intent {intent['op']!r} has no usable {key!r}: {intent.get(key)!r}."
-            )
+    op = intent["op"]
+    for key, kind in ops[op].items():
+        value = intent.get(key)
+        if key not in intent or not isinstance(value, kind):
+            raise ValueError(f"The panel's intent {op!r} has no usable {key!r}: {value!r}.")
     return intent
 
 
 def bundle(widget: Any, text: str, static: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what a cell shows: the live panel where it can be, else a table, else a line.
+    """Return what a cell shows: the live panel where it can be, else tables, else a line.
 
     Args:
         widget: the panel's view.
         text: in a line.
-        static: as html that survives without scripts.
+        static: HTML that works without scripts.
+
+    Returns:
+        Data by MIME type, and their metadata.
     """
-    found = widget._repr_mimebundle_()
-    data, metadata = found if isinstance(found, tuple) else (found, {})
+    shown = widget._repr_mimebundle_()
+    data, metadata = shown if isinstance(shown, tuple) else (shown, {})
     return {**data, "text/plain": text, "text/html": static}, metadata
 
 
@@ -122,24 +135,30 @@ def document(title: str, traits: dict[str, Any], esm: str, static: str, css: str
         static: what a reader without scripts sees.
         css: the panel's styles.
     """
+    values = {name: _encoded(value) for name, value in traits.items()}
     # a closing tag or a comment inside a name must not end the script
-    embedded = json.dumps({key: _encoded(value) for key, value in traits.items()}).replace(
-        "<", "\\u003c"
+    embedded = json.dumps(values).replace("<", "\\u003c")
+    script = esm.replace("export default { render };", "") + _SHIM
+    style = f":root{{color-scheme:light dark}}body{{margin:16px;font-family:system-ui}}{css}"
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{style}</style>"
     )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title>"
-        f"<style>:root{{color-scheme:light dark}}body{{margin:16px;font-family:system-ui}}{css}</style>"
-        f'</head><body><div id="panel"></div><noscript>{static}</noscript>'
+    body = (
+        f'<div id="panel"></div><noscript>{static}</noscript>'
         f'<script type="application/json" id="traits">{embedded}</script>'
-        f'<script type="module">{esm.replace("export default { render };", "")}{_SHIM}</script></body></html>'
+        f'<script type="module">{script}</script>'
     )
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>'
 
 
 def _encoded(value: Any) -> Any:
-    return {"base64": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode()}
+    return value
 
 
+# stands in for anywidget's model: get() reads the embedded traits, the rest does nothing
 _SHIM = """
 const traits = JSON.parse(document.getElementById("traits").textContent);
 const bytes = (text) => new DataView(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
