@@ -326,10 +326,6 @@ class QuantPlan:
     def __hash__(self) -> int:
         return hash((self.default, tuple(self.overrides.items())))
 
-    def __reduce__(self) -> tuple[type[QuantPlan], tuple[QuantConfig, dict]]:
-        # a mappingproxy neither pickles nor copies
-        return QuantPlan, (self.default, dict(self.overrides))
-
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, QuantPlan):
             return NotImplemented
