@@ -1,119 +1,148 @@
 """DoRA: ``W = m · (W0 + scale·ΔW) / ‖W0 + scale·ΔW‖``, the norm taken row by row.
 
-Direction and magnitude learned apart.
+Direction and magnitude are learned apart: ΔW = B·A turns the rows, m sets their lengths.
 
 Source: Liu et al. 2024 (arXiv:2402.09353), equation 5; the norm gets no gradient (section 4.3).
-Names and shapes as mlx-lm stores them, ``m`` ``(out,)``. No weight is ever built: ‖W0 + s·BA‖² =
-‖W0‖² + 2s·⟨W0, BA⟩ + s²·‖BA‖² needs the product of the base with as many rows as the rank, so every
-storage of the base serves, and nothing dense is kept for the way back. The experts of a mixture
-have lengths of their own, ``m`` ``(experts, out)``; mlx-lm has no such layer.
+Names and shapes as mlx-lm stores them, ``m`` ``(out,)``. No dense weight is ever built: row by row
+
+    ‖W0 + s·BA‖² = ‖W0‖² + 2s·⟨W0, BA⟩ + s²·‖BA‖²
+
+needs only the product of the base with as many rows as the rank, so every storage of the base
+serves, and nothing dense stays until the backward pass. The experts of a mixture have lengths each,
+``m`` ``(experts, out)``; mlx-lm has no such layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 
-from qlab.core.config.lora import AdapterKind, LoRAConfig
+from qlab.core.config.lora import AdapterKind, LoRAConfig, Shapes
+from qlab.core.config.spec import LayerSpec
 from qlab.nn.kinds import layer_kind
-from qlab.nn.low_rank import LowRank, Shapes, factors
+from qlab.nn.low_rank import LowRank, factors, low_rank_change
+
+_TINY = 1e-20  # smallest squared norm: a row of zeros has no direction
 
 
 class DoRALayer(LowRank):
     """A frozen linear layer, a low-rank change of its directions, and the length of every row."""
 
-    castable = False
+    castable = False  # the norms need the factors in float32
 
     def __init__(self, base: Any, config: LoRAConfig, shapes: Shapes) -> None:
         super().__init__(base, config, shapes)
-        self.base_square = mx.square(base.dense(mx.float32)).sum(-1)
+        self.base_square = mx.square(base.dense(mx.float32)).sum(-1)  # ‖W0‖², (…, out)
         self.m = mx.sqrt(self.base_square).astype(self.lora_a.dtype)
         self.freeze(recurse=False, keys=["base_square"])
 
     def __call__(self, x: mx.array) -> mx.array:
-        a = _constant(self.lora_a)
-        b = _constant(self.lora_b)
-        crossed = self._without_bias(self.base(a.T)) * b  # (rank, out)
-        gain = self._gain(
-            self.base_square, self.m, crossed.sum(0), ((a.T @ a) @ b * b).sum(0)
-        ).astype(x.dtype)
+        a = _constant(self.lora_a)  # (in, rank)
+        b = _constant(self.lora_b)  # (rank, out)
+        base_of_a = self._without_bias(self.base(a.T))  # AᵀW0ᵀ, (rank, out)
+        crossed = (base_of_a * b).sum(0)
+        squared = ((a.T @ a) @ b * b).sum(0)
+        gain = self._gain(self.base_square, self.m, crossed, squared).astype(x.dtype)
         y = self.base(x)
-        return _lengthened(
-            y, self._without_bias(y), self.inner(x) @ self.lora_b.astype(x.dtype), gain
-        )
+        added = self.inner(x) @ self.lora_b.astype(x.dtype)
+        return _lengthened(y, self._without_bias(y), added, gain)
 
     def _gain(self, start: mx.array, m: mx.array, crossed: mx.array, squared: mx.array) -> mx.array:
-        """M divided by the rows' norms, from ‖W0‖², ⟨W0, BA⟩ and ‖BA‖² of every row, float32."""
+        """Return m divided by the norms of the rows, float32 ``(…, out)``.
+
+        Args:
+            start: ‖W0‖² of every row.
+            m: lengths that are learned.
+            crossed: ⟨W0, BA⟩ of every row.
+            squared: ‖BA‖² of every row.
+        """
         square = start + 2 * self.scale * crossed + self.scale**2 * squared
-        return m.astype(mx.float32) / mx.sqrt(mx.stop_gradient(mx.maximum(square, _TINY)))
+        return m.astype(mx.float32) / _norm(square)
 
     def _without_bias(self, y: mx.array, experts: mx.array | None = None) -> mx.array:
+        """Return outputs of the base less its bias; of experts, each less its expert's."""
         if "bias" not in self.base.layer:
             return y
         bias = self.base.layer.bias.astype(y.dtype)
-        return y - (bias if experts is None else bias[experts][..., None, :])
+        if experts is not None:
+            bias = bias[experts][..., None, :]  # (…, 1, out)
+        return y - bias
 
 
 class DoRAEmbedding(DoRALayer):
     """The same on an embedding, as look-up and as tied output head."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        y = self.base(tokens)
-        z = self.added_rows(tokens, y.dtype)
-        square = mx.square((y + z).astype(mx.float32)).sum(-1)
+        y = self.base(tokens)  # (…, width)
+        added = self.added_rows(tokens, y.dtype)
+        square = mx.square((y + added).astype(mx.float32)).sum(-1)
         start = mx.square(y.astype(mx.float32)).sum(-1)
-        # measured from what the base says here, so that rounding of its output is no change of
-        # length
+        # relative to the base's output here, so that its rounding is no change of length
         square = self.base_square[tokens] + (square - start)
-        norm = mx.sqrt(mx.stop_gradient(mx.maximum(square, _TINY)))
-        gain = (self.m[tokens].astype(mx.float32) / norm)[..., None].astype(y.dtype)
-        return _lengthened(y, y, self.dropped(z), gain)
+        gain = self.m[tokens].astype(mx.float32) / _norm(square)
+        return _lengthened(y, y, self.dropped(added), gain[..., None].astype(y.dtype))
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """Multiply by the transposed embedding."""
-        a = _constant(self.lora_a)
-        b = _constant(self.lora_b)
-        crossed = self.base.as_linear(b) * a.T  # (rank, tokens)
-        gain = self._gain(
-            self.base_square, self.m, crossed.sum(0), (a @ (b @ b.T) * a).sum(-1)
-        ).astype(x.dtype)
+        """Multiply by the transposed embedding: ``(…, width)`` → ``(…, tokens)``."""
+        a = _constant(self.lora_a)  # (tokens, rank)
+        b = _constant(self.lora_b)  # (rank, width)
+        crossed = (self.base.as_linear(b) * a.T).sum(0)
+        squared = (a @ (b @ b.T) * a).sum(-1)
+        gain = self._gain(self.base_square, self.m, crossed, squared).astype(x.dtype)
         y = self.base.as_linear(x)
-        return _lengthened(y, y, self.inner_head(x) @ self.lora_a.T.astype(x.dtype), gain)
+        added = self.inner_head(x) @ self.lora_a.T.astype(x.dtype)
+        return _lengthened(y, y, added, gain)
 
 
 class DoRAExperts(DoRALayer):
-    """The same on the experts of a mixture, each with directions and lengths of its own."""
+    """The same on the experts of a mixture, each with its directions and lengths."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        # norms of the experts at work if these are few (a single token), else of all
-        few = indices.size < len(self.base_square)
-        experts = indices.flatten() if few else mx.arange(len(self.base_square))
-        a = _constant(self.lora_a)[experts]
-        b = _constant(self.lora_b)[experts].swapaxes(-1, -2)
-        crossed = (
-            self._without_bias(self.base(a, experts, sorted_indices=not few), experts) * b
-        )  # (experts, rank, out)
-        squared = ((a @ a.swapaxes(-1, -2)) @ b * b).sum(-2)
-        gain = self._gain(
-            self.base_square[experts], self.m[experts], crossed.sum(-2), squared
-        ).astype(x.dtype)
-        gain = gain.reshape(*indices.shape, -1) if few else gain[indices]
-        y = self.base(x, indices, sorted_indices=sorted_indices)
+        count = len(self.base_square)
+        # a single token reaches few experts: then the norms of these alone are computed
+        is_few = indices.size < count
+        experts = indices.flatten() if is_few else mx.arange(count)
+        gain = self._gain_of(experts, is_sorted=not is_few).astype(x.dtype)  # (experts, out)
+        gain = gain.reshape(*indices.shape, -1) if is_few else gain[indices]
+        y = self.base(x, indices, sorted_indices=sorted_indices)  # (…, 1, out)
         added = self.added_experts(x, indices, sorted_indices)
         return _lengthened(y, self._without_bias(y, indices), added, gain[..., None, :])
 
+    def _gain_of(self, experts: mx.array, is_sorted: bool) -> mx.array:
+        a = _constant(self.lora_a)[experts]  # (experts, rank, in)
+        b = _constant(self.lora_b)[experts].swapaxes(-1, -2)  # (experts, rank, out)
+        base_of_a = self.base(a, experts, sorted_indices=is_sorted)
+        crossed = (self._without_bias(base_of_a, experts) * b).sum(-2)
+        squared = ((a @ a.swapaxes(-1, -2)) @ b * b).sum(-2)
+        return self._gain(self.base_square[experts], self.m[experts], crossed, squared)
+
 
 def _constant(factor: mx.array) -> mx.array:
+    """Return a factor for the norm, which gets no gradient."""
     return mx.stop_gradient(factor.astype(mx.float32))
+
+
+def _norm(square: mx.array) -> mx.array:
+    return mx.sqrt(mx.stop_gradient(mx.maximum(square, _TINY)))
 
 
 def _lengthened(y: mx.array, plain: mx.array, added: mx.array, gain: mx.array) -> mx.array:
     """Return gain·(plain + added), and the bias that y has besides.
 
-    A gain of 1 leaves the base's own output.
+    Written so that a gain of 1 leaves the base's output to the bit.
+
+    Args:
+        y: output of the base, ``(…, out)``.
+        plain: the same without bias.
+        added: output of the low-rank product.
+        gain: of every row of the weight, broadcast to ``(…, out)``.
     """
     return y + (gain - 1) * plain + gain * added
+
+
+_MODULES = {"linear": DoRALayer, "embedding": DoRAEmbedding, "switch": DoRAExperts}
 
 
 class DoRA(AdapterKind):
@@ -123,19 +152,44 @@ class DoRA(AdapterKind):
     title = "DoRA: low-rank directions, and the length of every row"
     adapts = ("linear", "embedding", "switch")
 
-    def shapes(
-        self, shape: tuple[int, ...], rank: int, kind: str = "linear"
-    ) -> dict[str, tuple[int, ...]]:
+    def shapes(self, shape: tuple[int, ...], rank: int, kind: str = "linear") -> Shapes:
         return {**factors(shape, rank, kind), "m": shape[:-1]}
 
     def make(self, base: Any, shape: tuple[int, ...], config: LoRAConfig) -> Any:
         kind = layer_kind(base.layer)
-        made = {"linear": DoRALayer, "embedding": DoRAEmbedding, "switch": DoRAExperts}[kind]
-        return made(base, config, factors(shape, config.rank, kind))
+        return _MODULES[kind](base, config, factors(shape, config.rank, kind))
 
     def compensated(self, outer: Any, inner: Any, norms: Any) -> dict[str, Any]:
         return {"lora_a": outer, "lora_b": inner, "m": norms}
 
+    def change(
+        self, arrays: Mapping[str, mx.array], weight: mx.array, config: LoRAConfig, kind: str
+    ) -> mx.array:
+        """Return D = m · (W + scale·BA) / ‖W + scale·BA‖ − W; see ``AdapterKind.change``."""
+        turned = weight + low_rank_change(arrays, config.scale, kind)
+        square = mx.square(turned).sum(-1, keepdims=True)
+        return arrays["m"][..., None] * turned / _norm(square) - weight
 
-_TINY = 1e-20  # a row of zeros has no direction
+    def mlx_obstacle(self, layer: LayerSpec) -> str | None:
+        if type(self) is not DoRA:
+            return super().mlx_obstacle(layer)
+        if layer.kind == "switch":
+            return f"it has no DoRA of experts ({layer.path!r}); kind='lora' is the nearest"
+        if layer.storage and layer.kind == "embedding":
+            return f"its DoRA reads no quantized embedding ({layer.path!r})"
+        if layer.storage and 32 % layer.storage.bits:
+            return f"its DoRA fails on {layer.storage.bits}-bit weights ({layer.path!r})"
+        return None
+
+    def peft_obstacle(self, layer: LayerSpec) -> str | None:
+        if type(self) is not DoRA:
+            return super().peft_obstacle(layer)
+        if layer.kind == "embedding":
+            return f"PEFT's DoRA of an embedding ({layer.path!r}) scales columns, not rows"
+        return None
+
+    def peft_settings(self) -> dict[str, Any] | None:
+        return {"use_dora": True} if type(self) is DoRA else None
+
+
 SHELF = (DoRA(),)

@@ -2,19 +2,21 @@
 
 Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1; shapes and names as mlx-lm stores them. On
 an embedding A is ``(tokens, rank)`` and B ``(rank, width)``: the factors of the weight itself, not
-of its transpose. The experts of a mixture have factors of their own, A ``(experts, rank, in)`` and
-B ``(experts, out, rank)``.
+of its transpose. Each expert of a mixture has two factors, A ``(experts, rank, in)`` and B
+``(experts, out, rank)``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 
-from qlab.core.config.lora import AdapterKind, LoRAConfig
+from qlab.core.config.lora import AdapterKind, LoRAConfig, Shapes
+from qlab.core.config.spec import LayerSpec
 from qlab.nn.kinds import layer_kind
-from qlab.nn.low_rank import LowRank, factors
+from qlab.nn.low_rank import LowRank, factors, low_rank_change
 from qlab.ops.matmul import add_product
 
 
@@ -24,9 +26,9 @@ class LoRALayer(LowRank):
     def __call__(self, x: mx.array) -> mx.array:
         if self.drops:
             return add_product(self.base(x), self.inner(x), self.lora_b)
-        return self.base.adapted(
-            x, self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype), self.scale
-        )
+        a = self.lora_a.astype(x.dtype)
+        b = self.lora_b.astype(x.dtype)
+        return self.base.adapted(x, a, b, self.scale)
 
 
 class LoRAEmbedding(LowRank):
@@ -42,32 +44,50 @@ class LoRAEmbedding(LowRank):
 
 
 class LoRAExperts(LowRank):
-    """The same on the experts of a mixture, each with a change of its own."""
+    """The same on the experts of a mixture, each with two factors."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         y = self.base(x, indices, sorted_indices=sorted_indices)
         return y + self.added_experts(x, indices, sorted_indices)
 
 
+_MODULES = {"linear": LoRALayer, "embedding": LoRAEmbedding, "switch": LoRAExperts}
+
+
 class LoRA(AdapterKind):
-    """Low-rank adapters."""
+    """Low-rank adapters.
+
+    A subclass computes something that mlx-lm and PEFT do not, so neither is said to open it.
+    """
 
     name = "lora"
     title = "LoRA: a product of two thin matrices, added"
     adapts = ("linear", "embedding", "switch")
 
-    def shapes(
-        self, shape: tuple[int, ...], rank: int, kind: str = "linear"
-    ) -> dict[str, tuple[int, ...]]:
+    def shapes(self, shape: tuple[int, ...], rank: int, kind: str = "linear") -> Shapes:
         return factors(shape, rank, kind)
 
     def make(self, base: Any, shape: tuple[int, ...], config: LoRAConfig) -> Any:
         kind = layer_kind(base.layer)
-        made = {"linear": LoRALayer, "embedding": LoRAEmbedding, "switch": LoRAExperts}[kind]
-        return made(base, config, factors(shape, config.rank, kind))
+        return _MODULES[kind](base, config, factors(shape, config.rank, kind))
 
     def compensated(self, outer: Any, inner: Any, norms: Any) -> dict[str, Any]:
         return {"lora_a": outer, "lora_b": inner}
+
+    def change(
+        self, arrays: Mapping[str, mx.array], weight: mx.array, config: LoRAConfig, kind: str
+    ) -> mx.array:
+        """Return D = scale · B·A; see ``AdapterKind.change``."""
+        return low_rank_change(arrays, config.scale, kind)
+
+    def mlx_obstacle(self, layer: LayerSpec) -> str | None:
+        return None if type(self) is LoRA else super().mlx_obstacle(layer)
+
+    def peft_obstacle(self, layer: LayerSpec) -> str | None:
+        return None if type(self) is LoRA else super().peft_obstacle(layer)
+
+    def peft_settings(self) -> dict[str, Any] | None:
+        return {"use_dora": False} if type(self) is LoRA else None
 
 
 SHELF = (LoRA(),)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlab.core.adapt.report import AdapterReport, report_of
-from qlab.core.adapt.retention import Survival
+from qlab.core.adapt.retention import RetentionReport
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.panels.adapter import AdapterState
 from qlab.core.progress import Progress
@@ -20,7 +20,8 @@ from qlab.core.saved import Saved
 from qlab.deprecated import positional_arguments
 from qlab.engine.adapt import parameters as engine
 from qlab.engine.adapt.files import load_adapter, save_adapter
-from qlab.engine.adapt.fuse import fuse, preview
+from qlab.engine.adapt.fuse import fuse
+from qlab.engine.adapt.preview import preview
 from qlab.engine.adapt.recovery import Survey
 from qlab.engine.io.loaded import Loaded
 from qlab.errors import ConfigError, reject_unknown_arguments, reject_unknown_attributes
@@ -180,7 +181,7 @@ class Adapter(HasPanel, AdaptedModel):
         adapter.notes = notes
         return adapter
 
-    def preview(self) -> Survival:
+    def preview(self) -> RetentionReport:
         """Measure how much of the adapter each way to fuse it retains; blocks."""
         base = self.base
         parameters = self.parameters

@@ -9,15 +9,14 @@ On a linear layer, an embedding and the experts of a mixture; named and shaped a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from qlab.core.config.lora import LoRAConfig
+from qlab.core.config.lora import LoRAConfig, Shapes
 from qlab.ops.matmul import routed
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 def factors(shape: tuple[int, ...], rank: int, kind: str) -> Shapes:
@@ -34,6 +33,23 @@ def factors(shape: tuple[int, ...], rank: int, kind: str) -> Shapes:
         return {"lora_a": (*experts, rank, width), "lora_b": (*experts, out, rank)}
     outer, inner = (out, width) if kind == "embedding" else (width, out)
     return {"lora_a": (outer, rank), "lora_b": (rank, inner)}
+
+
+def low_rank_change(arrays: Mapping[str, mx.array], scale: float, kind: str) -> mx.array:
+    """Return scale·B·A in the shape of the weight, ``(…, out, in)``.
+
+    Args:
+        arrays: the factors ``lora_a`` and ``lora_b``, shaped as ``factors`` says.
+        scale: before the product.
+        kind: of the layer.
+    """
+    a = arrays["lora_a"]
+    b = arrays["lora_b"]
+    if kind == "switch":
+        return scale * (b @ a)
+    if kind == "embedding":
+        return scale * (a @ b)
+    return scale * (a @ b).T
 
 
 class LowRank(nn.Module):

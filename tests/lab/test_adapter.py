@@ -364,7 +364,7 @@ def test_fusing_at_16_bits_gives_the_adapted_model_and_leaves_the_base(model, q)
         and numbers(a.base.module) == before
     )
     assert not np.allclose(logits(a.fuse(onto="original").module), logits(fused.module), atol=1e-3)
-    assert a.preview().kept("16") > a.preview().kept("base")
+    assert a.preview().retained("16") > a.preview().retained("base")
     with pytest.raises(ConfigError, match="onto="):
         a.fuse(onto="nothing")
     with pytest.raises(ConfigError, match="bits="):

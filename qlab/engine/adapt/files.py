@@ -29,10 +29,10 @@ from qlab.engine.adapt.parameters import checked, expected
 from qlab.engine.adapt.targets import (
     SettingError,
     layers_of,
-    mlx_obstacle,
     mlx_targets,
-    reached,
-    said,
+    mlx_targets_of,
+    shortest_keys,
+    why_not_mlx,
 )
 from qlab.engine.io.loaded import check_safetensors
 from qlab.errors import ConfigError, LoadError, QlabError, nearest
@@ -117,7 +117,7 @@ def _opens_in(format: str, lora: LoRAConfig, spec: ModelSpec) -> tuple[str, ...]
     """Programs that open an adapter of this format as it is."""
     if format == "peft":
         return ("peft", "qlab")
-    return ("qlab",) if mlx_obstacle(lora, spec) else ("mlx-lm", "qlab")
+    return ("qlab",) if why_not_mlx(lora, spec) else ("mlx-lm", "qlab")
 
 
 # --- mlx-lm's layout ------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def _mlx_config(
         "num_layers": num_layers,
         "lora_parameters": settings,
     }
-    obstacle = mlx_obstacle(lora, spec)
+    obstacle = why_not_mlx(lora, spec)
     if obstacle:
         return (
             config,
@@ -257,7 +257,7 @@ def _from_mlx(
     ):
         raise SettingError(f"keys={keys!r} is not a list of names.")
     paths = layers_of(arrays, set(kinds[kind].shapes((1, 1), 1)), spec)
-    named = reached(num_layers, keys, spec)
+    named = mlx_targets_of(num_layers, keys, spec)
     if named != set(paths):
         gone = sorted(named - set(paths))
         more = sorted(set(paths) - named)
@@ -266,7 +266,7 @@ def _from_mlx(
             f"it has {what}, which num_layers and keys in {_SETTINGS} {'adapt' if gone else 'do not adapt'}."
         )
     dropout = settings.get("dropout", 0.0)
-    lora = said(
+    lora = shortest_keys(
         LoRAConfig(rank=settings["rank"], scale=settings["scale"], dropout=dropout, kind=kind),
         paths,
         spec,

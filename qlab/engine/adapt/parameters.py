@@ -61,6 +61,13 @@ def expected(spec: ModelSpec, lora: LoRAConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
+def arrays_of(arrays: Mapping[str, mx.array], path: str) -> dict[str, mx.array]:
+    """Return the arrays of one layer by name, such as ``lora_a``, from those by path."""
+    prefix = f"{path}."
+    names = {key.removeprefix(prefix): key for key in arrays if key.startswith(prefix)}
+    return {name: arrays[key] for name, key in names.items() if "." not in name}
+
+
 def checked(
     parameters: Mapping[str, mx.array], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, mx.array]:

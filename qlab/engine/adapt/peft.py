@@ -14,10 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from qlab import registry
 from qlab.core.config.legal import is_number
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.spec import LayerSpec, ModelSpec
-from qlab.engine.adapt.targets import STOCK, SettingError, said
+from qlab.engine.adapt.targets import SettingError, shortest_keys
 from qlab.errors import ConfigError, nearest
 
 Arrays = dict[str, mx.array]
@@ -130,7 +131,7 @@ def to_peft(
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "use_rslora": lora.rslora,
-        "use_dora": lora.kind == "dora",
+        **(lora.adapter_kind.peft_settings() or {}),
         "lora_dropout": lora.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -165,16 +166,13 @@ def to_peft(
 
 
 def _refuse(lora: LoRAConfig, targets: Iterable[LayerSpec]) -> None:
-    if lora.kind not in STOCK:
-        raise ConfigError(f"PEFT has no kind {lora.kind!r}; save it with format='mlx'.")
     for layer in targets:
+        obstacle = lora.adapter_kind.peft_obstacle(layer)
+        if obstacle:
+            raise ConfigError(f"{obstacle}; use format='mlx'.")
         if layer.kind == "switch":
             raise ConfigError(
                 f"PEFT has no adapter of the experts {layer.path!r}: they are parts of larger tensors there; use format='mlx'."
-            )
-        if layer.kind == "embedding" and lora.kind == "dora":
-            raise ConfigError(
-                f"PEFT's DoRA of an embedding ({layer.path!r}) scales columns, not rows; use format='mlx'."
             )
         if layer.kind == "embedding" and layer.tied:
             raise ConfigError(
@@ -201,8 +199,8 @@ def from_peft(
         raise ConfigError(
             f"it has no arrays of {missing[0] if missing else 'any layer'!r}, which target_modules names."
         )
-    dora = bool(config.get("use_dora"))
-    needed = {"lora_a", "lora_b"} | ({"m"} if config.get("use_dora") else set())
+    kind = _kind_of(config)
+    needed = set(registry.get("adapters", kind).shapes((1, 1), 1))
     ranks = {}
     scales = {}
     for path in paths:
@@ -220,9 +218,9 @@ def from_peft(
         rank=rank,
         scale=scale,
         dropout=config.get("lora_dropout", 0.0),
-        kind="dora" if dora else "lora",
+        kind=kind,
     )
-    lora = said(lora, paths, spec)
+    lora = shortest_keys(lora, paths, spec)
     made = {
         f"{p}.{n}": _padded(n, a, rank, scales[p] / scale)
         for p, own in found.items()
@@ -233,6 +231,13 @@ def from_peft(
         return replace(lora, rslora=True), made, ()
     note = f"Ranks {min(ranks.values())} to {rank} and their scales were brought to rank {rank} and scale {scale:g}, exactly."
     return lora, made, () if one else (note,)
+
+
+def _kind_of(config: dict[str, Any]) -> str:
+    """Return the name of the kind on the shelf that PEFT's settings mean."""
+    wanted = {"use_dora": bool(config.get("use_dora"))}
+    kinds = registry.shelf("adapters")
+    return next(name for name, kind in kinds.items() if kind.peft_settings() == wanted)
 
 
 def _check(config: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.spec import ModelSpec
 from qlab.core.config.train import TrainConfig
-from qlab.engine.adapt.targets import mlx_obstacle, mlx_targets
+from qlab.engine.adapt.targets import mlx_targets, why_not_mlx
 from qlab.errors import ConfigError
 
 ROWS = ("text", "completion", "chat")
@@ -110,7 +110,7 @@ def _refuse(
     spec: ModelSpec, lora: LoRAConfig, train: TrainConfig, rows: str, iters: int | None
 ) -> None:
     """Refuse what mlx-lm cannot do at all."""
-    obstacle = mlx_obstacle(lora, spec)
+    obstacle = why_not_mlx(lora, spec)
     if obstacle:
         raise ConfigError(f"Stock mlx-lm cannot run this: {obstacle}.")
     if train.optimizer not in _OPTIMIZERS:

@@ -18,7 +18,7 @@ from qlab.engine.adapt.attach import twin_with
 from qlab.engine.adapt.files import load_adapter
 from qlab.engine.adapt.files import save_adapter
 from qlab.engine.adapt.targets import mlx_targets
-from qlab.engine.adapt.targets import said
+from qlab.engine.adapt.targets import shortest_keys
 from qlab.runtime.job import mlx_call
 from qlab.nn.linear import weight_of
 from qlab.engine.models.skeleton import describe
@@ -158,8 +158,8 @@ def test_names_within_blocks_are_used_where_they_can_say_it_and_paths_elsewhere(
     )
     for lora in (last, middle, LoRAConfig(rank=2, num_layers=1)):
         paths = [layer.path for layer in lora.targets(spec)]
-        assert said(LoRAConfig(rank=2), paths, spec).targets(spec) == lora.targets(spec)
-    assert said(
+        assert shortest_keys(LoRAConfig(rank=2), paths, spec).targets(spec) == lora.targets(spec)
+    assert shortest_keys(
         LoRAConfig(rank=2), [x.path for x in LoRAConfig(rank=2).targets(spec)], spec
     ) == LoRAConfig(rank=2)
 

@@ -9,7 +9,7 @@ import pytest
 
 import qlab
 from qlab.core.config.quant import QuantConfig
-from qlab.core.adapt.retention import Survival
+from qlab.core.adapt.retention import RetentionReport
 from qlab.core.config.lora import LoRAConfig
 from qlab.engine.adapt.parameters import expected
 from qlab.engine.adapt.attach import twin_with
@@ -17,7 +17,8 @@ from qlab.engine.quantize.quantize import quantized_layer
 from qlab.engine.io.save import save
 from qlab.engine.adapt.fuse import change
 from qlab.engine.adapt.fuse import fuse
-from qlab.engine.adapt.fuse import preview
+from qlab.engine.adapt.preview import preview
+import qlab.views  # noqa: F401  # reports show themselves
 from qlab.runtime.job import mlx_call
 from qlab.nn.linear import weight_of
 from qlab.engine.models.skeleton import describe
@@ -178,10 +179,10 @@ def test_preview_finds_the_dead_zone_of_four_bits(size):
     base, original, eight = TABLE[size]
     layer = found.layers[0]
     assert layer.relative_size == pytest.approx(size, rel=0.01)
-    assert found.kept("base") == pytest.approx(base, abs=0.05)
-    assert found.kept("base_from_original") == pytest.approx(original, abs=0.02)
-    assert found.kept("8") == pytest.approx(eight, abs=0.01)
-    assert found.kept("16") == pytest.approx(1, abs=0.01)
+    assert found.retained("base") == pytest.approx(base, abs=0.05)
+    assert found.retained("base_from_original") == pytest.approx(original, abs=0.02)
+    assert found.retained("8") == pytest.approx(eight, abs=0.01)
+    assert found.retained("16") == pytest.approx(1, abs=0.01)
     assert layer.error_ratio == pytest.approx(0.091 / size, rel=0.05)
     assert 0 < layer.codes_changed < 0.5
     assert any("Cheapest fix: bits=8" in note for note in found.notes)
@@ -194,7 +195,7 @@ def test_rows_that_speak_for_all_of_a_large_layer_say_nearly_the_same(monkeypatc
     spec = describe(base, "tiny")
     lora = LoRAConfig(rank=4)
     parameters = stirred(base, spec, lora, 0.05)
-    monkeypatch.setattr("qlab.engine.adapt.fuse._SAMPLE", 2**16)
+    monkeypatch.setattr("qlab.engine.adapt.preview._SAMPLE", 2**16)
     some, whole = (
         done(preview(base, spec, parameters, lora, module, exact=exact)) for exact in (False, True)
     )
@@ -202,7 +203,7 @@ def test_rows_that_speak_for_all_of_a_large_layer_say_nearly_the_same(monkeypatc
         x.depth for x in whole.layers
     } == {"exact"}
     for target in ("8", "base", "base_from_original"):
-        assert some.kept(target) == pytest.approx(whole.kept(target), abs=0.03)
+        assert some.retained(target) == pytest.approx(whole.retained(target), abs=0.03)
     for a, b in zip(some.layers, whole.layers, strict=True):
         assert a.relative_size == pytest.approx(b.relative_size, rel=0.2)
         assert a.delta_norm == pytest.approx(b.delta_norm, rel=0.2)
@@ -210,7 +211,7 @@ def test_rows_that_speak_for_all_of_a_large_layer_say_nearly_the_same(monkeypatc
 
 @on_mlx
 def test_codes_changed_counts_codes_of_any_width():
-    from qlab.engine.adapt.fuse import _differing
+    from qlab.engine.adapt.preview import _differing
 
     for bits in (2, 3, 4, 5, 6, 8):
         config = QuantConfig("affine", bits)
@@ -234,9 +235,9 @@ def test_a_fresh_adapter_and_an_unquantized_base_are_said_as_what_they_are():
     lora = LoRAConfig(rank=4, keys="q_proj")
     parameters = {path: mx.zeros(shape) for path, shape in expected(spec, lora).items()}
     found = done(preview(module, spec, parameters, lora))
-    assert "nothing to lose" in found.notes[0] and np.isnan(found.kept("base"))
+    assert "nothing to lose" in found.notes[0] and np.isnan(found.retained("base"))
     found = done(preview(module, spec, stirred(module, spec, lora, 0.02), lora))
-    assert found.kept("base") == found.kept("16") == pytest.approx(1, abs=1e-3)
+    assert found.retained("base") == found.retained("16") == pytest.approx(1, abs=1e-3)
     assert not found.notes
 
 
@@ -249,7 +250,9 @@ def test_the_report_reads_as_text_table_and_html():
         preview(module, spec, stirred(module, spec, LoRAConfig(rank=4), 0.01), LoRAConfig(rank=4))
     )
     assert (
-        isinstance(found, Survival) and "affine 4-bit g64" in repr(found) and "base " in repr(found)
+        isinstance(found, RetentionReport)
+        and "affine 4-bit g64" in repr(found)
+        and "base " in repr(found)
     )
     frame = found.to_pandas()
     assert (
@@ -260,7 +263,7 @@ def test_the_report_reads_as_text_table_and_html():
     worst = found.worst(3)
     assert [x.kept_base for x in worst] == sorted(frame.kept_base)[:3]
     with pytest.raises(ConfigError, match="choose one of 16, 8, base"):
-        found.kept("4")
+        found.retained("4")
 
 
 @on_mlx
@@ -290,12 +293,14 @@ def test_options_that_are_not_legal_are_refused_and_name_what_is():
 
 
 @on_mlx
-def test_a_kind_made_in_a_cell_says_that_it_cannot_be_fused(monkeypatch):
+def test_a_kind_that_does_not_say_what_it_adds_says_that_it_cannot_be_fused(monkeypatch):
     from qlab import registry
     from qlab.adapters.lora import LoRA
+    from qlab.core.config.lora import AdapterKind
 
     class Other(LoRA):
         name = "other"
+        change = AdapterKind.change
 
     monkeypatch.setitem(registry.shelf("adapters"), "other", Other())
     module, spec = tiny()

@@ -21,7 +21,8 @@ from qlab.runtime.device import backend
 from qlab.engine.quantize.quantize import quantize
 from qlab.engine.io.save import save
 from qlab.engine.adapt.fuse import fuse
-from qlab.engine.adapt.fuse import preview
+from qlab.engine.adapt.preview import preview
+import qlab.views  # noqa: F401  # reports show themselves
 from qlab.engine.adapt.activations import passing
 from qlab.runtime.job import mlx_call
 from qlab.nn.linear import weight_of
@@ -254,7 +255,7 @@ def test_the_preview_finds_what_rounding_takes_from_every_expert(monkeypatch):
     parameters[f"{UP}.lora_b"][1] = 0  # one expert was never reached, and one hardly
     parameters[f"{UP}.lora_b"][2] *= 0.05
     mx.eval(parameters)
-    monkeypatch.setattr("qlab.engine.adapt.fuse._SAMPLE", 2**12)
+    monkeypatch.setattr("qlab.engine.adapt.preview._SAMPLE", 2**12)
     some, whole = (
         done(preview(module, spec, parameters, lora, first, exact=exact)) for exact in (False, True)
     )
@@ -282,7 +283,7 @@ def test_the_preview_finds_what_rounding_takes_from_every_expert(monkeypatch):
         layer.kept_base_least == pytest.approx(min(moved), abs=1e-3)
         and f"an expert {min(moved):.3f}" in whole._repr_html_()
     )
-    assert some.kept("base") == pytest.approx(whole.kept("base"), abs=0.1)
+    assert some.retained("base") == pytest.approx(whole.retained("base"), abs=0.1)
 
 
 # --- starts -----------------------------------------------------------------------------------------------------------
