@@ -43,29 +43,42 @@ def shifted(batch: StepBatch) -> ShiftedBatch:
 
 
 def nats(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """Sum of the cross-entropy in nats over the targets; float32."""
+    """Return the sum of the cross-entropy in nats over the targets, float32 ``()``.
+
+    Args:
+        logits: ``(batch, length, vocabulary)``.
+        targets: ``(batch, length)``.
+        weights: ``(batch, length)``.
+    """
     return (nn.losses.cross_entropy(logits.astype(mx.float32), targets) * weights).sum()
 
 
 def nats_and_slope(
     logits: mx.array, targets: mx.array, weights: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Sum of the cross-entropy in nats, and its gradient by the logits.
+    """Return the sum of the cross-entropy in nats, and its gradient by the logits.
 
-    Probabilities, less one at the target, weighted.
-
-    Written out, because it needs one array of the size of the logits where differentiation keeps
-    four. On a GPU MLX has a kernel for each, which read the logits as they are, and reckon in
+    The gradient is softmax(logits), less one at the target, weighted. It is spelled out, because so
+    it needs one array of the size of the logits where differentiation keeps four. On a GPU MLX has
+    a kernel for the loss and one for its gradient, which read the logits as they are and compute in
     float32.
+
+    Args:
+        logits: ``(batch, length, vocabulary)``.
+        targets: ``(batch, length)``.
+        weights: ``(batch, length)`` float32.
+
+    Returns:
+        Loss, float32 ``()``; gradient, of the logits' shape and dtype.
     """
     if mx.default_device() == mx.gpu:
         (each,), (slope,) = mx.vjp(lambda x: mx.fast.cross_entropy(x, targets), [logits], [weights])
         return (each * weights).sum(), slope
     full = logits.astype(mx.float32)
-    log_sum = mx.logsumexp(full, -1, keepdims=True)
-    total = ((log_sum - mx.take_along_axis(full, targets[..., None], -1))[..., 0] * weights).sum()
-    hit = mx.arange(logits.shape[-1]) == targets[..., None]
+    log_sum = mx.logsumexp(full, -1, keepdims=True)  # (batch, length, 1)
+    target_logit = mx.take_along_axis(full, targets[..., None], -1)
+    total = ((log_sum - target_logit)[..., 0] * weights).sum()
+    is_target = mx.arange(logits.shape[-1]) == targets[..., None]  # (batch, length, vocabulary)
     probabilities = mx.exp(full - log_sum)
-    return total, (mx.where(hit, probabilities - 1, probabilities) * weights[..., None]).astype(
-        logits.dtype
-    )
+    slope = mx.where(is_target, probabilities - 1, probabilities) * weights[..., None]
+    return total, slope.astype(logits.dtype)

@@ -1,6 +1,7 @@
-"""Functions of qlab's in the place of mlx-lm's that are called alike, while a step is computed.
+"""Puts qlab's functions in the place of mlx-lm's of the same name, while a step is computed.
 
-Knows no model.
+qlab's (``ops/swiglu.py``, ``ops/attention.py``) have gradients that keep less, or are faster on a
+CPU. mlx-lm's modules are as they were once the step is computed.
 """
 
 from __future__ import annotations
@@ -17,38 +18,39 @@ import mlx.nn as nn
 from qlab.ops.attention import attention
 from qlab.ops.swiglu import swiglu
 
+# Python module, name of the function there, qlab's
 Users = list[tuple[ModuleType, str, Callable[..., Any]]]
 
 
 def users(module: nn.Module) -> Users:
-    """Return where a model's layers call a function of mlx-lm's that qlab has, too.
-
-    Python module, name, qlab's.
-    """
+    """Return where a model's layers call a function of mlx-lm's that qlab has, too."""
     from mlx_lm.models import activations, base
 
-    found = {sys.modules[type(layer).__module__] for layer in module.modules()}
-    name = "scaled_dot_product_attention"
-    ours = [("swiglu", activations.swiglu, swiglu), (name, getattr(base, name), attention)]
-    return [
-        (each, name, own)
-        for each in found
-        for name, stock, own in ours
-        if vars(each).get(name) is stock
+    replacements = [
+        ("swiglu", activations.swiglu, swiglu),
+        ("scaled_dot_product_attention", base.scaled_dot_product_attention, attention),
     ]
+    places: Users = []
+    for python_module in {sys.modules[type(layer).__module__] for layer in module.modules()}:
+        for name, stock, own in replacements:
+            if vars(python_module).get(name) is stock:
+                places.append((python_module, name, own))
+    return places
 
 
 @contextmanager
 def patched(users: Users, forward: bool = False) -> Iterator[None]:
-    """Let them call qlab's within.
+    """Let the model's layers call qlab's functions within.
 
     Args:
         users: what the function of that name returns.
         forward: whether no gradient is made: then qlab's are of use on a CPU only, where they are
             faster.
     """
+    if forward and mx.default_device() != mx.cpu:
+        users = []
     with ExitStack() as stack:
-        for each, name, own in users if not forward or mx.default_device() == mx.cpu else ():
-            stack.callback(setattr, each, name, vars(each)[name])
-            setattr(each, name, own)
+        for module, name, own in users:
+            stack.callback(setattr, module, name, vars(module)[name])
+            setattr(module, name, own)
         yield

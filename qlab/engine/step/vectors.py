@@ -1,6 +1,7 @@
 """Many arrays as few vectors, one for each dtype: one operation where there were hundreds.
 
-Knows no optimizer and no model.
+An adapter is hundreds of small arrays; the update (``engine/train/update.py``) computes on them as
+vectors, and hands them out by path as views of these.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from itertools import accumulate
 from math import isqrt, prod
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 
@@ -18,38 +19,41 @@ from qlab.engine.step.protocol import Arrays
 class FlatLayout:
     """Where in the vectors each array lies.
 
-    It does not depend on the order in which a model lists them.
+    It does not depend on the order in which a model lists its arrays. Those whose size a large
+    power of two divides come first, then by path: so each begins at a multiple of whatever power of
+    two divides its rows, as a GPU's products need for their fast loads.
 
-    Those whose size a large power of two divides come first, then by path. So each begins at a
-    multiple of whatever power of two divides its rows, as a GPU's products count on.
+    Example:
+        >>> layout = FlatLayout(arrays)
+        >>> layout.views(layout.vectors(arrays)).keys() == arrays.keys()
+        True
 
     Args:
-        arrays: by path; their shapes and dtypes count.
+        arrays: by path; only their shapes and dtypes count.
 
     Attributes:
-        dtypes: of the vectors, by name.
+        dtypes: of the vectors, by name, such as ``float32``.
         paths: of the arrays, in their order.
     """
 
     def __init__(self, arrays: Arrays) -> None:
         self.dtypes: dict[str, mx.Dtype] = {}
-        self.paths = sorted(
-            arrays, key=lambda path: (-(arrays[path].size & -arrays[path].size), path)
-        )
+        self.paths = sorted(arrays, key=lambda path: (-_power_of_two(arrays[path].size), path))
         self._places: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
         for path in self.paths:
-            name = str(arrays[path].dtype).rpartition(".")[2]
-            self.dtypes[name] = arrays[path].dtype
-            self._places.setdefault(name, []).append((path, arrays[path].shape))
-        self._ends = {
-            n: list(accumulate(prod(s) for _, s in places))[:-1]
-            for n, places in self._places.items()
-        }
+            array = arrays[path]
+            name = str(array.dtype).rpartition(".")[2]
+            self.dtypes[name] = array.dtype
+            self._places.setdefault(name, []).append((path, array.shape))
+        self._ends: dict[str, list[int]] = {}  # where each array ends but for the last
+        for name, places in self._places.items():
+            sizes = (prod(shape) for _, shape in places)
+            self._ends[name] = list(accumulate(sizes))[:-1]
 
     def vectors(self, arrays: Arrays) -> Arrays:
-        """Return the arrays joined, in their own dtype.
+        """Return the arrays joined, by name of their dtype.
 
-        Nothing is copied of what is joined, or was handed out as views.
+        Nothing is copied of what is joined already, or was handed out as views.
         """
         if isinstance(arrays, FlatViews) and arrays.layout is self:
             return arrays.vectors
@@ -61,24 +65,28 @@ class FlatLayout:
         }
 
     def views(self, vectors: Arrays) -> Arrays:
-        """Return the arrays by path that vectors are made of, in the vectors' dtype.
-
-        Nothing is copied.
-        """
-        found = {}
+        """Return the arrays by path that vectors are made of, in the vectors' dtype, not copied."""
+        views = {}
         for name, places in self._places.items():
             parts = mx.split(vectors[name], self._ends[name])
-            found |= {
-                path: part.reshape(shape) for (path, shape), part in zip(places, parts, strict=True)
-            }
-        return found
+            for (path, shape), part in zip(places, parts, strict=True):
+                views[path] = part.reshape(shape)
+        return views
+
+
+def _power_of_two(size: int) -> int:
+    """Return the largest power of two that divides a size."""
+    return size & -size
 
 
 class FlatViews(dict[str, mx.array]):
     """Arrays by path that are views of vectors; read-only, so that both always say the same.
 
+    A dict, because ``mx.eval`` passes over any other mapping without evaluating it, and MLX's
+    compile and tree functions take no other.
+
     Args:
-        views: of the vectors.
+        views: of the vectors, by path.
         layout: of the vectors.
         vectors: by name of their dtype.
     """
@@ -88,40 +96,72 @@ class FlatViews(dict[str, mx.array]):
         self.layout = layout
         self.vectors = vectors
 
-    def _fixed(self, *_: Any, **__: Any) -> Any:
-        raise TypeError(
-            "These arrays are views of one vector: make a dict of them and change that."
-        )
+    def __setitem__(self, *_: Any) -> NoReturn:
+        _refuse()
 
-    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _fixed
+    def __delitem__(self, *_: Any) -> NoReturn:
+        _refuse()
+
+    def __ior__(self, *_: Any) -> NoReturn:
+        _refuse()
+
+    def update(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse."""
+        _refuse()
+
+    def setdefault(self, *_: Any) -> NoReturn:
+        """Refuse."""
+        _refuse()
+
+    def pop(self, *_: Any) -> NoReturn:
+        """Refuse."""
+        _refuse()
+
+    def popitem(self) -> NoReturn:
+        """Refuse."""
+        _refuse()
+
+    def clear(self) -> NoReturn:
+        """Refuse."""
+        _refuse()
+
+
+def _refuse() -> NoReturn:
+    raise TypeError("These arrays are views of one vector: make a dict of them and change that.")
 
 
 def cast(arrays: Arrays, dtype: mx.Dtype, paths: Collection[str]) -> Arrays:
     """Return some of the arrays in another dtype.
 
-    Where they are views of vectors, the vectors are cast.
+    Where they are views of vectors, the vectors are cast: one operation instead of one for each.
+
+    Args:
+        arrays: by path.
+        dtype: to cast to.
+        paths: of the arrays wanted.
     """
     if paths and isinstance(arrays, FlatViews):
-        arrays = arrays.layout.views(
-            {name: vector.astype(dtype) for name, vector in arrays.vectors.items()}
-        )
+        vectors = {name: vector.astype(dtype) for name, vector in arrays.vectors.items()}
+        arrays = arrays.layout.views(vectors)
     return {path: arrays[path].astype(dtype) for path in paths}
 
 
 def stable_sum(
     vector: mx.array, of: Callable[[mx.array], mx.array] = lambda part: part
 ) -> mx.array:
-    """Sum of what a function makes of all numbers of a vector, in float32.
+    """Return the sum of what a function makes of a vector's numbers, float32 ``()``.
 
-    Not finite if any of them is not.
+    Not finite if any of them is not. In two stages, because MLX's CPU adds one number after the
+    other: a float32 sum of ones stops growing at 2²⁴ (measured; the next number is lost to
+    rounding).
 
-    In two stages: MLX's CPU adds one by one, and 2²⁵ ones or more are 2²⁵ then, since a sum in
-    float32 no longer grows.
+    Args:
+        vector: ``(size,)``.
+        of: from numbers to numbers, such as ``mx.square``.
     """
     rows = isqrt(vector.size)
-    even = (
-        max(vector.size - 2, 0) // rows * rows
-    )  # more than one are left, so that every length takes the same operations
+    # at least two numbers are left over, so that every length takes the same operations
+    even = max(vector.size - 2, 0) // rows * rows
     most = vector[:even].reshape(rows, even // rows)
     rest = vector[even:]
     return of(most.astype(mx.float32)).sum(1).sum() + of(rest.astype(mx.float32)).sum()
