@@ -98,7 +98,7 @@ def ours(how: str, batch: int, length: int, steps: int) -> dict:
         train = TrainConfig(
             batch_size=batch, max_seq_length=length, grad_checkpoint=again, learning_rate=1e-5
         )
-        compute, notes = choose_compute(model.module, spec, lora, batch * (length - 1))
+        compute, notes = choose_compute(model.module, spec, batch * (length - 1))
         step = make_step(attach(model.module, spec, lora, compute, again), train, how=how)
         update = Update(train, step.parameters)
         parameters, state = step.parameters, update.state

@@ -1,10 +1,8 @@
-"""Which product of the frozen base is the fastest here.
+"""Which product of the frozen base is fastest here: tried on the model's own layers, remembered.
 
-Tried out on the model's own layers, and remembered on disk.
-
-A quantized weight can be multiplied by MLX's quantized kernel, or written out and multiplied as a
-dense one. Which is faster turns on shape, storage, number of tokens and device; the gradients are
-the same. Knows no step and no data.
+A quantized weight can be multiplied by MLX's quantized kernel, or dequantized and multiplied as a
+dense one. Which is faster depends on shape, storage, number of tokens and device; the gradients are
+the same. Called when a run is set up; results are kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -14,167 +12,205 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.quant import QuantConfig
 from qlab.core.config.spec import LayerSpec, ModelSpec
 from qlab.engine.models.surgery import module_at
-from qlab.errors import ConfigError
 from qlab.nn.frozen import Compute, Frozen, usual_compute
 from qlab.runtime import blas
 from qlab.runtime.atomic import write_file
 from qlab.runtime.device import backend
 from qlab.runtime.paths import cache_folder
 
-PRODUCTS = ("auto", "kernel", "dequantize")
 _BUDGET_S = 2.0  # of all trials of a run together
 _REPEATS = 3
 _FEW = 32  # tokens of a first, short trial
 _HOPELESS = 3.0  # times slower in the short trial: not tried at full length
-# of the norm: a kernel whose numbers are further from those of the dequantized weights is not used
-_FAR = 0.05
-_NOISE = 1.05  # a kernel must be faster by this much: dequantizing once serves the way back, too
+# relative distance of results beyond which a kernel is taken to be wrong, and not used
+_TOLERANCE = 0.05
+# a kernel must be faster by this factor: dequantizing once serves the backward pass, too
+_NOISE = 1.05
 _FILE = "products.json"
 
 
-def choose_compute(
-    module: nn.Module, spec: ModelSpec, lora: LoRAConfig | None, tokens: int, product: str = "auto"
-) -> tuple[Compute, tuple[str, ...]]:
-    """Return how the frozen layers of a model are computed fastest, and a line on how that was
-    found. Runs on the MLX thread.
+class _Kind(NamedTuple):
+    """Layers whose products take the same time.
 
-    Takes about two seconds at most, and none if the same products were tried before on this device
-    with this MLX.
+    Attributes:
+        shape: of the weight, ``(out, in)``.
+        storage: how it is stored.
+    """
+
+    shape: tuple[int, ...]
+    storage: QuantConfig
+
+
+class Race(NamedTuple):
+    """Seconds of a product and its gradient.
+
+    Attributes:
+        kernel: by MLX's quantized kernel; infinite if its results are wrong.
+        dequantized: from the dequantized weight.
+        extrapolated: whether the kernel was tried on few tokens only.
+    """
+
+    kernel: float
+    dequantized: float
+    extrapolated: bool
+
+
+def choose_compute(
+    module: nn.Module, spec: ModelSpec, tokens: int
+) -> tuple[Compute, tuple[str, ...]]:
+    """Return how the frozen layers of a model are computed fastest, and why, in a line.
+
+    Runs on the MLX thread. Takes about two seconds at most, and none if the same products were
+    tried before on this device with this MLX.
 
     Args:
         module: the model, its arrays in memory; it is not changed.
-        spec: its layers.
-        lora: the adapters; only blocks that they reach pass twice.
+        spec: the model's layers.
         tokens: that pass the model at once.
-        product: ``kernel`` or ``dequantize`` instead of a trial.
 
-    Raises:
-        ConfigError: no such product.
+    Returns:
+        How to compute; no line, or one for a user to read.
     """
-    if product not in PRODUCTS:
-        raise ConfigError(f"product={product!r} is not legal; choose one of {', '.join(PRODUCTS)}.")
     dtype = usual_compute().dtype
-    looks = _looks(spec)
-    kernels = {
-        look: layers
-        for look, layers in looks.items()
-        if _has_kernel(module_at(module, layers[0].path))
+    kinds = _layers_by_kind(spec)
+    with_kernel = {
+        kind: layers
+        for kind, layers in kinds.items()
+        if isinstance(module_at(module, layers[0].path), nn.QuantizedLinear)
     }
-    if not kernels:
+    if not kinds:
+        return Compute(dtype, True), ()
+    if not with_kernel:
         return Compute(dtype, True), (
             "product of the base: dequantized, the storage has no kernel",
-        ) if looks else ()
-    if product != "auto":
-        return Compute(dtype, product == "dequantize"), (
-            f"product of the base: {product}, as asked",
         )
-    times, tried = _times(module, kernels, tokens, dtype)
-    costs = [sum(times[look][n] * len(layers) for look, layers in kernels.items()) for n in (0, 1)]
-    if math.isinf(costs[0]):
+    races, tried = _races(module, with_kernel, tokens, dtype)
+    if any(math.isinf(race.kernel) for race in races.values()):
         return Compute(dtype, True), (
             "product of the base: dequantized, for MLX's kernel gives other numbers here",
         )
-    dequantize = not costs[0] * _NOISE < costs[1]
-    first, other = ("dequantized", "by kernel") if dequantize else ("by kernel", "dequantized")
-    ratio = max(costs) / max(min(costs), 1e-12)
-    how = f"{tried} tried now" if tried else "remembered"
-    more = "at least " if any(x[2] for x in times.values()) else ""
-    width = f", in {str(dtype).removeprefix('mlx.core.')}" if dtype else ""
-    note = f"product of the base: {first}{width}, {more}{ratio:.1f} times as fast as {other} at {_bucket(tokens)} tokens ({how})"
+    by_kernel = sum(race.kernel * len(with_kernel[kind]) for kind, race in races.items())
+    dequantized = sum(race.dequantized * len(with_kernel[kind]) for kind, race in races.items())
+    dequantize = not by_kernel * _NOISE < dequantized
+    ratio = max(by_kernel, dequantized) / max(min(by_kernel, dequantized), 1e-12)
+    at_least = any(race.extrapolated for race in races.values())
+    note = _note(dequantize, dtype, ratio, at_least, tokens, tried)
     return Compute(dtype, dequantize), (note,)
 
 
-def _looks(spec: ModelSpec) -> dict[tuple[tuple[int, ...], QuantConfig], list[LayerSpec]]:
-    """Quantized linear layers of the blocks by shape and storage."""
-    found: dict[tuple[tuple[int, ...], QuantConfig], list[LayerSpec]] = {}
+def _note(
+    dequantize: bool,
+    dtype: mx.Dtype | None,
+    ratio: float,
+    at_least: bool,
+    tokens: int,
+    tried: int,
+) -> str:
+    faster, slower = "by kernel", "dequantized"
+    if dequantize:
+        faster, slower = slower, faster
+    width = f", in {str(dtype).removeprefix('mlx.core.')}" if dtype else ""
+    more = "at least " if at_least else ""
+    how = f"{tried} tried now" if tried else "remembered"
+    return (
+        f"product of the base: {faster}{width}, {more}{ratio:.1f} times as fast as {slower} "
+        f"at {_bucket(tokens)} tokens ({how})"
+    )
+
+
+def _layers_by_kind(spec: ModelSpec) -> dict[_Kind, list[LayerSpec]]:
+    """Return the quantized linear layers of the blocks by shape and storage."""
+    kinds: dict[_Kind, list[LayerSpec]] = {}
     for layer in spec.layers:
         if layer.kind == "linear" and layer.block is not None and layer.storage:
-            found.setdefault((layer.shape, layer.storage), []).append(layer)
-    return found
+            kinds.setdefault(_Kind(layer.shape, layer.storage), []).append(layer)
+    return kinds
 
 
-def _has_kernel(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.QuantizedLinear)
-
-
-def _times(
-    module: nn.Module, looks: dict, tokens: int, dtype: mx.Dtype | None
-) -> tuple[dict[Any, list], int]:
-    """Seconds of both products by look.
-
-    Kernel, dequantized, and whether the slower was judged by a short trial only.
-    """
+def _races(
+    module: nn.Module, kinds: dict[_Kind, list[LayerSpec]], tokens: int, dtype: mx.Dtype | None
+) -> tuple[dict[_Kind, Race], int]:
+    """Return the race of each kind, and how many were run now; the others were remembered."""
     known = _read()
-    found = {}
+    races = {}
     tried = 0
     count = _bucket(tokens)
-    for look, layers in looks.items():
-        key = _key(look, count, dtype)
-        if not _sound(known.get(key)):
-            known[key] = _race(
-                module_at(module, layers[0].path), look[0], count, dtype, _BUDGET_S / len(looks)
-            )
+    for kind, layers in kinds.items():
+        key = _key(kind, count, dtype)
+        if not _is_race(known.get(key)):
+            layer = module_at(module, layers[0].path)
+            known[key] = list(_race(layer, kind.shape, count, dtype, _BUDGET_S / len(kinds)))
             tried += 1
-        found[look] = known[key]
+        races[kind] = Race(*known[key])
     if tried:
-        _write({key: known[key] for key in known if _sound(known[key])})
-    return found, tried
+        _write({key: entry for key, entry in known.items() if _is_race(entry)})
+    return races, tried
 
 
 def _race(
     layer: nn.Module, shape: tuple[int, ...], tokens: int, dtype: mx.Dtype | None, budget_s: float
-) -> list:
-    """Return the seconds of a product and its way back by kernel and dequantized.
+) -> Race:
+    """Time a product and its gradient by kernel and dequantized.
 
-    The hopeless one by extrapolation.
+    A kernel that is hopeless on few tokens is extrapolated, one that is wrong never ends.
 
-    A kernel that is wrong never ends.
+    Args:
+        layer: quantized.
+        shape: of its weight, ``(out, in)``.
+        tokens: that pass it at once.
+        dtype: of the activations; None takes the scales'.
+        budget_s: for all of it.
     """
-    wide = dtype or layer.scales.dtype
-    wide = wide if mx.issubdtype(wide, mx.floating) else mx.bfloat16
-    if not _agree(layer, shape, dtype, wide):
-        return [math.inf, 0.0, False]
-    runs = [_product(Frozen(layer, dtype, dequantize), shape, wide) for dequantize in (False, True)]
+    x_dtype = _activation_dtype(layer, dtype)
+    if not _agree(layer, shape, dtype, x_dtype):
+        return Race(math.inf, 0.0, False)
+    kernel = _product(Frozen(layer, dtype, dequantize=False), shape, x_dtype)
+    dequantized = _product(Frozen(layer, dtype, dequantize=True), shape, x_dtype)
     few = min(_FEW, tokens)
-    for run in runs:
-        run(few)
+    kernel(few)
+    dequantized(few)
     end = time.perf_counter() + budget_s
-    short = [_median(run, few, end) for run in runs]
-    slow = short.index(max(short))
+    short = Race(_median(kernel, few, end), _median(dequantized, few, end), False)
     if tokens == few:
-        return [*short, False]
-    # a kernel's time grows with the tokens; writing a weight out does not, so only the kernel can
-    # be hopeless
-    if slow == 0 and short[0] > _HOPELESS * short[1]:
-        return [short[0] * tokens / few, _median(runs[1], tokens, end), True]
-    return [*(_median(run, tokens, end) for run in runs), False]
+        return short
+    # a kernel's time grows with the tokens; dequantizing does not, so only the kernel can be
+    # hopeless
+    if short.kernel > _HOPELESS * short.dequantized:
+        return Race(short.kernel * tokens / few, _median(dequantized, tokens, end), True)
+    return Race(_median(kernel, tokens, end), _median(dequantized, tokens, end), False)
+
+
+def _activation_dtype(layer: Any, dtype: mx.Dtype | None) -> mx.Dtype:
+    """Return the dtype given, else that of the scales, else (these are codes) bfloat16."""
+    wanted = dtype or layer.scales.dtype
+    return wanted if mx.issubdtype(wanted, mx.floating) else mx.bfloat16
 
 
 def _agree(
-    layer: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype | None, wide: mx.Dtype
+    layer: nn.Module, shape: tuple[int, ...], dtype: mx.Dtype | None, x_dtype: mx.Dtype
 ) -> bool:
     """Whether the kernel multiplies by the weights that are stored.
 
     On CUDA MLX 0.32.4 was seen not to, in float32.
     """
-    x = mx.random.normal((_FEW, shape[-1]), key=mx.random.key(0)).astype(wide)
-    kernel, dense = (
-        Frozen(layer, dtype, dequantize)(x).astype(mx.float32) for dequantize in (False, True)
-    )
-    return (mx.linalg.norm(kernel - dense) <= _FAR * mx.linalg.norm(dense)).item()
+    x = mx.random.normal((_FEW, shape[-1]), key=mx.random.key(0)).astype(x_dtype)
+    kernel = Frozen(layer, dtype, dequantize=False)(x).astype(mx.float32)
+    dense = Frozen(layer, dtype, dequantize=True)(x).astype(mx.float32)
+    return bool((mx.linalg.norm(kernel - dense) <= _TOLERANCE * mx.linalg.norm(dense)).item())
 
 
 def _product(layer: Frozen, shape: tuple[int, ...], dtype: mx.Dtype) -> Callable[[int], None]:
+    """Return a function that makes the product of so many tokens, and its gradient by them."""
+
     def run(tokens: int) -> None:
         x = mx.ones((1, tokens, shape[-1]), dtype)
         cotangent = mx.ones((1, tokens, shape[-2]), dtype)
@@ -184,9 +220,9 @@ def _product(layer: Frozen, shape: tuple[int, ...], dtype: mx.Dtype) -> Callable
 
 
 def _median(run: Callable[[int], None], tokens: int, end: float) -> float:
-    """Median seconds of a few runs; fewer when time is up. The first run is not counted.
+    """Return the median seconds of a few runs, fewer when time is up.
 
-    It may compile for minutes.
+    The first run is not counted: it may compile for minutes.
     """
     run(tokens)
     taken: list[float] = []
@@ -198,19 +234,27 @@ def _median(run: Callable[[int], None], tokens: int, end: float) -> float:
 
 
 def _bucket(tokens: int) -> int:
-    """The power of two at or above."""
+    """Return the power of two at or above a number of tokens."""
     return 1 << max(tokens - 1, 0).bit_length()
 
 
-def _key(look: tuple[tuple[int, ...], QuantConfig], tokens: int, dtype: mx.Dtype | None) -> str:
-    shape, storage = look
+def _key(kind: _Kind, tokens: int, dtype: mx.Dtype | None) -> str:
+    """Return what a race is remembered under: everything that may change its result."""
     info = mx.device_info() if backend() != "cpu" else {}
-    device = f"{backend()} {info.get('device_name', os.uname().machine)} {os.cpu_count()}"
-    library = bool(blas.status().loaded)
-    return f"{device} | blas {library} | mlx {mx.__version__} | {'×'.join(map(str, shape))} | {storage.label} | {tokens} | {dtype}"
+    parts = [
+        f"{backend()} {info.get('device_name', os.uname().machine)} {os.cpu_count()}",
+        f"blas {bool(blas.status().loaded)}",
+        f"mlx {mx.__version__}",  # pyright: ignore[reportAttributeAccessIssue]: not in MLX's stub
+        "×".join(map(str, kind.shape)),
+        kind.storage.label,
+        str(tokens),
+        str(dtype),
+    ]
+    return " | ".join(parts)
 
 
-def _sound(entry: Any) -> bool:
+def _is_race(entry: Any) -> bool:
+    """Whether an entry of the file is a race: another program may have written anything."""
     return (
         isinstance(entry, list)
         and len(entry) == 3
@@ -220,10 +264,10 @@ def _sound(entry: Any) -> bool:
 
 def _read() -> dict[str, Any]:
     try:
-        found = json.loads((cache_folder() / _FILE).read_text())
+        known = json.loads((cache_folder() / _FILE).read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return known if isinstance(known, dict) else {}
 
 
 def _write(known: dict[str, Any]) -> None:
@@ -233,15 +277,3 @@ def _write(known: dict[str, Any]) -> None:
         write_file(cache_folder() / _FILE, lambda new: new.write_text(text))
     except OSError:
         return
-
-
-def forget(products: Iterable[str] = ()) -> None:
-    """Forget all trials, or those whose key holds one of some words."""
-    words = tuple(products)
-    _write(
-        {
-            key: value
-            for key, value in _read().items()
-            if words and not any(word in key for word in words)
-        }
-    )

@@ -135,7 +135,7 @@ def make_task(
         ConfigError, LayerNotFoundError: the adapter does not fit the model.
         UnsupportedError: the model's step cannot be built as the config wants it.
     """
-    compute, notes = choose_compute(module, spec, lora, largest(config, feed, ranks.size).tokens)
+    compute, notes = choose_compute(module, spec, largest(config, feed, ranks.size).tokens)
     step = make_step(attach(module, spec, lora, compute, config.grad_checkpoint), config)
     # sums over arrays follow their order, and a file has one of its own
     parameters = {path: parameters[path] for path in step.parameters}

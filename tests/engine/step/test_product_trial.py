@@ -1,9 +1,10 @@
-"""The base's product is chosen by trial, remembered, and may be overruled; the numbers do not turn on it."""
+"""The base's product is chosen by trial and remembered; the numbers do not turn on it."""
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +15,6 @@ from qlab.core.config.lora import LoRAConfig
 from qlab.engine.step import product_trial as trial
 from qlab.engine.models.skeleton import describe
 from qlab.engine.step.product_trial import choose_compute
-from qlab.errors import ConfigError
 from tests.engine.step.test_whole import WHOLE, assert_same, numbers
 from tests.tiny import on_mlx, quantized, tiny
 
@@ -33,7 +33,7 @@ def raced(monkeypatch):
 
     def race(layer, shape, tokens, dtype, budget_s):
         made.append(shape)
-        return [times["kernel"], times["dequantize"], False]
+        return trial.Race(times["kernel"], times["dequantize"], False)
 
     monkeypatch.setattr(trial, "_race", race)
     return made, times
@@ -42,7 +42,7 @@ def raced(monkeypatch):
 def base(mode: str | None = "affine"):
     module, spec = tiny()
     module = quantized(module, spec, QuantConfig(mode) if mode else None)
-    return module, describe(module, "tiny"), LoRAConfig(rank=4)
+    return module, describe(module, "tiny")
 
 
 @on_mlx
@@ -107,18 +107,6 @@ def test_a_folder_that_cannot_be_written_costs_only_the_memory(raced, monkeypatc
     assert on_mlx(choose_compute)(*base(), 64)[0].dequantize is False
 
 
-@pytest.mark.parametrize("product", ["kernel", "dequantize"])
-def test_it_may_be_overruled(raced, product):
-    compute, notes = on_mlx(choose_compute)(*base(), 64, product)
-    assert (
-        compute.dequantize == (product == "dequantize")
-        and "as asked" in notes[0]
-        and raced[0] == []
-    )
-    with pytest.raises(ConfigError, match="product='fast'"):
-        on_mlx(choose_compute)(*base(), 64, "fast")
-
-
 @pytest.mark.parametrize("mode", ["nf4", None])
 def test_a_storage_without_kernel_needs_no_trial(raced, mode):
     compute, notes = on_mlx(choose_compute)(*base(mode), 64)
@@ -140,20 +128,10 @@ def test_a_kernel_with_other_numbers_is_never_used_however_fast(monkeypatch):
 
 @on_mlx
 def test_loss_and_gradients_do_not_turn_on_the_choice():
-    module, spec, lora = base()
-    found = [
-        numbers(module, spec, lora, WHOLE, choose_compute(module, spec, lora, 64, product)[0])[0]
-        for product in trial.PRODUCTS
-    ]
+    (module, spec), lora = base(), LoRAConfig(rank=4)
+    chosen, _ = choose_compute(module, spec, 64)
+    ways = [chosen, *(replace(chosen, dequantize=dequantize) for dequantize in (False, True))]
+    found = [numbers(module, spec, lora, WHOLE, compute)[0] for compute in ways]
     mx.eval(found)
     for other in found[1:]:
         assert_same(other, found[0])
-
-
-def test_forgetting_leaves_what_was_not_named(raced, folder):
-    on_mlx(choose_compute)(*base(), 64)
-    on_mlx(choose_compute)(*base(), 128)
-    trial.forget([" | 64 | "])
-    assert len(json.loads((folder / "products.json").read_text())) == 4
-    trial.forget()
-    assert json.loads((folder / "products.json").read_text()) == {}
