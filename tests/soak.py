@@ -148,9 +148,9 @@ def main() -> None:
     asked: list[str] = []
     tokenizer = qlab.load("demo").tokenizer
     size = {"vocab_size": len(tokenizer)}  # small, since only the steps of others are of interest
-    q = qlab.Quantizer(
-        Model(Loaded(tiny(**size)[0], tokenizer, settings("llama", **size), "tiny")), bits=4
-    )
+    config = settings("llama", **size)
+    loaded = Loaded(module=tiny(**size)[0], tokenizer=tokenizer, config=config, name="tiny")
+    q = qlab.Quantizer(Model(loaded), bits=4)
     held, free = qlab.Adapter(q, **SMALL), qlab.Adapter(q, **SMALL)
     with tempfile.TemporaryDirectory() as folder:
         record.cache_folder = lambda: Path(

@@ -224,7 +224,13 @@ class Adapter(HasPanel, AdaptedModel):
             )
         )
         model = self.model
-        return Model(Loaded(module, model.tokenizer, model.config, f"{model.name} fused"))
+        loaded = Loaded(
+            module=module,
+            tokenizer=model.tokenizer,
+            config=model.config,
+            name=f"{model.name} fused",
+        )
+        return Model(loaded)
 
     def _original_module(self) -> Any:
         original = self.original

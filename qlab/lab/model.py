@@ -20,6 +20,7 @@ from qlab.engine.evaluate.generate import reply
 from qlab.engine.io import load as _load
 from qlab.engine.io.loaded import Loaded
 from qlab.engine.io.save import save as _save
+from qlab.engine.io.source import find
 from qlab.engine.models.skeleton import describe
 from qlab.engine.quantize.measurements import ModelMeasurements
 from qlab.errors import LoadError, reject_unknown_attributes
@@ -210,13 +211,5 @@ def load(source: str | Path) -> Model:
     Raises:
         LoadError: missing, truncated, not a model, or of an unknown architecture.
     """
-    if not isinstance(source, (str, Path)) or not str(source).strip():
-        raise LoadError(
-            f"source={source!r} is not legal; give a folder, a .gguf file, a hub id or 'demo'."
-        )
-    path = Path(source).expanduser()
-    is_path = source != "demo" and path.exists()
-    return Model(
-        mlx_call(_load.load, source),
-        source=str(path.resolve() if is_path else source),
-    )
+    reference = find(source).reference
+    return Model(mlx_call(_load.load, source), source=reference)

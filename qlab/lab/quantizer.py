@@ -229,7 +229,9 @@ class Quantizer(HasPanel, QuantizerChoice):
         self._check_solver(name)
         text = self._text if calibration is None else calibration
         module = self._jobs.run(lambda: model.measurements.quantize(plan, name, text))
-        loaded = Loaded(module, model.tokenizer, model.config, model.name)
+        loaded = Loaded(
+            module=module, tokenizer=model.tokenizer, config=model.config, name=model.name
+        )
         return Model(loaded, plan, name, model)
 
     def _check_solver(self, name: str) -> None:

@@ -22,6 +22,13 @@ def backend() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def mlx_version() -> str:
+    """Version of the MLX that is loaded, such as ``0.32.4``."""
+    import mlx.core as mx
+
+    return mx.__version__  # type: ignore[attr-defined]  # MLX has it, its stub does not
+
+
 def wants_float32() -> bool:
     """Whether products should be computed in float32.
 

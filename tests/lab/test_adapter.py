@@ -33,7 +33,7 @@ class Tokenizer:
 @pytest.fixture(scope="module")
 def model():
     module, _ = tiny("llama tied")
-    return Model(Loaded(module, Tokenizer(), {}, "tiny"))
+    return Model(Loaded(module=module, tokenizer=Tokenizer(), config={}, name="tiny"))
 
 
 @pytest.fixture

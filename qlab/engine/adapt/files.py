@@ -35,6 +35,7 @@ from qlab.engine.adapt.targets import (
     why_not_mlx,
 )
 from qlab.engine.io.loaded import check_safetensors
+from qlab.engine.io.source import read_settings
 from qlab.errors import ConfigError, LoadError, QlabError, nearest
 from qlab.runtime.atomic import write_folder
 
@@ -175,7 +176,7 @@ def load_adapter(path: Path, spec: ModelSpec) -> tuple[LoRAConfig, Arrays, tuple
         beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         what = "is a file" if path.exists() else "does not exist"
         raise LoadError(f"{path} {what}; an adapter is a folder.{nearest(path.name, beside)}")
-    config = _settings(path / _SETTINGS)
+    config = read_settings(path / _SETTINGS, "an adapter")
     kind = "peft" if "peft_type" in config else "mlx"
     file = path / _WEIGHTS[kind]
     arrays, block = _arrays(file, path)
@@ -195,18 +196,6 @@ def load_adapter(path: Path, spec: ModelSpec) -> tuple[LoRAConfig, Arrays, tuple
         raise LoadError(f"{path / _SETTINGS}: {error}") from None
     except QlabError as error:
         raise LoadError(f"{file} is no adapter for {spec.name!r}: {error}") from None
-
-
-def _settings(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise LoadError(f"{file.parent} has no {file.name}, so it is not an adapter.") from None
-    except (ValueError, OSError) as error:
-        raise LoadError(f"{file} is not JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise LoadError(f"{file} holds no settings, but a {type(config).__name__}.")
-    return config
 
 
 def _arrays(file: Path, folder: Path) -> tuple[Arrays, Any]:

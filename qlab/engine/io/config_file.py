@@ -1,26 +1,24 @@
-"""Opens the structure of a model without its weights.
+"""Opens the structure of a model without its weights, from a config.json alone.
 
-From a config dict, a config.json, a folder or a hub id.
-
-Runs on the MLX thread. Knows no memory.
+``qlab.estimate`` calls it: a config dict, a config.json, a folder or a hub id becomes a lazy model
+whose shapes and dtypes are known and whose arrays are never made. Runs on the MLX thread.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from qlab.core.config.legal import is_whole
 from qlab.core.config.quant import QuantConfig, stock_config
+from qlab.engine.io.source import fetch_config, find, read_settings
 from qlab.engine.models.lazy_storage import stored
 from qlab.engine.models.skeleton import describe, model_classes, skeleton
 from qlab.errors import ConfigError, LoadError
-from qlab.runtime.paths import ASSETS
 
 _COUNTS = (
     "hidden_size",
@@ -35,11 +33,27 @@ _COUNTS = (
     "num_experts",
     "num_local_experts",
 )
+_BLOCKS = ("text_config", "quantization", "quantization_config")
+_MOST = 2**31 - 1  # larger sizes do not fit into an int32
 
 
-def structure(
-    source: str | Path | dict[str, Any],
-) -> tuple[nn.Module, str, dict[str, Any], tuple[str, ...]]:
+class Structure(NamedTuple):
+    """A model without weights.
+
+    Attributes:
+        module: mlx-lm's model; its arrays are lazy.
+        name: short name for headlines.
+        config: contents of its config.json.
+        notes: what the user should know about it.
+    """
+
+    module: nn.Module
+    name: str
+    config: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def structure(source: str | Path | dict[str, Any]) -> Structure:
     """Return a lazy model, its name, its config and what to know about it.
 
     Args:
@@ -50,30 +64,18 @@ def structure(
         LoadError: nothing there, not a config, or of an unknown architecture.
         ConfigError: fields of the config are missing, not positive, or contradict each other.
     """
-    config, name = (source, "") if isinstance(source, dict) else _read(source)
+    name = ""
+    if isinstance(source, dict):
+        config = source
+    else:
+        config, name = _read(source)
     check(config)
-    try:
-        module = skeleton(config)
-    except LoadError:
-        if missing := _missing(config):
-            needs = f"which a {config['model_type']!r} model needs"
-            raise ConfigError(f"The config has no {' and no '.join(missing)}, {needs}.") from None
-        raise
-    notes = []
-    dtype = config.get("torch_dtype") or config.get("dtype")
-    if dtype is not None and not isinstance(getattr(mx, str(dtype), None), mx.Dtype):
-        notes.append(
-            f"config.json says that the weights are {dtype}, which MLX does not have; they are counted as bfloat16."
-        )
-    configs = _configs(module, config)
-    if configs:
-        module = stored(module, configs)
-    elif config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unknown method")
-        notes.append(
-            f"config.json says that the weights are stored by {method}; they are counted as 16-bit weights."
-        )
-    return module, name or config.get("_name_or_path") or config["model_type"], config, tuple(notes)
+    module = _module(config)
+    storage = _storage_of_layers(module, config)
+    if storage:
+        module = stored(module, storage)
+    name = name or config.get("_name_or_path") or config["model_type"]
+    return Structure(module, name, config, _notes(config, bool(storage)))
 
 
 def context(config: dict[str, Any]) -> int | None:
@@ -88,107 +90,107 @@ def check(config: dict[str, Any]) -> None:
     Raises:
         ConfigError: names the field and what it should be.
     """
-    for key in ("text_config", "quantization", "quantization_config"):
+    for key in _BLOCKS:
         if not isinstance(config.get(key) or {}, dict):
             raise ConfigError(
                 f"The config's {key}={config[key]!r} is not legal; it is a block of settings."
             )
     for part in (config, config.get("text_config") or {}):
-        for key in _COUNTS:
-            value = part.get(key)
-            if value is not None and not (is_whole(value, 1) and value < 2**31):
-                raise ConfigError(
-                    f"The config's {key}={value!r} is not legal; it is a whole number from 1 to {2**31 - 1}."
-                )
-        heads, kv, width = (
-            part.get(k) for k in ("num_attention_heads", "num_key_value_heads", "hidden_size")
+        _check_counts(part)
+        _check_heads(part)
+
+
+def _check_counts(part: dict[str, Any]) -> None:
+    for key in _COUNTS:
+        value = part.get(key)
+        if value is not None and not (is_whole(value, 1) and value <= _MOST):
+            legal = f"it is a whole number from 1 to {_MOST}"
+            raise ConfigError(f"The config's {key}={value!r} is not legal; {legal}.")
+
+
+def _check_heads(part: dict[str, Any]) -> None:
+    heads = part.get("num_attention_heads")
+    kv_heads = part.get("num_key_value_heads")
+    width = part.get("hidden_size")
+    contradiction = ""
+    if heads and kv_heads and heads % kv_heads:
+        contradiction = f"{heads} attention heads cannot share {kv_heads} key-value heads evenly"
+    elif heads and width and not part.get("head_dim") and width % heads:
+        contradiction = (
+            f"hidden_size={width} is not a multiple of num_attention_heads={heads}, "
+            "and there is no head_dim"
         )
-        if heads and kv and heads % kv:
-            raise ConfigError(
-                f"The config contradicts itself: {heads} attention heads cannot share {kv} key-value heads evenly."
-            )
-        if heads and width and not part.get("head_dim") and width % heads:
-            raise ConfigError(
-                f"The config contradicts itself: hidden_size={width} is not a multiple of num_attention_heads={heads}, "
-                "and there is no head_dim."
-            )
+    if contradiction:
+        raise ConfigError(f"The config contradicts itself: {contradiction}.")
+
+
+def _read(source: str | Path) -> tuple[dict[str, Any], str]:
+    """Return a config and the model's name."""
+    place = find(source)
+    if place.path is None:
+        return read_settings(fetch_config(place.text), "a model folder"), place.name
+    if place.path.is_dir():
+        return read_settings(place.path / "config.json", "a model folder"), place.name
+    config = read_settings(place.path, "a model folder")
+    if place.path.suffix == ".json":
+        return config, place.path.resolve().parent.name
+    return config, place.name
+
+
+def _module(config: dict[str, Any]) -> nn.Module:
+    try:
+        return skeleton(config)
+    except LoadError:
+        missing = _missing(config)
+        if not missing:
+            raise
+    # mlx-lm's own message names only a Python argument, so say which fields are absent
+    needs = f"which a {config['model_type']!r} model needs"
+    raise ConfigError(f"The config has no {' and no '.join(missing)}, {needs}.")
 
 
 def _missing(config: dict[str, Any]) -> list[str]:
     """Names of the fields that a model cannot do without and that a config does not have."""
+    arguments = fields(model_classes(config)[1])
     needed = [
-        f
-        for f in fields(model_classes(config)[1])
-        if f.default is MISSING and f.default_factory is MISSING
+        field.name
+        for field in arguments
+        if field.default is MISSING and field.default_factory is MISSING
     ]
-    return [f.name for f in needed if config.get(f.name) is None]
+    return [name for name in needed if config.get(name) is None]
 
 
-def _read(source: str | Path) -> tuple[dict[str, Any], str]:
-    path = ASSETS / "demo" if str(source) == "demo" else Path(source).expanduser()
-    name = path.resolve().parent.name if path.suffix == ".json" else path.name
-    if path.is_dir():
-        path = path / "config.json"
-    elif not path.is_file():
-        path = _fetched(str(source))
-        name = str(source)
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise LoadError(f"{path.parent} has no config.json, so it is not a model folder.") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise LoadError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise LoadError(f"{path} holds no settings.")
-    return config, name
+def _notes(config: dict[str, Any], stored_quantized: bool) -> tuple[str, ...]:
+    notes = []
+    dtype = config.get("torch_dtype") or config.get("dtype")
+    if dtype is not None and not isinstance(getattr(mx, str(dtype), None), mx.Dtype):
+        weights = f"the weights are {dtype}, which MLX does not have"
+        notes.append(f"config.json says that {weights}; they are counted as bfloat16.")
+    foreign = config.get("quantization_config")
+    if foreign and not stored_quantized:
+        method = foreign.get("quant_method", "an unknown method")
+        weights = f"the weights are stored by {method}"
+        notes.append(f"config.json says that {weights}; they are counted as 16-bit weights.")
+    return tuple(notes)
 
 
-def _fetched(source: str) -> Path:
-    if (
-        source.startswith((".", "/", "~"))
-        or source.count("/") != 1
-        or source.endswith((".json", ".gguf"))
-    ):
-        raise LoadError(
-            f"There is no config at {source!r}: neither a config.json, a folder with one, nor a hub id (owner/name)."
-        )
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+def _storage_of_layers(module: nn.Module, config: dict[str, Any]) -> dict[str, QuantConfig]:
+    """Storage of the layers that a folder holds quantized already, by path.
 
-    try:
-        return Path(hf_hub_download(source, "config.json"))
-    except RepositoryNotFoundError as error:
-        raise LoadError(
-            f"The hub has no model {source!r}, or it is private and you are not logged in."
-        ) from error
-    except EntryNotFoundError as error:
-        if isinstance(error, HfHubHTTPError):
-            raise LoadError(f"{source!r} on the hub has no config.json.") from error
-        raise LoadError(
-            f"{source!r} is not a local folder, and the hub could not be reached."
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise LoadError(
-            f"{source!r} is not a local folder, and the hub could not be reached ({type(error).__name__}). "
-            "Check the spelling and the network, or give a config.json."
-        ) from error
-
-
-def _configs(module: nn.Module, config: dict[str, Any]) -> dict[str, QuantConfig]:
-    """Storage of the layers that a folder already holds quantized, by path.
-
-    Mlx-lm's block and qlab's own.
+    mlx-lm writes a block ``quantization``: common settings, and entries for layers that differ.
+    qlab writes its own modes, which mlx-lm does not know, into a block ``qlab``.
     """
-    block = config.get("quantization") or {}
-    found: dict[str, QuantConfig] = {}
-    own = (config.get("qlab") or {}).get("layers", {})
+    common = config.get("quantization") or {}
+    by_qlab = (config.get("qlab") or {}).get("layers", {})
+    storage: dict[str, QuantConfig] = {}
     for layer in describe(module, "").layers:
-        entry = own.get(layer.path) or block.get(layer.path, block)
-        if isinstance(entry, dict) and "bits" in entry:
-            make = QuantConfig if layer.path in own else stock_config
-            if "group_size" not in entry:
-                raise ConfigError("The config's quantization block has no group_size.")
-            wanted = make(entry.get("mode", "affine"), entry["bits"], entry["group_size"])
-            if layer.refusal(wanted) is None:
-                found[layer.path] = wanted
-    return found
+        entry = by_qlab.get(layer.path) or common.get(layer.path, common)
+        if not isinstance(entry, dict) or "bits" not in entry:
+            continue  # False marks a layer that is left as it was
+        if "group_size" not in entry:
+            raise ConfigError("The config's quantization block has no group_size.")
+        make = QuantConfig if layer.path in by_qlab else stock_config
+        wanted = make(entry.get("mode", "affine"), entry["bits"], entry["group_size"])
+        if layer.refusal(wanted) is None:
+            storage[layer.path] = wanted
+    return storage

@@ -1,13 +1,14 @@
-"""Opens GGUF files of the llama and qwen2 families as mlx-lm models, tokenizer included.
+"""Opens GGUF files of the llama and qwen families as mlx-lm models, tokenizer included.
 
-Packed blocks are dequantized, so that every scheme can be tried on them. Knows no scheme of the
-shelf.
+``load`` calls it. MLX unpacks the file's blocks into its own affine layout; they are dequantized
+here, so that every scheme can be tried on the weights.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from qlab.engine.io.loaded import Loaded
 from qlab.engine.models.skeleton import skeleton
 from qlab.errors import LoadError, nearest
 
-_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_FAMILIES = ("llama", "qwen2", "qwen3")  # of GGUF; mlx-lm's model_type has the same names
+_DERIVED = "rope_freqs.weight"  # mlx-lm computes it from the config
+_GROUP_SIZE = 32  # weights in a block of Q4_0, Q4_1 and Q8_0
+_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+# GGUF's name of a tensor → mlx-lm's
 _NAMES = (
     (r"^token_embd\.", "model.embed_tokens."),
     (r"^output_norm\.", "model.norm."),
@@ -46,93 +51,125 @@ def load_gguf(path: Path) -> Loaded:
     Raises:
         LoadError: not GGUF, cut short, of another family or type, or without a usable tokenizer.
     """
-    infos = read_header(path)
-    arrays, facts = mx.load(str(path), return_metadata=True)
-    family = facts.get("general.architecture")
+    infos = read_header(path)  # first: MLX trusts the header, and a wrong one ends the process
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    family = metadata.get("general.architecture")
     if family not in _FAMILIES:
-        raise LoadError(
-            f"{path} is of the family {family!r}; {', '.join(_FAMILIES)} can be read.{nearest(str(family), _FAMILIES)}"
-        )
-    stored = Counter(info.type for info in infos if len(info.shape) == 2).most_common(1)[0][0]
-    dtype = mx.float32 if stored == "F32" else mx.bfloat16
-    config = _config(path, facts, family, arrays, infos)
+        known = f"{', '.join(_FAMILIES)} can be read.{nearest(str(family), _FAMILIES)}"
+        raise LoadError(f"{path} is of the family {family!r}; {known}")
+    facts = _Facts(path, family, metadata)
+    storage = _storage_of_matrices(infos)
+    dtype = mx.float32 if storage == "F32" else mx.bfloat16
+    config = _config(facts, infos)
     module = skeleton({**config, "torch_dtype": str(dtype).removeprefix("mlx.core.")})
-    weights = _weights(infos, arrays, facts, family, dtype)
+    weights = _weights(infos, arrays, config, dtype)
     try:
         module.load_weights(list(weights.items()))
     except ValueError as error:
         raise LoadError(f"The tensors of {path} do not make a {family} model: {error}") from error
     mx.eval(module.parameters())
-    notes = ()
-    if stored.startswith("Q"):
-        notes = (
-            f"From {stored}: the original 16-bit weights are not in the file, errors are measured against {stored}.",
-        )
-    return Loaded(module, tokenizer(path, facts), config, path.stem, notes)
+    return Loaded(
+        module=module,
+        tokenizer=tokenizer(path, metadata),
+        config=config,
+        name=path.stem,
+        notes=_notes(storage),
+    )
 
 
-def _config(
-    path: Path, facts: dict, family: str, arrays: dict, infos: tuple[TensorInfo, ...]
-) -> dict[str, Any]:
-    def fact(key: str) -> Any:
-        value = facts.get(f"{family}.{key}")
+def _storage_of_matrices(infos: tuple[TensorInfo, ...]) -> str:
+    """Type of most matrices; norms are F32 in every file."""
+    types = Counter(info.type for info in infos if len(info.shape) == 2)
+    return types.most_common(1)[0][0]
+
+
+def _notes(storage: str) -> tuple[str, ...]:
+    if storage not in _BITS:
+        return ()
+    return (
+        f"From {storage}: the original 16-bit weights are not in the file, errors are measured "
+        f"against {storage}.",
+    )
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """The metadata of a file, whose keys begin with its family."""
+
+    path: Path
+    family: str
+    metadata: dict[str, Any]
+
+    def has(self, key: str) -> bool:
+        return f"{self.family}.{key}" in self.metadata
+
+    def number(self, key: str) -> Any:
+        """Value of a key; raises LoadError if the file has none."""
+        name = f"{self.family}.{key}"
+        value = self.metadata.get(name)
         if value is None:
-            raise LoadError(
-                f"{path} does not say {family}.{key}, without which the model cannot be built."
-            )
+            reason = "without which the model cannot be built"
+            raise LoadError(f"{self.path} does not say {name}, {reason}.")
         return value.item() if isinstance(value, mx.array) else value
 
+
+def _config(facts: _Facts, infos: tuple[TensorInfo, ...]) -> dict[str, Any]:
+    """Say in the terms of a config.json what the metadata say."""
     shapes = {info.name: info.shape for info in infos}
-    heads = fact("attention.head_count")
-    hidden = fact("embedding_length")
+    embedding = shapes.get("token_embd.weight", (0, 0))  # (width, vocabulary): fastest first
     config = {
-        "model_type": _FAMILIES[family],
-        "hidden_size": hidden,
-        "num_hidden_layers": fact("block_count"),
-        "intermediate_size": fact("feed_forward_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": fact("attention.head_count_kv"),
-        "rms_norm_eps": fact("attention.layer_norm_rms_epsilon"),
-        "vocab_size": shapes["token_embd.weight"][1] if "token_embd.weight" in shapes else 0,
-        "max_position_embeddings": fact("context_length"),
-        "rope_theta": fact("rope.freq_base") if f"{family}.rope.freq_base" in facts else 10000.0,
+        "model_type": facts.family,
+        "hidden_size": facts.number("embedding_length"),
+        "num_hidden_layers": facts.number("block_count"),
+        "intermediate_size": facts.number("feed_forward_length"),
+        "num_attention_heads": facts.number("attention.head_count"),
+        "num_key_value_heads": facts.number("attention.head_count_kv"),
+        "rms_norm_eps": facts.number("attention.layer_norm_rms_epsilon"),
+        "vocab_size": embedding[1],
+        "max_position_embeddings": facts.number("context_length"),
+        "rope_theta": facts.number("rope.freq_base") if facts.has("rope.freq_base") else 10000.0,
         "tie_word_embeddings": "output.weight" not in shapes,
     }
-    if family == "qwen3":
-        config["head_dim"] = fact("attention.key_length")
+    if facts.family == "qwen3":
+        config["head_dim"] = facts.number("attention.key_length")
     for side in ("bos", "eos"):
-        token = facts.get(f"tokenizer.ggml.{side}_token_id")
+        token = facts.metadata.get(f"tokenizer.ggml.{side}_token_id")
         if token is not None:
             config[f"{side}_token_id"] = token.item()
     return config
 
 
 def _weights(
-    infos: tuple[TensorInfo, ...], arrays: dict, facts: dict, family: str, dtype: mx.Dtype
+    infos: tuple[TensorInfo, ...],
+    arrays: dict[str, mx.array],
+    config: dict[str, Any],
+    dtype: mx.Dtype,
 ) -> dict[str, mx.array]:
-    heads = facts[f"{family}.attention.head_count"].item()
-    kv_heads = facts[f"{family}.attention.head_count_kv"].item()
-    found = {}
+    """Dense weights under mlx-lm's names."""
+    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+    weights = {}
     for info in infos:
-        if info.name == "rope_freqs.weight":
+        if info.name == _DERIVED:
             continue
         value = _dense(info, arrays).astype(dtype)
-        if family == "llama" and (side := re.search(r"attn_(q|k)\.", info.name)):
-            value = _unpermute(value, heads if side[1] == "q" else kv_heads)
-        found[_renamed(info.name)] = value
-    return found
+        side = re.search(r"attn_(q|k)\.", info.name)
+        if side and config["model_type"] == "llama":
+            value = _unpermute(value, heads[side[1]])
+        weights[_renamed(info.name)] = value
+    return weights
 
 
-def _dense(info: TensorInfo, arrays: dict) -> mx.array:
-    if not info.type.startswith("Q"):
+def _dense(info: TensorInfo, arrays: dict[str, mx.array]) -> mx.array:
+    """One tensor as MLX read it, or dequantized: MLX splits a block into codes, scales, biases."""
+    if info.type not in _BITS:
         return arrays[info.name]
     stem = info.name.removesuffix("weight")
     return mx.dequantize(
         arrays[info.name],
         arrays[f"{stem}scales"],
         arrays[f"{stem}biases"],
-        group_size=32,
-        bits=8 if info.type == "Q8_0" else 4,
+        group_size=_GROUP_SIZE,
+        bits=_BITS[info.type],
         dtype=mx.float32,
     )
 
@@ -140,9 +177,15 @@ def _dense(info: TensorInfo, arrays: dict) -> mx.array:
 def _unpermute(rows: mx.array, heads: int) -> mx.array:
     """Undo llama.cpp's order of query and key rows.
 
-    It interleaves the two halves that RoPE rotates.
+    It interleaves the two halves of a head that RoPE rotates; transformers and mlx-lm keep one half
+    after the other. Source: ``permute`` in llama.cpp's convert_hf_to_gguf.py.
+
+    Args:
+        rows: weight ``(heads * head_dim, in)``.
+        heads: query heads, or key-value heads.
     """
-    order = mx.arange(rows.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    order = mx.arange(rows.shape[0]).reshape(heads, -1, 2)  # (head, pair, half)
+    order = order.swapaxes(1, 2).reshape(-1)  # (head, half, pair)
     return rows[order]
 
 

@@ -1,7 +1,8 @@
 """Reads the header of a GGUF file and checks it against the file's size, before MLX maps the file.
 
-MLX trusts the header, so garbage would end the process. Source of the layout: the GGUF v3
-specification (ggml docs/gguf.md).
+``gguf`` calls it. MLX trusts the header, so garbage would end the process. Source of the layout:
+the GGUF v3 specification (ggml docs/gguf.md): magic, version, counts; key-value pairs; tensors' names,
+shapes, types and offsets; padding to the alignment; the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from qlab.core.arithmetic import round_up
 from qlab.errors import LoadError
@@ -48,13 +49,22 @@ _SCALARS = {
 _STRING = 8
 _ARRAY = 9
 _LIMIT = 1 << 24  # no count in a real header is larger
+_MOST_DIMENSIONS = 4
+_VERSIONS = (2, 3)
+_ALIGNMENT = 32  # bytes, unless general.alignment says another
+# whatever reading garbage as numbers, lengths and text can raise
+_DAMAGE = (struct.error, ValueError, OverflowError, TypeError, ZeroDivisionError)
 
 
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a GGUF file.
 
-    Its name, type name, shape as GGUF has it (fastest first) and size.
+    Attributes:
+        name: GGUF's, such as ``blk.0.attn_q.weight``.
+        type: name of its storage, such as ``Q4_0``.
+        shape: as GGUF has it: the dimension that lies together in memory comes first.
+        nbytes: of its data.
     """
 
     name: str
@@ -73,47 +83,56 @@ def read_header(path: Path) -> tuple[TensorInfo, ...]:
     size = path.stat().st_size
     with path.open("rb") as stream:
         try:
-            if stream.read(4) != b"GGUF":
-                raise LoadError(f"{path} is not a GGUF file: it does not begin with 'GGUF'.")
-            version, tensors, pairs = _unpack(stream, "<IQQ")
-            if version not in (2, 3):
-                raise LoadError(f"{path} is GGUF version {version}; versions 2 and 3 can be read.")
-            alignment = 32
-            for _ in range(_count(pairs)):
-                key = _string(stream)
-                value = _value(stream, _unpack(stream, "<I")[0])
-                alignment = value if key == "general.alignment" else alignment
-            found = [_tensor(stream, path) for _ in range(_count(tensors))]
-            start = round_up(stream.tell(), int(alignment))
-        except (
-            struct.error,
-            ValueError,
-            OverflowError,
-            TypeError,
-            ZeroDivisionError,
-            UnicodeDecodeError,
-        ) as error:
+            tensors, start = _read(stream, path)
+        except _DAMAGE as error:
             raise LoadError(f"{path} is cut short or damaged in its header: {error}.") from error
-    end = start + max((offset + info.nbytes for offset, info in found), default=0)
-    if end > size:
-        raise LoadError(f"{path} is cut short: {size} bytes of {end}. Fetch it again.")
-    return tuple(info for _, info in found)
+    ends = [offset + info.nbytes for offset, info in tensors]
+    needed = start + max(ends, default=0)
+    if needed > size:
+        raise LoadError(f"{path} is cut short: {size} bytes of {needed}. Fetch it again.")
+    return tuple(info for _, info in tensors)
+
+
+def _read(stream: BinaryIO, path: Path) -> tuple[list[tuple[int, TensorInfo]], int]:
+    """Return tensors with their offsets, and the byte from which offsets count."""
+    if stream.read(4) != b"GGUF":
+        raise LoadError(f"{path} is not a GGUF file: it does not begin with 'GGUF'.")
+    version, tensor_count, pair_count = _unpack(stream, "<IQQ")
+    if version not in _VERSIONS:
+        raise LoadError(f"{path} is GGUF version {version}; versions 2 and 3 can be read.")
+    alignment = _alignment(stream, _count(pair_count))
+    tensors = [_tensor(stream, path) for _ in range(_count(tensor_count))]
+    return tensors, round_up(stream.tell(), alignment)
+
+
+def _alignment(stream: BinaryIO, pairs: int) -> int:
+    """Read past all key-value pairs; return the alignment of the data in bytes."""
+    alignment = _ALIGNMENT
+    for _ in range(pairs):
+        key = _string(stream)
+        (kind,) = _unpack(stream, "<I")
+        value = _value(stream, kind)
+        if key == "general.alignment":
+            alignment = int(value)
+    return alignment
 
 
 def _tensor(stream: BinaryIO, path: Path) -> tuple[int, TensorInfo]:
+    """Return the offset of a tensor's data, and what it is."""
     name = _string(stream)
     (rank,) = _unpack(stream, "<I")
-    if rank > 4:
+    if rank > _MOST_DIMENSIONS:
         raise ValueError(f"tensor {name!r} has {rank} dimensions")
     shape = _unpack(stream, f"<{rank}Q")
     kind, offset = _unpack(stream, "<IQ")
-    type_name, block, nbytes = _TYPES.get(kind, (f"number {kind}", 1, 1))
+    type_name, block_size, block_nbytes = _TYPES.get(kind, (f"number {kind}", 1, 1))
     if type_name not in READABLE:
         raise LoadError(
-            f"{path}: tensor {name!r} is of type {type_name}, which MLX cannot read; it reads {', '.join(READABLE)}. "
-            "Convert the file, for example to Q8_0 or F16."
+            f"{path}: tensor {name!r} is of type {type_name}, which MLX cannot read; it reads "
+            f"{', '.join(READABLE)}. Convert the file, for example to Q8_0 or F16."
         )
-    return offset, TensorInfo(name, type_name, shape, prod(shape) // block * nbytes)
+    nbytes = prod(shape) // block_size * block_nbytes
+    return offset, TensorInfo(name, type_name, shape, nbytes)
 
 
 def _unpack(stream: BinaryIO, layout: str) -> tuple:
@@ -134,7 +153,7 @@ def _string(stream: BinaryIO) -> str:
     return data.decode()
 
 
-def _value(stream: BinaryIO, kind: int):
+def _value(stream: BinaryIO, kind: int) -> Any:
     if kind == _STRING:
         return _string(stream)
     if kind == _ARRAY:
@@ -142,4 +161,5 @@ def _value(stream: BinaryIO, kind: int):
         return [_value(stream, inner) for _ in range(_count(length))]
     if kind not in _SCALARS:
         raise ValueError(f"value type {kind} does not exist")
-    return _unpack(stream, "<" + _SCALARS[kind])[0]
+    (value,) = _unpack(stream, f"<{_SCALARS[kind]}")
+    return value

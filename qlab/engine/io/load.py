@@ -1,24 +1,28 @@
-"""Opens models: the embedded demo, a hub id, a local folder, a GGUF file.
+"""Opens models with their weights: the embedded demo, a hub id, a local folder, a GGUF file.
 
-Every failure is one clear sentence.
-
-Runs on the MLX thread. Knows no scheme and no panel.
+``qlab.load`` calls it on the MLX thread. Every failure is one clear sentence.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from qlab.engine.io.gguf import load_gguf
 from qlab.engine.io.loaded import Loaded, check_safetensors, tokenizer
+from qlab.engine.io.save import open_packed
+from qlab.engine.io.source import fetch_model, find, read_settings
 from qlab.engine.models.skeleton import model_classes
-from qlab.errors import LoadError, nearest
+from qlab.errors import LoadError
 from qlab.nn.linear import is_quantized
-from qlab.runtime.paths import ASSETS
+
+_QUANTIZED_NOTE = (
+    "This model is already quantized: errors are measured against it, not against its 16-bit "
+    "original."
+)
 
 
 def load(source: str | Path) -> Loaded:
@@ -31,82 +35,29 @@ def load(source: str | Path) -> Loaded:
     Raises:
         LoadError: the source is missing, truncated, not a model, or of an unknown architecture.
     """
-    text = str(source)
-    path = ASSETS / "demo" if text == "demo" else Path(text).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise LoadError(
-                f"{text} is a file; a model is a folder with config.json, or a .gguf file."
-            )
-        from qlab.engine.io.gguf import load_gguf
-
-        return load_gguf(path)
-    if not path.is_dir():
-        path = _download(text)
-    return _open_folder(
-        path, "demo" if text == "demo" else path.resolve().name if Path(text).exists() else text
-    )
-
-
-def _download(source: str) -> Path:
-    """Fetch a hub repository, or say why there is nothing to open."""
-    looks_local = (
-        source.startswith((".", "/", "~")) or source.count("/") != 1 or source.endswith(".gguf")
-    )
-    if looks_local:
-        folder = Path(source).expanduser().parent
-        beside = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-        hint = nearest(Path(source).name, [*beside, "demo"])
-        raise LoadError(
-            f"There is no model at {source!r}: neither a folder, a .gguf file, nor a hub id (owner/name).{hint}"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
-    try:
-        return Path(snapshot_download(source, allow_patterns=wanted))
-    except RepositoryNotFoundError as error:
-        raise LoadError(
-            f"The hub has no model {source!r}, or it is private and you are not logged in."
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise LoadError(
-            f"{source!r} is not a local folder, and the hub could not be reached ({type(error).__name__}). "
-            "Check the spelling and the network, or give the path of a folder."
-        ) from error
+    place = find(source)
+    path = place.path
+    if path is None:
+        path = fetch_model(place.text)
+    if path.is_dir():
+        return _open_folder(path, place.name)
+    if path.suffix != ".gguf":
+        kinds = "a model is a folder with config.json, or a .gguf file"
+        raise LoadError(f"{place.text} is a file; {kinds}.")
+    return load_gguf(path)
 
 
 def _open_folder(path: Path, name: str) -> Loaded:
-    config = _config(path)
-    if "qlab" in config:
-        from qlab.engine.io.save import open_packed
-
-        module = open_packed(path, config)
-    else:
-        module = _module(path, config)
-    notes = ()
-    if any(is_quantized(leaf) for leaf in module.modules()):
-        notes = (
-            "This model is already quantized: errors are measured against it, not against its 16-bit original.",
-        )
-    return Loaded(module, tokenizer(path), config, name, notes)
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise LoadError(f"{path} has no config.json, so it is not a model folder.") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise LoadError(f"{path / 'config.json'} is not JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise LoadError(f"{path / 'config.json'} holds no settings.")
-    model_classes(config)
-    return config
+    config = read_settings(path / "config.json", "a model folder")
+    model_classes(config)  # refuses an unknown architecture before any weight is read
+    module = open_packed(path, config) if "qlab" in config else _module(path, config)
+    quantized = any(is_quantized(leaf) for leaf in module.modules())
+    notes = (_QUANTIZED_NOTE,) if quantized else ()
+    return Loaded(module=module, tokenizer=tokenizer(path), config=config, name=name, notes=notes)
 
 
 def _module(path: Path, config: dict[str, Any]) -> nn.Module:
+    """Open a folder in mlx-lm's layout."""
     from mlx_lm.utils import load_model
 
     files = sorted(path.glob("model*.safetensors"))
@@ -117,8 +68,9 @@ def _module(path: Path, config: dict[str, Any]) -> nn.Module:
     try:
         module, _ = load_model(path)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        kind = config["model_type"]
         raise LoadError(
-            f"The weights in {path} do not fit config.json ({config['model_type']}): {error}"
+            f"The weights in {path} do not fit config.json ({kind}): {error}"
         ) from error
     mx.eval(module.parameters())
     return module

@@ -1,4 +1,4 @@
-"""What was opened: module, tokenizer, config and where they came from."""
+"""``Loaded``: what was opened, and the parts of opening that all layouts share."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import mlx.nn as nn
 
 from qlab.errors import LoadError
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json")
+_LENGTH_NBYTES = 8  # a safetensors file begins with its header's length, little-endian
 
-@dataclass
+
+@dataclass(kw_only=True)
 class Loaded:
     """An opened model.
 
@@ -34,23 +37,29 @@ class Loaded:
 def check_safetensors(file: Path) -> None:
     """Refuse a safetensors file that is cut short, before MLX reads past its end.
 
+    Source of the layout: https://github.com/huggingface/safetensors#format
+
     Raises:
         LoadError: the file is truncated or not safetensors.
     """
     size = file.stat().st_size
     try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-        end = max(
-            entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
-        )
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        needed = _needed_nbytes(file, size)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoadError(f"{file} is not a safetensors file, or is cut short: {error}.") from error
-    if 8 + length + end > size:
-        raise LoadError(f"{file} is cut short: {size} bytes of {8 + length + end}. Fetch it again.")
+    if needed > size:
+        raise LoadError(f"{file} is cut short: {size} bytes of {needed}. Fetch it again.")
+
+
+def _needed_nbytes(file: Path, size: int) -> int:
+    """Bytes that a safetensors file has by its header: length, header, arrays."""
+    with file.open("rb") as stream:
+        header_nbytes = int.from_bytes(stream.read(_LENGTH_NBYTES), "little")
+        if header_nbytes > size:
+            raise ValueError("its header is longer than the file")
+        header = json.loads(stream.read(header_nbytes))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return _LENGTH_NBYTES + header_nbytes + max(ends)
 
 
 def tokenizer(path: Path) -> Any:
@@ -61,10 +70,7 @@ def tokenizer(path: Path) -> Any:
     """
     from mlx_lm.utils import load_tokenizer
 
-    if not any(
-        (path / name).exists()
-        for name in ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json")
-    ):
+    if not any((path / name).exists() for name in _TOKENIZERS):
         raise LoadError(f"{path} has no tokenizer (tokenizer.json or tokenizer.model).")
     try:
         return load_tokenizer(path)

@@ -1,4 +1,9 @@
-"""Folders that stock mlx-lm opens; and those that only qlab opens, read back."""
+"""Writes model folders, and opens those that only qlab can open.
+
+``Model.save`` calls ``save``. Layers in MLX's own modes go into an mlx-lm folder, which stock
+mlx-lm opens. If a layer is in a mode of qlab's shelf, config.json gets a block ``qlab`` beside, and
+``load`` hands the folder to ``open_packed``.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,7 @@ from qlab.nn.kinds import layer_kind
 from qlab.nn.linear import Packed
 from qlab.nn.stored import stored_layer
 from qlab.runtime.atomic import write_folder
+from qlab.runtime.device import mlx_version
 
 _REPLACEABLE = (  # what a model's folder may hold and still be replaced
     "config.json",
@@ -31,6 +37,10 @@ _REPLACEABLE = (  # what a model's folder may hold and still be replaced
     "additional_chat_templates",
     "README.md",
 )
+
+
+_STORAGE_BLOCKS = ("quantization", "quantization_config", "qlab")  # of config.json; written anew
+_STOCK_ARRAYS = ("weight", "scales", "biases")
 
 
 def save(
@@ -55,11 +65,11 @@ def save(
     """
     from mlx_lm.utils import save_config, save_model
 
-    facts, foreign = _facts(module, config, plan)
+    settings, foreign = _settings(module, config, plan)
 
     def fill(folder: Path) -> None:
         save_model(folder, module)
-        save_config(facts, folder / "config.json")
+        save_config(settings, folder / "config.json")
         tokenizer.save_pretrained(folder)
 
     written = write_folder(path, fill, _REPLACEABLE)
@@ -73,46 +83,47 @@ def save(
     return Saved(note, path=written, opens_in=("mlx-lm", "qlab"))
 
 
-def _facts(
+def _settings(
     module: nn.Module, config: dict[str, Any], plan: QuantPlan | None
 ) -> tuple[dict[str, Any], set[str]]:
-    """Return config.json with the storage of every layer, and the modes in it that mlx-lm cannot
-    read.
-    """
-    facts = {
-        key: value
-        for key, value in config.items()
-        if key not in ("quantization", "quantization_config", "qlab")
-    }
+    """Return config.json with the storage of every layer, and its modes that mlx-lm cannot read."""
+    settings = {key: value for key, value in config.items() if key not in _STORAGE_BLOCKS}
     stock = {}
-    own = {}
-    foreign = set()
+    packed = {}
     for path, leaf in module.named_modules():
         if isinstance(leaf, Packed):
-            foreign.add(leaf.config.mode)
-            own[path] = {
-                "mode": leaf.config.mode,
-                "bits": leaf.config.bits,
-                "group_size": leaf.config.group_size,
-                "shape": list(leaf.shape),
-                "dtype": str(leaf.dtype).removeprefix("mlx.core."),
-                "kind": layer_kind(leaf),
-                "arrays": sorted(leaf.packed),
-            }
+            packed[path] = _packed_entry(leaf)
         elif "scales" in leaf:
             stock[path] = {"group_size": leaf.group_size, "bits": leaf.bits, "mode": leaf.mode}
     if stock:
-        common = max(stock.values(), key=list(stock.values()).count)
-        facts["quantization"] = {
-            **common,
-            **{path: entry for path, entry in stock.items() if entry != common},
-        }
-    if own:
-        facts["qlab"] = {"mlx_version": mx.__version__, "layers": own}
+        settings["quantization"] = _stock_block(stock)
+    if packed:
+        settings["qlab"] = {"mlx_version": mlx_version(), "layers": packed}
     elif plan is not None:
         # mxfp4 changed meaning between mlx 0.32.2 and 0.32.4
-        facts["qlab_made_with"] = {"mlx_version": mx.__version__, "plan": repr(plan)}
-    return facts, foreign
+        settings["qlab_made_with"] = {"mlx_version": mlx_version(), "plan": repr(plan)}
+    return settings, {entry["mode"] for entry in packed.values()}
+
+
+def _stock_block(storage: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """mlx-lm's block ``quantization``: the commonest settings, then the layers that differ."""
+    entries = list(storage.values())
+    common = max(entries, key=entries.count)
+    different = {path: entry for path, entry in storage.items() if entry != common}
+    return {**common, **different}
+
+
+def _packed_entry(leaf: Packed) -> dict[str, Any]:
+    """What config.json says of a layer whose mode only qlab knows."""
+    return {
+        "mode": leaf.config.mode,
+        "bits": leaf.config.bits,
+        "group_size": leaf.config.group_size,
+        "shape": list(leaf.shape),
+        "dtype": str(leaf.dtype).removeprefix("mlx.core."),
+        "kind": layer_kind(leaf),
+        "arrays": sorted(leaf.packed),
+    }
 
 
 def open_packed(path: Path, config: dict[str, Any]) -> nn.Module:
@@ -127,39 +138,48 @@ def open_packed(path: Path, config: dict[str, Any]) -> nn.Module:
     """
     weights: dict[str, mx.array] = {}
     for file in sorted(path.glob("model*.safetensors")):
-        weights.update(mx.load(str(file)))
+        arrays: Any = mx.load(str(file))  # a dict, for safetensors
+        weights.update(arrays)
     module = skeleton(config)
-    for layer, facts in config["qlab"]["layers"].items():
-        packed = {name: weights.pop(f"{layer}.{name}") for name in facts["arrays"]}
-        kind = QuantConfig(facts["mode"], facts["bits"], facts["group_size"])
-        made = stored_layer(
-            packed, kind, tuple(facts["shape"]), getattr(mx, facts["dtype"]), facts["kind"]
-        )
-        if f"{layer}.bias" in weights:
-            made.bias = weights[f"{layer}.bias"]
-        put_module(module, layer, made)
-        weights.update({f"{layer}.{name}": value for name, value in packed.items()})
-    common = {
-        key: value
-        for key, value in config.get("quantization", {}).items()
-        if not isinstance(value, dict)
-    }
-    for layer in {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}:
-        if layer in config["qlab"]["layers"]:
-            continue
-        entry = config["quantization"].get(layer, common)
-        dense = module_at(module, layer)
-        packed = {
-            name: weights[f"{layer}.{name}"]
-            for name in ("weight", "scales", "biases")
-            if f"{layer}.{name}" in weights
-        }
-        kind = QuantConfig(entry["mode"], entry["bits"], entry["group_size"])
-        put_module(
-            module,
-            layer,
-            stored_layer(packed, kind, dense.weight.shape, dense.weight.dtype, layer_kind(dense)),
-        )
+    packed_layers = config["qlab"]["layers"]
+    for layer, entry in packed_layers.items():
+        _put_packed(module, layer, entry, weights)
+    for name in weights:
+        layer = name.removesuffix(".scales")
+        if layer != name and layer not in packed_layers:
+            _put_stock(module, layer, _stock_entry(config["quantization"], layer), weights)
     module.load_weights(list(weights.items()))
     mx.eval(module.parameters())
     return module
+
+
+def _put_packed(
+    module: nn.Module, layer: str, entry: dict[str, Any], weights: dict[str, mx.array]
+) -> None:
+    """Put a layer of one of qlab's own modes in the place of the dense one."""
+    packed = {name: weights[f"{layer}.{name}"] for name in entry["arrays"]}
+    config = QuantConfig(entry["mode"], entry["bits"], entry["group_size"])
+    dtype = getattr(mx, entry["dtype"])
+    leaf = stored_layer(packed, config, tuple(entry["shape"]), dtype, entry["kind"])
+    if f"{layer}.bias" in weights:
+        leaf.bias = weights[f"{layer}.bias"]
+    put_module(module, layer, leaf)
+
+
+def _put_stock(
+    module: nn.Module, layer: str, entry: dict[str, Any], weights: dict[str, mx.array]
+) -> None:
+    """Put a layer of one of MLX's modes in the place of the dense one."""
+    dense = module_at(module, layer)
+    names = [name for name in _STOCK_ARRAYS if f"{layer}.{name}" in weights]
+    packed = {name: weights[f"{layer}.{name}"] for name in names}
+    config = QuantConfig(entry["mode"], entry["bits"], entry["group_size"])
+    shape = dense.weight.shape
+    leaf = stored_layer(packed, config, shape, dense.weight.dtype, layer_kind(dense))
+    put_module(module, layer, leaf)
+
+
+def _stock_entry(block: dict[str, Any], layer: str) -> dict[str, Any]:
+    """Settings of a layer in mlx-lm's block: an entry of its own, or the common ones."""
+    common = {key: value for key, value in block.items() if not isinstance(value, dict)}
+    return block.get(layer, common)
