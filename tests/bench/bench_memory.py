@@ -19,7 +19,7 @@ from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.train import TrainConfig
 from qlab.engine.quantize.quantize import quantize
 from qlab.engine.memory.forecast import Forecast
-from qlab.engine.memory.forecast import measured_peak
+from qlab.engine.memory.measure import measured_peak
 from qlab.runtime.job import finished
 from qlab.runtime.job import mlx_call
 from qlab.runtime.peaks import SHIPPED

@@ -25,7 +25,7 @@ from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.train import TrainConfig
 from qlab.runtime.device import backend
 from qlab.engine.memory.forecast import Forecast
-from qlab.engine.memory.forecast import measured_peak
+from qlab.engine.memory.measure import measured_peak
 from qlab.runtime.job import mlx_call
 from qlab.engine.models.skeleton import describe
 from qlab.engine.models.skeleton import skeleton

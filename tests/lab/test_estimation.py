@@ -706,7 +706,7 @@ def test_a_run_takes_as_many_blocks_in_flight_as_pay_and_fit(monkeypatch):
     """As on a GPU: more than one is worth its memory, and the host runs ahead of blocks."""
     monkeypatch.setitem(WINDOWS, "cpu", (1, 2, 4))
     monkeypatch.setattr(
-        "qlab.engine.memory.forecast.runahead", lambda: Runahead(10**6, kernels=True)
+        "qlab.engine.memory.formulas.runahead", lambda: Runahead(10**6, kernels=True)
     )
     train = TrainConfig(batch_size=2, max_seq_length=128, grad_checkpoint=True)
     estimate = partial(qlab.estimate, {**CONFIG, "num_hidden_layers": 8})

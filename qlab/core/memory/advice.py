@@ -1,4 +1,4 @@
-"""Which kind of training a machine is good for: 16-bit weights, quantized ones or a smaller model."""
+"""Which training a machine is good for: 16-bit weights, quantized ones or a smaller model."""
 
 from __future__ import annotations
 

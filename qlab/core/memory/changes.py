@@ -125,7 +125,7 @@ class _Candidates:
         yield from self._largest("max_seq_length", now, "some", "longer rows are cut")
 
     def _fewer_bits(self) -> Iterator[Change]:
-        """Yield the most bits that fit, of the scheme in use; affine if nothing is quantized yet."""
+        """Yield the most bits that fit: of the scheme in use, or affine if there is none yet."""
         plan = self.est.setup.plan
         if plan is None and self.est.spec.storage:
             return  # weights that came quantized are not quantized again

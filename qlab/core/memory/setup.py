@@ -51,8 +51,8 @@ class Setup:
         """Return a setup with one setting changed.
 
         Args:
-            name: one of ``SOLVABLE``, or any field of ``LoRAConfig`` or ``TrainConfig``. A change of
-                ``bits`` drops overrides; a change of ``rank`` leaves alpha as it was.
+            name: ``bits``, or any field of ``LoRAConfig`` or ``TrainConfig``. A change of ``bits``
+                drops overrides; a change of ``rank`` leaves alpha as it was.
             value: of the setting.
         """
         if name == "bits":

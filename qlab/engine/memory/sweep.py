@@ -1,31 +1,42 @@
-"""Finds what the sliders of an estimate reach.
+"""``Sweep``: what the sliders of an estimate reach without asking the kernel.
 
-Exact bytes at every position, and formulas of the kinds of step nearby.
-
-Runs on the MLX thread. Knows no budget and shows nothing.
+Exact bytes at every position, and formulas of the kinds of step read so far. The live estimate
+(``qlab.lab.estimate``) makes it grow; the panel carries it to the browser. Runs on the MLX thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
 from qlab import registry
 from qlab.core.config.quant import QuantConfig, QuantPlan
-from qlab.core.config.spec import LayerSpec
+from qlab.core.config.spec import LayerSpec, ModelSpec
 from qlab.core.graph.formula import CHUNKS, Formula
 from qlab.core.memory.setup import Setup
 from qlab.core.panels.estimate import Reach, rank_stops, step_name
-from qlab.engine.memory.forecast import SAMPLE, Forecast
+from qlab.engine.memory.forecast import Forecast
+from qlab.engine.memory.step_kind import SAMPLE_BLOCKS
 from qlab.errors import ConfigError
 
-_KEPT = 40  # formulas that the browser holds
-_FEW = (
-    max(SAMPLE.values()) + 1
-)  # from so many blocks of a sort on, a formula holds for any number of them
+_MOST_FORMULAS = 40  # that the browser remembers
+_CHUNK = 512  # tokens of a chunk of the loss, where the user has none yet
+# the browser does not ask whether blocks are checkpointed before it looks up a kind of step
+_SAMPLE = max(SAMPLE_BLOCKS.values())
+
+
+class _Shared(NamedTuple):
+    """What all positions of the sliders share; with another of these a reach is out of date."""
+
+    overrides: tuple[tuple[str, QuantConfig | None], ...]
+    keys: tuple[str, ...] | None
+    kind: str
+    dtype: str
+    dropout: float
 
 
 class Sweep:
@@ -33,43 +44,51 @@ class Sweep:
 
     Args:
         forecast: of the model.
-        setup: shown first. Its overrides, keys, kind and dtype of the adapter hold for all
+        setup: shown first. Its overrides, and keys, kind and dtype of its adapter, hold for all
             positions until ``follow``.
+
+    Attributes:
+        reach: the present reach, replaced as a whole when it grows.
     """
+
+    reach: Reach
 
     def __init__(self, forecast: Forecast, setup: Setup) -> None:
         self._forecast = forecast
-        self._numbers: dict[Hashable, int] = {}
-        self.follow(setup)
+        self._spec: ModelSpec = forecast.spec
+        self._numbers: dict[Hashable, int] = {}  # kinds of step, counted from 0
+        overrides = tuple(setup.plan.overrides.items()) if setup.plan else ()
+        self._shared = _shared(setup, overrides)
+        self._take_up(setup, formulas={})
 
     def follow(self, setup: Setup) -> None:
         """Take up other overrides or another rank than the slider has; formulas stay."""
-        spec = self._forecast.spec
-        plan = setup.plan
-        lora = setup.adapter
-        modes = () if spec.storage else registry.shelf("schemes").values()
-        configs = (
-            None,
-            *(QuantConfig(s.name, b, g) for s in modes for b in s.bits for g in s.group_sizes),
-        )
-        if plan and plan.default not in configs:
-            configs = (*configs, plan.default)
-        own = plan.overrides if plan else {}
-        plans = [QuantPlan(c, own) if c else None for c in configs]
-        sizes = [self._forecast.inputs(replace(setup, plan=p))["weights"] for p in plans]
-        targets = replace(lora, rank=1, num_layers=-1).targets(spec)
-        ranks = rank_stops(min(min(x.shape[-2:]) for x in targets), lora.rank)
-        optimizers = tuple(registry.shelf("optimizers"))
-        adapter, states = _trained_nbytes(setup, targets, ranks, optimizers, self._blocks)
-        known = self.reach.formulas if hasattr(self, "reach") else {}
-        self.reach = Reach(
-            configs, np.array(sizes, float), ranks, optimizers, adapter, states, {}, known
-        )
-        self._held = self._ground(setup)
+        self._shared = _shared(setup, self._shared.overrides)
+        self._take_up(setup, self.reach.formulas)
 
-    @property
-    def _blocks(self) -> list[int]:
-        return list(self._forecast.spec.blocks)
+    def _take_up(self, setup: Setup, formulas: Mapping[str, Formula]) -> None:
+        lora = setup.adapter
+        configs = _storages(self._spec, setup)
+        overrides = setup.plan.overrides if setup.plan else {}
+        weights = []
+        for config in configs:
+            plan = QuantPlan(config, overrides) if config else None
+            weights.append(self._forecast.inputs(replace(setup, plan=plan))["weights"])
+        targets = replace(lora, rank=1, num_layers=-1).targets(self._spec)
+        largest_rank = min(min(layer.shape[-2:]) for layer in targets)
+        ranks = rank_stops(largest_rank, lora.rank)
+        optimizers = tuple(registry.shelf("optimizers"))
+        adapter, states = _trained_nbytes(setup, targets, ranks, optimizers, self._spec.blocks)
+        self.reach = Reach(
+            configs=configs,
+            weights_nbytes=np.array(weights, float),
+            ranks=ranks,
+            optimizers=optimizers,
+            adapter_nbytes=adapter,
+            optimizer_nbytes=states,
+            kinds={},
+            formulas=formulas,
+        )
 
     def read(self, setup: Setup) -> None:
         """Add the formula of a setup's kind of step, and the kinds of its storage.
@@ -77,134 +96,164 @@ class Sweep:
         Raises:
             ConfigError, LayerNotFoundError, UnsupportedError: as ``Forecast.formula``.
         """
-        if self._ground(setup) != self._held or setup.adapter.rank not in self.reach.ranks:
+        is_outdated = _shared(setup, self._shared.overrides) != self._shared
+        if is_outdated or setup.adapter.rank not in self.reach.ranks:
             self.follow(setup)
-        reach = self.reach
-        row = self._row(setup)
-        kinds = reach.kinds if row in reach.kinds else {**reach.kinds, row: self._kinds(setup)}
-        count = len(self._blocks) if setup.adapter.num_layers < 0 else setup.adapter.num_layers
-        self.reach = replace(reach, kinds=kinds)
-        if (kind := kinds[row][count - 1]) is None:
-            setup.adapter.targets(self._forecast.spec)  # says why nothing is adapted
+        row = self.reach.configs.index(setup.plan.default if setup.plan else None)
+        if row not in self.reach.kinds:
+            kinds = {**self.reach.kinds, row: self._kinds(setup)}
+            self.reach = replace(self.reach, kinds=kinds)
+        count = setup.adapter.num_layers
+        if count < 0:
+            count = len(self._spec.blocks)
+        kind = self.reach.kinds[row][count - 1]
+        if kind is None:
+            setup.adapter.targets(self._spec)  # raises, and says why nothing is adapted
             return
         name = step_name(kind[0], setup.train)
-        formulas: dict[str, Formula] = {k: f for k, f in reach.formulas.items() if k != name}
+        # the one read last stands last, so that the oldest is forgotten first
+        formulas = {other: f for other, f in self.reach.formulas.items() if other != name}
         formulas[name] = self._forecast.formula(setup)
-        for oldest in list(formulas)[:-_KEPT]:
+        for oldest in list(formulas)[:-_MOST_FORMULAS]:
             del formulas[oldest]
         self.reach = replace(self.reach, formulas=formulas)
 
-    def nearby(self, setup: Setup) -> Iterator[Setup]:
-        """Yield setups of the kinds of step that a user is likely to reach next, the likeliest
-        first.
-        """
-        train = setup.train
-        plan = setup.plan
-        yield replace(setup, train=replace(train, grad_checkpoint=not train.grad_checkpoint))
-        chunk = train.loss_chunk
-        lengths = [n * chunk + 1 for n in range(1, CHUNKS + 1)] if chunk else []
-        for length in lengths:
-            yield replace(setup, train=replace(train, batch_size=1, max_seq_length=max(length, 2)))
-        if plan and plan.default in self.reach.configs:
-            own = plan.overrides
-            default = plan.default
-            for bits in default.scheme.bits:
-                yield replace(
-                    setup, plan=QuantPlan(QuantConfig(default.mode, bits, default.group_size), own)
-                )
-            for group_size in default.scheme.group_sizes:
-                yield replace(
-                    setup, plan=QuantPlan(QuantConfig(default.mode, default.bits, group_size), own)
-                )
-        for length in lengths:
-            other = replace(
-                train,
-                batch_size=1,
-                max_seq_length=max(length, 2),
-                grad_checkpoint=not train.grad_checkpoint,
-            )
-            yield replace(setup, train=other)
-        yield replace(setup, train=replace(train, loss_chunk=0 if chunk else 512))
-        yield replace(setup, plan=None)
-        for config in {c.mode: c for c in self.reach.configs if c}.values():
-            if plan is None or config.mode != plan.default.mode:
-                yield replace(
-                    setup, plan=QuantPlan(QuantConfig(config.mode), plan.overrides if plan else {})
-                )
-        for name in self.reach.optimizers:
-            yield replace(setup, train=replace(train, optimizer=name))
-
-    def _ground(self, setup: Setup) -> tuple:
-        """What all positions share.
-
-        A storage without overrides of its own takes over those that are there.
-        """
-        lora = setup.adapter
-        plan = setup.plan
-        own = tuple(plan.overrides.items()) if plan else getattr(self, "_held", ((),))[0]
-        return own, lora.keys, lora.kind, lora.dtype, lora.dropout
-
-    def _row(self, setup: Setup) -> int:
-        return self.reach.configs.index(setup.plan.default if setup.plan else None)
-
     def _kinds(self, setup: Setup) -> tuple[tuple[int, tuple[int, ...]] | None, ...]:
-        """For each number of adapted blocks, the kind of step and the blocks of each sort that a
-        gradient reaches.
-        """
-        return tuple(
-            self._kind(setup.with_value("num_layers", n)) for n in range(1, len(self._blocks) + 1)
-        )
+        """Return the kind of step for each number of adapted blocks, as in ``Reach.kinds``."""
+        counts = range(1, len(self._spec.blocks) + 1)
+        return tuple(self._kind(setup.with_value("num_layers", count)) for count in counts)
 
     def _kind(self, setup: Setup) -> tuple[int, tuple[int, ...]] | None:
         try:
-            groups, outside = self._forecast.looks(setup)
+            kind = self._forecast.kind(setup)
         except ConfigError:
             return None
-        counts = tuple(len(group) for group in groups.values())
-        key = (tuple(map(_plain, groups)), _plain(outside), tuple(min(n, _FEW) for n in counts))
-        return self._numbers.setdefault(key, len(self._numbers)), counts
+        number = self._numbers.setdefault(kind.key(_SAMPLE), len(self._numbers))
+        return number, kind.counts
+
+    # --- what a user is likely to reach next ------------------------------------------------------
+
+    def nearby(self, setup: Setup) -> Iterator[Setup]:
+        """Yield setups of the kinds of step that a user may reach next, the likeliest first."""
+        checkpoint = not setup.train.grad_checkpoint
+        other = setup.with_value("grad_checkpoint", checkpoint)
+        yield other
+        yield from _other_numbers_of_chunks(setup)
+        yield from self._same_mode(setup)
+        yield from _other_numbers_of_chunks(other)
+        yield setup.with_value("loss_chunk", 0 if setup.train.loss_chunk else _CHUNK)
+        yield replace(setup, plan=None)
+        yield from self._other_modes(setup)
+        for name in self.reach.optimizers:
+            yield setup.with_value("optimizer", name)
+
+    def _same_mode(self, setup: Setup) -> Iterator[Setup]:
+        plan = setup.plan
+        if plan is None or plan.default not in self.reach.configs:
+            return
+        default = plan.default
+        for bits in default.scheme.bits:
+            yield _stored(setup, QuantConfig(default.mode, bits, default.group_size))
+        for group_size in default.scheme.group_sizes:
+            yield _stored(setup, QuantConfig(default.mode, default.bits, group_size))
+
+    def _other_modes(self, setup: Setup) -> Iterator[Setup]:
+        now = setup.plan.default.mode if setup.plan else None
+        modes = dict.fromkeys(config.mode for config in self.reach.configs if config)
+        for mode in modes:
+            if mode != now:
+                yield _stored(setup, QuantConfig(mode))
 
 
-def _plain(look: tuple) -> tuple:
-    """What a layer's storage means for a step.
+def _shared(setup: Setup, overrides: tuple[tuple[str, QuantConfig | None], ...]) -> _Shared:
+    """Return what all positions share with a setup.
 
-    How it is made into numbers, scales on their way included.
+    Args:
+        setup: of one position.
+        overrides: taken where the setup leaves the weights as they are, so that the storage slider
+            may pass "as stored" without losing them.
     """
-    return tuple(
-        tuple((x.mode, x.bits, x.group_size) if isinstance(x, QuantConfig) else x for x in layer)
-        for layer in look
-    )
+    lora = setup.adapter
+    if setup.plan is not None:
+        overrides = tuple(setup.plan.overrides.items())
+    return _Shared(overrides, lora.keys, lora.kind, lora.dtype, lora.dropout)
+
+
+def _storages(spec: ModelSpec, setup: Setup) -> tuple[QuantConfig | None, ...]:
+    """Return the storages that the controls can choose; None leaves the weights as they are."""
+    configs: list[QuantConfig | None] = [None]
+    if spec.storage is None:  # weights that came quantized are not quantized again
+        for scheme in registry.shelf("schemes").values():
+            for bits in scheme.bits:
+                configs += [QuantConfig(scheme.name, bits, size) for size in scheme.group_sizes]
+    if setup.plan and setup.plan.default not in configs:
+        configs.append(setup.plan.default)
+    return tuple(configs)
+
+
+def _stored(setup: Setup, config: QuantConfig) -> Setup:
+    """Return a setup with another default storage; overrides stay."""
+    overrides = setup.plan.overrides if setup.plan else {}
+    return replace(setup, plan=QuantPlan(config, overrides))
+
+
+def _other_numbers_of_chunks(setup: Setup) -> Iterator[Setup]:
+    """Yield one row of the length at which the loss is made in 1, 2, … ``CHUNKS`` chunks."""
+    chunk = setup.train.loss_chunk
+    if not chunk:
+        return
+    for number in range(1, CHUNKS + 1):
+        length = max(number * chunk + 1, 2)  # the last position of a row has no target
+        yield replace(setup, train=replace(setup.train, batch_size=1, max_seq_length=length))
 
 
 def _trained_nbytes(
     setup: Setup,
-    targets: tuple[LayerSpec, ...],
-    ranks: tuple[int, ...],
-    optimizers: tuple[str, ...],
-    blocks: list[int],
+    targets: Sequence[LayerSpec],
+    ranks: Sequence[int],
+    optimizers: Sequence[str],
+    blocks: Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of adapter ``(ranks, blocks)`` and of optimizer state ``(optimizers, ranks, blocks)``,
-    by adapted blocks.
+    """Return the bytes of adapter and optimizer state at every position of the sliders.
+
+    Args:
+        setup: kind and dtype of its adapter count.
+        targets: the layers that are adapted if all blocks are.
+        ranks: stops of the rank's slider.
+        optimizers: names on the shelf.
+        blocks: numbers of all blocks, ascending; the last ones are adapted first.
+
+    Returns:
+        Adapter ``(ranks, blocks)`` and optimizer state ``(optimizers, ranks, blocks)``, float64.
     """
-    lora = setup.adapter
-    states = [registry.get("optimizers", name) for name in optimizers]
-    known: dict[tuple[int, ...], np.ndarray] = {}
-    for shape in {x.shape for x in targets}:
-        known[shape] = np.zeros((1 + len(states), len(ranks)))
-        for i, rank in enumerate(ranks):
-            arrays = lora.adapter_kind.shapes(shape, rank).values()
-            known[shape][0, i] = lora.itemsize * sum(map(prod, arrays))
-            known[shape][1:, i] = [
-                sum(s.state_nbytes(a, lora.itemsize) for a in arrays) for s in states
-            ]
-    each = np.zeros((1 + len(states), len(ranks), len(blocks)))
-    outside = np.zeros((1 + len(states), len(ranks), 1))
+    by_shape = {
+        shape: _layer_nbytes(setup, shape, ranks, optimizers)
+        for shape in {layer.shape for layer in targets}
+    }
+    rows = 1 + len(optimizers)  # the adapter, then each optimizer's state
+    outside = np.zeros((rows, len(ranks), 1))
+    by_block = np.zeros((rows, len(ranks), len(blocks)))  # the last block first
     for layer in targets:
-        place = (
-            outside[..., 0]
-            if layer.block is None
-            else each[..., len(blocks) - 1 - blocks.index(layer.block)]
-        )
-        place += known[layer.shape]
-    total = outside + np.cumsum(each, axis=2)
+        if layer.block is None:
+            outside[..., 0] += by_shape[layer.shape]
+        else:
+            place = len(blocks) - 1 - blocks.index(layer.block)
+            by_block[..., place] += by_shape[layer.shape]
+    total = outside + np.cumsum(by_block, axis=2)
     return total[0], total[1:]
+
+
+def _layer_nbytes(
+    setup: Setup, shape: tuple[int, ...], ranks: Sequence[int], optimizers: Sequence[str]
+) -> np.ndarray:
+    """Return the bytes for one layer: float64 ``(1 + optimizers, ranks)``, the adapter first."""
+    lora = setup.adapter
+    nbytes = np.zeros((1 + len(optimizers), len(ranks)))
+    for column, rank in enumerate(ranks):
+        arrays = list(lora.adapter_kind.shapes(shape, rank).values())
+        nbytes[0, column] = lora.itemsize * sum(prod(array) for array in arrays)
+        for row, name in enumerate(optimizers, start=1):
+            kind = registry.get("optimizers", name)
+            states = [kind.state_nbytes(array, lora.itemsize) for array in arrays]
+            nbytes[row, column] = sum(states)
+    return nbytes

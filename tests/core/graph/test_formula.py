@@ -15,7 +15,7 @@ from qlab.core.graph.formula import sizes
 from qlab.core.memory.setup import Setup
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.train import TrainConfig
-from qlab.engine.memory import forecast as forecasts
+from qlab.engine.memory import formulas, step_graphs, trace
 from qlab.engine.memory.forecast import Forecast
 from tests.tiny import on_mlx, tiny
 
@@ -61,7 +61,8 @@ def test_a_formula_of_few_blocks_tells_of_many_blocks_and_other_sizes(
     checkpoint, name, monkeypatch
 ):
     if name == "cuda":
-        monkeypatch.setattr(forecasts, "backend", lambda: name)
+        for module in (formulas, step_graphs, trace):
+            monkeypatch.setattr(module, "backend", lambda: name)
     module, _ = tiny(num_hidden_layers=9)
     forecast = Forecast(module, "tiny", None, True)
     for (batch, length), (rank, count), chunk in itertools.product(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -13,11 +14,11 @@ from qlab.core.config.quant import QuantPlan
 from qlab.core.memory.setup import Setup
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.train import TrainConfig
-from qlab.engine.memory import forecast as forecasts
+from qlab.engine.memory import trace
 from qlab.runtime import peaks as record
 from qlab.engine.memory import whole_step as traces
 from qlab.engine.memory.forecast import Forecast
-from qlab.engine.memory.forecast import measured_peak
+from qlab.engine.memory.measure import measured_peak
 from qlab.engine.models.skeleton import skeleton
 from qlab.errors import ConfigError
 from qlab.errors import UnsupportedError
@@ -87,9 +88,9 @@ def test_where_a_level_cannot_be_had_the_other_is_given_and_said(broken, level, 
 
 
 @on_mlx
-def test_a_model_that_cannot_be_taken_apart_is_foreseen_as_it_will_be_computed(monkeypatch):
+def test_a_model_that_cannot_be_taken_apart_is_predicted_as_it_will_be_computed(monkeypatch):
     forecast = Forecast(skeleton(settings("llama")), "tiny")
-    monkeypatch.setitem(vars(forecast), "whole", "it does more with its blocks")
+    monkeypatch.setitem(vars(forecast.graphs), "why_whole", "it does more with its blocks")
     found, whole = (
         forecast.estimate(
             Setup(None, LoRAConfig(rank=4), TrainConfig(**{**TRAIN, **more})), MACHINE, "traced"
@@ -129,7 +130,7 @@ def test_what_else_is_in_memory_is_not_measured():
 def test_a_step_that_would_not_fit_is_not_run():
     module, _ = tiny()
     forecast = Forecast(module, "tiny", None, True)
-    small = forecasts.replace(MACHINE, free_nbytes=1_000_000)
+    small = replace(MACHINE, free_nbytes=1_000_000)
     with pytest.raises(ConfigError, match="would need"):
         forecast.estimate(Setup(None, LoRAConfig(rank=4), TrainConfig(**TRAIN)), small, "measured")
     with pytest.raises(ConfigError, match="weights"):
@@ -146,7 +147,7 @@ def test_formulas_are_made_once_for_a_kind_of_step():
     assert len(forecast._formulas) == 1
 
 
-def test_a_70b_model_is_foreseen_within_seconds_and_in_little_memory():
+def test_a_70b_model_is_predicted_within_seconds_and_in_little_memory():
     done = subprocess.run([sys.executable, "-c", BIG], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-1000:]
     *levels, memory = done.stdout.splitlines()
@@ -161,10 +162,10 @@ def test_a_70b_model_is_foreseen_within_seconds_and_in_little_memory():
 @pytest.mark.parametrize("setting, expected", [("8", 8), ("", 27), ("many", 27), ("0", 27)])
 def test_mlx_own_setting_of_work_in_flight_counts_on_a_gpu(setting, expected, monkeypatch):
     monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", setting)
-    monkeypatch.setattr(forecasts, "backend", lambda: "cuda")
-    assert forecasts.runahead().dispatches == 11 * expected
-    monkeypatch.setattr(forecasts, "backend", lambda: "cpu")
-    assert forecasts.runahead().dispatches == 110
+    monkeypatch.setattr(trace, "backend", lambda: "cuda")
+    assert trace.runahead().dispatches == 11 * expected
+    monkeypatch.setattr(trace, "backend", lambda: "cpu")
+    assert trace.runahead().dispatches == 110
 
 
 @on_mlx

@@ -13,7 +13,7 @@ from qlab.core.memory.setup import Setup
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.train import TrainConfig
 from qlab.engine.memory.forecast import Forecast
-from qlab.engine.memory.forecast import measured_peak
+from qlab.engine.memory.measure import measured_peak
 from qlab.engine.models.skeleton import describe
 from qlab.engine.models.skeleton import skeleton
 from qlab.engine.models.lazy_storage import stored

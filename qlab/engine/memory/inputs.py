@@ -1,0 +1,42 @@
+"""What a step needs from its first moment to its last: weights, adapter and optimizer state.
+
+Known to the byte from shapes alone; an estimate's other parts are read from the step.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from qlab.core.config.lora import LoRAConfig
+from qlab.core.config.quant import QuantConfig
+from qlab.core.config.spec import ModelSpec
+from qlab.core.memory.setup import Setup
+from qlab.engine.quantize.quantize import chosen
+
+
+def chosen_storage(spec: ModelSpec, setup: Setup) -> dict[str, QuantConfig]:
+    """Return how the layers that a setup quantizes are stored, by path."""
+    return chosen(spec, setup.plan) if setup.plan else {}
+
+
+def trained_shapes(lora: LoRAConfig, spec: ModelSpec) -> list[tuple[int, ...]]:
+    """Return the shapes of all arrays that an adapter trains."""
+    shapes: list[tuple[int, ...]] = []
+    for layer in lora.targets(spec):
+        arrays = lora.adapter_kind.shapes(layer.shape, lora.rank, layer.kind)
+        shapes.extend(arrays.values())
+    return shapes
+
+
+def input_nbytes(spec: ModelSpec, setup: Setup) -> dict[str, int]:
+    """Return the bytes of the parts ``weights``, ``adapter`` and ``optimizer``."""
+    storage = chosen_storage(spec, setup)
+    layers = sum(layer.nbytes_as(storage.get(layer.path)) for layer in spec.layers)
+    shapes = trained_shapes(setup.adapter, spec)
+    itemsize = setup.adapter.itemsize
+    optimizer = setup.train.optimizer_kind
+    return {
+        "weights": spec.other_nbytes + layers,
+        "adapter": itemsize * sum(prod(shape) for shape in shapes),
+        "optimizer": sum(optimizer.state_nbytes(shape, itemsize) for shape in shapes),
+    }
