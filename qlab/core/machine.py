@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -25,17 +26,25 @@ class Machine:
 
 
 _GIB = 2**30
-_CARD_SHARE = 0.97  # what a driver leaves of a card
-_MAC_SHARES = (
-    (36, 2 / 3),
-    (float("inf"), 3 / 4),
-)  # recommended working set of unified memory, by GiB (Apple's defaults)
+_CARD_SHARE = 0.97  # what a driver leaves of a card's memory
+# recommended working set of unified memory, Apple's defaults: two thirds below 36 GiB, else 3/4
+_LARGE_MAC_GIB = 36
+_SMALL_MAC_SHARE = 2 / 3
+_LARGE_MAC_SHARE = 3 / 4
 _UNITS = {"gb": 1e9, "gib": _GIB, "mb": 1e6, "mib": 2**20}
-_FORM = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(gb|gib|mb|mib)\s*(mac|card)?\s*", re.IGNORECASE)
+_NAME = re.compile(
+    r"\s*(?P<amount>\d+(?:\.\d+)?)\s*(?P<unit>gb|gib|mb|mib)\s*(?P<kind>mac|card)?\s*",
+    re.IGNORECASE,
+)
+_BACKENDS = {"mac": "metal", "card": "cuda"}
 
 
 def budget(wanted: float | int | str | Machine) -> Machine:
     """Return a budget as a machine.
+
+    Example:
+        >>> budget("16 GB Mac").free_nbytes
+        11453246122
 
     Args:
         wanted: bytes; a machine; or a name: ``"16 GB Mac"`` (its default working set: two thirds of
@@ -48,19 +57,7 @@ def budget(wanted: float | int | str | Machine) -> Machine:
     if isinstance(wanted, Machine):
         return wanted
     if isinstance(wanted, str):
-        found = _FORM.fullmatch(wanted)
-        if not found:
-            raise ConfigError(
-                f'budget={wanted!r} is not legal; write "16 GB Mac", "24 GB card", "10 GB" or a number of bytes.'
-            )
-        amount = float(found[1])
-        unit = found[2].lower()
-        kind = (found[3] or "").lower()
-        nbytes = amount * _UNITS[unit]
-        if kind == "mac":
-            nbytes = amount * _GIB * next(share for size, share in _MAC_SHARES if amount < size)
-        elif kind == "card":
-            nbytes = amount * _GIB * _CARD_SHARE
+        nbytes = _named_nbytes(wanted)
         label = wanted.strip()
     elif isinstance(wanted, (int, float)) and not isinstance(wanted, bool):
         nbytes = wanted
@@ -69,25 +66,42 @@ def budget(wanted: float | int | str | Machine) -> Machine:
         raise ConfigError(
             f"budget={wanted!r} is not legal; give bytes, a machine, or a name such as '16 GB Mac'."
         )
-    if not 0 < nbytes < float("inf"):
+    if not 0 < nbytes < math.inf:
         raise ConfigError(f"budget={wanted!r} is not legal; it must be above 0 bytes.")
     return Machine(label, int(nbytes), int(nbytes))
 
 
-def foreign(machine: Machine, backend: str) -> tuple[str, ...]:
-    """Say so where a budget is that of another kind of machine than the one whose step is foreseen.
+def _named_nbytes(name: str) -> float:
+    """Return the bytes that a budget such as ``16 GB Mac`` has."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ConfigError(
+            f'budget={name!r} is not legal; write "16 GB Mac", "24 GB card", "10 GB" '
+            "or a number of bytes."
+        )
+    amount = float(match["amount"])
+    kind = (match["kind"] or "").lower()
+    if kind == "mac":
+        share = _SMALL_MAC_SHARE if amount < _LARGE_MAC_GIB else _LARGE_MAC_SHARE
+        return amount * _GIB * share
+    if kind == "card":
+        return amount * _GIB * _CARD_SHARE
+    return amount * _UNITS[match["unit"].lower()]
+
+
+def backend_notes(machine: Machine, backend: str) -> tuple[str, ...]:
+    """Return a note if the budget names another backend than the one the estimate is for.
 
     Args:
         machine: the budget.
-        backend: ``metal``, ``cuda`` or ``cpu``: whose step it is.
+        backend: ``metal``, ``cuda`` or ``cpu``: where the estimated step runs.
     """
-    found = _FORM.fullmatch(machine.label)
-    own = {"mac": "metal", "card": "cuda"}.get((found[3] or "").lower() if found else "", backend)
-    if own == backend:
+    match = _NAME.fullmatch(machine.label)
+    kind = (match["kind"] or "").lower() if match else ""
+    if _BACKENDS.get(kind, backend) == backend:
         return ()
-    return (
-        f"{machine.label} is only the limit: the step is foreseen as this machine's back end ({backend}) takes it.",
-    )
+    limit = f"{machine.label} is only the limit"
+    return (f"{limit}: the step is predicted as this machine's back end ({backend}) takes it.",)
 
 
 @dataclass(frozen=True)
@@ -125,16 +139,15 @@ def verdict(expected: int, high: int, largest: str, machine: Machine) -> Verdict
     """
     free = machine.free_nbytes
     margin = free - expected
+    used = f"{size_text(expected)} of {size_text(free)}"
     if high <= free:
-        reason = f"{size_text(expected)} of {size_text(free)}, {size_text(margin)} to spare"
-        return Verdict("fits", margin, f"{reason}.", machine)
+        return Verdict("fits", margin, f"{used}, {size_text(margin)} to spare.", machine)
     if expected <= free:
-        reason = (
-            f"{size_text(expected)} of {size_text(free)}, but it may take up to {size_text(high)}"
-        )
-        return Verdict("tight", margin, f"{reason}.", machine)
-    busy = ""
+        reason = f"{used}, but it may take up to {size_text(high)}."
+        return Verdict("tight", margin, reason, machine)
+    excess = f"{size_text(-margin)} more than the {size_text(free)} at hand"
+    reason = f"{size_text(expected)} are {excess}; most of it is {largest}."
     if expected <= machine.total_nbytes:
-        busy = f" It would fit if other programs left the {size_text(machine.total_nbytes)} of {machine.label} free."
-    reason = f"{size_text(expected)} are {size_text(-margin)} more than the {size_text(free)} at hand; most of it is {largest}."
-    return Verdict("does not fit", margin, reason + busy, machine)
+        whole = f"the {size_text(machine.total_nbytes)} of {machine.label}"
+        reason += f" It would fit if other programs left {whole} free."
+    return Verdict("does not fit", margin, reason, machine)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from qlab.core.machine import Machine, budget, foreign
+from qlab.core.machine import Machine, backend_notes, budget
 from qlab.core.memory import advice, changes, solve
 from qlab.core.memory.estimate import MemoryEstimate
 from qlab.core.memory.setup import Setup
@@ -52,7 +52,7 @@ class Estimate(MemoryEstimate):
     ) -> Estimate:
         """Return the estimate of a setup; see ``qlab.estimate``."""
         value: MemoryEstimate = mlx_call(forecast.estimate, setup, machine, level)
-        notes = (*value.notes, *foreign(machine, mlx_call(backend)))
+        notes = (*value.notes, *backend_notes(machine, mlx_call(backend)))
         return cls.around(replace(value, notes=notes), forecast, link)
 
     @classmethod
@@ -201,7 +201,7 @@ class LiveEstimate(HasPanel):
 
     @property
     def _notes(self) -> tuple[str, ...]:
-        return (*self._forecast.notes, *foreign(self._machine, self._backend))
+        return (*self._forecast.notes, *backend_notes(self._machine, self._backend))
 
     def state(self) -> EstimateState:
         """What the panel shows now, as a value.

@@ -1,12 +1,13 @@
 """What the estimate panel shows at one moment, and what its sliders can reach, as values.
 
-Knows neither how it was found nor how it is drawn.
+``qlab.lab.estimate.LiveEstimate`` makes an ``EstimateState``, ``views/estimate`` draws it, and the
+browser answers with a ``Choice``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
@@ -37,9 +38,9 @@ BUDGETS = (
 _RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The settings that the panel's controls hold; the rest of a setup stays as it was given.
+    """The settings that the panel's controls show; the rest of a setup stays as it was.
 
     Attributes:
         mode: of the storage; empty leaves the weights as they are.
@@ -49,7 +50,7 @@ class Choice:
         num_layers: adapted blocks, counted from the last; never −1.
         batch_size: rows.
         max_seq_length: tokens in a row.
-        grad_checkpoint: whether blocks are computed again on the way back.
+        grad_checkpoint: whether blocks are computed again in the backward pass.
         loss_chunk: tokens whose logits exist at once; 0 means all.
         optimizer: on the shelf.
         grad_accumulation_steps: batches that make one optimizer step.
@@ -69,14 +70,15 @@ class Choice:
 
     @classmethod
     def of(cls, setup: Setup, blocks: int) -> Choice:
-        """Read the controls off a setup of a model with so many blocks."""
+        """Return where the controls stand for a setup of a model with so many blocks."""
         storage = setup.plan.default if setup.plan else None
-        named = (storage.mode, storage.bits, storage.group_size) if storage else ("", 0, 0)
-        layers = blocks if setup.adapter.num_layers < 0 else setup.adapter.num_layers
+        lora = setup.adapter
         return cls(
-            *named,
-            setup.adapter.rank,
-            layers,
+            mode=storage.mode if storage else "",
+            bits=storage.bits if storage else 0,
+            group_size=storage.group_size if storage else 0,
+            rank=lora.rank,
+            num_layers=blocks if lora.num_layers < 0 else lora.num_layers,
             **{name: getattr(setup.train, name) for name in _OF_TRAIN},
         )
 
@@ -87,38 +89,39 @@ class Choice:
             ConfigError: a setting is not legal.
         """
         now = Choice.of(base, blocks)
+        setup = base
         if (self.mode, self.bits, self.group_size) != (now.mode, now.bits, now.group_size):
-            own = base.plan.overrides if base.plan else {}
-            base = replace(
-                base,
-                plan=QuantPlan(QuantConfig(self.mode, self.bits, self.group_size), own)
-                if self.mode
-                else None,
-            )
+            setup = replace(setup, plan=self._plan(base))
         if self.rank != now.rank:
-            base = base.with_value("rank", self.rank)
+            setup = setup.with_value("rank", self.rank)
         if self.num_layers != now.num_layers:
-            base = base.with_value(
-                "num_layers", -1 if self.num_layers == blocks else self.num_layers
-            )
+            all_blocks = self.num_layers == blocks
+            setup = setup.with_value("num_layers", -1 if all_blocks else self.num_layers)
         changed = {
             name: getattr(self, name)
             for name in _OF_TRAIN
             if getattr(self, name) != getattr(now, name)
         }
-        return replace(base, train=replace(base.train, **changed)) if changed else base
+        if changed:
+            setup = replace(setup, train=replace(setup.train, **changed))
+        return setup
+
+    def _plan(self, base: Setup) -> QuantPlan | None:
+        if not self.mode:
+            return None
+        config = QuantConfig(self.mode, self.bits, self.group_size)
+        return QuantPlan(config, base.plan.overrides if base.plan else {})
 
 
-_OF_TRAIN = tuple(
-    name for name in Choice.__dataclass_fields__ if name in TrainConfig.__dataclass_fields__
-)
+_RUN_SETTINGS = {field.name for field in fields(TrainConfig)}
+_OF_TRAIN = tuple(field.name for field in fields(Choice) if field.name in _RUN_SETTINGS)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Reach:
-    """What the sliders reach without asking anybody.
+    """What the sliders reach without asking the kernel.
 
-    Exact bytes everywhere, the peak wherever its formula is known.
+    Exact bytes at every position, the peak wherever its formula is known.
 
     Attributes:
         configs: storages; None leaves the weights as they are.
@@ -146,19 +149,29 @@ class Reach:
 
 
 def step_name(kind: int, train: TrainConfig) -> str:
-    """Name of the formula of a kind of step with these settings of the run."""
-    several = (
-        chunks(train.batch_size, train.max_seq_length, train.loss_chunk) if train.loss_chunk else 0
-    )
-    return f"{kind} {train.optimizer} {int(train.grad_checkpoint)} {several} {int(train.grad_accumulation_steps > 1)}"
+    """Return the name of the formula of a kind of step with these settings of the run.
+
+    The browser makes the same name (``estimate`` in ``views/estimate/answers.js``).
+    """
+    count = 0
+    if train.loss_chunk:
+        count = chunks(train.batch_size, train.max_seq_length, train.loss_chunk)
+    accumulates = int(train.grad_accumulation_steps > 1)
+    return f"{kind} {train.optimizer} {int(train.grad_checkpoint)} {count} {accumulates}"
 
 
 def rank_stops(most: int, now: int) -> tuple[int, ...]:
-    """Ranks that a slider stops at: powers of two up to the largest legal one, and the present one."""
-    return tuple(sorted({r for r in _RANKS if r <= most} | {now}))
+    """Return where the rank's slider stops, ascending.
+
+    Args:
+        most: the largest legal rank.
+        now: the present rank, at which the slider stops too.
+    """
+    legal = {rank for rank in _RANKS if rank <= most}
+    return tuple(sorted(legal | {now}))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class EstimateState:
     """One moment of an estimate panel.
 
@@ -171,7 +184,7 @@ class EstimateState:
         budgets: that the menu offers.
         band: of a formula or a trace, as in ``MemoryEstimate``.
         context: tokens that the model was made for, or None.
-        changes: that would make it fit; None if not looked for yet.
+        changes: those that would make it fit; None if not looked for yet.
         progress: the running job, or None.
         error: the last error in words, or an empty string.
         loaded: whether the weights are there, so that a real step can be run.
