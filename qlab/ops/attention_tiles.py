@@ -1,6 +1,9 @@
-"""Attention in whole tiles of cuDNN's, so that its way back needs no array of the length squared.
+"""Attention in whole tiles of cuDNN's, so that its gradient needs no array of the length squared.
 
-Knows no model.
+On CUDA MLX takes cuDNN's gradient of attention only at lengths that are multiples of 128
+(``ScaledDotProductAttentionVJP::use_fallback``, mlx/backend/cuda); at others it falls back to a
+gradient that holds all scores. So queries, keys and values are padded, and the mask lets nothing
+see the padding. Used by ``ops/attention.py``.
 """
 
 from __future__ import annotations
@@ -9,20 +12,18 @@ from typing import Any
 
 import mlx.core as mx
 
-# tokens; MLX takes cuDNN's way back at multiples of it only
-# (ScaledDotProductAttentionVJP::use_fallback)
-TILE = 128
-_WORTH = 256  # tokens from which on the copies cost less than the squares (docs/log.md)
-_WIDEST = 128  # head that cuDNN takes (supports_sdpa_cudnn)
+TILE = 128  # tokens
+_WORTH = 256  # tokens from which on the copies cost less than the scores (docs/log.md)
+_WIDEST = 128  # width of a head that cuDNN takes (supports_sdpa_cudnn)
 
 
 def whole_tiles(
     queries: mx.array, keys: mx.array, values: mx.array, mask: Any
 ) -> tuple[mx.array, mx.array, mx.array, Any]:
-    """Return what attention reads at a length that is a multiple of a tile, what is added behind
-    being seen by nothing.
+    """Return what attention reads, padded to a length that is a multiple of a tile.
 
-    Where a mask does not say what is seen, or it is not worth it, nothing is added.
+    Nothing sees the padding. Where a mask does not say what is seen, or padding is not worth it,
+    all is returned as it is. A causal mask needs no change: padding comes after everything.
 
     Args:
         queries: ``(batch, heads, length, width)``.
@@ -32,31 +33,32 @@ def whole_tiles(
             leaves all as it is.
     """
     length = queries.shape[2]
+    padding = -length % TILE
     widest = max(queries.shape[-1], values.shape[-1])
-    more = -length % TILE
-    sees = (
-        isinstance(mask, mx.array)
-        and mask.shape[-2:] == (length, length)
-        or isinstance(mask, str)
-        and mask == "causal"
-    )
-    if not (more and sees and length >= _WORTH and widest <= _WIDEST and keys.shape[2] == length):
+    pays = padding and length >= _WORTH and widest <= _WIDEST and keys.shape[2] == length
+    if not pays or not _is_mask(mask, length):
         return queries, keys, values, mask
-    queries, keys, values = (
-        mx.pad(array, [(0, 0), (0, 0), (0, more), (0, 0)]) for array in (queries, keys, values)
-    )
-    return queries, keys, values, _longer(mask, more) if isinstance(mask, mx.array) else mask
+    pad = [(0, 0), (0, 0), (0, padding), (0, 0)]
+    if isinstance(mask, mx.array):
+        mask = _padded_mask(mask, padding)
+    return mx.pad(queries, pad), mx.pad(keys, pad), mx.pad(values, pad), mask
 
 
-def _longer(mask: mx.array, more: int) -> mx.array:
-    """Add columns that nothing sees, and rows that see everything.
+def _is_mask(mask: Any, length: int) -> bool:
+    """Whether a mask says for each pair of positions what is seen."""
+    if isinstance(mask, mx.array):
+        return mask.shape[-2:] == (length, length)
+    return isinstance(mask, str) and mask == "causal"
 
-    A row that sees nothing has no numbers.
+
+def _padded_mask(mask: mx.array, padding: int) -> mx.array:
+    """Return a mask ``(…, length, length)`` with columns that nothing sees, and rows that see all.
+
+    A row that sees nothing would give no numbers.
     """
-    seen, unseen = (
-        mx.array(x, mask.dtype)
-        for x in ((True, False) if mask.dtype == mx.bool_ else (0.0, -mx.inf))
-    )
+    is_bool = mask.dtype == mx.bool_
+    seen = mx.array(True if is_bool else 0.0, mask.dtype)
+    unseen = mx.array(False if is_bool else -mx.inf, mask.dtype)
     others = [(0, 0)] * (mask.ndim - 2)
-    mask = mx.pad(mask, [*others, (0, 0), (0, more)], "constant", unseen)
-    return mx.pad(mask, [*others, (0, more), (0, 0)], "constant", seen)
+    mask = mx.pad(mask, [*others, (0, 0), (0, padding)], "constant", unseen)
+    return mx.pad(mask, [*others, (0, padding), (0, 0)], "constant", seen)

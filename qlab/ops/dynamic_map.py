@@ -1,9 +1,10 @@
 """The dynamic maps of 8-bit numbers: 256 values over seven decades, finer where they are larger.
 
-Pure numpy.
+Pure numpy, because the values must not depend on a device. Used for the moments of 8-bit Adam and
+the scales of nf4.
 
 Source: Dettmers et al. 2022 (arXiv:2110.02861, section 2.1), with the values of bitsandbytes'
-``create_dynamic_map``, bit for bit. Knows neither what is stored in such numbers nor where.
+``create_dynamic_map``, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ def dynamic_map(signed: bool) -> np.ndarray:
     (unsigned); then 0 and 1. The signed map has 0 at code 127 and ends at −0.993 below; the
     unsigned one has 0 at code 0.
     """
-    found = [np.float32(0), np.float32(1)]
-    for i in range(_DECADES):
-        middle = _middles(2 ** (i if signed else i + 1)) * np.float32(10.0 ** (i + 1 - _DECADES))
-        found += [*middle, *(-middle if signed else ())]
-    return np.sort(np.array(found, np.float32))
+    values = [np.float32(0), np.float32(1)]
+    for decade in range(_DECADES):
+        count = 2 ** (decade if signed else decade + 1)
+        fractions = _middles(count) * np.float32(10.0 ** (decade + 1 - _DECADES))
+        values.extend(fractions)
+        if signed:
+            values.extend(-fractions)
+    return np.sort(np.array(values, np.float32))
 
 
 @cache
@@ -42,22 +46,26 @@ def search_table(signed: bool) -> tuple[np.ndarray, np.ndarray]:
         ``base`` uint8 and ``edge`` float32, ``(65536,)`` each.
     """
     values = dynamic_map(signed)
-    borders = (values[1:] + values[:-1]) / np.float32(2)
-    number = np.arange(1 << 16, dtype=np.uint32) << 16
-    ends = np.stack([number.view(np.float32), (number | 0xFFFF).view(np.float32)])
+    borders = (values[1:] + values[:-1]) / np.float32(2)  # (255,)
+    bits = np.arange(1 << 16, dtype=np.uint32) << 16
+    # the numbers of least and of greatest magnitude in each bucket, (2, 65536)
+    ends = np.stack([bits.view(np.float32), (bits | 0xFFFF).view(np.float32)])
     ends = np.nan_to_num(ends, nan=0.0)  # buckets of what is no number: any code will do
     base = np.searchsorted(borders, ends.min(0))
-    return base.astype(np.uint8), np.append(borders, np.float32(np.inf))[base]
+    edge = np.append(borders, np.float32(np.inf))[base]
+    return base.astype(np.uint8), edge
 
 
 def _middles(count: int) -> np.ndarray:
-    """Middles of ``count`` equal parts of 0.1…1, float32, as they follow from ``torch.linspace``.
+    """Return the middles of ``count`` equal parts of 0.1…1, float32 ``(count,)``.
 
-    From both ends.
+    As they follow from ``torch.linspace``, which computes the lower half of the ends from below and
+    the upper half from above.
     """
     k = np.arange(count + 1)
     step = np.float64(np.float32(0.9) / np.float32(count))
-    rising = np.float64(np.float32(0.1)) + step * k
-    falling = 1 - step * (count - k)
-    ends = np.where(k < (count + 1) // 2, rising, falling).astype(np.float32)
+    from_below = np.float64(np.float32(0.1)) + step * k
+    from_above = 1 - step * (count - k)
+    lower_half = k < (count + 1) // 2
+    ends = np.where(lower_half, from_below, from_above).astype(np.float32)
     return (ends[1:] + ends[:-1]) / np.float32(2)

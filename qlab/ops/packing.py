@@ -1,4 +1,4 @@
-"""Packs codes of any width into words, as MLX stores them. Knows no scheme."""
+"""Packs codes of any width into words, as MLX stores them; used by schemes and solvers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ from typing import Any
 def pack(codes: Any, bits: int) -> Any:
     """Pack codes as MLX does: a little-endian bit stream in uint32 words.
 
+    32 codes of b bits fill exactly b words. Code i begins at bit i·b of these, and may lie across
+    two words.
+
     Args:
         codes: uint32 ``(…, n)``, n a multiple of 32.
-        bits: bits of a code.
+        bits: of a code.
 
     Returns:
-        uint32 ``(…, n·bits/32)``.
+        uint32 ``(…, n · bits / 32)``.
     """
     import mlx.core as mx
 
-    runs = codes.reshape(*codes.shape[:-1], -1, 32)
+    runs = codes.reshape(*codes.shape[:-1], -1, 32)  # (…, n / 32, 32)
     words: list[Any] = [None] * bits
+
+    def add(number: int, part: Any) -> None:
+        words[number] = part if words[number] is None else words[number] | part
+
     for i in range(32):
         word, offset = divmod(i * bits, 32)
-        parts = [(word, runs[..., i] << offset)]
+        code = runs[..., i]
+        add(word, code << offset)
         if offset + bits > 32:
-            parts.append((word + 1, runs[..., i] >> (32 - offset)))
-        for k, part in parts:
-            words[k] = part if words[k] is None else words[k] | part
+            add(word + 1, code >> (32 - offset))  # the bits that do not fit into the first word
     return mx.stack(words, axis=-1).reshape(*codes.shape[:-1], -1)

@@ -21,7 +21,7 @@ from qlab.core.graph.handwritten import Halves, handwritten
 from qlab.engine.models.functional import Functional, hashable
 from qlab.errors import UnsupportedError
 from qlab.nn import low_rank
-from qlab.ops.custom_gradient import Call, met
+from qlab.ops.custom_gradient import Call, recorded_calls
 
 
 def read(
@@ -42,7 +42,7 @@ def read(
     replaced: set[str] = set()
     while True:
         try:
-            with _stand_ins(replaced), met() as calls:
+            with _stand_ins(replaced), recorded_calls() as calls:
                 graph = _read(fun, arrays, roles)
             known: dict[Hashable, Halves] = {}
             return handwritten(graph, [_halves(call, known) for call in calls]) if calls else graph
@@ -58,7 +58,7 @@ def _halves(call: Call, known: dict[Hashable, Halves]) -> Halves:
 
     Those of calls that are alike are read once.
     """
-    look = _form([call.forward, call.backward, call.given, call.closed, call.made])
+    look = _form([call.forward, call.backward, call.differentiable, call.others, call.output])
     if look not in known:
         known[look] = _read_halves(call)
     return known[look]
@@ -89,7 +89,8 @@ def _form(value: Any) -> Hashable:
 def _read_halves(call: Call) -> Halves:
     """Read them for arrays that look like those of the call."""
     given, closed, (made,) = (
-        [mx.zeros(*look) for look in looks] for looks in (call.given, call.closed, [call.made])
+        [mx.zeros(*look) for look in looks]
+        for looks in (call.differentiable, call.others, [call.output])
     )
     forward = read(lambda *arrays: [call.forward(*arrays)], [*given, *closed])
     return Halves(
