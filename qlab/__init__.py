@@ -17,25 +17,39 @@ __version__ = "0.1.0"
 _blas.preload()
 
 _HOME = {
+    # what a notebook holds
     "load": "qlab.lab.model",
     "Model": "qlab.lab.model",
     "Quantizer": "qlab.lab.quantizer",
     "Adapter": "qlab.lab.adapter",
     "Trainer": "qlab.lab.trainer",
     "runs": "qlab.lab.trainer",
+    "estimate": "qlab.lab.estimation",
+    "Estimate": "qlab.lab.estimate",
+    # what may be asked
     "QuantConfig": "qlab.core.config.quant",
     "QuantPlan": "qlab.core.config.quant",
-    "QuantReport": "qlab.core.quantize.report",
-    "QlabError": "qlab.errors",
-    "estimate": "qlab.lab.estimation",
     "LoRAConfig": "qlab.core.config.lora",
     "TrainConfig": "qlab.core.config.train",
-    "Estimate": "qlab.lab.estimate",
+    # what is answered
+    "QuantReport": "qlab.core.quantize.report",
     "MemoryEstimate": "qlab.core.memory.estimate",
+    "EvalReport": "qlab.core.evaluate.text",
+    "JudgeReport": "qlab.core.evaluate.judge",
+    "RunReport": "qlab.core.train.report",
+    "StepEvent": "qlab.core.train.events",
+    "QlabError": "qlab.errors",
+    # what can be added to the shelves
+    "Scheme": "qlab.core.config.quant",
+    "Solver": "qlab.core.config.solver",
+    "AdapterKind": "qlab.core.config.lora",
+    "OptimizerKind": "qlab.core.config.train",
+    "register": "qlab.registry",
+    # everything else
     "doctor": "qlab.runtime.doctor",
     "reporters": "qlab.engine.train.reporters",
-    "register": "qlab.registry",
 }
+_MODULES = ("reporters",)  # public as a whole
 __all__ = [*_HOME, "__version__"]
 
 
@@ -45,9 +59,7 @@ def __getattr__(name: str) -> Any:
 
         raise AttributeError(f"qlab has no attribute {name!r}.{nearest(name, _HOME)}")
     home = importlib.import_module(_HOME[name])
-    value = (
-        home if name == "reporters" else getattr(home, name)
-    )  # the one room that is public as a whole
+    value = home if name in _MODULES else getattr(home, name)
     globals()[name] = value
     return value
 
