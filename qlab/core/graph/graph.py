@@ -1,10 +1,15 @@
-"""A computation as a graph of arrays that need not exist. Knows no framework."""
+"""A computation as a graph of arrays that need not exist.
+
+``engine/memory`` reads a training step into one; the other files of this folder put it in MLX's
+order, simulate its memory and turn it into formulas. Knows no framework.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +52,30 @@ class Node:
     name: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    arguments: tuple = ()
+    arguments: tuple[Any, ...] = ()
 
     def renamed(self, new: Mapping[int, int]) -> Node:
-        """Return the same operation on other arrays, by the ids of its own."""
-        return Node(
-            self.name,
-            tuple([new[a] for a in self.inputs]),
-            tuple([new[a] for a in self.outputs]),
-            self.arguments,
-        )
+        """Return the same operation on other arrays.
+
+        Args:
+            new: ids of those arrays, by the ids of this node's own.
+        """
+        # lists: a tuple of a generator would cost a third of the time of copying a graph
+        inputs = tuple([new[a] for a in self.inputs])
+        outputs = tuple([new[a] for a in self.outputs])
+        return Node(self.name, inputs, outputs, self.arguments)
+
+
+class Round(NamedTuple):
+    """Arrays that the host hands over to the device together, and then waits a little.
+
+    Attributes:
+        arrays: ids of what is asked for.
+        window: number of unfinished rounds below which the host goes on.
+    """
+
+    arrays: tuple[int, ...]
+    window: int = 1
 
 
 @dataclass
@@ -68,11 +87,9 @@ class Graph:
         nodes: each after those that make its inputs.
         inputs: ids, in the order in which they are given.
         outputs: ids, in the order in which they are asked for.
-        held: ids of arrays that are kept to the end though nobody asks for them.
+        held: ids of arrays that stay in memory to the end though they are no outputs.
         rounds: what is asked for round by round, where a computation is handed over in several;
             empty if it is in one.
-        windows: for each round, the number of unfinished ones below which the host waits once it is
-            handed over.
     """
 
     arrays: dict[int, Array] = field(default_factory=dict)
@@ -80,8 +97,7 @@ class Graph:
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
-    rounds: list[tuple[int, ...]] = field(default_factory=list)
-    windows: list[int] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
 
     def makers(self) -> dict[int, int]:
         """Index of the node that makes an array, by the array's id; inputs have none."""
@@ -92,18 +108,22 @@ class Graph:
         self.arrays[len(self.arrays)] = array
         return len(self.arrays) - 1
 
+    def hand_over(self, arrays: Iterable[int], window: int) -> None:
+        """End a round of the computation with what is asked for then; see ``Round``."""
+        self.rounds.append(Round(tuple(arrays), window))
+
     def needed(self) -> Graph:
-        """Return a copy without what nobody asks for."""
+        """Return a copy without what no output depends on."""
         asked = set(self.outputs)
         nodes = []
         for node in reversed(self.nodes):
             if not asked.isdisjoint(node.outputs):
                 asked.update(node.inputs)
                 nodes.append(node)
-        made = Graph()
-        made.inputs = [made.add(self.arrays[a]) for a in self.inputs]
-        made.outputs = made.then(replace(self, nodes=nodes[::-1]), made.inputs, {})
-        return made
+        copy = Graph()
+        copy.inputs = [copy.add(self.arrays[a]) for a in self.inputs]
+        copy.outputs = copy.then(replace(self, nodes=nodes[::-1]), copy.inputs, {})
+        return copy
 
     def then(
         self, piece: Graph, inputs: Iterable[int], constants: dict[int, int], role: str = ""
@@ -112,16 +132,18 @@ class Graph:
 
         Args:
             piece: the other.
-            inputs: ids of what it is given, here.
-            constants: ids of its constants, here, by their own; those that are missing are added.
-            role: of what it makes.
+            inputs: ids, here, of what it is given.
+            constants: ids, here, of its constants, by the ids that they have in the piece; those
+                that are missing are added, to the graph and to this dict.
+            role: of the arrays that it makes.
         """
         new = dict(zip(piece.inputs, inputs, strict=True))
         for a, array in piece.arrays.items():
-            if array.role == "constant" and a not in new:
-                new[a] = (
-                    constants[a] if a in constants else constants.setdefault(a, self.add(array))
-                )
+            if array.role != "constant" or a in new:
+                continue
+            if a not in constants:
+                constants[a] = self.add(array)
+            new[a] = constants[a]
         for node in piece.nodes:
             for a in node.outputs:
                 array = piece.arrays[a]

@@ -1,33 +1,43 @@
-"""Functions with a gradient of their own, put back into a graph that was read without them.
+"""Puts functions with custom gradients back into a graph that was read without them.
 
-They cannot be read.
+``mx.custom_function`` cannot be exported. While a graph is read, a *stand-in* of ordinary
+operations takes the place of each call (``ops/custom_gradient.py``), and ``read_graph`` reads both
+halves of the function, forward and backward, as graphs of their own. Here the stand-ins are found
+and the halves put in their places. Knows no framework.
 
-A stand-in took the place of each (``ops/custom_gradient.py``): every array that it reads is summed
-to one number and spread over ``(number of the call, number of the array, 1, …)``, which is then
-turned round; slopes on the way back are turned the other way. By these turns the stand-ins are
-found, and what is read and made by them. Knows no framework.
+How a stand-in is found. Every array that the function reads is summed to one number, which is
+spread over ``(call, array, 1, …)``, 12 axes: as long on the first as the number of the call, on the
+second as the number of the array. It is then turned round, to ``(1, …, array, call)``, and the
+stand-in's output is made of the sum of all. The gradient of turning round is turning round; so a
+slope on its way back to an array passes a turn from ``(1, …, array, call)`` to ``(call, array, 1,
+…)``. No model has arrays of 12 axes, so each such turn names a call and an array, and its direction
+tells forward from backward:
+
+    array → sum → (call, array, 1, …) → turn → (1, …, array, call) → … → output      forward
+    gradient ← … ← (call, array, 1, …) ← turn ← (1, …, array, call) ← … ← slope      backward
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from qlab.core.graph.graph import Graph, Node
 
-AXES = 12  # by which a stand-in's arrays are known; no model has so many
-FIRST = 2  # what numbers of calls and arrays are counted from: an axis of 1 would not tell
+AXES = 12  # of a stand-in's arrays; no model has so many
+FIRST = 2  # what calls and arrays are numbered from: an axis of length 1 would not tell
 
 
 @dataclass(frozen=True)
 class Halves:
-    """Such a function.
+    """A function with a custom gradient, read.
 
     Attributes:
-        forward: graph of the way forward, from given and closed arrays.
-        backward: graph of its gradients by the given arrays, from a slope, and given and closed
-            arrays.
-        given: number of arrays with a gradient.
+        forward: graph from its differentiable and its other arrays to its output.
+        backward: graph from a slope and the same arrays to the gradients by the differentiable
+            ones.
+        given: number of differentiable arrays.
     """
 
     forward: Graph
@@ -36,11 +46,18 @@ class Halves:
 
 
 @dataclass
-class _Found:
-    """Ids of what a stand-in reads and makes; -1 for what nobody needed."""
+class _StandIn:
+    """Ids of what a stand-in reads and makes; −1 for what nothing needed.
+
+    Attributes:
+        reads: arrays that the function is given, by their number.
+        output: array that it returns.
+        slope: gradient by that array.
+        gradients: by the arrays that it is given, by their number.
+    """
 
     reads: dict[int, int] = field(default_factory=dict)
-    makes: int = -1
+    output: int = -1
     slope: int = -1
     gradients: dict[int, int] = field(default_factory=dict)
 
@@ -48,102 +65,158 @@ class _Found:
 def handwritten(graph: Graph, calls: Sequence[Halves]) -> Graph:
     """Return a graph in which functions stand in the places of their stand-ins.
 
-    Behind the way forward stands what MLX puts there: it holds on to all that it was given until a
-    gradient is made.
+    Behind the forward half stands what MLX puts there: it holds all arrays that the function was
+    given until a gradient is made.
 
     Args:
         graph: as it was read.
         calls: the functions, in the order in which they were called.
     """
-    found = _Stands(graph, len(calls)).found
-    ends = {each.makes: (n, True) for n, each in enumerate(found)}
-    ends |= {a: (n, False) for n, each in enumerate(found) for a in each.gradients.values()}
-    made = Graph()
-    new = {}
-    inputs = set(graph.inputs)
-    for a, array in graph.arrays.items():
-        if a in inputs or array.role == "constant":
-            new[a] = made.add(array)
-    for node in graph.nodes:
-        if node.outputs[0] in new:
-            continue
-        if node.outputs[0] in ends:
-            n, forward = ends[node.outputs[0]]
-            call = calls[n]
-            own = found[n]
-            reads = [new[own.reads[i]] for i in sorted(own.reads)]
-            if forward:
-                (last,) = made.then(call.forward, reads, {})
-                new[own.makes] = _behind(made, last, reads[: call.given])
-            else:
-                back = made.then(call.backward, [new[own.slope], *reads], {})
-                new |= {a: back[i] for i, a in own.gradients.items()}
-        elif not any(_is_marked(graph, a) for a in (*node.inputs, *node.outputs)):
-            new |= {a: made.add(graph.arrays[a]) for a in node.outputs}
-            made.nodes.append(node.renamed(new))
-    made.inputs = [new[a] for a in graph.inputs]
-    made.outputs = [new[a] for a in graph.outputs]
-    return made.needed()
+    return _Rebuilding(graph, calls).run()
 
 
-def _behind(graph: Graph, last: int, given: Sequence[int]) -> int:
-    """Add what MLX puts behind such a function; return the id of its output."""
-    cut = graph.add(graph.arrays[last])
-    whole = graph.add(graph.arrays[last])
-    graph.nodes += [
-        Node("StopGradient", (last,), (cut,)),
-        Node("CustomTransforms", (*given, cut), (whole,)),
-    ]
-    return whole
+class _Rebuilding:
+    """Copies a graph node by node, with halves in the places of stand-ins."""
+
+    def __init__(self, graph: Graph, calls: Sequence[Halves]) -> None:
+        self._graph = graph
+        self._calls = calls
+        self._stand_ins = _Search(graph, len(calls)).stand_ins
+        self._copy = Graph()
+        self._new: dict[int, int] = {}  # ids in the copy, by ids in the graph
+        # calls by the arrays that end their forward and backward passes
+        self._outputs = {found.output: n for n, found in enumerate(self._stand_ins)}
+        self._gradients = {
+            a: n for n, found in enumerate(self._stand_ins) for a in found.gradients.values()
+        }
+
+    def run(self) -> Graph:
+        inputs = set(self._graph.inputs)
+        for a, array in self._graph.arrays.items():
+            if a in inputs or array.role == "constant":
+                self._new[a] = self._copy.add(array)
+        for node in self._graph.nodes:
+            self._node(node)
+        self._copy.inputs = [self._new[a] for a in self._graph.inputs]
+        self._copy.outputs = [self._new[a] for a in self._graph.outputs]
+        return self._copy.needed()
+
+    def _node(self, node: Node) -> None:
+        output = node.outputs[0]
+        if output in self._new:  # the first of several gradients has brought the others with it
+            return
+        if output in self._gradients:
+            self._backward(self._gradients[output])
+        elif output in self._outputs:
+            self._forward(self._outputs[output])
+        elif not any(_is_marked(self._graph, a) for a in (*node.inputs, *node.outputs)):
+            for a in node.outputs:
+                self._new[a] = self._copy.add(self._graph.arrays[a])
+            self._copy.nodes.append(node.renamed(self._new))
+
+    def _forward(self, n: int) -> None:
+        call = self._calls[n]
+        reads = self._reads(n)
+        (last,) = self._copy.then(call.forward, reads, {})
+        self._new[self._stand_ins[n].output] = self._held(last, reads[: call.given])
+
+    def _backward(self, n: int) -> None:
+        stand_in = self._stand_ins[n]
+        inputs = [self._new[stand_in.slope], *self._reads(n)]
+        gradients = self._copy.then(self._calls[n].backward, inputs, {})
+        for number, a in stand_in.gradients.items():
+            self._new[a] = gradients[number]
+
+    def _reads(self, n: int) -> list[int]:
+        reads = self._stand_ins[n].reads
+        return [self._new[reads[number]] for number in sorted(reads)]
+
+    def _held(self, last: int, given: Sequence[int]) -> int:
+        """Add what MLX puts behind such a function; return the id of its output.
+
+        ``custom_function`` of ``mlx/transforms.cpp``: a ``CustomTransforms`` of all inputs and of
+        the outputs, whose gradients are stopped.
+        """
+        stopped = self._copy.add(self._copy.arrays[last])
+        output = self._copy.add(self._copy.arrays[last])
+        self._copy.nodes += [
+            Node("StopGradient", (last,), (stopped,)),
+            Node("CustomTransforms", (*given, stopped), (output,)),
+        ]
+        return output
 
 
 def _is_marked(graph: Graph, a: int) -> bool:
     return len(graph.arrays[a].shape) == AXES
 
 
-class _Stands:
-    """Finds the stand-ins."""
+class _Turn(NamedTuple):
+    """A transpose of an array that names a call and one of its arrays.
+
+    Attributes:
+        shape: before the turn: ``(call, array, 1, …)`` forward, ``(1, …, array, call)`` backward.
+        before: id of the array that is turned.
+        after: id of the turned one.
+    """
+
+    shape: tuple[int, ...]
+    before: int
+    after: int
+
+    @property
+    def is_forward(self) -> bool:
+        return self.shape[0] > 1
+
+
+class _Search:
+    """Finds the stand-ins by their turns."""
 
     def __init__(self, graph: Graph, calls: int) -> None:
-        self.graph = graph
-        self.makers = graph.makers()
-        self.found = [_Found() for _ in range(calls)]
-        self.readers: dict[int, list[int]] = {}
+        self._graph = graph
+        self._makers = graph.makers()
+        self._readers: dict[int, list[int]] = {}  # first outputs of an array's readers
         turns = []
         for node in graph.nodes:
             for a in node.inputs:
-                self.readers.setdefault(a, []).append(node.outputs[0])
+                self._readers.setdefault(a, []).append(node.outputs[0])
             if node.name == "Transpose" and _is_marked(graph, node.inputs[0]):
-                turns.append((graph.arrays[node.inputs[0]].shape, node.inputs[0], node.outputs[0]))
-        self.forward = {after for shape, _, after in turns if shape[0] > 1}
-        self.back = {before for shape, before, _ in turns if shape[0] == 1}
-        for shape, before, after in turns:
-            (source,) = set(self._sources(before))
-            end = max(self._ends(after), default=-1)
-            if shape[0] > 1:
-                own = self.found[shape[0] - FIRST]
-                own.reads[shape[1] - FIRST] = source
-                own.makes = end
-            else:
-                own = self.found[shape[-1] - FIRST]
-                own.slope = source
-                own.gradients[shape[-2] - FIRST] = end
+                before = node.inputs[0]
+                turns.append(_Turn(graph.arrays[before].shape, before, node.outputs[0]))
+        self._turned_forward = {turn.after for turn in turns if turn.is_forward}
+        self._turned_back = {turn.before for turn in turns if not turn.is_forward}
+        self.stand_ins = [_StandIn() for _ in range(calls)]
+        for turn in turns:
+            self._note(turn)
+
+    def _note(self, turn: _Turn) -> None:
+        (source,) = set(self._sources(turn.before))
+        end = max(self._ends(turn.after), default=-1)
+        if turn.is_forward:
+            stand_in = self.stand_ins[turn.shape[0] - FIRST]
+            stand_in.reads[turn.shape[1] - FIRST] = source
+            stand_in.output = end
+        else:
+            stand_in = self.stand_ins[turn.shape[-1] - FIRST]
+            stand_in.slope = source
+            stand_in.gradients[turn.shape[-2] - FIRST] = end
 
     def _sources(self, a: int) -> Iterator[int]:
-        """Plain arrays that a marked one follows from, without numbers, and without what the way
-        forward made.
+        """Unmarked arrays that a marked one follows from.
+
+        Without constants, and without what the forward pass made: the slope of a square follows
+        from the squared sum, too.
         """
-        if not _is_marked(self.graph, a):
-            if self.graph.arrays[a].role != "constant":
+        if not _is_marked(self._graph, a):
+            if self._graph.arrays[a].role != "constant":
                 yield a
-        elif a not in self.forward and a in self.makers:
-            for x in self.graph.nodes[self.makers[a]].inputs:
+        elif a not in self._turned_forward and a in self._makers:
+            for x in self._graph.nodes[self._makers[a]].inputs:
                 yield from self._sources(x)
 
     def _ends(self, a: int) -> Iterator[int]:
-        """The plain array that follows from a marked one before any slope does, if it is needed."""
-        if not _is_marked(self.graph, a):
+        """The unmarked array that follows from a marked one before any slope does, if needed."""
+        if not _is_marked(self._graph, a):
             yield a
-        elif a not in self.back:
-            for x in self.readers.get(a, ()):
+        elif a not in self._turned_back:
+            for x in self._readers.get(a, ()):
                 yield from self._ends(x)

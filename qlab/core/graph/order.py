@@ -1,64 +1,107 @@
-"""The order in which MLX evaluates a graph (``mlx/transforms.cpp``, 0.32). Computes nothing."""
+"""The order in which MLX evaluates a graph (``eval_impl`` of ``mlx/transforms.cpp``, 0.32).
+
+``simulate`` runs a graph in this order. Computes nothing.
+"""
 
 from __future__ import annotations
 
 from qlab.core.graph.graph import Graph
 
 MAX_WIDTH = 20  # MLX_BFS_MAX_WIDTH
+_OUTPUTS = -1  # stands for a node that reads what is asked for
 
 
 def order(graph: Graph) -> list[list[int]]:
-    """Return node indices in the order in which MLX evaluates them, round by round.
+    """Return node indices in the order in which MLX evaluates them, one list for each round.
 
-    Each round goes breadth first from what is asked for, of limited width.
+    A round holds what its arrays need and earlier rounds have not evaluated; what is never asked
+    for is in none.
     """
     makers = graph.makers()
-    done = set()
-    made = []
-    for asked in graph.rounds or [tuple(graph.outputs)]:
-        made.append(_round(graph, makers, asked, done))
-        done.update(made[-1])
-    return made
+    asked = [asked.arrays for asked in graph.rounds] or [tuple(graph.outputs)]
+    done: set[int] = set()
+    rounds = []
+    for arrays in asked:
+        rounds.append(_Tape(graph, makers, arrays, done).order())
+        done.update(rounds[-1])
+    return rounds
 
 
-def _round(
-    graph: Graph, makers: dict[int, int], asked: tuple[int, ...], done: set[int]
-) -> list[int]:
-    """What is evaluated when arrays are asked for, and some nodes are done."""
-    wanted = [makers[a] for a in asked if a in makers and makers[a] not in done]
-    degree: dict[int, int] = {}
-    for n in wanted:
-        degree[n] = degree.get(n, 0) + 1
-    stack = list(dict.fromkeys(wanted))
-    seen = set(wanted)
-    while stack:
-        for array in graph.nodes[stack.pop()].inputs:
-            n = makers.get(array, -1)
-            if n >= 0 and n not in done:
+class _Tape:
+    """MLX's tape of one evaluation, filled breadth first from what is asked for.
+
+    A node comes on the tape once all its readers are there, so that, read backwards, the tape has
+    every node after its inputs. Where more than ``MAX_WIDTH`` nodes of the tape are waiting for
+    their inputs to be visited, the rest of the present node's inputs is put off, and the search
+    goes deeper first: wide graphs would otherwise hold many arrays at once.
+
+    Args:
+        graph: the computation.
+        makers: index of the node that makes an array, by the array's id.
+        asked: ids of arrays.
+        done: indices of nodes that were evaluated before.
+    """
+
+    def __init__(
+        self, graph: Graph, makers: dict[int, int], asked: tuple[int, ...], done: set[int]
+    ) -> None:
+        self._graph = graph
+        self._makers = makers
+        self._wanted = [makers[a] for a in asked if a in makers and makers[a] not in done]
+        self._degree = self._readers(done)  # readers that are not on the tape yet, by node
+        self._tape = [_OUTPUTS]
+        self._visited = 0  # nodes of the tape whose inputs were visited, at least in part
+
+    def order(self) -> list[int]:
+        """Return the nodes that are evaluated, first to last."""
+        put_off: list[tuple[int, int]] = []  # nodes, and the first of their inputs not visited
+        left = len(self._degree)
+        while left and (self._visited < len(self._tape) or put_off):
+            if self._visited < len(self._tape):
+                node = self._tape[self._visited]
+                start = 0
+                self._visited += 1
+            else:
+                node, start = put_off.pop()
+            before = len(self._tape)
+            stopped = self._visit(node, start)
+            left -= len(self._tape) - before
+            if stopped is not None:
+                put_off.append((node, stopped))
+        return self._tape[:0:-1]
+
+    def _visit(self, node: int, start: int) -> int | None:
+        """Visit a node's inputs from ``start`` on; return where the width stopped it, if it did."""
+        inputs = self._inputs(node)
+        for at in range(start, len(inputs)):
+            if inputs[at] not in self._degree:
+                continue
+            if len(self._tape) - self._visited >= MAX_WIDTH:
+                return at
+            self._degree[inputs[at]] -= 1
+            if not self._degree[inputs[at]]:
+                self._tape.append(inputs[at])
+        return None
+
+    def _inputs(self, node: int) -> list[int]:
+        if node == _OUTPUTS:
+            return self._wanted
+        return [self._makers.get(a, -1) for a in self._graph.nodes[node].inputs]
+
+    def _readers(self, done: set[int]) -> dict[int, int]:
+        """How often each node that must be evaluated is read, or asked for."""
+        degree: dict[int, int] = {}
+        for n in self._wanted:
+            degree[n] = degree.get(n, 0) + 1
+        stack = list(dict.fromkeys(self._wanted))
+        seen = set(self._wanted)
+        while stack:
+            for a in self._graph.nodes[stack.pop()].inputs:
+                n = self._makers.get(a, -1)
+                if n < 0 or n in done:
+                    continue
                 degree[n] = degree.get(n, 0) + 1
                 if n not in seen:
                     seen.add(n)
                     stack.append(n)
-    tape: list[int] = [-1]  # -1 asks for the outputs
-    waiting: list[tuple[int, int]] = []
-    i = 0
-    left = len(degree)
-    while left and (i < len(tape) or waiting):
-        if i >= len(tape):
-            node, j = waiting.pop()
-        else:
-            node = tape[i]
-            j = 0
-            i += 1
-        inputs = wanted if node < 0 else [makers.get(a, -1) for a in graph.nodes[node].inputs]
-        while j < len(inputs):
-            if inputs[j] in degree:
-                if len(tape) - i >= MAX_WIDTH:
-                    waiting.append((node, j))
-                    break
-                degree[inputs[j]] -= 1
-                if not degree[inputs[j]]:
-                    left -= 1
-                    tape.append(inputs[j])
-            j += 1
-    return tape[:0:-1]
+        return degree

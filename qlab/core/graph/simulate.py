@@ -1,100 +1,35 @@
-"""How much memory a graph needs while it is evaluated.
+"""How much memory a graph needs while MLX evaluates it, simulated; nothing is allocated.
 
-MLX's order, views, donation and work in flight, simulated.
+``Forecast`` simulates the graph of a training step to find its peak. What is simulated:
 
-Follows MLX 0.32 (``mlx/transforms.cpp`` for the order, ``mlx/backend/cpu/eval.cpp`` and
-``encoder.h`` for what is held until the worker ran it, the primitives' own ``set_…_output_data``
-for views and donation). Allocates nothing.
+1. **Order.** Operations run in MLX's order (``order``), round by round.
+2. **Buffers.** An output gets a buffer, or shares one (``buffers``).
+3. **Frees.** An array goes when its last reader has been evaluated (``array::detach`` in
+   ``eval_impl``), and its buffer with the last array in it.
+4. **Work in flight.** The host only hands operations over. What an operation reads is held until
+   the device has run it (``backend/cpu/eval.cpp`` binds the buffers to the task that it
+   dispatches), though nothing needs it any more. How many may be unfinished is limited in two
+   ways: MLX's scheduler lets the host wait when too many tasks are (``Runahead``), and a step that
+   is handed over in rounds waits after each (``Round.window``).
+
+Follows MLX 0.32 (``mlx/transforms.cpp``, ``mlx/scheduler.h``, ``mlx/backend/cpu/encoder.h``).
+Knows no framework.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
-from math import prod
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import numpy as np
 
+from qlab.core.graph.buffers import Buffer, Buffers, Change
 from qlab.core.graph.graph import Graph, Node
 from qlab.core.graph.order import order
-
-TAKEN, FREED, IDLE, LANDED = range(4)
-_DONATION_SLACK = 16384  # array::is_donatable lets a buffer be this much too large
-
-_VIEWS = {
-    "Transpose",
-    "Broadcast",
-    "ExpandDims",
-    "Squeeze",
-    "Slice",
-    "Split",
-    "Depends",
-    "Copy",
-    "StopGradient",
-    "CustomTransforms",
-    "AsStrided",
-}
-_SHAPES = {"Reshape", "Flatten", "Unflatten", "View"}
-_ELEMENTWISE = {
-    "Abs",
-    "Add",
-    "ArcCos",
-    "ArcTan2",
-    "AsType",
-    "BitwiseBinary",
-    "BitwiseInvert",
-    "Ceil",
-    "Cos",
-    "Divide",
-    "Equal",
-    "Erf",
-    "ErfInv",
-    "Exp",
-    "Expm1",
-    "Floor",
-    "Greater",
-    "GreaterEqual",
-    "Less",
-    "LessEqual",
-    "Log",
-    "Log1p",
-    "LogAddExp",
-    "LogicalAnd",
-    "LogicalNot",
-    "LogicalOr",
-    "Maximum",
-    "Minimum",
-    "Multiply",
-    "Negative",
-    "NotEqual",
-    "Power",
-    "Remainder",
-    "Round",
-    "Rsqrt",
-    "Select",
-    "Sigmoid",
-    "Sign",
-    "Sin",
-    "Sqrt",
-    "Square",
-    "Subtract",
-    "Tan",
-    "Tanh",
-    "Compiled",
-}
-_COPYING = {"Scatter", "ScatterAxis", "SliceUpdate", "AddMM"}
-_IN_PLACE = {
-    "Softmax",
-    "RMSNorm",
-    "LayerNorm",
-    "RoPE",
-    "Scatter",
-    "ScatterAxis",
-    "SliceUpdate",
-    "RMSNormVJP",
-}
-_PRODUCTS = {"Matmul", "AddMM", "QuantizedMatmul", "GatherQMM", "GatherMM"}
+from qlab.core.graph.primitives import COPY_FIRST, SHAPES, VIEWS
 
 
 @dataclass(frozen=True)
@@ -106,34 +41,52 @@ class Runahead:
 
     Attributes:
         dispatches: that may be unfinished.
-        kernels: whether only what computes is a dispatch; off a GPU a view is one, too.
+        kernels: whether only what computes is a dispatch, as on a GPU; off a GPU each operation,
+            also a view, has one more, which lets go of what it read.
     """
 
     dispatches: int = 110
     kernels: bool = False
 
 
+class Event(NamedTuple):
+    """A change of a buffer.
+
+    Attributes:
+        moment: number of the first step at which it has an effect.
+        array: id of the array that the buffer was allocated for.
+        nbytes: of the buffer.
+        change: what happens.
+    """
+
+    moment: int
+    array: int
+    nbytes: int
+    change: Change
+
+
 class Usage:
     """What was in use at every moment of an evaluation.
 
     Attributes:
-        steps: node indices in the order of evaluation.
-        events: ``(moment, array id, bytes, kind)``: from that moment on the array's buffer is in
-            use (``TAKEN``), free (``FREED``), held only because the device has not caught up
-            (``IDLE``), or free after that (``LANDED``).
+        steps: node indices in the order of evaluation; a moment is a place in it.
+        events: changes of buffers, in order.
     """
 
     def __init__(self, steps: list[int]) -> None:
         self.steps = steps
-        self.events: list[tuple[int, int, int, int]] = []
+        self.events: list[Event] = []
 
     @cached_property
     def timeline(self) -> np.ndarray:
-        """Bytes in use at every moment, idle ones included; int64 ``(steps,)``."""
-        made = np.zeros(len(self.steps) + 1, np.int64)
-        for moment, _, nbytes, kind in self.events:
-            made[moment] += {TAKEN: nbytes, IDLE: 0}.get(kind, -nbytes)
-        return np.cumsum(made)[:-1]
+        """Bytes in use at every moment, idle buffers included; int64 ``(steps,)``."""
+        changes = np.zeros(len(self.steps) + 1, np.int64)
+        for moment, _, nbytes, change in self.events:
+            if change is Change.TAKEN:
+                changes[moment] += nbytes
+            elif change is not Change.IDLE:
+                changes[moment] -= nbytes
+        return np.cumsum(changes)[:-1]
 
     @property
     def peak_nbytes(self) -> int:
@@ -141,346 +94,141 @@ class Usage:
         return int(self.timeline.max())
 
 
-@dataclass
-class _Buffer:
-    array: int
-    nbytes: int
-    arrays: int = 1
-    flights: int = 0
-
-
 def simulate(graph: Graph, runahead: Runahead | None = None) -> Usage:
-    """Return what is in use while a graph is evaluated, with its inputs in memory and kept.
+    """Return what is in use while a graph is evaluated, with its inputs in memory to the end.
 
     Args:
         graph: the computation.
-        runahead: None frees at once what nobody reads any more.
+        runahead: of the back end; None has every operation finished when the next one begins.
     """
     return _Simulation(graph, runahead).run()
 
 
+class _Flight(NamedTuple):
+    """An operation that the device may not have run yet.
+
+    Attributes:
+        issued: dispatches that were handed over until then, its own included.
+        holds: buffers that it holds.
+    """
+
+    issued: int
+    holds: list[Buffer]
+
+
 class _Simulation:
     def __init__(self, graph: Graph, runahead: Runahead | None) -> None:
-        self.graph = graph
-        self.ahead = runahead
-        self._kernels = bool(runahead and runahead.kernels)
-        self.buffers: dict[int, _Buffer] = {}  # by array id
-        self.strides: dict[int, tuple[int, ...]] = {}
-        self.stored: dict[int, int] = {}  # elements in the buffer that the array spans
-        self.flying: list[tuple[int, list[_Buffer]]] = []
-        self.at = 0
-        rounds = order(graph)  # what nobody asks for is never evaluated, and keeps nothing alive
-        self.steps = [n for each in rounds for n in each]
-        self.ends = list(accumulate(map(len, rounds)))
-        self.usage = Usage(self.steps)
-        self.readers: dict[int, int] = {}
-        for a in (a for n in self.steps for a in graph.nodes[n].inputs):
-            self.readers[a] = self.readers.get(a, 0) + 1
-        made = {o for node in graph.nodes for o in node.outputs}
-        for a, array in graph.arrays.items():
+        self._graph = graph
+        self._limit = runahead.dispatches if runahead else 0
+        self._kernels = runahead is not None and runahead.kernels
+        rounds = order(graph)
+        steps = [n for nodes in rounds for n in nodes]
+        self._ends = list(accumulate(len(nodes) for nodes in rounds))  # moments after each round
+        self._usage = Usage(steps)
+        self._moment = 0
+        self._issued = 0  # dispatches handed over so far
+        self._flights: deque[_Flight] = deque()  # of the steps that are unfinished, in order
+        self._readers = _reader_counts(graph, steps)
+        self._buffers = Buffers(graph, self._readers, self._kernels, self._record)
+        made = {a for node in graph.nodes for a in node.outputs}
+        for a in graph.arrays:
             if a not in made:
-                self._allocate(a, array.nbytes)
-                self.readers[a] = self.readers.get(a, 0) + 1  # inputs stay
-        for a in (*graph.outputs, *graph.held):
-            self.readers[a] = self.readers.get(a, 0) + 1
+                self._buffers.allocate(a)
 
     def run(self) -> Usage:
-        ahead = self.ahead.dispatches if self.ahead else 0
-        issued = 0
-        first = 0
-        end = 0
-        for at, n in enumerate(self.steps):
-            self.at = at
-            node = self.graph.nodes[n]
-            temporary = self._evaluate(node)
-            used = {id(self.buffers[a]): self.buffers[a] for a in (*node.inputs, *node.outputs[1:])}
-            if node.outputs:
-                used.pop(id(self.buffers[node.outputs[0]]), None)
-            holds = [*used.values(), *temporary]
-            for buffer in holds:
-                buffer.flights += 1
-            for a in node.inputs:
-                self._read(a)
-            for a in node.outputs:
-                if not self.readers.get(a):
-                    self._drop(a)
-            for buffer in temporary:
-                buffer.arrays -= 1
-                self._note(buffer, IDLE)
-            issued += self._dispatches(node, len(temporary))
-            self.flying.append((issued, holds))
-            while first < len(self.flying) and self.flying[first][0] <= issued - ahead:
-                self._land(first)
-                first += 1
-            while at + 1 == self.ends[end] and end + 1 < len(
-                self.ends
-            ):  # the round is handed over; the host waits
-                window = self.graph.windows[end]
-                end = end + 1
-                for late in range(first, self.ends[end - window] if window <= end else 0):
-                    self._land(late)
-                    first = late + 1
-        return self.usage
+        handed_over = 0  # rounds
+        for moment, n in enumerate(self._usage.steps):
+            self._moment = moment
+            self._run(self._graph.nodes[n])
+            while self._flights and self._flights[0].issued <= self._issued - self._limit:
+                self._land()
+            # the last round ends the evaluation; a round may be empty
+            while handed_over + 1 < len(self._ends) and moment + 1 == self._ends[handed_over]:
+                handed_over += 1
+                self._wait(handed_over)
+        return self._usage
+
+    def _run(self, node: Node) -> None:
+        """Evaluate an operation on the host, which hands it over to the device."""
+        temporary = self._buffers.evaluate(node)
+        holds = self._held_by(node) + temporary
+        for buffer in holds:
+            buffer.flights += 1
+        for a in node.inputs:
+            self._buffers.read(a)
+        for a in node.outputs:
+            if not self._readers.get(a):
+                self._buffers.drop(a)
+        for buffer in temporary:
+            self._buffers.leave(buffer)
+        self._issued += self._dispatches(node, len(temporary))
+        self._flights.append(_Flight(self._issued, holds))
+
+    def _held_by(self, node: Node) -> list[Buffer]:
+        """Buffers that an operation holds until the device has run it.
+
+        Those of its inputs and of its outputs but the first, which is not held by itself
+        (``backend/cpu/eval.cpp``).
+        """
+        held = {id(self._buffers[a]): self._buffers[a] for a in (*node.inputs, *node.outputs[1:])}
+        for a in node.outputs[:1]:
+            held.pop(id(self._buffers[a]), None)
+        return list(held.values())
 
     def _dispatches(self, node: Node, copies: int) -> int:
-        """Those that compute, and off a GPU one that releases what the operation read."""
-        if node.name in _VIEWS or (
-            node.name in _SHAPES and self.buffers[node.outputs[0]].array != node.outputs[0]
-        ):
-            own = 0
+        """Dispatches of an operation: those that compute, and off a GPU one that lets go.
+
+        Args:
+            node: the operation.
+            copies: operands that it copies first.
+        """
+        first = node.outputs[0]
+        if node.name in VIEWS or (node.name in SHAPES and not self._buffers.is_new(first)):
+            computing = 0
         elif node.name == "Concatenate":
-            own = len(node.inputs)
+            computing = len(node.inputs)
         elif (
-            node.name in _COPYING
-            and self._target(node) is not None
-            and self.buffers[node.outputs[0]].array == node.outputs[0]
+            node.name in COPY_FIRST
+            and self._buffers.target(node) is not None
+            and self._buffers.is_new(first)
         ):
-            own = 2  # what is not written over is copied first
+            computing = 2  # what could not be written over was copied first
         else:
-            own = 1
-        return own + copies + (not self._kernels)
+            computing = 1
+        return computing + copies + (0 if self._kernels else 1)
 
-    # --- buffers ----------------------------------------------------------------------------------
+    def _wait(self, handed_over: int) -> None:
+        """Let the host wait behind a round, until fewer rounds than its window are unfinished."""
+        window = self._graph.rounds[handed_over - 1].window
+        if window > handed_over:
+            return
+        finished = self._ends[handed_over - window]
+        landed = self._moment + 1 - len(self._flights)
+        for _ in range(landed, finished):
+            self._land()
 
-    def _allocate(
-        self, a: int, nbytes: int, strides: tuple[int, ...] | None = None, stored: int | None = None
-    ) -> None:
-        array = self.graph.arrays[a]
-        self.buffers[a] = _Buffer(a, nbytes)
-        self.strides[a] = strides if strides is not None else _dense(array.shape)
-        self.stored[a] = stored if stored is not None else array.size
-        self._note(self.buffers[a], TAKEN)
-
-    def _share(
-        self, a: int, source: int, strides: tuple[int, ...], stored: int | None = None
-    ) -> None:
-        self.buffers[a] = self.buffers[source]
-        self.buffers[a].arrays += 1
-        self.strides[a] = strides
-        self.stored[a] = self.stored[source] if stored is None else stored
-
-    def _read(self, a: int) -> None:
-        self.readers[a] -= 1
-        if not self.readers[a]:
-            self._drop(a)
-
-    def _drop(self, a: int) -> None:
-        buffer = self.buffers[a]
-        buffer.arrays -= 1
-        if not buffer.arrays:
-            self._note(buffer, IDLE if buffer.flights else FREED)
-
-    def _land(self, number: int) -> None:
-        """The device has run a step: what it read is held no longer."""
-        for buffer in self.flying[number][1]:
+    def _land(self) -> None:
+        """Let the device finish its oldest operation: what that read is held no longer."""
+        for buffer in self._flights.popleft().holds:
             buffer.flights -= 1
             if not buffer.flights and not buffer.arrays:
-                self._note(buffer, LANDED)
-        self.flying[number] = (0, [])
+                self._record(buffer, Change.LANDED)
 
-    def _note(self, buffer: _Buffer, kind: int) -> None:
-        self.usage.events.append((self.at + (kind != TAKEN), buffer.array, buffer.nbytes, kind))
-
-    # --- operations -------------------------------------------------------------------------------
-
-    def _evaluate(self, node: Node) -> list[_Buffer]:
-        """Give the outputs of a node their buffers; return the temporary ones."""
-        if node.name in _VIEWS:
-            self._view(node)
-        elif node.name in _SHAPES:
-            self._reshape(node)
-        elif node.name in _ELEMENTWISE:
-            self._elementwise(node)
-        elif (target := self._target(node)) is not None:
-            self._in_place(node, target)
-        else:
-            for a in node.outputs:
-                self._allocate(a, self.graph.arrays[a].nbytes)
-        if node.name in _PRODUCTS:
-            return [b for a in node.inputs[:2] if (b := self._copied(a, node.name))]
-        return []
-
-    def _target(self, node: Node) -> int | None:
-        """Which input an operation writes over where it may."""
-        if node.name == "AddMM":
-            return None if self._kernels else 2  # a GPU reads all three
-        return 0 if node.name in _IN_PLACE else None
-
-    def _copied(self, a: int, product: str) -> _Buffer | None:
-        """A temporary copy of an operand whose rows are not laid out as the product needs them."""
-        shape = self.graph.arrays[a].shape
-        strides = self.strides[a]
-        if len(shape) < 2:
-            return None
-        rows, columns = strides[-2:]
-        plain = columns == 1 and rows in (shape[-1], 0) or shape[-2] == 1 and columns == 1
-        turned = rows == 1 and columns == shape[-2]
-        if plain or (turned and product in ("Matmul", "AddMM")):
-            return None
-        buffer = _Buffer(a, self.graph.arrays[a].nbytes)
-        self._note(buffer, TAKEN)
-        return buffer
-
-    def _donor(self, node: Node, a: int, to: int) -> bool:
-        """Whether an input's buffer may become that of an output.
-
-        Where there are several, each holds on to the inputs.
-        """
-        buffer = self.buffers[a]
-        output = self.graph.arrays[to]
-        return (
-            len(node.outputs) == 1
-            and self.readers[a] == node.inputs.count(a) == 1
-            and buffer.arrays == 1
-            and not buffer.flights
-            and self.graph.arrays[a].itemsize == output.itemsize
-            and buffer.nbytes <= output.nbytes + _DONATION_SLACK
-            and self.graph.arrays[a].size == output.size
-        )
-
-    def _elementwise(self, node: Node) -> None:
-        shape = self.graph.arrays[node.outputs[0]].shape
-        vectors = [a for a in node.inputs if self.stored[a] != 1]
-        if not vectors:
-            for a in node.outputs:
-                self._allocate(a, self.graph.arrays[a].itemsize, (0,) * len(shape), 1)
-            return
-        kept = self._common(vectors, shape)
-        for a in node.outputs:
-            donors = (x for x in vectors if self._donor(node, x, a) and (kept or self._dense(x)))
-            if (donor := next(donors, None)) is not None:
-                self._share(a, donor, self.strides[donor])
-            else:
-                strides, stored = kept or (None, self.graph.arrays[a].size)
-                self._allocate(a, stored * self.graph.arrays[a].itemsize, strides, stored)
-
-    def _common(
-        self, vectors: list[int], shape: tuple[int, ...]
-    ) -> tuple[tuple[int, ...], int] | None:
-        """Strides and stored elements that a result takes over from its operands.
-
-        None if it is laid out anew.
-        """
-        first = vectors[0]
-        strides = self.strides[first]
-        stored = self.stored[first]
-        if any(self.graph.arrays[a].shape != shape for a in vectors):
-            return None
-        if len(vectors) == 1:
-            return (strides, stored) if _gapless(shape, strides) == stored else None
-        turned = (shape[::-1], *(self.strides[a][::-1] for a in vectors))
-        same = all(map(self._dense, vectors)) or all(_is_dense(turned[0], t) for t in turned[1:])
-        return (strides, stored) if same else None
-
-    def _dense(self, a: int) -> bool:
-        shape = self.graph.arrays[a].shape
-        return self.stored[a] == prod(shape) and _is_dense(shape, self.strides[a])
-
-    def _in_place(self, node: Node, target: int) -> None:
-        x = node.inputs[target]
-        for n, a in enumerate(node.outputs):
-            if n == 0 and self.strides[x][-1:] in ((1,), ()) and self._donor(node, x, a):
-                self._share(a, x, self.strides[x])
-            else:
-                self._allocate(a, self.graph.arrays[a].nbytes)
-
-    def _view(self, node: Node) -> None:
-        source = node.inputs[0]
-        shape = self.graph.arrays[source].shape
-        strides = self.strides[source]
-        for n, a in enumerate(node.outputs):
-            out = self.graph.arrays[a].shape
-            if node.name == "Depends":
-                self._share(a, node.inputs[n], self.strides[node.inputs[n]])
-            elif (
-                node.name == "CustomTransforms"
-            ):  # after what the function was given comes what it gives
-                same = node.inputs[n - len(node.outputs)]
-                self._share(a, same, self.strides[same])
-            elif node.name == "Transpose":
-                self._share(a, source, tuple(strides[axis] for axis in node.arguments[0]))
-            elif node.name == "Broadcast":
-                padded = (0,) * (len(out) - len(shape)) + tuple(
-                    0 if s == 1 else t for s, t in zip(shape, strides, strict=True)
-                )
-                self._share(
-                    a, source, tuple(0 if s == 1 else t for s, t in zip(out, padded, strict=True))
-                )
-            elif node.name in ("ExpandDims", "Squeeze"):
-                kept = [t for s, t in zip(shape, strides, strict=True) if s != 1]
-                self._share(a, source, tuple(1 if s == 1 else kept.pop(0) for s in out))
-            else:
-                self._share(
-                    a,
-                    source,
-                    strides if len(out) == len(shape) else _dense(out),
-                    self.graph.arrays[a].size,
-                )
-
-    def _reshape(self, node: Node) -> None:
-        source = node.inputs[0]
-        (a,) = node.outputs
-        shape = self.graph.arrays[source].shape
-        strides = self.strides[source]
-        out = self.graph.arrays[a].shape
-        if node.name == "View":
-            self._share(a, source, _dense(out), self.graph.arrays[a].size)
-        elif (new := _regrouped(shape, strides, out)) is None and self.stored[source] == 1:
-            self._share(a, source, _dense(out))
-        elif new is not None:
-            self._share(a, source, new)
-        else:
-            self._allocate(a, self.graph.arrays[a].nbytes)
+    def _record(self, buffer: Buffer, change: Change) -> None:
+        # a buffer is in use from the step that takes it, and free after the step that lets it go
+        moment = self._moment if change is Change.TAKEN else self._moment + 1
+        self._usage.events.append(Event(moment, buffer.array, buffer.nbytes, change))
 
 
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+def _reader_counts(graph: Graph, steps: list[int]) -> dict[int, int]:
+    """How often each array is read; what stays to the end counts once more.
 
-
-def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    return all(s == 1 or t == d for s, t, d in zip(shape, strides, _dense(shape), strict=True))
-
-
-def _gapless(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Elements that an array spans, in whatever order and however often.
-
-    0 if there are others between them.
+    What is never asked for is never evaluated, and keeps nothing alive.
     """
-    span = 1
-    for stride, size in sorted((t, s) for s, t in zip(shape, strides, strict=True) if s > 1 and t):
-        if stride != span:
-            return 0
-        span *= size
-    return span
-
-
-def _regrouped(
-    shape: tuple[int, ...], strides: tuple[int, ...], out: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    """Strides of a reshape that needs no copy, or None.
-
-    Runs of axes that lie one after the other are cut anew.
-    """
-    runs: list[tuple[int, int]] = []  # (elements, innermost stride)
-    for size, stride in zip(shape, strides, strict=True):
-        if size == 1:
-            continue
-        if runs and runs[-1][1] == size * stride:
-            runs[-1] = (runs[-1][0] * size, stride)
-        else:
-            runs.append((size, stride))
-    found: list[int] = []
-    at = 0
-    left = runs[0][0] if runs else 1
-    for size in out:
-        if size == 1:
-            found.append(1)
-            continue
-        if left == 1:
-            at += 1
-            left = runs[at][0]
-        if left % size:
-            return None
-        left //= size
-        found.append(left * runs[at][1])
-    return tuple(found)
+    made = {a for node in graph.nodes for a in node.outputs}
+    inputs = [a for a in graph.arrays if a not in made]
+    read = (a for n in steps for a in graph.nodes[n].inputs)
+    counts: dict[int, int] = {}
+    for a in chain(read, inputs, graph.outputs, graph.held):
+        counts[a] = counts.get(a, 0) + 1
+    return counts

@@ -1,8 +1,8 @@
-"""A graph as it is evaluated.
+"""A graph as MLX really builds it: what reading has merged is taken apart again.
 
-Reading a graph merges what is equal, and here every reader gets back what it really has.
-
-Follows how MLX 0.32 builds a graph (``mlx/ops.cpp``, ``mlx/transforms.cpp``). Knows no framework.
+``mx.export_function`` merges operations that are equal; when a step is evaluated without
+compilation, each of its operations has made its own. Follows how MLX 0.32 builds a graph
+(``mlx/ops.cpp``, ``mlx/transforms.cpp``). Knows no framework.
 """
 
 from __future__ import annotations
@@ -15,92 +15,94 @@ from qlab.core.graph.graph import Array, Graph, Node
 def unmerged(graph: Graph, loss: int | None = None) -> Graph:
     """Return a graph in which nothing is shared that is not shared when it is evaluated.
 
-    - Numbers that follow from numbers alone are computed by every reader for itself, unless they
-      are asked for.
-    - Every operation on the way forward makes its own broadcasts and flattens its own operands; its
-      gradient reads the same.
+    - Single numbers that follow from single numbers alone are computed by every reader for itself
+      (``ops.cpp`` makes a new array of each Python number), unless they are asked for.
+    - Every operation of the forward pass makes its own broadcasts, and every product flattens its
+      own operands; its gradient reads the same arrays as it does.
 
     Args:
         graph: as it was read, before fusion.
-        loss: id of the array that gradients start from: the way forward is what it follows from.
-            None if there is no way back.
+        loss: id of the array that gradients start from: the forward pass is what it follows from.
+            None if there is no backward pass.
     """
     return _Unmerging(graph, loss).run()
 
 
 class _Unmerging:
     def __init__(self, graph: Graph, loss: int | None) -> None:
-        self.graph = graph
-        self.makers = graph.makers()
-        self.made = replace(graph, arrays=dict(graph.arrays), nodes=[])
-        self.forward = set(range(len(graph.nodes))) if loss is None else self._history(loss)
-        self.fixed = {
-            a for a, array in graph.arrays.items() if array.role == "constant"
-        }  # follows from constants alone
-        asked = {*graph.outputs, *graph.held}
-        self.numbers: set[int] = set()
-        for node in graph.nodes:
-            if all(a in self.fixed for a in node.inputs):
-                self.fixed.update(node.outputs)
-            sides = (*node.inputs, *node.outputs)
-            plain = all(a in self.numbers or a not in self.makers for a in node.inputs)
-            if (
-                node.inputs
-                and plain
-                and all(graph.arrays[a].size == 1 for a in sides)
-                and asked.isdisjoint(node.outputs)
-            ):
-                self.numbers.update(node.outputs)
-        self.taken: set[int] = set()
+        self._graph = graph
+        self._makers = graph.makers()
+        self._new = replace(graph, arrays=dict(graph.arrays), nodes=[])
+        every_node = set(range(len(graph.nodes)))
+        self._forward = every_node if loss is None else self._nodes_behind(loss)
+        self._constant = self._constants()
+        self._numbers = self._single_numbers()
+        self._taken: set[int] = set()  # arrays whose first reader has them
 
     def run(self) -> Graph:
-        for n, node in enumerate(self.graph.nodes):
-            self.made.nodes.append(
-                replace(node, inputs=tuple(self._input(n, node, a) for a in node.inputs))
-            )
-        return self.made
+        for n, node in enumerate(self._graph.nodes):
+            inputs = tuple(self._input(n, node, a) for a in node.inputs)
+            self._new.nodes.append(replace(node, inputs=inputs))
+        return self._new
+
+    def _constants(self) -> set[int]:
+        """Arrays that follow from constants alone."""
+        constant = {a for a, array in self._graph.arrays.items() if array.role == "constant"}
+        for node in self._graph.nodes:
+            if all(a in constant for a in node.inputs):
+                constant.update(node.outputs)
+        return constant
+
+    def _single_numbers(self) -> set[int]:
+        """Arrays of one element that follow from such arrays alone, and are not asked for."""
+        arrays = self._graph.arrays
+        asked = {*self._graph.outputs, *self._graph.held}
+        numbers: set[int] = set()
+        for node in self._graph.nodes:
+            follows = all(a in numbers or a not in self._makers for a in node.inputs)
+            single = all(arrays[a].size == 1 for a in (*node.inputs, *node.outputs))
+            if node.inputs and follows and single and asked.isdisjoint(node.outputs):
+                numbers.update(node.outputs)
+        return numbers
 
     def _input(self, n: int, node: Node, a: int) -> int:
-        """What a node reads in place of an array."""
-        maker = self.graph.nodes[self.makers[a]] if a in self.makers else None
-        if maker is None:
-            return a
-        own = a in self.numbers
+        """Return what a node reads in the place of an array."""
+        if a in self._makers and self._has_own(n, node, a):
+            return self._own(n, a)
+        return a
+
+    def _has_own(self, n: int, node: Node, a: int) -> bool:
+        """Whether a reader of an array has made it for itself."""
+        maker = self._graph.nodes[self._makers[a]]
         if maker.name == "Broadcast":
-            own = (
-                n in self.forward
-                or self.makers[a] not in self.forward
-                and self.graph.arrays[maker.inputs[0]].size == 1
-            )
-        elif maker.name == "Flatten":
-            own = n in self.forward and node.name == "Matmul"
-        elif maker.name == "Full":
-            own = a in self.fixed
-        return self._own(n, a) if own else a
+            of_number = self._graph.arrays[maker.inputs[0]].size == 1
+            made_by_backward = self._makers[a] not in self._forward
+            return n in self._forward or (made_by_backward and of_number)
+        if maker.name == "Flatten":
+            return n in self._forward and node.name == "Matmul"
+        if maker.name == "Full":
+            return a in self._constant
+        return a in self._numbers
 
     def _own(self, n: int, a: int) -> int:
         """Give the first reader the array itself, and every other one a copy."""
-        if a not in self.taken:
-            self.taken.add(a)
+        if a not in self._taken:
+            self._taken.add(a)
             return a
-        maker = self.graph.nodes[self.makers[a]]
+        maker = self._graph.nodes[self._makers[a]]
         inputs = tuple(self._input(n, maker, x) for x in maker.inputs)
-        copy = self._add(a)
-        self.made.nodes.append(replace(maker, inputs=inputs, outputs=(copy,)))
+        array = self._graph.arrays[a]
+        copy = self._new.add(Array(array.shape, array.itemsize))
+        self._new.nodes.append(replace(maker, inputs=inputs, outputs=(copy,)))
         return copy
 
-    def _history(self, a: int) -> set[int]:
+    def _nodes_behind(self, a: int) -> set[int]:
         """Nodes that an array follows from."""
-        chain: set[int] = set()
+        behind: set[int] = set()
         waiting = [a]
         while waiting:
-            x = waiting.pop()
-            if x in self.makers and self.makers[x] not in chain:
-                chain.add(self.makers[x])
-                waiting.extend(self.graph.nodes[self.makers[x]].inputs)
-        return chain
-
-    def _add(self, like: int) -> int:
-        """Take in another array; return its id."""
-        array = self.graph.arrays[like]
-        return self.made.add(Array(array.shape, array.itemsize))
+            n = self._makers.get(waiting.pop())
+            if n is not None and n not in behind:
+                behind.add(n)
+                waiting.extend(self._graph.nodes[n].inputs)
+        return behind

@@ -15,7 +15,8 @@ from qlab.core.config.code import setup_code
 from qlab.core.config.quant import QuantConfig, QuantPlan
 from qlab.core.config.spec import ModelSpec
 from qlab.core.config.train import TrainConfig
-from qlab.core.graph.formula import Formula, chunks
+from qlab.core.graph.formula import Formula
+from qlab.core.graph.sizes import chunks
 from qlab.core.machine import Machine
 from qlab.core.memory.changes import Change
 from qlab.core.memory.estimate import MemoryEstimate

@@ -1,383 +1,371 @@
-"""Reads the graph of a step that is taken a block at a time (``engine/step/blockwise.py``), its
-compiled pieces put together.
+"""Reads the graph of a blockwise step without computing it; ``Forecast`` simulates its memory.
 
-Each kind of piece is read once; what a model of eighty blocks adds is arithmetic. Runs on the MLX
-thread. Knows no budget.
+The step is ``engine/step/blockwise.py``. It cannot be exported whole, because it hands blocks over
+to the device while it runs; so this file follows it line by line and adds, in the same order, the
+graph of everything that the step computes. What mirrors what:
+
+| here | ``BlockwiseStep`` |
+|---|---|
+| ``SplitModel(…)`` | ``__init__``: dense weights live through a block; what is trained outside |
+| ``_before`` | ``self._stack.before(…)`` |
+| ``_cast_factors`` | ``_cast_factors``: factors cast once, not in every pass |
+| ``_forward``, ``_Block.forward`` | ``_forward``, ``_BlockProgram._run`` |
+| ``LossGraph`` (``blockwise_loss.py``) | ``_loss``, ``_Head`` |
+| ``_backward``, ``_Block.backward`` | the loop over blocks in reverse, ``_BlockProgram._way_back`` |
+| ``_embedding_gradients`` | the end of ``_compute``, where what is trained embeds |
+| ``hand_over(…, window)`` | ``flight.add(window, …)`` |
+| ``add_update`` (``update_graph.py``) | what the loop does with the gradients |
+
+A change there needs the same change here; ``tests/engine/memory/test_whole_step.py`` compares the
+peak of both. Runs on the MLX thread. Knows no budget.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from qlab.core.config.train import TrainConfig
-from qlab.core.graph.graph import Array, Graph
-from qlab.core.graph.unmerge import unmerged
-from qlab.engine.memory.read_graph import read
-from qlab.engine.memory.whole_step import compiled, updated
-from qlab.engine.models.blocks import BlockStack
+from qlab.core.graph.graph import Graph
+from qlab.engine.memory.blockwise_loss import LossGraph
+from qlab.engine.memory.graph_pieces import PieceGraph, Placed
+from qlab.engine.memory.split_model import SplitModel
+from qlab.engine.memory.update_graph import SumIds, add_update
 from qlab.engine.step.block import array_places, castable_parameters, half_step_parameters
-from qlab.engine.step.blockwise import CHUNKS, half_step_window
-from qlab.engine.step.loss import nats_and_slope
+from qlab.engine.step.blockwise import half_step_window
 from qlab.engine.step.patches import patched, users
-from qlab.engine.step.protocol import Arrays
-from qlab.nn.frozen import Frozen
-
-Function = Callable[..., list[mx.array]]
 
 
-class Pieces:
-    """A step taken a block at a time, to be read.
+class BlockwiseGraph:
+    """The graph of one optimizer step that is taken a block at a time.
+
+    The pieces of the step (what comes before the blocks, a block's forward pass, its backward
+    pass, a chunk of the loss, the update) are read once for each kind and copied into one graph as
+    often as the step runs them. Between them the graph is cut into rounds, as the step hands
+    arrays over: they say how far the host runs ahead of the device, and so what is in memory at
+    once.
 
     Args:
         module: what ``attach`` returned, its arrays lazy or not; nobody else may use it.
-        train: the run.
+        train: the run's settings; the batch is the largest that they allow.
         window: blocks in flight at once.
 
     Raises:
-        UnsupportedError: the model cannot be taken apart.
+        UnsupportedError: the model cannot be taken apart into blocks.
     """
 
     def __init__(self, module: nn.Module, train: TrainConfig, window: int) -> None:
-        self.module = module
-        self.train = train
-        self.stack = BlockStack(module)
-        self.users = users(module)
-        for frozen in (x for x in module.modules() if isinstance(x, Frozen)):
-            frozen.keep_dense()
-        self.trained: Arrays = dict(tree_flatten(module.trainable_parameters()))
-        prefix = f"{self.stack.path}."
-        every = self._every = dict(tree_flatten(module.parameters()))
-        self.outside: Arrays = {path: a for path, a in every.items() if not path.startswith(prefix)}
-        self._own = [f"{prefix}{i}." for i in range(len(self.stack.blocks))]
-        self.graph = Graph()
-        self.window = window
-        self.ids = {
-            path: self._given(a, "adapter" if path in self.trained else "weights")
-            for path, a in every.items()
-        }
-        self._graphs: dict[Hashable, tuple[Graph, dict[int, int]]] = {}
+        self._train = train
+        self._window = window
+        self._pieces = PieceGraph()
+        self._model = SplitModel(module, train, self._pieces)
+        self._users = users(module)
+        self._blocks = [
+            _Block(block, f"{self._model.stack.path}.{i}", self._model)
+            for i, block in enumerate(self._model.stack.blocks)
+        ]
 
     def read(self) -> Graph:
-        """Return the graph of the whole step."""
+        """Return the graph of the whole step; the module is left as it was.
+
+        Raises:
+            UnsupportedError: a piece of the step cannot be read.
+        """
         try:
             return self._read()
         finally:
-            self.module.update(tree_unflatten(list(self._every.items())))
+            self._model.restore()
 
     def _read(self) -> Graph:
-        train = self.train
-        batch = mx.zeros((train.batch_size, train.max_seq_length), mx.int32)
-        self.tokens = self._given(batch, "batch")
-        x, calls, kinds = self._before(batch)
-        given = [self.ids[path] for path in self.trained]
-        self._cast_factors(self.hidden.dtype)
-        outer = [path for path in self.trained if path in self.outside]
-        embeds = any(self._embeds(path) for path in outer)
-        reached = [
-            i
-            for i, own in enumerate(self._own)
-            if any(path.startswith(own) for path in self.trained)
-        ]
-        first = 0 if embeds else min(reached, default=len(self._own))
-        kept = []
-        for i, call in enumerate(calls):
-            kept += [x] if i >= first else []
-            (x,) = self._block(i, False, kinds[i], [x], call)
-            self._ask(x)
-        cotangent, grads = self._loss(x, outer)
-        for i in reversed(range(first, len(calls))):
-            names = [
-                self._own[i] + name
-                for name in _names(self.stack.blocks[i])
-                if self._own[i] + name in self.trained
-            ]
-            cotangent, *own = self._block(i, True, kinds[i], [kept.pop(), cotangent], calls[i])
-            found = dict(zip(names, own, strict=True))
-            grads |= found
-            half = half_step_parameters(self.stack.blocks[i], self._own[i][:-1], names)
-            if half:
-                self._ask(*(found.pop(name) for name in half), window=half_step_window(self.window))
-            self._ask(cotangent, *found.values())
-        if embeds:
-            grads |= self._into(outer, cotangent, grads, batch)
-        count = self._given(mx.array(0.0), "batch")
-        sums = [*(grads[path] for path in self.trained), self.total, count]
-        updated(self.graph, train, self.trained, given, sums)
-        self._ask(*self.graph.outputs)
-        return self.graph
+        model = self._model
+        pieces = self._pieces
+        shape = (self._train.batch_size, self._train.max_seq_length)
+        tokens = pieces.given(mx.zeros(shape, mx.int32), "batch")
+        parameters = [model.placed[path].id for path in model.trained]
 
-    # --- pieces -----------------------------------------------------------------------------------
+        x, calls = self._before(tokens)
+        self._cast_factors(x.like.dtype)
+        inputs, x = self._forward(x, calls)
+        loss = LossGraph(model, pieces, tokens, x, self._window).add()
+        grads = dict(zip(model.trained_outside, loss.grads, strict=True))
+        cotangent, block_grads = self._backward(loss.cotangent, inputs, calls)
+        grads |= block_grads
+        if model.trains_embedding:
+            grads |= self._embedding_gradients(tokens, cotangent, grads)
 
-    def _before(self, batch: mx.array) -> tuple[int, list[list[int]], list[Any]]:
+        count = pieces.given(mx.array(0.0), "batch")
+        sums = SumIds([grads[path].id for path in model.trained], loss.total.id, count.id)
+        graph = pieces.graph
+        add_update(graph, self._train, model.trained, parameters, sums)
+        graph.hand_over(graph.outputs, self._window)
+        return graph
+
+    # --- the passes -------------------------------------------------------------------------------
+
+    def _before(self, tokens: Placed) -> tuple[Placed, list[_Call]]:
         """Add what comes before the blocks.
 
-        Return its output, and for each block its other arguments and their form.
+        Returns:
+            The first block's input ``(batch, length − 1, width)``, and what each block is given
+            besides.
         """
-        forms: list[Any] = []
+        model = self._model
+        forms: list[Any] = []  # of every block's arguments, known once the piece was read
 
-        def run(tokens: mx.array, *arrays: mx.array) -> list[mx.array]:
-            self._set(self.outside, arrays)
-            x, calls = self.stack.before(tokens[:, :-1], tokens[:, 1:] if self.train.pack else None)
+        def run(tokens: mx.array, *outside: mx.array) -> list[mx.array]:
+            model.put(model.outside, outside)
+            x, calls = model.stack.before(tokens[:, :-1], model.segments(tokens))
             trees = [[list(args), kwargs] for args, kwargs in calls]
-            self.hidden = mx.zeros(x.shape, x.dtype)
-            forms[:] = [
-                tree_map(lambda a: mx.zeros(a.shape, a.dtype) if isinstance(a, mx.array) else a, t)
-                for t in trees
-            ]
-            return [x, *(a for tree in trees for a in _leaves(tree))]
+            forms[:] = [tree_map(_lazy_like, tree) for tree in trees]
+            return [x, *(array for tree in trees for array in _arrays_in(tree))]
 
-        x, *found = self._piece("before", run, [(self.tokens, batch), *self._outer()], False)
-        left = iter(found)
-        return x, [[next(left) for _ in _leaves(form)] for form in forms], forms
+        x, *others = self._pieces.add("before", run, [tokens, *model.outside_arrays])
+        left = iter(others)
+        calls = [_Call(form, [next(left) for _ in _arrays_in(form)]) for form in forms]
+        return x, calls
 
     def _cast_factors(self, dtype: mx.Dtype) -> None:
-        """Go on with factors as the products take them."""
-        for path in castable_parameters(
-            array_places(self.module), f"{self.stack.path}.", self.trained
-        ).get(dtype, ()):
-            array = self.trained[path]
-            if array.dtype != dtype:
-                (self.ids[path],) = self._piece(
-                    (path, dtype), lambda a: [a.astype(dtype)], [(self.ids[path], array)], False
-                )
-                self._set([path], [mx.zeros(array.shape, dtype)])
-
-    def _block(self, i: int, back: bool, form: Any, given: list[int], call: list[int]) -> list[int]:
-        """Add a block's forward pass, or its way back.
-
-        Gradients by its input and by its trained arrays.
-        """
-        block = self.stack.blocks[i]
-        own = self._own[i]
-        arrays = dict(tree_flatten(block.parameters()))
-        names = [name for name in _names(block) if name in arrays]
-        arrays = {name: arrays[name] for name in names}
-        chosen = [n for n, name in enumerate(names) if own + name in self.trained]
-        others = _leaves(form)
-        count = len(given)
-
-        def apply(x: mx.array, mine: Sequence[mx.array], rest: Sequence[mx.array]) -> mx.array:
-            left = iter(rest)
-            args, kwargs = tree_map(lambda a: next(left) if isinstance(a, mx.array) else a, form)
-            block.update(tree_unflatten(list(zip(names, mine, strict=True))))
-            return block(x, *args, **kwargs)
-
-        def run(*all_: mx.array) -> list[mx.array]:
-            mine = list(all_[count : count + len(names)])
-            rest = all_[count + len(names) :]
-            if not back:
-                with patched(self.users, forward=True):
-                    return [apply(all_[0], mine, rest)]
-
-            def forward(h: mx.array, *trained: mx.array) -> list[mx.array]:
-                new = list(mine)
-                for n, array in zip(chosen, trained, strict=True):
-                    new[n] = array
-                return [apply(h, new, rest)]
-
-            with patched(self.users):
-                return mx.vjp(forward, [all_[0], *(mine[n] for n in chosen)], [all_[1]])[1]
-
-        look = tuple((name, a.shape, a.dtype) for name, a in arrays.items())
-        shapes = tuple((a.shape, a.dtype) for a in others)
-        key = (type(block), back, look, tuple(chosen), shapes)
-        pairs = [(a, self.hidden) for a in given]
-        pairs += [(self.ids[own + name], array) for name, array in arrays.items()]
-        try:
-            return self._piece(key, run, pairs + list(zip(call, others, strict=True)), True)
-        finally:
-            block.update(tree_unflatten(list(arrays.items())))
-
-    def _loss(self, hidden: int, outer: list[str]) -> tuple[int, dict[str, int]]:
-        """Add the loss, chunk by chunk.
-
-        Return the gradients by the last hidden state and by what is trained outside.
-        """
-        shape = self.hidden.shape
-        dtype = self.hidden.dtype
-        count = shape[0] * shape[1]
-        size = min(self.train.loss_chunk or count, count)
-        prefix = f"{self.stack.path}."
-        frozen = [
-            x
-            for path, x in self.module.named_modules()
-            if isinstance(x, Frozen) and not path.startswith(prefix)
-        ]
-        heads = [x for x in frozen if not x.embeds] or frozen
-        examples: list[mx.array] = []
-
-        def dense(*arrays: mx.array) -> list[mx.array]:
-            self._set(self.outside, arrays)
-            found = [x.dense_if_needed(dtype) for x in heads]
-            examples[:] = [mx.zeros(a.shape, a.dtype) for a in found if a is not None]
-            return [
-                mx.zeros((count, shape[-1]), dtype),
-                mx.zeros(()),
-                *(a for a in found if a is not None),
-            ]
-
-        cotangent, total, *weights = self._piece("dense", dense, self._outer(), False)
-        sums = [
-            self._piece(("zeros", n), lambda n=n: [mx.zeros_like(self.trained[n])], [], False)[0]
-            for n in outer
-        ]
-        lent = list(zip(weights, examples, strict=True))
-        self._ask(*weights, window=1)
-        for start in range(0, count, size):
-            part = min(
-                size, count - start
-            )  # a short last chunk is padded a little, and never the peak
-            where = self._given(mx.zeros(part, mx.int32), "batch")
-            made = self._chunk(part, (hidden, where, total, cotangent, *sums), outer, heads, lent)
-            total, cotangent, *sums = made
-            self._ask(*made, window=1 if start + size >= count else min(self.window, CHUNKS))
-        self.total = total
-        flat = (cotangent, mx.zeros((count, shape[-1]), dtype))
-        (cotangent,) = self._piece("cotangent", lambda a: [a.reshape(shape)], [flat], False)
-        return cotangent, dict(zip(outer, sums, strict=True))
-
-    def _chunk(
-        self, part: int, given: tuple[int, ...], outer: list[str], heads: list[Frozen], lent: list
-    ) -> list[int]:
-        """Add the loss of some positions and its gradients, and add these to the sums so far."""
-        hidden, where, total, cotangent, *sums = given
-        index = mx.zeros(part, mx.int32)
-        width = self.hidden.shape[-1]
-        rows = mx.zeros((1, part, width), self.hidden.dtype)
-        ids = mx.zeros((self.train.batch_size, self.train.max_seq_length), mx.int32)
-
-        def gather(h: mx.array, tokens: mx.array, at: mx.array) -> list[mx.array]:
-            counted = tokens[:, 1:].astype(mx.float32).reshape(-1)
-            return [
-                h.reshape(-1, width)[at][None],
-                tokens[:, 1:].reshape(-1)[at][None],
-                counted[at][None],
-            ]
-
-        taken = self._piece(
-            ("gather", part),
-            gather,
-            [(hidden, self.hidden), (self.tokens, ids), (where, index)],
-            False,
-        )
-        pairs = list(zip(taken, (rows, index[None], index[None].astype(mx.float32)), strict=True))
-        run = partial(self._slope, outer, heads, len(lent))
-        loss, slope, *more = self._piece(("chunk", part), run, pairs + lent + self._outer(), True)
-        flat = mx.zeros((self.hidden.size // width, width), self.hidden.dtype)
-
-        def add(
-            loss: mx.array,
-            slope: mx.array,
-            total: mx.array,
-            sum_: mx.array,
-            at: mx.array,
-            *rest: mx.array,
-        ) -> list:
-            half = len(rest) // 2
-            new = [a + b for a, b in zip(rest[:half], rest[half:], strict=True)]
-            return [total + loss, sum_.at[at].add(slope[0]), *new]
-
-        zero = mx.array(0.0)
-        own = [self.trained[path] for path in outer]
-        pairs = list(
-            zip(
-                (loss, slope, total, cotangent, where), (zero, rows, zero, flat, index), strict=True
+        """Go on with the blocks' trained factors in the dtype in which products take them."""
+        model = self._model
+        places = array_places(model.module)
+        castable = castable_parameters(places, f"{model.stack.path}.", model.trained)
+        for path in castable.get(dtype, ()):
+            if model.trained[path].dtype == dtype:
+                continue
+            (cast,) = self._pieces.add(
+                (path, dtype), lambda array: [array.astype(dtype)], [model.placed[path]]
             )
-        )
-        return self._piece(
-            ("add", part), add, pairs + [*zip([*sums, *more], own * 2, strict=True)], False
-        )
+            model.placed[path] = cast
+            model.put([path], [cast.like])
 
-    def _slope(
-        self, outer: list[str], heads: list[Frozen], count: int, *arrays: mx.array
-    ) -> list[mx.array]:
-        rows, labels, share, *rest = arrays
-        weights = rest[:count]
-        outside = dict(zip(self.outside, rest[count:], strict=True))
-        lent = [x for x in heads if x.dense_if_needed(self.hidden.dtype) is not None]
+    def _forward(self, x: Placed, calls: list[_Call]) -> tuple[list[Placed], Placed]:
+        """Add the blocks' forward passes.
 
-        def logits(h: mx.array, *own: mx.array) -> mx.array:
-            now = outside | dict(zip(outer, own, strict=True))
-            with ExitStack() as stack:
-                self._set(now, list(now.values()))
-                for head, weight in zip(lent, weights, strict=True):
-                    stack.enter_context(head.using_dense(weight))
-                return self.stack.after(h)
+        Returns:
+            The inputs of all blocks that a gradient reaches, and the output of the last block.
+        """
+        first = self._first_reached()
+        inputs = []
+        for i, (block, call) in enumerate(zip(self._blocks, calls, strict=True)):
+            if i >= first:
+                inputs.append(x)
+            function = block.forward(call, self._users)
+            key = ("forward", block.form, call.form_of_arrays)
+            (x,) = self._add_block(key, function, [x], block, call)
+            self._pieces.hand_over([x], self._window)
+        return inputs, x
 
-        primals = [rows, *(outside[path] for path in outer)]
-        loss, slope = nats_and_slope(logits(*primals), labels, share)
-        return [loss, *mx.vjp(lambda *a: [logits(*a)], primals, [slope])[1]]
+    def _backward(
+        self, cotangent: Placed, inputs: list[Placed], calls: list[_Call]
+    ) -> tuple[Placed, dict[str, Placed]]:
+        """Add the blocks' backward passes, from the last block to the first that is reached.
 
-    def _into(
-        self, outer: list[str], cotangent: int, grads: dict[str, int], batch: mx.array
-    ) -> dict[str, int]:
-        """Add the gradients by what is trained before the blocks."""
-        count = len(outer)
+        Args:
+            cotangent: gradient by the last block's output.
+            inputs: what ``_forward`` returned.
+            calls: what each block is given besides.
+
+        Returns:
+            The gradient by the input of the first block that is reached, and the gradients by the
+            trained arrays of the blocks, by path.
+        """
+        grads: dict[str, Placed] = {}
+        for i in reversed(range(self._first_reached(), len(self._blocks))):
+            block = self._blocks[i]
+            call = calls[i]
+            function = block.backward(call, self._users)
+            key = ("backward", block.form, call.form_of_arrays)
+            x = inputs.pop()
+            cotangent, *found = self._add_block(key, function, [x, cotangent], block, call)
+            late = dict(zip(block.trained_paths, found, strict=True))
+            grads |= late
+            early = [late.pop(path) for path in block.half_step]
+            if early:
+                self._pieces.hand_over(early, half_step_window(self._window))
+            self._pieces.hand_over([cotangent, *late.values()], self._window)
+        return cotangent, grads
+
+    def _first_reached(self) -> int:
+        """Number of the first block that a gradient reaches."""
+        if self._model.trains_embedding:
+            return 0
+        reached = [i for i, block in enumerate(self._blocks) if block.trained_paths]
+        return min(reached, default=len(self._blocks))
+
+    def _add_block(
+        self,
+        key: Hashable,
+        function: Callable[..., list[mx.array]],
+        inputs: list[Placed],
+        block: _Block,
+        call: _Call,
+    ) -> list[Placed]:
+        """Add a pass through a block, of its inputs, its arrays and its other arguments."""
+        try:
+            return self._pieces.add_compiled(key, function, [*inputs, *block.placed, *call.arrays])
+        finally:
+            block.restore()
+
+    def _embedding_gradients(
+        self, tokens: Placed, cotangent: Placed, grads: dict[str, Placed]
+    ) -> dict[str, Placed]:
+        """Add the gradients by what is trained before the blocks to those that the loss has given.
+
+        Args:
+            tokens: the batch.
+            cotangent: gradient by the first block's input.
+            grads: gradients so far by path.
+        """
+        model = self._model
+        paths = model.trained_outside
 
         def run(tokens: mx.array, slope: mx.array, *arrays: mx.array) -> list[mx.array]:
-            sums = arrays[:count]
-            outside = dict(zip(self.outside, arrays[count:], strict=True))
+            sums = arrays[: len(paths)]
+            outside = dict(zip(model.outside, arrays[len(paths) :], strict=True))
 
-            def before(*own: mx.array) -> list[mx.array]:
-                now = outside | dict(zip(outer, own, strict=True))
-                self._set(now, list(now.values()))
-                return [
-                    self.stack.before(tokens[:, :-1], tokens[:, 1:] if self.train.pack else None)[0]
-                ]
+            def before(*trained: mx.array) -> list[mx.array]:
+                changed = outside | dict(zip(paths, trained, strict=True))
+                model.put(changed, list(changed.values()))
+                x, _ = model.stack.before(tokens[:, :-1], model.segments(tokens))
+                return [x]
 
-            return [
-                a + b
-                for a, b in zip(
-                    sums, mx.vjp(before, [outside[p] for p in outer], [slope])[1], strict=True
-                )
-            ]
+            _, more = mx.vjp(before, [outside[path] for path in paths], [slope])
+            return [old + new for old, new in zip(sums, more, strict=True)]
 
-        pairs = [(self.tokens, batch), (cotangent, self.hidden)]
-        pairs += [(grads[path], self.trained[path]) for path in outer]
-        return dict(zip(outer, self._piece("into", run, pairs + self._outer(), False), strict=True))
-
-    # --- the graph --------------------------------------------------------------------------------
-
-    def _piece(
-        self, key: Hashable, run: Function, given: Sequence[tuple[int, mx.array]], compile_: bool
-    ) -> list[int]:
-        """Go on with a piece, read at its first use."""
-        if key not in self._graphs:
-            graph = read(run, [array for _, array in given])
-            self._graphs[key] = (compiled(graph) if compile_ else unmerged(graph), {})
-        graph, constants = self._graphs[key]
-        return self.graph.then(graph, [a for a, _ in given], constants)
-
-    def _ask(self, *ids: int, window: int = 0) -> None:
-        self.graph.rounds.append(ids)
-        self.graph.windows.append(window or self.window)
-
-    def _given(self, array: mx.array, role: str) -> int:
-        return self.graph.add(Array(array.shape, array.dtype.size, role))
-
-    def _outer(self) -> list[tuple[int, mx.array]]:
-        return [(self.ids[path], array) for path, array in self.outside.items()]
-
-    def _set(self, names: Arrays, arrays: Sequence[mx.array]) -> None:
-        self.module.update(tree_unflatten(list(zip(names, arrays, strict=True))))
-
-    def _embeds(self, path: str) -> bool:
-        owner: Any = dict(self.module.named_modules())[path.rpartition(".")[0]]
-        return owner.base.embeds
+        sums = [grads[path] for path in paths]
+        inputs = [tokens, cotangent, *sums, *model.outside_arrays]
+        return dict(zip(paths, self._pieces.add("into", run, inputs), strict=True))
 
 
-def _names(block: nn.Module) -> list[str]:
-    """Paths of a block's arrays in the step's order, in which its results are evaluated."""
-    return [path for path, *_ in array_places(block)]
+class _Call(NamedTuple):
+    """What a block is given besides the hidden state.
+
+    Attributes:
+        form: its positional and keyword arguments, a lazy array in the place of each array.
+        arrays: the arrays, in the order in which ``form`` has them.
+    """
+
+    form: Any
+    arrays: list[Placed]
+
+    @property
+    def form_of_arrays(self) -> Hashable:
+        """Equal for calls that make the same graph."""
+        return tuple((array.like.shape, array.like.dtype) for array in self.arrays)
+
+    def arguments(self, arrays: Sequence[mx.array]) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments with these arrays."""
+        left = iter(arrays)
+        filled = tree_map(lambda leaf: next(left) if _is_array(leaf) else leaf, self.form)
+        args, kwargs = filled
+        return args, kwargs
 
 
-def _leaves(tree: Any) -> list[mx.array]:
+class _Block:
+    """One block: its arrays, and its passes as functions of them.
+
+    Args:
+        module: the block.
+        path: of the block, such as ``model.layers.0``.
+        model: the model that it belongs to.
+
+    Attributes:
+        trained_paths: paths of its trained arrays, in the order in which gradients come.
+        half_step: those whose gradients are there when half of the backward pass is done.
+    """
+
+    def __init__(self, module: nn.Module, path: str, model: SplitModel) -> None:
+        self._module = module
+        self._model = model
+        parameters = dict(tree_flatten(module.parameters()))
+        # the order of the step's ``Functional``, in which its results are evaluated
+        self._names = [name for name, *_ in array_places(module) if name in parameters]
+        self._paths = [f"{path}.{name}" for name in self._names]
+        trained = [n for n, path in enumerate(self._paths) if path in model.trained]
+        self._trained = trained
+        self.trained_paths = [self._paths[n] for n in trained]
+        self.half_step = half_step_parameters(module, path, self.trained_paths)
+
+    @property
+    def placed(self) -> list[Placed]:
+        """Its arrays."""
+        return [self._model.placed[path] for path in self._paths]
+
+    @property
+    def form(self) -> Hashable:
+        """Equal for blocks that make the same graph."""
+        likes = [placed.like for placed in self.placed]
+        arrays = [(n, a.shape, a.dtype) for n, a in zip(self._names, likes, strict=True)]
+        return type(self._module), tuple(arrays), tuple(self._trained)
+
+    def forward(self, call: _Call, users: Any) -> Callable[..., list[mx.array]]:
+        """Return the forward pass: ``(x, *arrays, *other arguments)`` → output.
+
+        x and output are ``(batch, length − 1, width)``.
+        """
+
+        def run(x: mx.array, *arrays: mx.array) -> list[mx.array]:
+            own, others = self._split(arrays)
+            with patched(users, forward=True):
+                return [self._apply(call, x, own, others)]
+
+        return run
+
+    def backward(self, call: _Call, users: Any) -> Callable[..., list[mx.array]]:
+        """Return the backward pass: ``(x, slope, *arrays, *other arguments)`` → gradients.
+
+        The output is computed again from the block's input x. Gradients are those by x and by the
+        block's trained arrays.
+        """
+
+        def run(x: mx.array, slope: mx.array, *arrays: mx.array) -> list[mx.array]:
+            own, others = self._split(arrays)
+
+            def forward(x: mx.array, *trained: mx.array) -> list[mx.array]:
+                replaced = list(own)
+                for n, array in zip(self._trained, trained, strict=True):
+                    replaced[n] = array
+                return [self._apply(call, x, replaced, others)]
+
+            primals = [x, *(own[n] for n in self._trained)]
+            with patched(users):
+                _, grads = mx.vjp(forward, primals, [slope])
+            return grads
+
+        return run
+
+    def restore(self) -> None:
+        """Put lazy arrays back in the place of those that were read."""
+        self._put([placed.like for placed in self.placed])
+
+    def _split(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
+        """Part the block's arrays from its other arguments."""
+        count = len(self._names)
+        return list(arrays[:count]), list(arrays[count:])
+
+    def _apply(
+        self, call: _Call, x: mx.array, own: Sequence[mx.array], others: Sequence[mx.array]
+    ) -> mx.array:
+        args, kwargs = call.arguments(others)
+        self._put(own)
+        return self._module(x, *args, **kwargs)
+
+    def _put(self, arrays: Sequence[mx.array]) -> None:
+        self._module.update(tree_unflatten(list(zip(self._names, arrays, strict=True))))
+
+
+def _arrays_in(tree: Any) -> list[mx.array]:
     """Arrays in a tree of arguments."""
-    return [a for _, a in tree_flatten(tree) if isinstance(a, mx.array)]
+    return [leaf for _, leaf in tree_flatten(tree) if _is_array(leaf)]
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array)
+
+
+def _lazy_like(leaf: Any) -> Any:
+    return mx.zeros(leaf.shape, leaf.dtype) if _is_array(leaf) else leaf

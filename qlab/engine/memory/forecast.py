@@ -12,9 +12,10 @@ from collections.abc import Mapping
 import mlx.nn as nn
 
 from qlab.core.config.quant import QuantPlan
-from qlab.core.graph.formula import Formula, sizes
+from qlab.core.graph.formula import Formula
 from qlab.core.graph.graph import Graph
 from qlab.core.graph.parts import INPUTS
+from qlab.core.graph.sizes import sizes
 from qlab.core.machine import Machine
 from qlab.core.memory.estimate import MemoryEstimate
 from qlab.core.memory.setup import Setup

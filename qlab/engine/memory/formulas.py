@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from qlab.core.config.spec import ModelSpec
-from qlab.core.graph.formula import Formula, Sample, chunks, formula, references
+from qlab.core.graph.formula import Formula, Sample, formula
 from qlab.core.graph.graph import Graph
+from qlab.core.graph.sizes import chunks, references
 from qlab.core.memory.setup import Setup
 from qlab.engine.memory.inputs import trained_shapes
 from qlab.engine.memory.step_graphs import StepGraphs

@@ -14,11 +14,11 @@ import mlx.nn as nn
 
 from qlab.core.config.quant import QuantConfig
 from qlab.core.config.spec import ModelSpec
-from qlab.core.graph.formula import Reference
 from qlab.core.graph.graph import Graph
+from qlab.core.graph.sizes import Reference
 from qlab.core.memory.setup import Setup
 from qlab.engine.adapt.attach import attach
-from qlab.engine.memory.blockwise_step import Pieces
+from qlab.engine.memory.blockwise_step import BlockwiseGraph
 from qlab.engine.memory.inputs import chosen_storage
 from qlab.engine.memory.whole_step import whole
 from qlab.engine.models.blocks import BlockStack
@@ -109,7 +109,7 @@ class StepGraphs:
             if not train.grad_checkpoint:
                 return whole(adapted, train)
             window = train.window or WINDOWS[backend()][0]
-            return Pieces(adapted, train, window).read()
+            return BlockwiseGraph(adapted, train, window).read()
         except ConfigError:
             raise
         except ValueError as error:  # MLX's own refusal of a shape

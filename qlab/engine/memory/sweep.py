@@ -16,7 +16,8 @@ import numpy as np
 from qlab import registry
 from qlab.core.config.quant import QuantConfig, QuantPlan
 from qlab.core.config.spec import LayerSpec, ModelSpec
-from qlab.core.graph.formula import CHUNKS, Formula
+from qlab.core.graph.formula import Formula
+from qlab.core.graph.sizes import CHUNKS
 from qlab.core.memory.setup import Setup
 from qlab.core.panels.estimate import Reach, rank_stops, step_name
 from qlab.engine.memory.forecast import Forecast

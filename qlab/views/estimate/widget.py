@@ -11,8 +11,9 @@ import traitlets as T
 from qlab import registry
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.train import TrainConfig
-from qlab.core.graph.formula import CHUNKS, PHASES, Formula
+from qlab.core.graph.formula import PHASES, Formula
 from qlab.core.graph.parts import INPUTS, PARTS
+from qlab.core.graph.sizes import CHUNKS
 from qlab.core.machine import Machine
 from qlab.core.memory.estimate import MemoryEstimate
 from qlab.core.panels.estimate import Choice, EstimateState

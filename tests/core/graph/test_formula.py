@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
-from qlab.core.graph.formula import CHUNKS
-from qlab.core.graph.formula import QUANTITIES
-from qlab.core.graph.formula import chunks
-from qlab.core.graph.formula import references
-from qlab.core.graph.formula import sizes
+from qlab.core.graph.sizes import CHUNKS
+from qlab.core.graph.sizes import QUANTITIES
+from qlab.core.graph.sizes import chunks
+from qlab.core.graph.sizes import references
+from qlab.core.graph.sizes import sizes
 from qlab.core.memory.setup import Setup
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.train import TrainConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qlab.core.graph.order import order
 from qlab.core.graph.graph import Node
+from qlab.core.graph.graph import Round
 from tests.core.graph.test_graph import graph
 
 # 0 is given; 1 and 2 follow from it, 3 from both, 4 is asked for by nobody
@@ -22,7 +23,7 @@ def test_what_is_needed_comes_first_and_what_is_not_asked_for_never():
 
 def test_a_later_round_does_not_evaluate_again():
     made = graph([8] * 5, NODES, [3, 4])
-    made.rounds = [(2,), (3,), (4,), (4,)]
+    made.rounds = [Round((2,)), Round((3,)), Round((4,)), Round((4,))]
     assert order(made) == [[1], [0, 2], [3], []]
 
 

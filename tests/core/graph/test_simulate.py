@@ -7,6 +7,7 @@ from qlab.core.graph.simulate import simulate
 from qlab.core.graph.graph import Array
 from qlab.core.graph.graph import Graph
 from qlab.core.graph.graph import Node
+from qlab.core.graph.graph import Round
 from tests.core.graph.test_graph import graph
 
 SIZE = 100_000  # floats: larger than what donation lets pass
@@ -72,7 +73,7 @@ def test_a_window_bounds_what_is_in_flight():
     made = chain(40)
     peaks = []
     for window in (1, 2, 9):
-        made.rounds, made.windows = [(10,), (20,), (30,), (40,)], [window] * 4
+        made.rounds = [Round((a,), window) for a in (10, 20, 30, 40)]
         peaks.append(simulate(made, Runahead(10_000)).peak_nbytes)
     # the kept input, what came into the oldest round, and what the rounds in flight make
     assert peaks == [12 * BYTES, 22 * BYTES, 41 * BYTES]

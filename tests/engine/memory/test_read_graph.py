@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import qlab  # noqa
-from qlab.ops.matmul import routed
+from qlab.nn import low_rank
 
 import mlx.core as mx
 import pytest
@@ -75,10 +75,12 @@ def test_fused_attention_that_cannot_be_read_is_stood_in_for(monkeypatch):
 @on_mlx
 def test_the_gradient_by_the_factors_of_experts_is_stood_in_for(sorted_indices):
     x, weights, indices = mx.zeros((96, 1, 8)), mx.zeros((4, 5, 8)), mx.zeros(96, mx.int32)
-    real = routed
+    real = low_rank.routed
 
     def way_back(x, weights):
-        return mx.grad(lambda *a: routed(*a, indices, sorted_indices).sum(), [0, 1])(x, weights)
+        return mx.grad(lambda *a: low_rank.routed(*a, indices, sorted_indices).sum(), [0, 1])(
+            x, weights
+        )
 
     made = read(lambda *a: list(way_back(*a)), [x, weights])
     assert [made.arrays[a].shape for a in made.outputs] == [x.shape, weights.shape]
@@ -86,4 +88,4 @@ def test_the_gradient_by_the_factors_of_experts_is_stood_in_for(sorted_indices):
         assert (
             max(array.size for array in made.arrays.values()) <= x.size
         )  # no gradient for every row
-    assert routed is real
+    assert low_rank.routed is real

@@ -1,0 +1,180 @@
+"""The loss of a blockwise step as a graph: chunk by chunk, with its gradients.
+
+Mirrors ``BlockwiseStep._loss`` and ``_Head`` of ``engine/step/blockwise.py``; ``BlockwiseGraph``
+calls it between the blocks' forward and backward passes. Runs on the MLX thread.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from qlab.engine.memory.graph_pieces import PieceGraph, Placed
+from qlab.engine.memory.split_model import SplitModel
+from qlab.engine.step.blockwise import CHUNKS
+from qlab.engine.step.loss import nats_and_slope
+from qlab.nn.frozen import Frozen
+
+
+class LossSums(NamedTuple):
+    """What the chunks of a loss add up to.
+
+    Attributes:
+        total: summed loss, float32 ``()``.
+        cotangent: gradient by the last hidden state. ``(batch · tokens, width)`` while chunks are
+            added to it, ``(batch, tokens, width)`` at the end.
+        grads: gradients by the trained arrays outside the blocks, in the order of
+            ``trained_outside``.
+    """
+
+    total: Placed
+    cotangent: Placed
+    grads: list[Placed]
+
+    @property
+    def arrays(self) -> list[Placed]:
+        """All of them, in the order in which the step hands them over."""
+        return [self.total, self.cotangent, *self.grads]
+
+
+class LossGraph:
+    """Adds the loss of a step to its graph.
+
+    Args:
+        model: the model.
+        pieces: the graph.
+        tokens: the batch, ``(batch, length)`` integers.
+        hidden: output of the last block, ``(batch, length − 1, width)``.
+        window: blocks in flight at once.
+    """
+
+    def __init__(
+        self,
+        model: SplitModel,
+        pieces: PieceGraph,
+        tokens: Placed,
+        hidden: Placed,
+        window: int,
+    ) -> None:
+        self._model = model
+        self._pieces = pieces
+        self._tokens = tokens
+        self._hidden = hidden
+        self._window = window
+        self._dtype = hidden.like.dtype
+        self._width = hidden.like.shape[-1]
+        self._positions = hidden.like.size // self._width
+        # heads whose weight is dequantized once, for all chunks
+        self._dense_heads: list[Frozen] = []
+
+    def add(self) -> LossSums:
+        """Add the loss and return its sum and gradients."""
+        size = min(self._model.train.loss_chunk or self._positions, self._positions)
+        sums, weights = self._start()
+        # a head may be large: no block is in flight beside it
+        self._pieces.hand_over(weights, window=1)
+        for start in range(0, self._positions, size):
+            # the step pads a short last chunk a little; it is never the peak
+            count = min(size, self._positions - start)
+            sums = self._chunk(count, sums, weights)
+            is_last = start + size >= self._positions
+            self._pieces.hand_over(sums.arrays, 1 if is_last else min(self._window, CHUNKS))
+        shape = self._hidden.like.shape
+        (cotangent,) = self._pieces.add(
+            "cotangent", lambda flat: [flat.reshape(shape)], [sums.cotangent]
+        )
+        return sums._replace(cotangent=cotangent)
+
+    def _start(self) -> tuple[LossSums, list[Placed]]:
+        """Add sums of zero, and the dense weights of the heads that need one."""
+        model = self._model
+        heads = model.heads
+
+        def start(*outside: mx.array) -> list[mx.array]:
+            model.put(model.outside, outside)
+            dense = [(head, head.dense_if_needed(self._dtype)) for head in heads]
+            self._dense_heads = [head for head, weight in dense if weight is not None]
+            weights = [weight for _, weight in dense if weight is not None]
+            cotangent = mx.zeros((self._positions, self._width), self._dtype)
+            return [cotangent, mx.zeros(()), *weights]
+
+        cotangent, total, *weights = self._pieces.add("dense", start, model.outside_arrays)
+        grads = []
+        for path in model.trained_outside:
+            grads += self._zeros(path)
+        return LossSums(total, cotangent, grads), weights
+
+    def _zeros(self, path: str) -> list[Placed]:
+        like = self._model.trained[path]
+        return self._pieces.add(("zeros", path), lambda: [mx.zeros_like(like)], [])
+
+    def _chunk(self, count: int, sums: LossSums, weights: list[Placed]) -> LossSums:
+        """Add the loss of ``count`` positions and its gradients to the sums so far."""
+        # which positions they are, the step picks on the host
+        where = self._pieces.given(mx.zeros(count, mx.int32), "batch")
+        rows = self._pieces.add(
+            ("gather", count), self._gather, [self._hidden, self._tokens, where]
+        )
+        inputs = [*rows, *weights, *self._model.outside_arrays]
+        loss, slope, *grads = self._pieces.add_compiled(("chunk", count), self._slope, inputs)
+        inputs = [loss, slope, sums.total, sums.cotangent, where, *sums.grads, *grads]
+        total, cotangent, *grads = self._pieces.add(("add", count), _add, inputs)
+        return LossSums(total, cotangent, grads)
+
+    def _gather(self, hidden: mx.array, tokens: mx.array, where: mx.array) -> list[mx.array]:
+        """Rows, targets and weights of some positions.
+
+        Shapes: ``(1, n, width)``, ``(1, n)`` and ``(1, n)``.
+        """
+        counted = tokens[:, 1:].astype(mx.float32).reshape(-1)
+        return [
+            hidden.reshape(-1, self._width)[where][None],
+            tokens[:, 1:].reshape(-1)[where][None],
+            counted[where][None],
+        ]
+
+    def _slope(
+        self, rows: mx.array, targets: mx.array, share: mx.array, *arrays: mx.array
+    ) -> list[mx.array]:
+        """Loss of a chunk, its gradient by the rows, and those by what is trained outside.
+
+        Args:
+            rows: ``(1, n, width)``.
+            targets: ``(1, n)`` integers.
+            share: ``(1, n)``, weight of each position in the sum.
+            arrays: dense weights of heads, then all arrays outside the blocks.
+        """
+        model = self._model
+        count = len(self._dense_heads)
+        weights = arrays[:count]
+        outside = dict(zip(model.outside, arrays[count:], strict=True))
+
+        def logits(rows: mx.array, *trained: mx.array) -> mx.array:
+            changed = dict(zip(model.trained_outside, trained, strict=True))
+            arrays = outside | changed
+            with ExitStack() as stack:
+                model.put(arrays, list(arrays.values()))
+                for head, weight in zip(self._dense_heads, weights, strict=True):
+                    stack.enter_context(head.using_dense(weight))
+                return model.stack.after(rows)
+
+        primals = [rows, *(outside[path] for path in model.trained_outside)]
+        loss, slope = nats_and_slope(logits(*primals), targets, share)
+        _, grads = mx.vjp(lambda *arrays: [logits(*arrays)], primals, [slope])
+        return [loss, *grads]
+
+
+def _add(
+    loss: mx.array,
+    slope: mx.array,
+    total: mx.array,
+    cotangent: mx.array,
+    where: mx.array,
+    *grads: mx.array,
+) -> list[mx.array]:
+    """Add a chunk to the sums; the first half of ``grads`` are the sums, the second the chunk's."""
+    half = len(grads) // 2
+    summed = [old + new for old, new in zip(grads[:half], grads[half:], strict=True)]
+    return [total + loss, cotangent.at[where].add(slope[0]), *summed]

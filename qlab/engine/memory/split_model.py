@@ -1,0 +1,93 @@
+"""A model split into its blocks and the rest, with its arrays placed in a graph.
+
+``BlockwiseGraph`` and ``LossGraph`` share one. Runs on the MLX thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from qlab.core.config.train import TrainConfig
+from qlab.engine.memory.graph_pieces import PieceGraph, Placed
+from qlab.engine.models.blocks import BlockStack
+from qlab.engine.step.protocol import Arrays
+from qlab.nn.frozen import Frozen
+
+
+class SplitModel:
+    """A model whose blocks are read apart from what comes before and after them.
+
+    Args:
+        module: what ``attach`` returned, its arrays lazy or not; nobody else may use it.
+        train: the run's settings.
+        pieces: the graph that the model's arrays become inputs of.
+
+    Attributes:
+        stack: the blocks.
+        trained: trainable arrays by path, in the dtype in which they are trained.
+        placed: every array by path, as products take it: a factor that was cast is the cast one.
+        outside: paths of the arrays outside the blocks.
+        trained_outside: paths of those among them that are trained.
+
+    Raises:
+        UnsupportedError: the model has no list of blocks.
+    """
+
+    def __init__(self, module: nn.Module, train: TrainConfig, pieces: PieceGraph) -> None:
+        self.module = module
+        self.train = train
+        self.stack = BlockStack(module)
+        for frozen in self._frozen():
+            frozen.keep_dense()
+        self._original: Arrays = dict(tree_flatten(module.parameters()))
+        self.trained: Arrays = dict(tree_flatten(module.trainable_parameters()))
+        self.placed: dict[str, Placed] = {}
+        for path, array in self._original.items():
+            role = "adapter" if path in self.trained else "weights"
+            self.placed[path] = pieces.given(array, role)
+        prefix = f"{self.stack.path}."
+        self.outside = [path for path in self._original if not path.startswith(prefix)]
+        self.trained_outside = [path for path in self.trained if not path.startswith(prefix)]
+
+    @property
+    def outside_arrays(self) -> list[Placed]:
+        """The arrays outside the blocks, in the order of ``outside``."""
+        return [self.placed[path] for path in self.outside]
+
+    @property
+    def trains_embedding(self) -> bool:
+        """Whether a trained array is needed before the blocks, so that gradients go that far."""
+        owners: dict[str, Any] = dict(self.module.named_modules())
+        layers = [owners[path.rpartition(".")[0]] for path in self.trained_outside]
+        return any(layer.base.embeds for layer in layers)
+
+    @property
+    def heads(self) -> list[Frozen]:
+        """Frozen layers behind the blocks; the embedding where it serves as head (tied)."""
+        prefix = f"{self.stack.path}."
+        outside = [
+            layer
+            for path, layer in self.module.named_modules()
+            if isinstance(layer, Frozen) and not path.startswith(prefix)
+        ]
+        return [layer for layer in outside if not layer.embeds] or outside
+
+    def segments(self, tokens: mx.array) -> mx.array | None:
+        """What stands for the numbers of packed rows: integers like the inputs, or None."""
+        return tokens[:, 1:] if self.train.pack else None
+
+    def put(self, paths: Iterable[str], arrays: Sequence[mx.array]) -> None:
+        """Let the model compute with other arrays from now on."""
+        self.module.update(tree_unflatten(list(zip(paths, arrays, strict=True))))
+
+    def restore(self) -> None:
+        """Put back the arrays that the model had at first."""
+        self.put(self._original, list(self._original.values()))
+
+    def _frozen(self) -> list[Frozen]:
+        return [layer for layer in self.module.modules() if isinstance(layer, Frozen)]

@@ -1,0 +1,155 @@
+"""Adds the optimizer's update to the graph of a step's gradients.
+
+Mirrors what the training loop does with them (``engine/train/loop.py``): add up the batches of a
+step, ``Update.gather``, ``Update.__call__``. ``whole_step`` and ``blockwise_step`` end with it. Runs
+on the MLX thread. Computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from qlab.core.config.train import TrainConfig
+from qlab.core.graph.graph import Array, Graph
+from qlab.core.graph.unmerge import unmerged
+from qlab.engine.memory.read_graph import compiled, read
+from qlab.engine.step.protocol import Arrays, LossAndGradients
+from qlab.engine.train.update import FlatGradients, Update
+
+
+@dataclass(frozen=True)
+class SumIds:
+    """Ids of what one batch adds up to.
+
+    Attributes:
+        grads: gradients, in the order of the trained arrays.
+        loss: summed loss.
+        count: number of targets.
+    """
+
+    grads: list[int]
+    loss: int
+    count: int
+
+
+def add_update(
+    graph: Graph, train: TrainConfig, trained: Arrays, parameters: Sequence[int], sums: SumIds
+) -> None:
+    """Go on from a batch's gradients to the new parameters, which become the graph's outputs.
+
+    Args:
+        graph: of one batch.
+        train: the run's settings.
+        trained: trained arrays by path; may be lazy.
+        parameters: ids of these arrays, in that order.
+        sums: what the batch adds up to.
+    """
+    _Update(graph, train, trained).add(parameters, sums)
+
+
+class _Update:
+    def __init__(self, graph: Graph, train: TrainConfig, trained: Arrays) -> None:
+        self._graph = graph
+        self._train = train
+        self._trained = trained
+        self._update = Update(train, trained)
+        self._number = mx.array(0.0)  # stands for any single float32
+
+    def add(self, parameters: Sequence[int], sums: SumIds) -> None:
+        if self._train.grad_accumulation_steps > 1:
+            sums = self._accumulated(sums)
+        gathered, joined = self._gathered(sums)
+        handed_over = [*gathered, sums.loss, sums.count]
+        self._graph.hand_over(handed_over, window=1)
+        # the loop holds them until the new parameters are there
+        self._graph.held += handed_over
+        self._graph.outputs = self._updated(parameters, handed_over, joined)
+
+    def _accumulated(self, sums: SumIds) -> SumIds:
+        """Add a batch to the batches before it, whose sums are in memory."""
+        examples = [*self._trained.values(), self._number, self._number]
+        earlier = [self._given(example, "gradients") for example in examples]
+        half = len(examples)
+
+        def plus(*arrays: mx.array) -> list[mx.array]:
+            return [old + new for old, new in zip(arrays[:half], arrays[half:], strict=True)]
+
+        piece = unmerged(read(plus, examples * 2))
+        added = self._graph.then(piece, [*earlier, *sums.grads, sums.loss, sums.count], {})
+        *grads, loss, count = added
+        return SumIds(grads, loss, count)
+
+    def _gathered(self, sums: SumIds) -> tuple[list[int], Arrays]:
+        """Join the gradients as the optimizer takes them, and take their norm.
+
+        Returns:
+            Ids of the joined gradients and their norm; lazy arrays like the joined gradients, by
+            name.
+        """
+        grads = self._example_grads(sums)
+
+        def gather(*grads: mx.array) -> list[mx.array]:
+            gathered = self._gather(dict(zip(self._trained, grads, strict=True)))
+            return [*gathered.grads.values(), gathered.norm]
+
+        joined = self._gather(grads).grads
+        piece = compiled(read(gather, list(grads.values())))
+        return self._graph.then(piece, sums.grads, {}, "gradients"), joined
+
+    def _example_grads(self, sums: SumIds) -> Arrays:
+        """Lazy arrays like the gradients: in the parameters' dtypes, or in half as many bytes."""
+        grads = {}
+        for (path, array), a in zip(self._trained.items(), sums.grads, strict=True):
+            is_same = self._graph.arrays[a].itemsize == array.dtype.size
+            grads[path] = array.astype(array.dtype if is_same else mx.bfloat16)
+        return grads
+
+    def _gather(self, grads: Arrays) -> FlatGradients:
+        return self._update.gather(LossAndGradients(self._number, grads, self._number))
+
+    def _updated(
+        self, parameters: Sequence[int], handed_over: list[int], joined: Arrays
+    ) -> list[int]:
+        """Add the optimizer's update.
+
+        Args:
+            parameters: ids of the trained arrays.
+            handed_over: ids of joined gradients, norm, loss and count.
+            joined: lazy arrays like the joined gradients, by name.
+
+        Returns:
+            Ids of the new parameters and state, and of what the loop reports.
+        """
+        update = self._update
+        kept = update.kept(self._trained)
+        state = update.state
+
+        def run(*arrays: mx.array) -> list[mx.array]:
+            given = iter(arrays)
+            old = {name: next(given) for name in kept}
+            moments = {name: next(given) for name in state}
+            grads = {name: next(given) for name in joined}
+            norm, loss, count, rate = given
+            gathered = FlatGradients(grads, norm, loss, count)
+            new = update(update.by_path(old), moments, gathered, rate)
+            new_arrays = [*update.kept(new.parameters).values(), *new.state.values()]
+            return [*new_arrays, new.loss, new.grad_norm, new.finite]
+
+        states = [self._given(array, "optimizer") for array in state.values()]
+        if kept is self._trained:
+            current = list(parameters)
+        else:
+            # vectors whose views the trained arrays are: their bytes are there once
+            views = [Array(array.shape, 0, "adapter") for array in kept.values()]
+            current = [self._graph.add(view) for view in views]
+        rate = self._given(self._number, "batch")
+        examples = [*kept.values(), *state.values(), *joined.values(), *[self._number] * 4]
+        piece = compiled(read(run, examples))
+        inputs = [*current, *states, *handed_over, rate]
+        return self._graph.then(piece, inputs, {}, "gradients")
+
+    def _given(self, array: mx.array, role: str) -> int:
+        return self._graph.add(Array(array.shape, array.dtype.size, role))
