@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 Kind = TypeVar("Kind")
 
 _VIEWS: dict[type, Callable[[Any], str]] = {}
+_FIGURES: dict[type, Callable[[Any], Any]] = {}
+PLOTLY = "application/vnd.plotly.v1+json"
 
 
 class Displayed:
@@ -28,6 +30,35 @@ class Displayed:
     def _repr_html_(self) -> str | None:
         view = view_for(type(self))
         return None if view is None else view(self)  # None: IPython falls back to the repr
+
+
+class Charted(Displayed):
+    """Mixin of a core value that is also drawn as a plotly figure, by the function registered."""
+
+    __slots__ = ()
+
+    def figure(self) -> Any:
+        """Return the chart as a static plotly figure."""
+        return _FIGURES[type(self)](self)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        bundle: dict[str, Any] = {"text/plain": repr(self)}
+        html = self._repr_html_()
+        if html is not None:  # shown by viewers that cannot draw plotly
+            bundle["text/html"] = html
+        if type(self) in _FIGURES:
+            bundle[PLOTLY] = self.figure().to_plotly_json()
+        return bundle
+
+
+def figure_of(kind: type[Kind]) -> Callable[[Callable[[Kind], Any]], Callable[[Kind], Any]]:
+    """Register the decorated function, which returns a plotly figure, for a kind of ``Charted``."""
+
+    def register(figure: Callable[[Kind], Any]) -> Callable[[Kind], Any]:
+        _FIGURES[kind] = figure
+        return figure
+
+    return register
 
 
 def view_of(kind: type[Kind]) -> Callable[[Callable[[Kind], str]], Callable[[Kind], str]]:

@@ -15,7 +15,7 @@ from qlab.core.evaluate.text import EvalReport
 from qlab.core.panels.quantizer import PanelState
 from qlab.core.progress import Progress
 from qlab.core.quantize.allocate import overrides_within
-from qlab.core.quantize.compare import compare
+from qlab.core.quantize.compare import CompareReport, compare
 from qlab.core.quantize.report import QuantReport, report_of
 from qlab.deprecated import positional_arguments
 from qlab.engine.io.loaded import Loaded
@@ -25,7 +25,6 @@ from qlab.lab.panel import HasPanel, PanelViews
 from qlab.lab.quantizer_traits import STORAGE_TRAITS, QuantizerChoice, quant_config
 from qlab.runtime.device import machine
 from qlab.runtime.job import Latest, mlx_call
-from qlab.views.cards.compare import Comparison
 from qlab.views.quantizer.static import html, page, text_line
 from qlab.views.quantizer.widget import QuantizerPanel
 
@@ -143,13 +142,13 @@ class Quantizer(HasPanel, QuantizerChoice):
         self._jobs.run(lambda: self._predict(chosen))
         return self._report()
 
-    def compare(self) -> Comparison:
+    def compare(self) -> CompareReport:
         """Compare every scheme on the shelf: bits per weight against error.
 
         Blocks until all are sampled.
         """
         self._jobs.run(self._sample)
-        return Comparison(compare(self._spec, self._model.measurements.table))
+        return compare(self._spec, self._model.measurements.table)
 
     def allocate(self, bits_per_weight: float) -> QuantPlan:
         """Choose bits per layer for the least predicted ΔKL within a budget; set as overrides.

@@ -1,16 +1,16 @@
-"""What models made of one another are worth, side by side.
+"""``JudgeReport``: models side by side on the same rows and the same prompts.
 
-Full precision, quantized, quantized + adapter. Pure numpy.
+Such as full precision, quantized, and quantized + adapter. ``engine.evaluate.judge`` makes it,
+``t.evaluate()`` returns it, ``views.cards.judged`` draws it. Pure numpy.
 
 Every standard error treats a row as one draw, since the tokens of a row depend on one another:
-counting tokens as draws gives errors several times too small. Knows neither how a figure was
-measured nor how it is drawn.
+counting tokens as draws gives errors several times too small.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -18,11 +18,15 @@ import numpy as np
 
 from qlab.core.display import Displayed
 from qlab.core.evaluate.statistics import ratio, wilson
+from qlab.core.evaluate.text import NOTHING, with_error
 from qlab.deprecated import deprecated_name
 from qlab.errors import ConfigError, nearest
 
 COLUMNS = ("full precision", "quantized", "quantized + adapter")
 MEASURES = ("nll", "hits", "kl_nats", "flips")
+# figures of a column, and the sums in ``Scores`` that they are means of
+_MEANS = {"nll": "nll", "token_accuracy": "hits", "kl_nats": "kl_nats", "flips": "flips"}
+_LARGEST_EXPONENT = 700  # of a float64, a little less
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,11 +99,13 @@ class Column:
     @property
     def perplexity(self) -> float:
         """Exponential of ``nll``; infinite where that is too large."""
-        return math.exp(self.nll) if not self.nll > 700 else math.inf
+        if self.nll > _LARGEST_EXPONENT:
+            return math.inf
+        return math.exp(self.nll)
 
     @property
     def perplexity_se(self) -> float:
-        """Standard error of the perplexity, to first order."""
+        """Standard error of the perplexity, to first order: perplexity · ``nll_se``."""
         return self.perplexity * self.nll_se
 
     @classmethod
@@ -114,24 +120,36 @@ class Column:
             golden: score of each answer, 0 to 1.
             seconds: that it took.
         """
-        facts: dict[str, Any] = {}
+        figures: dict[str, float] = {}
         if scores is not None:
-            fields = (
-                ("nll", "nll"),
-                ("token_accuracy", "hits"),
-                ("kl_nats", "kl_nats"),
-                ("flips", "flips"),
-            )
-            for key, source in fields:
-                facts[key], facts[f"{key}_se"] = ratio(getattr(scores, source), scores.targets)
-            if scores.kl_each.size:
-                facts["kl_nats_p99"] = float(np.quantile(scores.kl_each, 0.99))
+            figures |= _row_figures(scores)
         if golden:
-            mean = float(np.mean(golden))
-            spread = float(np.std(golden))
-            facts |= {"golden_score": mean, "golden_se": spread / math.sqrt(len(golden))}
-            facts["golden_low"], facts["golden_high"] = wilson(mean, len(golden))
-        return cls(name, **facts, seconds=seconds, scores=scores)
+            figures |= _golden_figures(golden)
+        return cls(name, **figures, seconds=seconds, scores=scores)
+
+
+def _row_figures(scores: Scores) -> dict[str, float]:
+    """Means per target with their standard errors, by the names of ``Column``'s attributes."""
+    figures: dict[str, float] = {}
+    for name, source in _MEANS.items():
+        mean, error = ratio(getattr(scores, source), scores.targets)
+        figures[name] = mean
+        figures[f"{name}_se"] = error
+    if scores.kl_each.size:
+        figures["kl_nats_p99"] = float(np.quantile(scores.kl_each, 0.99))
+    return figures
+
+
+def _golden_figures(golden: Sequence[float]) -> dict[str, float]:
+    """Mean score with its error √(variance/n) and Wilson's interval."""
+    mean = float(np.mean(golden))
+    low, high = wilson(mean, len(golden))
+    return {
+        "golden_score": mean,
+        "golden_se": float(np.std(golden)) / math.sqrt(len(golden)),
+        "golden_low": low,
+        "golden_high": high,
+    }
 
 
 @dataclass(frozen=True)
@@ -156,17 +174,24 @@ class Sample:
 class JudgeReport(Displayed):
     """Models side by side, on the same rows and the same prompts.
 
+    Example::
+
+        report = trainer.evaluate(prompts=["Who are you?"])
+        report["quantized + adapter"].perplexity
+        report.change("nll", "quantized + adapter", "quantized")     # (difference, its error)
+        report.to_pandas()
+
     Attributes:
         columns: the models; the unquantized one first, if there is one.
         samples: answers to prompts.
         rows: rows with at least one target.
         targets: tokens that count.
-        teacher: how the unquantized model's predictions were kept: ``exact``, or in words what was
-            left out; empty without an unquantized model.
-        floor_nats: what the kept predictions cannot tell, 0 if exact: KL of the unquantized model
-            to what was kept of it, its tail spread evenly. A KL from kept predictions is a lower
-            bound; it is short by less than this wherever a model's tail is no worse than an even
-            one.
+        teacher: how the unquantized model's predictions were stored: ``exact``, or in words what
+            was left out; empty without an unquantized model.
+        floor_nats: what the stored predictions cannot tell, 0 if exact: KL of the unquantized model
+            to what was stored of it, its tail spread evenly. A KL from stored predictions is a
+            lower bound; it is short by less than this wherever a model's tail is no worse than an
+            even one.
         seconds: of everything.
         notes: what else to know.
     """
@@ -186,19 +211,19 @@ class JudgeReport(Displayed):
         Raises:
             ConfigError: there is none of that name.
         """
-        found = {column.name: column for column in self.columns}
-        if name not in found:
+        by_name = {column.name: column for column in self.columns}
+        if name not in by_name:
             raise ConfigError(
-                f"There is no column {name!r}; there are {', '.join(found)}.{nearest(name, found)}"
+                f"There is no column {name!r}; there are {', '.join(by_name)}."
+                f"{nearest(name, by_name)}"
             )
-        return found[name]
+        return by_name[name]
 
     def change(self, measure: str, of: str, against: str) -> tuple[float, float]:
-        """Return by how much one column differs from another per target, and the standard error of
-        the difference.
+        """Return by how much one column differs from another per target, and the error of that.
 
-        Both saw the same rows, so rows are compared in pairs: this error is far smaller than those
-        of the two columns.
+        Both saw the same rows, so rows are compared in pairs: this standard error is far smaller
+        than those of the two columns.
 
         Args:
             measure: ``nll``, ``hits`` (token accuracy), ``kl_nats`` or ``flips``.
@@ -210,7 +235,8 @@ class JudgeReport(Displayed):
         """
         if measure not in MEASURES:
             raise ConfigError(
-                f"Unknown measure {measure!r}; choose one of {', '.join(MEASURES)}.{nearest(measure, MEASURES)}"
+                f"Unknown measure {measure!r}; choose one of {', '.join(MEASURES)}."
+                f"{nearest(measure, MEASURES)}"
             )
         a = self[of].scores
         b = self[against].scores
@@ -223,23 +249,25 @@ class JudgeReport(Displayed):
         """What changed from each column to the next, as sentences."""
         if not self.rows:
             return ()
-        found = []
-        for before, after in zip(self.columns, self.columns[1:], strict=False):
-            by, error = self.change("nll", after.name, before.name)
-            word = "more" if by > 0 else "less"
-            sure = math.isnan(error) or abs(by) > 2 * error
-            text = f"{after.name}: {abs(by):.3g} ± {error:.2g} nats per target {word} than {before.name}"
-            found.append(text + ("." if sure else ", which is within the error."))
-        return tuple(found)
+        pairs = zip(self.columns, self.columns[1:], strict=False)
+        return tuple(self._change_in_words(before.name, after.name) for before, after in pairs)
+
+    def _change_in_words(self, before: str, after: str) -> str:
+        difference, error = self.change("nll", after, before)
+        direction = "higher" if difference > 0 else "lower"
+        amount = f"{abs(difference):.3g} ± {error:.2g}"
+        sentence = f"{after}: loss (nats/token) {direction} by {amount} than {before}"
+        is_clear = math.isnan(error) or abs(difference) > 2 * error
+        return sentence + ("." if is_clear else ", which is within the error.")
 
     def to_pandas(self) -> Any:
-        """Return a data frame, a row a column of the card."""
+        """Return a data frame, a row a model; its columns are the attributes of ``Column``."""
         import pandas as pd
 
         names = [f.name for f in fields(Column) if f.name != "scores"]
         rows = [
-            {name: getattr(c, name) for name in names} | {"perplexity": c.perplexity}
-            for c in self.columns
+            {name: getattr(column, name) for name in names} | {"perplexity": column.perplexity}
+            for column in self.columns
         ]
         return pd.DataFrame(rows).set_index("name")
 
@@ -248,37 +276,40 @@ class JudgeReport(Displayed):
 
         Lines without a figure are left out.
         """
-        return tuple(
-            (title, *(cell(c) for c in self.columns))
-            for title, cell in _LINES
-            if any(cell(column) != _NOTHING for column in self.columns)
-        )
+        lines = []
+        for title, cell in _LINES.items():
+            cells = [cell(column) for column in self.columns]
+            if any(text != NOTHING for text in cells):
+                lines.append((title, *cells))
+        return tuple(lines)
 
-    def __repr__(self) -> str:
-        lines = [("", *(c.name for c in self.columns)), *self.table()]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        text = [
-            "  ".join(
-                c.ljust(w) if n == 0 else c.rjust(w)
-                for n, (c, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        ]
+    def small_print(self) -> tuple[str, ...]:
+        """Return what the figures rest on, as sentences."""
+        lines = []
         if self.rows:
-            text.append(
-                f"{self.targets} target tokens in {self.rows} rows; ± is one standard error, a row being one draw."
+            lines.append(
+                f"{self.targets} target tokens in {self.rows} rows; "
+                "± is one standard error, a row being one draw."
             )
         if self.teacher:
-            text.append(
-                f"Predictions at full precision: {self.teacher}; floor of the KL {self.floor_nats:.2g} nats."
+            lines.append(
+                f"Predictions at full precision: {self.teacher}; "
+                f"floor of the KL {self.floor_nats:.2g} nats."
             )
-        answers = [self._answers(sample) for sample in self.samples]
-        return "\n".join([*text, *self.verdict, *self.notes, *answers])
+        return tuple(lines)
 
-    def _answers(self, sample: Sample) -> str:
-        names = (column.name for column in self.columns)
-        texts = zip(names, sample.texts, strict=False)
-        answers = [f"  {name}: {text}" for name, text in texts]
+    def __repr__(self) -> str:
+        header = ("", *(column.name for column in self.columns))
+        table = _aligned([header, *self.table()])
+        answers = [self._answers_in_words(sample) for sample in self.samples]
+        lines = [*table, *self.small_print(), *self.verdict, *self.notes, *answers]
+        return "\n".join(lines)
+
+    def _answers_in_words(self, sample: Sample) -> str:
+        answers = [
+            f"  {column.name}: {text}"
+            for column, text in zip(self.columns, sample.texts, strict=False)
+        ]
         return "\n".join([f"\n> {sample.prompt}", *answers])
 
     @property
@@ -288,33 +319,29 @@ class JudgeReport(Displayed):
         return self
 
 
-_NOTHING = "–"
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Pad cells so that columns stand under one another: the first to the left, others right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = []
+    for first, *others in lines:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        aligned.append("  ".join(cells))
+    return aligned
 
 
-def _with_error(value: float, error: float, form: str) -> str:
-    if math.isnan(value):
-        return _NOTHING
-    text = format(value, form)
-    return (
-        text
-        if math.isnan(error) or not error
-        else f"{text} ± {error:.1%}"
-        if "%" in form
-        else f"{text} ± {error:.2g}"
-    )
-
-
-def _golden(column: Column) -> str:
+def _golden_cell(column: Column) -> str:
     if math.isnan(column.golden_score):
-        return _NOTHING
+        return NOTHING
     return f"{column.golden_score:.1%} ({column.golden_low:.0%} to {column.golden_high:.0%})"
 
 
-_LINES = (
-    ("perplexity", lambda c: _with_error(c.perplexity, c.perplexity_se, ".4g")),
-    ("token accuracy", lambda c: _with_error(c.token_accuracy, c.token_accuracy_se, ".1%")),
-    ("KL to full precision, nats", lambda c: _with_error(c.kl_nats, c.kl_nats_se, ".3g")),
-    ("KL, 99th percentile", lambda c: _with_error(c.kl_nats_p99, math.nan, ".3g")),
-    ("top-token flips", lambda c: _with_error(c.flips, c.flips_se, ".1%")),
-    ("golden set (95 %)", _golden),
-)
+# Lines of the table: title, and how a column's cell is written.
+_LINES: dict[str, Callable[[Column], str]] = {
+    "perplexity": lambda c: with_error(c.perplexity, c.perplexity_se, ".4g"),
+    "token accuracy": lambda c: with_error(c.token_accuracy, c.token_accuracy_se, ".1%"),
+    "KL to full precision, nats": lambda c: with_error(c.kl_nats, c.kl_nats_se, ".3g"),
+    "KL, 99th percentile": lambda c: with_error(c.kl_nats_p99, math.nan, ".3g"),
+    "top-token flips": lambda c: with_error(c.flips, c.flips_se, ".1%"),
+    "golden set (95 %)": _golden_cell,
+}

@@ -1,4 +1,4 @@
-"""Ratios and intervals of shares, with their errors."""
+"""Means per token and shares of right answers, with their errors and intervals."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _Z = 1.959963984540054  # 95 % of a normal distribution lie within so many stand
 def ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     """Return a mean per token and its standard error, rows being the draws.
 
-    The error of a ratio of sums over clusters, linearized (Cochran 1977, Sampling Techniques,
-    section 6.3, without the finite population; the clustered error of Miller 2024,
-    arXiv:2411.00640, section 2.2).
+    The error of a ratio of sums over clusters, linearized: √(R/(R−1)·Σ(s − mean·c)²) / Σc for R
+    rows with sums s and counts c (Cochran 1977, Sampling Techniques, section 6.3, without the
+    finite population; the clustered error of Miller 2024, arXiv:2411.00640, section 2.2).
 
     Args:
         sums: by row, ``(R,)``.
@@ -24,24 +24,31 @@ def ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
         Mean and error; the error is NaN for fewer than two rows.
     """
     total = counts.sum()
+    if not total:
+        return math.nan, math.nan
+    mean = float(sums.sum() / total)
     rows = len(counts)
-    mean = float(sums.sum() / total) if total else math.nan
     if rows < 2 or math.isnan(mean):
         return mean, math.nan
-    return mean, float(math.sqrt(rows / (rows - 1) * np.square(sums - mean * counts).sum()) / total)
+    squares = np.square(sums - mean * counts).sum()
+    return mean, float(math.sqrt(rows / (rows - 1) * squares) / total)
 
 
 def wilson(score: float, count: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share (Wilson 1927).
+    """Return Wilson's 95 % interval of a share.
 
-    For scores between 0 and 1 it is wide enough.
+    Unlike mean ± 2 errors it says something where all answers are right, or none. For scores
+    between 0 and 1 it is wide enough. Source: Wilson 1927, J. Am. Stat. Assoc. 22, with p the share
+    of n answers and z = 1.96: (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n).
 
-    Unlike mean ± 2 errors it says something where all answers are right, or none.
+    Args:
+        score: the share, 0 to 1.
+        count: answers.
     """
     if not count:
         return math.nan, math.nan
-    middle = (score + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
-    half = (
-        _Z * math.sqrt(score * (1 - score) / count + _Z**2 / (4 * count**2)) / (1 + _Z**2 / count)
-    )
+    scale = 1 + _Z**2 / count
+    middle = (score + _Z**2 / (2 * count)) / scale
+    variance = score * (1 - score) / count + _Z**2 / (4 * count**2)
+    half = _Z * math.sqrt(variance) / scale
     return max(middle - half, 0.0), min(middle + half, 1.0)

@@ -1,21 +1,26 @@
-"""Every scheme against every other.
+"""Every scheme against every other: bits per weight against error, and which are worth having.
 
-Bits per weight against error, and which of them are worth having. Pure arithmetic.
+``q.compare()`` returns the report, ``views.cards.compare`` draws it. Pure arithmetic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from qlab.core.config.quant import QuantConfig
 from qlab.core.config.spec import ModelSpec
+from qlab.core.display import Charted
 from qlab.core.quantize.table import ErrorTable
 
+BY_KL = "predicted ΔKL, nats/token"
+BY_ERROR = "relative weight error"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class SchemePoint:
     """One config used for the whole model.
 
@@ -38,8 +43,14 @@ class SchemePoint:
 
 
 @dataclass(frozen=True)
-class CompareReport:
-    """All configs on the shelf for one model.
+class CompareReport(Charted):
+    """All configs on the shelf for one model; as the last line of a cell, a chart and a table.
+
+    Example::
+
+        report = q.compare()
+        [point.config.label for point in report.front]
+        report.figure()                      # the chart alone, a plotly figure
 
     Attributes:
         model: name of the model.
@@ -60,12 +71,21 @@ class CompareReport:
         """Return a data frame, a row a config."""
         import pandas as pd
 
-        return pd.DataFrame(
-            [{**asdict(p), "config": p.config.label} for p in self.points]
-        ).set_index("config")
+        rows = [asdict(point) | {"config": point.config.label} for point in self.points]
+        return pd.DataFrame(rows).set_index("config")
 
     def __repr__(self) -> str:
-        return f"CompareReport({self.model!r}, {len(self.points)} schemes, {len(self.front)} on the front, {self.measure})"
+        counts = f"{len(self.points)} schemes, {len(self.front)} on the front"
+        return f"CompareReport({self.model!r}, {counts}, {self.measure})"
+
+
+class _Measured(NamedTuple):
+    """Size and error of one config."""
+
+    config: QuantConfig
+    nbytes: int
+    error: float
+    skipped: int
 
 
 def compare(spec: ModelSpec, table: ErrorTable) -> CompareReport:
@@ -79,41 +99,47 @@ def compare(spec: ModelSpec, table: ErrorTable) -> CompareReport:
         spec: the model.
         table: its errors.
     """
-    kl = table.measure("kl_nats")
-    relative = table.measure("relative_error")
-    predicted = bool(np.isfinite(kl).any())
-    sizes = np.array([layer.size for layer in spec.layers], np.float64)
-    found = []
+    is_predicted = bool(np.isfinite(table.measure("kl_nats")).any())
+    measured: list[_Measured] = []
     for row, config in enumerate(table.configs):
-        legal = table.legal[row]
-        known = np.isfinite((kl if predicted else relative)[row]) & legal
-        if not known.any():
-            continue
-        error = (
-            kl[row, known].sum()
-            if predicted
-            else np.sqrt((sizes * relative[row] ** 2)[known].sum() / sizes.sum())
-        )
-        found.append(
-            (
-                config,
-                int(table.nbytes[row].sum()) + spec.other_nbytes,
-                float(error),
-                int((~legal).sum()),
-            )
-        )
-    found.sort(key=lambda item: (item[1], item[2]))
+        error = _model_error(spec, table, row, is_predicted)
+        if error is not None:
+            nbytes = int(table.nbytes[row].sum()) + spec.other_nbytes
+            skipped = int((~table.legal[row]).sum())
+            measured.append(_Measured(config, nbytes, error, skipped))
+    measured.sort(key=lambda item: (item.nbytes, item.error))
     points = tuple(
         SchemePoint(
-            config, 8 * nbytes / spec.size, nbytes, error, _dominator(found, nbytes, error), skipped
+            config=item.config,
+            bits_per_weight=8 * item.nbytes / spec.size,
+            nbytes=item.nbytes,
+            error=item.error,
+            dominated_by=_dominator(measured, item),
+            skipped_layers=item.skipped,
         )
-        for config, nbytes, error, skipped in found
+        for item in measured
     )
-    return CompareReport(
-        spec.name, "predicted ΔKL, nats/token" if predicted else "relative weight error", points
-    )
+    return CompareReport(spec.name, BY_KL if is_predicted else BY_ERROR, points)
 
 
-def _dominator(found: list[tuple], nbytes: int, error: float) -> str:
-    better = [c for c, n, e, _ in found if n <= nbytes and e <= error and (n < nbytes or e < error)]
-    return better[0].label if better else ""
+def _model_error(spec: ModelSpec, table: ErrorTable, row: int, is_predicted: bool) -> float | None:
+    """Error of a config over all layers that it can store; None if none of them is measured."""
+    errors = table.measure("kl_nats" if is_predicted else "relative_error")[row]
+    known = np.isfinite(errors) & table.legal[row]
+    if not known.any():
+        return None
+    if is_predicted:
+        return float(errors[known].sum())
+    sizes = np.array([layer.size for layer in spec.layers], np.float64)
+    squares = sizes * errors**2
+    return float(np.sqrt(squares[known].sum() / sizes.sum()))
+
+
+def _dominator(measured: Sequence[_Measured], item: _Measured) -> str:
+    """Label of the first config that is no larger and no worse than an item, and better in one."""
+    for other in measured:
+        no_worse = other.nbytes <= item.nbytes and other.error <= item.error
+        better = other.nbytes < item.nbytes or other.error < item.error
+        if no_worse and better:
+            return other.config.label
+    return ""

@@ -1,6 +1,6 @@
-"""What was measured, as frozen values that can be read, compared and turned into data frames.
+"""``QuantReport``: what a plan does to a model, layer by layer, read out of an error table.
 
-Knows neither how it was measured nor how it is drawn.
+``q.report`` and ``q.measure()`` return it, ``views.quantizer.report`` draws it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from qlab.core.config.legal import check_whole
 from qlab.core.config.quant import QuantConfig, QuantPlan
 from qlab.core.config.spec import LayerSpec, ModelSpec
 from qlab.core.display import Displayed
 from qlab.core.quantize.sampling import sqnr_db
-from qlab.core.quantize.table import ErrorTable
+from qlab.core.quantize.table import MEASURES, ErrorTable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerError:
     """What a storage config does to one layer.
 
@@ -53,9 +54,16 @@ class LayerError:
         return float(sqnr_db(self.relative_error))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantReport(Displayed):
     """What a plan does to a model, layer by layer.
+
+    Example::
+
+        report = q.report
+        report.bits_per_weight, report.kl_nats
+        [layer.path for layer in report.worst(3)]
+        report.to_pandas()
 
     Attributes:
         plan: the storage of every layer.
@@ -81,44 +89,56 @@ class QuantReport(Displayed):
     @property
     def kl_nats(self) -> float:
         """Predicted ΔKL of the whole plan: the sum over layers; NaN before a calibration."""
-        known = [x.kl_nats for x in self.layers if x.depth != "kept"]
-        return math.fsum(known) if known else 0.0
+        return math.fsum(layer.kl_nats for layer in self._quantized)
 
     @property
     def skipped(self) -> tuple[LayerError, ...]:
         """Layers that the plan would quantize but cannot, with the reason in ``note``."""
-        return tuple(x for x in self.layers if x.note)
+        return tuple(layer for layer in self.layers if layer.note)
+
+    @property
+    def _quantized(self) -> list[LayerError]:
+        return [layer for layer in self.layers if layer.depth != "kept"]
 
     def worst(self, count: int = 5) -> tuple[LayerError, ...]:
-        """Return the layers that cost most.
+        """Return the layers that cost most, the worst first.
 
         By predicted ΔKL once it is known, by relative error until then.
+
+        Args:
+            count: layers at most.
+
+        Raises:
+            ConfigError: ``count`` is no whole number.
         """
-        measured = [x for x in self.layers if x.depth != "kept"]
-        by_kl = any(not math.isnan(x.kl_nats) for x in measured)
-        cost = [(x.kl_nats if by_kl else x.relative_error) for x in measured]
-        order = np.argsort([-math.inf if math.isnan(c) else c for c in cost])[::-1]
-        return tuple(measured[i] for i in order[:count])
+        check_whole("count", count, 0)
+        layers = self._quantized
+        by_kl = any(not math.isnan(layer.kl_nats) for layer in layers)
+        costs = [layer.kl_nats if by_kl else layer.relative_error for layer in layers]
+        order = np.argsort([-math.inf if math.isnan(cost) else cost for cost in costs])
+        return tuple(layers[i] for i in order[::-1][:count])
 
     def to_pandas(self) -> Any:
         """Return a data frame, a row a layer; sizes in bytes, ΔKL in nats per token, SQNR in dB."""
         import pandas as pd
 
-        rows = [
-            {
-                **asdict(x),
-                "config": x.config.label if x.config else "kept",
-                "sqnr_db": x.sqnr_db,
-            }
-            for x in self.layers
-        ]
+        rows = []
+        for layer in self.layers:
+            label = layer.config.label if layer.config else "kept"
+            rows.append(asdict(layer) | {"config": label, "sqnr_db": layer.sqnr_db})
         return pd.DataFrame(rows).set_index("path")
 
     def __repr__(self) -> str:
-        text = f"QuantReport({self.plan.default.label}, {self.bits_per_weight:.2f} bits/weight, {self.nbytes / 1e9:.3f} GB"
+        facts = [
+            self.plan.default.label,
+            f"{self.bits_per_weight:.2f} bits/weight",
+            f"{self.nbytes / 1e9:.3f} GB",
+            f"{len(self.layers)} layers",
+            f"{len(self.skipped)} skipped",
+        ]
         if not math.isnan(self.kl_nats):
-            text += f", predicted ΔKL {self.kl_nats:.3g} nats/token"
-        return text + f", {len(self.layers)} layers, {len(self.skipped)} skipped)"
+            facts.insert(3, f"predicted ΔKL {self.kl_nats:.3g} nats/token")
+        return f"QuantReport({', '.join(facts)})"
 
 
 def report_of(
@@ -126,14 +146,28 @@ def report_of(
 ) -> QuantReport:
     """Read a plan out of an error table.
 
+    Args:
+        spec: the model.
+        table: its errors.
+        plan: the storage.
+        calibration: what text the predicted ΔKL comes from; empty if none.
+
     Raises:
         LayerNotFoundError: an override names no layer.
     """
     for path in plan.overrides:
         _ = spec[path]
-    layers = tuple(_layer_error(table, i, layer, plan) for i, layer in enumerate(spec.layers))
-    nbytes = sum(x.nbytes for x in layers) + spec.other_nbytes
-    return QuantReport(plan, layers, nbytes, spec.nbytes, spec.size, calibration)
+    layers = tuple(
+        _layer_error(table, column, layer, plan) for column, layer in enumerate(spec.layers)
+    )
+    return QuantReport(
+        plan=plan,
+        layers=layers,
+        nbytes=sum(layer.nbytes for layer in layers) + spec.other_nbytes,
+        nbytes_before=spec.nbytes,
+        size=spec.size,
+        calibration=calibration,
+    )
 
 
 def _layer_error(table: ErrorTable, column: int, layer: LayerSpec, plan: QuantPlan) -> LayerError:
@@ -142,11 +176,33 @@ def _layer_error(table: ErrorTable, column: int, layer: LayerSpec, plan: QuantPl
     refusal = layer.refusal(config) if config else None
     if config is None or refusal:
         return LayerError(
-            layer.path, None, 0.0, 0.0, "kept", 0.0, 0.0, kurtosis, layer.nbytes, refusal or ""
+            path=layer.path,
+            config=None,
+            relative_error=0.0,
+            relative_error_se=0.0,
+            depth="kept",
+            max_abs_error=0.0,
+            kl_nats=0.0,
+            kurtosis=kurtosis,
+            nbytes=layer.nbytes,
+            note=refusal or "",
         )
     row = table.row(config)
-    value, se, largest, kl, _ = (float(x) for x in table.values[:, row, column])
-    depth = "exact" if table.exact[row, column] else "unknown" if math.isnan(value) else "sampled"
+    cell = {name: float(table.measure(name)[row, column]) for name in MEASURES}
     return LayerError(
-        layer.path, config, value, se, depth, largest, kl, kurtosis, int(table.nbytes[row, column])
+        path=layer.path,
+        config=config,
+        relative_error=cell["relative_error"],
+        relative_error_se=cell["relative_error_se"],
+        depth=_depth(cell["relative_error"], bool(table.exact[row, column])),
+        max_abs_error=cell["max_abs_error"],
+        kl_nats=cell["kl_nats"],
+        kurtosis=kurtosis,
+        nbytes=int(table.nbytes[row, column]),
     )
+
+
+def _depth(error: float, is_exact: bool) -> str:
+    if is_exact:
+        return "exact"
+    return "unknown" if math.isnan(error) else "sampled"

@@ -1,108 +1,62 @@
-"""Draws the comparison of schemes: a chart and a table. Sees a report, never a model."""
+"""Draws the comparison of schemes: a chart and a table.
+
+Registers the view and the figure of ``CompareReport``; sees a report, never a model. The SVG picture
+in the table's HTML is for viewers that cannot draw plotly.
+"""
 
 from __future__ import annotations
 
 import base64
-import html as _html
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from html import escape
 from typing import Any
 
-from qlab.core.display import size_text, wide
+from qlab.core.config.quant import QuantConfig
+from qlab.core.display import figure_of, size_text, view_of
 from qlab.core.quantize.compare import CompareReport, SchemePoint
+from qlab.views.shared.markup import scrollable
+
+_COLOUR = "#4c78a8"
+_SYMBOLS = (
+    "circle",
+    "square",
+    "diamond",
+    "cross",
+    "x",
+    "triangle-up",
+    "triangle-down",
+    "star",
+    "hexagon",
+)
+_HEAD = ("scheme", "bits/weight", "size")
+_TAIL = ("dominated by", "layers left out")
+_LABEL_WIDTH = 48  # pixels between labels that must not lie on each other
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A comparison as a cell shows it: a chart and a table.
-
-    Attributes:
-        report: the figures.
-    """
-
-    report: CompareReport
-
-    @property
-    def points(self) -> tuple[SchemePoint, ...]:
-        """All configs, smallest first."""
-        return self.report.points
-
-    @property
-    def front(self) -> tuple[SchemePoint, ...]:
-        """The configs that no other dominates, smallest first."""
-        return self.report.front
-
-    def to_pandas(self) -> Any:
-        """Return a data frame, a row a config."""
-        return self.report.to_pandas()
-
-    def figure(self) -> Any:
-        """Return the chart as a static plotly figure."""
-        return figure(self.report)
-
-    def __repr__(self) -> str:
-        return repr(self.report)
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        # viewers that cannot draw plotly show the table with a picture
-        return {
-            "application/vnd.plotly.v1+json": self.figure().to_plotly_json(),
-            "text/html": html(self.report),
-            "text/plain": repr(self),
-        }
-
-
+@figure_of(CompareReport)
 def figure(report: CompareReport) -> Any:
-    """Return a static plotly figure.
-
-    Bits per weight against error, the Pareto front as a line, the rest paler.
-    """
+    """Return a static plotly figure: the Pareto front as a line, dominated configs paler."""
     import plotly.graph_objects as go
 
-    def trace(points: list[SchemePoint], **style: Any) -> Any:
-        text = [
-            f"{p.config.label}<br>{p.bits_per_weight:.2f} bits/weight, {size_text(p.nbytes)}<br>{p.error:.4g}"
-            + (f"<br>dominated by {p.dominated_by}" if p.dominated_by else "")
-            for p in points
-        ]
-        xs = [p.bits_per_weight for p in points]
-        ys = [p.error for p in points]
-        return go.Scatter(x=xs, y=ys, hovertext=text, hoverinfo="text", **style)
-
-    made = go.Figure()
-    modes = list(dict.fromkeys(p.config.mode for p in report.points))
-    symbols = (
-        "circle",
-        "square",
-        "diamond",
-        "cross",
-        "x",
-        "triangle-up",
-        "triangle-down",
-        "star",
-        "hexagon",
-    )
+    chart = go.Figure()
+    modes = dict.fromkeys(point.config.mode for point in report.points)
     for n, mode in enumerate(modes):
-        points = [p for p in report.points if p.config.mode == mode]
-        opacity = [0.35 if p.dominated_by else 1.0 for p in points]
-        marker = {"symbol": symbols[n % len(symbols)], "size": 9, "opacity": opacity}
-        made.add_trace(trace(points, mode="markers", name=mode, marker=marker))
-    front = list(report.front)
-    labels = [
-        f"{p.config.bits}b g{p.config.group_size}" if p.config.mode == "affine" else p.config.mode
-        for p in front
-    ]
-    made.add_trace(
-        trace(
-            front,
+        points = [point for point in report.points if point.config.mode == mode]
+        opacity = [0.35 if point.dominated_by else 1.0 for point in points]
+        marker = {"symbol": _SYMBOLS[n % len(_SYMBOLS)], "size": 9, "opacity": opacity}
+        chart.add_trace(_trace(points, mode="markers", name=mode, marker=marker))
+    chart.add_trace(
+        _trace(
+            report.front,
             mode="lines+text",
             name="Pareto front",
-            text=labels,
+            text=[_short_label(point.config) for point in report.front],
             textposition="top right",
             line={"color": "gray", "width": 1.5},
         )
     )
-    made.update_layout(
+    chart.update_layout(
         title=f"{report.model}: every scheme on the shelf",
         xaxis_title="bits per weight, whole model",
         yaxis_title=report.measure,
@@ -111,92 +65,159 @@ def figure(report: CompareReport) -> Any:
         width=820,
         height=480,
     )
-    return made
+    return chart
 
 
+def _trace(points: Sequence[SchemePoint], **style: Any) -> Any:
+    import plotly.graph_objects as go
+
+    return go.Scatter(
+        x=[point.bits_per_weight for point in points],
+        y=[point.error for point in points],
+        hovertext=[_hover_text(point) for point in points],
+        hoverinfo="text",
+        **style,
+    )
+
+
+def _hover_text(point: SchemePoint) -> str:
+    lines = [
+        point.config.label,
+        f"{point.bits_per_weight:.2f} bits/weight, {size_text(point.nbytes)}",
+        f"{point.error:.4g}",
+    ]
+    if point.dominated_by:
+        lines.append(f"dominated by {point.dominated_by}")
+    return "<br>".join(lines)
+
+
+def _short_label(config: QuantConfig) -> str:
+    """A label that fits into a chart, such as ``4b g64``."""
+    if config.mode == "affine":
+        return f"{config.bits}b g{config.group_size}"
+    return config.mode
+
+
+@view_of(CompareReport)
 def html(report: CompareReport) -> str:
-    """Return a table, the smallest first.
+    """Return a picture and a table, the smallest config first.
 
-    Schemes on the front are bold, others name what dominates them.
+    Configs on the front are bold, others name what dominates them.
     """
-    rows = "".join(_row(point) for point in report.points)
     picture = base64.b64encode(svg(report).encode()).decode()
-    table = (
-        f"<table><thead><tr><th>scheme</th><th>bits/weight</th><th>size</th><th>{_html.escape(report.measure)}</th>"
-        f"<th>dominated by</th><th>layers left out</th></tr></thead><tbody>{rows}</tbody></table>"
+    title = escape(f"bits per weight against {report.measure}")
+    image = f'<img alt="{title}" src="data:image/svg+xml;base64,{picture}"/>'
+    counts = f"{len(report.front)} of {len(report.points)} schemes are worth having"
+    sentence = (
+        f"<p><b>{escape(report.model)}</b>: {counts}; "
+        "the others are no smaller and no better than one of them.</p>"
     )
-    return (
-        f'<img alt="bits per weight against {_html.escape(report.measure)}" src="data:image/svg+xml;base64,{picture}"/>'
-        f"<p><b>{_html.escape(report.model)}</b>: {len(report.front)} of {len(report.points)} schemes are worth having; the "
-        f"others are no smaller and no better than one of them.</p>{wide(table)}"
-    )
+    head = _cells("th", [*_HEAD, escape(report.measure), *_TAIL])
+    rows = "".join(_row(point) for point in report.points)
+    table = f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+    return f"{image}{sentence}{scrollable(table)}"
 
 
 def _row(point: SchemePoint) -> str:
-    name = _html.escape(point.config.label)
+    name = escape(point.config.label)
     cells = [
         name if point.dominated_by else f"<b>{name}</b>",
         f"{point.bits_per_weight:.2f}",
         size_text(point.nbytes),
         f"{point.error:.4g}",
-        _html.escape(point.dominated_by) or "on the front",
+        escape(point.dominated_by) or "on the front",
         str(point.skipped_layers or ""),
     ]
-    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    return _cells("td", cells)
+
+
+def _cells(tag: str, cells: Sequence[str]) -> str:
+    inner = "".join(f"<{tag}>{cell}</{tag}>" for cell in cells)
+    return f"<tr>{inner}</tr>"
+
+
+class _Axes:
+    """Places of a chart of log error against bits per weight, in pixels."""
+
+    left = 60
+    right = 70
+    top = 20
+    bottom = 40
+
+    def __init__(self, points: Sequence[SchemePoint], width: int, height: int) -> None:
+        bits = [point.bits_per_weight for point in points]
+        logs = [math.log10(point.error) for point in points]
+        self.width = width
+        self.height = height
+        self.first_bits = min(bits)
+        self.last_bits = max(bits)
+        self.low = math.floor(min(logs))
+        self.high = math.ceil(max(logs))
+
+    def x(self, bits: float) -> float:
+        span = self.last_bits - self.first_bits or 1
+        share = (bits - self.first_bits) / span
+        return self.left + share * (self.width - self.left - self.right)
+
+    def y(self, log_error: float) -> float:
+        share = (self.high - log_error) / (self.high - self.low or 1)
+        return self.top + share * (self.height - self.top - self.bottom)
+
+    def place(self, point: SchemePoint) -> tuple[float, float]:
+        return self.x(point.bits_per_weight), self.y(math.log10(point.error))
 
 
 def svg(report: CompareReport, width: int = 720, height: int = 380) -> str:
     """Return the chart as an SVG picture.
 
-    Log error against bits per weight, the front joined, the rest hollow.
+    Log error against bits per weight, the front joined, dominated configs hollow.
     """
-    left = 60
-    bottom = 40
-    top = 20
-    known = [p for p in report.points if p.error > 0]
-    xs = [p.bits_per_weight for p in known]
-    ys = [math.log10(p.error) for p in known]
-    low = math.floor(min(ys))
-    high = math.ceil(max(ys))
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = (x - min(xs)) / (max(xs) - min(xs) or 1)
-        return left + across * (width - left - 70), top + (high - y) / (high - low or 1) * (
-            height - top - bottom
-        )
-
-    parts = [f'<rect width="{width}" height="{height}" fill="#fff"/>']
-    for decade in range(low, high + 1):
-        _, y = at(min(xs), decade)
-        parts.append(
-            f'<path d="M{left} {y:.1f}H{width - 10}" stroke="#ddd"/><text x="8" y="{y + 4:.1f}">1e{decade}</text>'
-        )
-    for bits in range(math.ceil(min(xs)), math.floor(max(xs)) + 1):
-        parts.append(
-            f'<text x="{at(bits, low)[0]:.1f}" y="{height - 22}" text-anchor="middle">{bits}</text>'
-        )
-    joined = " ".join(
-        "{:.1f},{:.1f}".format(*at(p.bits_per_weight, math.log10(p.error)))
-        for p in report.front
-        if p.error > 0
+    points = [point for point in report.points if point.error > 0]
+    axes = _Axes(points, width, height)
+    parts = [
+        f'<rect width="{width}" height="{height}" fill="#fff"/>',
+        *_grid(axes),
+        _front_line(report, axes),
+        *_dots(points, axes),
+    ]
+    measure = escape(report.measure)
+    caption = f"bits per weight, whole model, against {measure} (log); hollow: dominated"
+    parts.append(f'<text x="{axes.left}" y="{height - 4}">{caption}</text>')
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        'font-family="sans-serif" font-size="11">'
     )
-    parts.append(f'<polyline points="{joined}" fill="none" stroke="#888"/>')
-    labelled = 0.0
-    for point, x, y in zip(known, xs, ys, strict=True):
-        cx, cy = at(x, y)
-        fill = "none" if point.dominated_by else "#4c78a8"
-        parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4" fill="{fill}" stroke="#4c78a8"/>')
-        if not point.dominated_by and cx - labelled > 48:  # labels must not lie on each other
-            labelled = cx
-            config = point.config
-            name = (
-                f"{config.bits}b g{config.group_size}"
-                if config.mode == "affine"
-                else _html.escape(config.mode)
-            )
-            parts.append(f'<text x="{cx + 6:.1f}" y="{cy - 4:.1f}">{name}</text>')
-    caption = f"bits per weight, whole model, against {_html.escape(report.measure)} (log); hollow: dominated"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-        f'font-size="11">{"".join(parts)}<text x="{left}" y="{height - 4}">{caption}</text></svg>'
-    )
+    return f"{opening}{''.join(parts)}</svg>"
+
+
+def _grid(axes: _Axes) -> list[str]:
+    parts = []
+    for decade in range(axes.low, axes.high + 1):
+        y = axes.y(decade)
+        parts.append(f'<path d="M{axes.left} {y:.1f}H{axes.width - 10}" stroke="#ddd"/>')
+        parts.append(f'<text x="8" y="{y + 4:.1f}">1e{decade}</text>')
+    for bits in range(math.ceil(axes.first_bits), math.floor(axes.last_bits) + 1):
+        place = f'x="{axes.x(bits):.1f}" y="{axes.height - 22}"'
+        parts.append(f'<text {place} text-anchor="middle">{bits}</text>')
+    return parts
+
+
+def _front_line(report: CompareReport, axes: _Axes) -> str:
+    places = [axes.place(point) for point in report.front if point.error > 0]
+    joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    return f'<polyline points="{joined}" fill="none" stroke="#888"/>'
+
+
+def _dots(points: Sequence[SchemePoint], axes: _Axes) -> list[str]:
+    parts = []
+    labelled_at = 0.0
+    for point in points:
+        x, y = axes.place(point)
+        fill = "none" if point.dominated_by else _COLOUR
+        place = f'cx="{x:.1f}" cy="{y:.1f}" r="4"'
+        parts.append(f'<circle {place} fill="{fill}" stroke="{_COLOUR}"/>')
+        if not point.dominated_by and x - labelled_at > _LABEL_WIDTH:
+            labelled_at = x
+            label = escape(_short_label(point.config))
+            parts.append(f'<text x="{x + 6:.1f}" y="{y - 4:.1f}">{label}</text>')
+    return parts

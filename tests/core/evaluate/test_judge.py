@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -100,9 +101,10 @@ def test_the_report_reads_as_a_table_and_says_what_changed():
     )
     change, error = made().change("nll", "quantized", "full precision")
     assert (
-        f"quantized: {change:.3g} ± {error:.2g} nats per target more than full precision." in text
+        f"quantized: loss (nats/token) higher by {change:.3g} ± {error:.2g} than full precision."
+        in text
     )
-    assert "less than quantized." in text
+    assert re.search(r"loss \(nats/token\) lower by \S+ ± \S+ than quantized\.", text)
 
 
 def test_a_change_within_its_error_is_called_so():

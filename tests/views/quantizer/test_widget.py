@@ -12,11 +12,7 @@ import numpy as np
 import pytest
 
 import qlab
-from qlab.core.quantize.compare import compare
 from qlab.views.quantizer import widget as view
-from qlab.views.cards.compare import Comparison
-from qlab.views.cards.compare import figure
-from qlab.views.cards.compare import html as compare_html
 from qlab.views.quantizer.static import html
 from qlab.views.quantizer.static import page
 from qlab.views.quantizer.static import text_line
@@ -61,14 +57,6 @@ def test_names_from_outside_are_escaped(state):
 
 def test_page_needs_nothing_from_outside(state):
     assert set(re.findall(r"https?://[^/\"' ]+", page(state))) <= {"http://www.w3.org"}
-
-
-def test_comparison_is_drawn(state):
-    report = compare(state.spec, state.table)
-    assert len(figure(report).data) >= 8
-    assert "on the front" in compare_html(report)
-    data = Comparison(report)._repr_mimebundle_()
-    assert "<img" in data["text/html"] and data["application/vnd.plotly.v1+json"]["data"]
 
 
 def test_pure_functions_of_the_panel(tmp_path):
