@@ -23,7 +23,7 @@ _HOME = {
     "Quantizer": "qlab.lab.quantizer",
     "Adapter": "qlab.lab.adapter",
     "Trainer": "qlab.lab.trainer",
-    "runs": "qlab.lab.trainer",
+    "runs": "qlab.lab.kernel_runs",
     "estimate": "qlab.lab.estimation",
     "Estimate": "qlab.lab.estimate",
     # what may be asked

@@ -189,7 +189,7 @@ def main() -> None:
         intend(q, op="set", mode="affine", bits=4, group_size=64)
         intend(t, op="hello")  # takes the last refusal off the panel
         late = quiet(t, panels)
-        shown, voices = t.widget.state, t.state().voices
+        shown, generations = t.widget.state, t.state().generations
         for one in (t, *panels):
             one.close()
 
@@ -208,7 +208,7 @@ def main() -> None:
         "half": half,
         "faults": faults,
         "asked": asked,
-        "answered": [voice.text for voice in voices if voice.prompt == "The house"][1:-1],
+        "answered": [item.text for item in generations if item.prompt == "The house"][1:-1],
         "steps": [event.step for event in t.events],
         "rates": sorted(set(rates)),
         "curves": [

@@ -226,7 +226,14 @@ def test_a_base_without_a_folder_wants_one_and_a_saved_base_is_taken_as_it_is(no
 
 def test_the_model_as_it_came_is_given_back_unless_a_start_needs_it(tmp_path):
     plan = qlab.QuantPlan(qlab.QuantConfig(bits=4))
-    facts = run_folder.RunFacts("demo", plan, "rtn", qlab.LoRAConfig(rank=4), CONFIG, "")
+    facts = run_folder.RunFacts(
+        source="demo",
+        plan=plan,
+        solver="rtn",
+        lora=qlab.LoRAConfig(rank=4),
+        train=CONFIG,
+        base="",
+    )
     gc.collect()
     before = mlx_call(mx.get_active_memory)
     adapter = _adapter(facts)

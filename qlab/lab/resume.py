@@ -1,12 +1,14 @@
-"""Makes an earlier run again from its folder.
+"""Loads an earlier run from its folder: its model, quantized as it was, and its adapter.
 
-Its model loaded and quantized as it was, its adapter put on it. Wiring only.
+``Trainer.load`` and ``qlab.run`` call this.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from qlab.core.config.lora import LoRAConfig
 from qlab.core.train.rows import Rows
 from qlab.engine.models.fingerprint import fingerprint
 from qlab.engine.train import checkpoint, run_folder
@@ -16,49 +18,64 @@ from qlab.lab.model import Model, load
 from qlab.lab.quantizer import Quantizer
 from qlab.runtime.job import mlx_call
 
-_KEPT = (
-    "kind",
-    "rank",
-    "scale",
-    "dropout",
-    "num_layers",
-    "keys",
-    "dtype",
-    "rslora",
-)  # of the adapter; its start is past
+# LoRAConfig fields that must match the stored run (``init`` need not: the adapter is trained by now)
+_MUST_MATCH = ("kind", "rank", "scale", "dropout", "num_layers", "keys", "dtype", "rslora")
 
 
-def rebuilt(
-    path: str | Path, adapter: Adapter | None
-) -> tuple[Path, Adapter, run_folder.RunFacts, Rows, Rows | None]:
-    """Return a run's last checkpoint, its adapter with the checkpoint's parameters, and what else
-    it was made of; blocks.
+@dataclass(frozen=True, kw_only=True)
+class StoredRun:
+    """A run as it was loaded from its folder.
+
+    Attributes:
+        checkpoint: folder of the checkpoint to go on from.
+        adapter: adapter with the parameters of the checkpoint.
+        facts: what else the run was made of.
+        rows: rows to train on.
+        held_out: rows for validation, or None.
+    """
+
+    checkpoint: Path
+    adapter: Adapter
+    facts: run_folder.RunFacts
+    rows: Rows
+    held_out: Rows | None
+
+
+def stored_run(path: str | Path, adapter: Adapter | None) -> StoredRun:
+    """Load a run's last checkpoint and what else it was made of; blocks.
 
     Args:
-        path: of the run, or of one of its checkpoints.
-        adapter: on the same base; None loads and quantizes the base anew.
+        path: folder of the run, or of one of its checkpoints.
+        adapter: adapter on the same base; None loads and quantizes the base anew.
 
     Raises:
         LoadError: no checkpoint there opens, or the model is gone.
         ConfigError: base or adapter are not those that the run was made with.
         BusyError: another run trains the adapter.
     """
-    found = checkpoint.latest(Path(path).expanduser())
-    facts, rows, held = run_folder.read(found.parent)
+    folder = checkpoint.latest(Path(path).expanduser())
+    facts, rows, held_out = run_folder.read(folder.parent)
     adapter = adapter or _adapter(facts)
     if adapter.run:
         raise BusyError(f"The run {adapter.run!r} trains this adapter; stop it first.")
-    for name in _KEPT:
-        if (ours := getattr(adapter.config, name)) != (its := getattr(facts.lora, name)):
-            raise ConfigError(
-                f"The adapter has {name}={ours!r}, and the run in {found.parent} {name}={its!r}."
-            )
+    _check_same_config(adapter.config, facts.lora, folder.parent)
     if mlx_call(fingerprint, adapter.base.module) != facts.base:
         raise ConfigError(
-            f"{adapter.model.name!r} is not the base that the run in {found.parent} was made with."
+            f"{adapter.model.name!r} is not the base that the run in {folder.parent} was made with."
         )
-    adapter.set_parameters(mlx_call(checkpoint.read_parameters, found), f"checkpoint {found.name}")
-    return found, adapter, facts, rows, held
+    parameters = mlx_call(checkpoint.read_parameters, folder)
+    adapter.set_parameters(parameters, f"checkpoint {folder.name}")
+    return StoredRun(checkpoint=folder, adapter=adapter, facts=facts, rows=rows, held_out=held_out)
+
+
+def _check_same_config(config: LoRAConfig, stored: LoRAConfig, folder: Path) -> None:
+    for name in _MUST_MATCH:
+        present = getattr(config, name)
+        wanted = getattr(stored, name)
+        if present != wanted:
+            raise ConfigError(
+                f"The adapter has {name}={present!r}, and the run in {folder} {name}={wanted!r}."
+            )
 
 
 def _adapter(facts: run_folder.RunFacts) -> Adapter:
@@ -66,7 +83,7 @@ def _adapter(facts: run_folder.RunFacts) -> Adapter:
         raise ConfigError(
             "The run does not say where its model came from; give Trainer.load the adapter."
         )
-    return Adapter(source_of(facts), seed=facts.train.seed, **facts.lora.__dict__)
+    return Adapter(source_of(facts), seed=facts.train.seed, **asdict(facts.lora))
 
 
 def source_of(facts: run_folder.RunFacts) -> Model | Quantizer:
@@ -87,11 +104,10 @@ def source_of(facts: run_folder.RunFacts) -> Model | Quantizer:
         mode=default.mode,
         solver=facts.solver,
     )
-    for layer, own in facts.plan.overrides.items():
-        quantizer.set(
-            layer,
-            own and own.bits,
-            **({"group_size": own.group_size, "mode": own.mode} if own else {}),
-        )
-    quantizer.close()  # nobody looks at a panel of it
+    for layer, config in facts.plan.overrides.items():
+        if config is None:
+            quantizer.set(layer, None)
+        else:
+            quantizer.set(layer, config.bits, group_size=config.group_size, mode=config.mode)
+    quantizer.close()  # its panel is never shown
     return quantizer

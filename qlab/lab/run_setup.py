@@ -1,11 +1,10 @@
-"""Makes a run ready, and takes it elsewhere.
+"""What a run is made of, for its folder, for ``python -m qlab.run`` and for stock mlx-lm.
 
-Its folder, its settings as a file for ``qlab.run`` or mlx-lm. Wiring only.
+``Trainer`` and ``qlab.run`` call these; they connect the notebook's objects with ``engine/train``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,117 +12,125 @@ from typing import Any
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.train import TrainConfig
 from qlab.core.train.rows import Rows
-from qlab.engine.adapt.files import save_adapter
-from qlab.engine.data.batches import Feed
+from qlab.engine.data.tokenize import read
 from qlab.engine.models.fingerprint import fingerprint
-from qlab.engine.train import mlx_recipe as recipe
-from qlab.engine.train import run_file, run_folder
-from qlab.engine.train import setup as prepare
-from qlab.engine.train.checkpoint import Checkpoints, TrainState
-from qlab.engine.train.distributed import ALONE, Ranks
-from qlab.engine.train.session import Made
+from qlab.engine.train import run_file
+from qlab.engine.train.mlx_recipe import MlxRecipe, to_yaml
+from qlab.engine.train.run_folder import RunFacts
+from qlab.engine.train.setup import split_held_out
 from qlab.errors import ConfigError
+from qlab.lab.adapter import Adapter
 from qlab.lab.model import Model
-from qlab.runtime.job import mlx_call
 
 
-def ready(
-    base: Model,
-    lora: LoRAConfig,
-    config: TrainConfig,
-    feed: Feed,
-    held: Rows | None,
-    parameters: Any,
-    path: Path,
-    on_good: Callable[[TrainState], None],
-    found: Path | None = None,
-    ranks: Ranks = ALONE,
-) -> Made:
-    """Return a run on a base, where it stands, and what to know about how it is computed.
+def read_rows(data: Any, adapter: Adapter, config: TrainConfig) -> Rows:
+    """Turn data into token rows for an adapter's model.
 
-    Runs on the MLX thread.
+    Raises:
+        DataError: rows cannot be used; names each of them.
+    """
+    model = adapter.model
+    return read(data, model.tokenizer, config, model.spec.vocabulary)
+
+
+def train_and_held_out(
+    data: Any, val: Any, adapter: Adapter, config: TrainConfig
+) -> tuple[Rows, Rows | None]:
+    """Return the rows to train on and those for validation.
 
     Args:
-        base: frozen.
-        lora: the adapter.
-        config: the run, its blocks in flight chosen.
-        feed: batches to train on.
-        held: rows to judge by.
-        parameters: the adapter's arrays by path, evaluated.
-        path: folder of the checkpoints.
-        on_good: see ``Task``.
-        found: checkpoint to go on from, or None.
-        ranks: the processes that train together.
+        data: as for ``Trainer``.
+        val: as for ``Trainer``.
+        adapter: adapter to train.
+        config: config of the run.
 
     Raises:
-        ConfigError, LayerNotFoundError, UnsupportedError: see ``setup.make_task``.
-        LoadError: the checkpoint cannot be read.
+        DataError: rows cannot be used, or so many cannot be held out.
     """
-    kept = Checkpoints(
-        path, lambda folder, arrays: save_adapter(folder, arrays, lora, base.spec, base.source)
-    )
-    batches = prepare.validation_batches(held, config)
-    given = (base.module, base.spec, lora, config, feed, batches, parameters, kept, on_good)
-    task, state, notes = prepare.make_task(*given, ranks=ranks)
-    return task, prepare.resumed(found, parameters, task) if found else state, notes
+    rows = read_rows(data, adapter, config)
+    if val is None or isinstance(val, (int, float)):
+        return split_held_out(rows, val, config.seed)
+    return rows, read_rows(val, adapter, config)
 
 
-def facts_of(
+def run_facts(
     base: Model, lora: LoRAConfig, config: TrainConfig, prompts: tuple[str, ...]
-) -> run_folder.RunFacts:
-    """Return what the folder of a run says of it. Runs on the MLX thread."""
-    whole = fingerprint(base.module)
-    return run_folder.RunFacts(base.source, base.plan, base.solver, lora, config, whole, prompts)
+) -> RunFacts:
+    """Return what the folder of a run says about it. Runs on the MLX thread."""
+    return RunFacts(
+        source=base.source,
+        plan=base.plan,
+        solver=base.solver,
+        lora=lora,
+        train=config,
+        base=fingerprint(base.module),
+        prompts=prompts,
+    )
 
 
-def keep(
-    path: Path,
-    base: Model,
-    lora: LoRAConfig,
+def stock_recipe(
+    adapter: Adapter,
     config: TrainConfig,
-    rows: Rows,
-    held: Rows | None,
-    prompts: tuple[str, ...],
-) -> run_folder.RunFacts:
-    """Write what a run is made of to its folder, and return it. Runs on the MLX thread.
+    *,
+    data: str,
+    model: str | None,
+    rows: str,
+    iters: int,
+) -> str:
+    """Return the text of a recipe for ``mlx_lm.lora --config``.
+
+    Args:
+        adapter: adapter to train.
+        config: config of the run.
+        data: folder with ``train.jsonl`` and ``valid.jsonl``.
+        model: folder of the base; None is where it was loaded from.
+        rows: kind of the rows.
+        iters: optimizer steps in all.
 
     Raises:
-        SaveError: the place cannot be written.
+        ConfigError: mlx-lm cannot do that, or the base was quantized here and has no folder.
     """
-    facts = facts_of(base, lora, config, prompts)
-    run_folder.write(path, facts, rows, held)
-    return facts
-
-
-def to_yaml(trainer: Any, data: str | None, model: str | None) -> str:
-    """See ``Trainer.to_yaml``."""
-    adapter = trainer.adapter
-    base = trainer.adapter.base
-    lora = trainer.adapter.config
-    config = trainer.config
-    if data is not None:
-        if model is None and base.plan is not None:
-            raise ConfigError(
-                "The base was quantized here; save it with a.base.save(path) and give model=path."
-            )
-        kind = trainer.rows.kind
-        iters = trainer.report.iters
-        return recipe.to_yaml(
-            model or base.source, base.spec, lora, config, data, rows=kind, iters=iters
+    base = adapter.base
+    if model is None and base.plan is not None:
+        raise ConfigError(
+            "The base was quantized here; save it with a.base.save(path) and give model=path."
         )
+    recipe = MlxRecipe(
+        model=model or base.source,
+        spec=base.spec,
+        lora=adapter.config,
+        train=config,
+        data=data,
+        rows=rows,
+        iters=iters,
+    )
+    return to_yaml(recipe)
+
+
+def check_has_folder(base: Model, model: str | None) -> None:
+    """Refuse a base that another process could not load.
+
+    Raises:
+        ConfigError: says how to give it a folder.
+    """
     if not (model or base.source):
         raise ConfigError(
             "The base has no folder; save it with a.base.save(path) and give model=path."
         )
-    start = (
-        str(trainer.path.resolve() / "start") if adapter.trained and not trainer.events else None
-    )
-    if start:  # the run would go on from there
-        adapter.save(start)
-    facts = mlx_call(
-        keep, trainer.path, base, lora, config, trainer.rows, trainer.held, trainer.prompts
-    )
-    facts = replace(facts, source=model, plan=None) if model else facts
-    return run_file.write(
-        run_file.RunFile(facts, str(trainer.path.resolve()), seed=adapter.seed, start=start)
-    )
+
+
+def run_file_text(
+    facts: RunFacts, folder: Path, *, seed: int, start: str | None, model: str | None
+) -> str:
+    """Return the text of a file for ``python -m qlab.run``.
+
+    Args:
+        facts: what the run is made of.
+        folder: folder of the run, which holds its rows.
+        seed: seed of the adapter's first values.
+        start: folder of a saved adapter to start from, or None.
+        model: folder of the base as it is trained; None loads and quantizes it as in ``facts``.
+    """
+    if model:
+        facts = replace(facts, source=model, plan=None)
+    return run_file.write(run_file.RunFile(facts=facts, data=str(folder), seed=seed, start=start))

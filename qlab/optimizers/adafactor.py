@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.optimizers as optim
 
-from qlab.core.config.train import OptimizerKind
+from qlab.core.config.train import MlxLmOptimizer, OptimizerKind
 
 
 class Adafactor(OptimizerKind):
@@ -18,11 +18,14 @@ class Adafactor(OptimizerKind):
 
     name = "adafactor"
     title = "Adafactor: nearly no state"
+    mlx_lm = MlxLmOptimizer("adafactor", {"relative_step": False, "scale_parameter": False})
 
     def state_nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         if len(shape) < 2:
             return itemsize * prod(shape)
-        return itemsize * (prod(shape[:-1]) + prod(shape[:-2]) * shape[-1])
+        rows = prod(shape[:-1])
+        columns = prod(shape[:-2]) * shape[-1]
+        return itemsize * (rows + columns)
 
     def make(self, learning_rate: float, weight_decay: float = 0.0) -> Any:
         return optim.Adafactor(

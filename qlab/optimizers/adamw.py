@@ -8,17 +8,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from qlab.core.config.train import OptimizerKind
+from qlab.core.config.train import MlxLmOptimizer, OptimizerKind
 
 
 class AdamW(OptimizerKind):
-    """AdamW with bias correction, as the paper has it (MLX's own default leaves the correction
-    out).
-    """
+    """AdamW with bias correction, as in the paper (MLX's default leaves the correction out)."""
 
     name = "adamw"
     title = "AdamW: two moments a parameter"
     elementwise = True
+    mlx_lm = MlxLmOptimizer("adamw", {"bias_correction": True})
 
     def state_nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         return 2 * itemsize * prod(shape)
@@ -28,25 +27,25 @@ class AdamW(OptimizerKind):
 
 
 class _Optimizer(optim.AdamW):
-    """MLX's own, bit for bit, but powers of the step are taken once.
+    """MLX's AdamW, bit for bit, but the powers of the step are computed once.
 
-    MLX fuses them into what is done for every number.
+    MLX would fuse them into the work that is done for every number.
     """
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
     ) -> mx.array:
-        rate = self.learning_rate.astype(gradient.dtype)
-        (b1, b2) = self.betas
+        dtype = gradient.dtype
+        rate = self.learning_rate.astype(dtype)
+        b1, b2 = self.betas
         corrections = [rate / (1 - b1**self.step), mx.rsqrt(1 - b2**self.step)]
         first, second = mx.depends(corrections, [self.step])  # nothing is fused across this
-        m = state["m"] = b1 * state["m"] + (1 - b1) * gradient
-        v = state["v"] = b2 * state["v"] + (1 - b2) * mx.square(gradient)
-        move = (
-            first.astype(gradient.dtype)
-            * m
-            / (mx.sqrt(v) * second.astype(gradient.dtype) + self.eps)
-        )
+        m = b1 * state["m"] + (1 - b1) * gradient
+        v = b2 * state["v"] + (1 - b2) * mx.square(gradient)
+        state["m"] = m
+        state["v"] = v
+        size = mx.sqrt(v) * second.astype(dtype) + self.eps
+        move = first.astype(dtype) * m / size
         return parameter * (1 - rate * self.weight_decay) - move
 
 

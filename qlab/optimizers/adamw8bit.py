@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from qlab.core.arithmetic import ceil_div
-from qlab.core.config.train import OptimizerKind
+from qlab.core.config.train import MlxLmOptimizer, OptimizerKind
 from qlab.ops.dynamic_map import dynamic_map, search_table
 
 _BLOCK = 256
@@ -33,17 +33,25 @@ class AdamW8bit(OptimizerKind):
     """AdamW in a quarter of the memory of float32 moments.
 
     Args:
-        name: on the shelf.
+        name: name on the shelf.
         title: one line that says what it is.
     """
 
     def __init__(self, name: str, title: str) -> None:
         self.name = name
         self.title = title
+        self.mlx_lm = MlxLmOptimizer(
+            "adamw",
+            {"bias_correction": True},
+            f"It has no {name!r}: AdamW with float32 moments, four times the state.",
+        )
 
     def state_nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         size = prod(shape)
-        return 8 * size if size < _LEAST else 2 * (size + 4 * ceil_div(size, _BLOCK))
+        if size < _LEAST:
+            return 2 * 4 * size  # two float32 moments
+        scales = ceil_div(size, _BLOCK)  # float32
+        return 2 * (size + 4 * scales)
 
     def make(self, learning_rate: float, weight_decay: float = 0.0) -> Any:
         return _Optimizer(learning_rate, weight_decay)
@@ -68,27 +76,27 @@ class _Optimizer(optim.Optimizer):
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
     ) -> mx.array:
-        slope = gradient.astype(mx.float32)
+        gradient = gradient.astype(mx.float32)
         rate = self.learning_rate.astype(mx.float32)
-        m, v = (self._read(state, name) for name in ("m", "v"))
-        m = self.betas[0] * m + (1 - self.betas[0]) * slope
-        v = self.betas[1] * v + (1 - self.betas[1]) * mx.square(slope)
-        # 1 − β^t without the digits that the difference would lose
+        b1, b2 = self.betas
+        m = b1 * self._read(state, "m") + (1 - b1) * gradient
+        v = b2 * self._read(state, "v") + (1 - b2) * mx.square(gradient)
+        # 1 − β^t by expm1: the plain difference would lose digits
         t = self.step.astype(mx.float32)
-        corrected, root = (-mx.expm1(t * math.log(beta)) for beta in self.betas)
-        move = m / (mx.sqrt(v) / mx.sqrt(root) + self.eps)
-        new = (
-            parameter.astype(mx.float32) * (1 - rate * self.weight_decay) - rate / corrected * move
-        )
+        m_share = -mx.expm1(t * math.log(b1))
+        v_share = -mx.expm1(t * math.log(b2))
+        move = m / (mx.sqrt(v) / mx.sqrt(v_share) + self.eps)
+        decayed = parameter.astype(mx.float32) * (1 - rate * self.weight_decay)
+        updated = decayed - rate / m_share * move
         self._write(state, "m", m)
         self._write(state, "v", v)
-        return new.astype(parameter.dtype)
+        return updated.astype(parameter.dtype)
 
     def _read(self, state: dict[str, mx.array], name: str) -> mx.array:
-        whole = state[name].dtype == mx.float32
-        return (
-            state[name] if whole else self._codes[name].values(state[name], state[f"{name}_scale"])
-        )
+        moment = state[name]
+        if moment.dtype == mx.float32:
+            return moment
+        return self._codes[name].values(moment, state[f"{name}_scale"])
 
     def _write(self, state: dict[str, mx.array], name: str, values: mx.array) -> None:
         if state[name].dtype == mx.float32:
@@ -98,18 +106,22 @@ class _Optimizer(optim.Optimizer):
 
 
 class _Codes:
-    """Numbers as codes of a dynamic map, in blocks that share a scale.
+    """Numbers as codes of a dynamic map, in blocks of 256 that share a scale.
 
-    An unsigned number above zero stays above zero.
+    An unsigned number above zero stays above zero. The tables are made once: a compiled step keeps
+    each array that it is given as a constant.
 
-    Holds the tables once: a compiled step keeps each array that it is given as a constant.
+    Args:
+        signed: whether numbers may be negative.
     """
 
     def __init__(self, signed: bool) -> None:
         self._signed = signed
-        self._map, self._base, self._edge = (
-            mx.array(t) for t in (dynamic_map(signed), *search_table(signed))
-        )
+        base, edge = search_table(signed)
+        self._map = mx.array(dynamic_map(signed))
+        # by the upper 16 bits of a float32: the code, and the number from which on it is one more
+        self._base = mx.array(base)
+        self._edge = mx.array(edge)
 
     def values(self, codes: mx.array, scale: mx.array) -> mx.array:
         """Return float32 numbers in the shape of their codes."""
@@ -118,19 +130,19 @@ class _Codes:
 
     def codes(self, values: mx.array) -> tuple[mx.array, mx.array]:
         """Return uint8 codes in the shape of the numbers, and float32 scales ``(blocks,)``."""
-        blocks = _blocks(values)
+        blocks = _blocks(values)  # (blocks, 256)
         scale = mx.abs(blocks).max(1)
-        scaled = blocks * (1 / mx.maximum(scale, _SMALLEST))[:, None]
+        scaled = blocks * (1 / mx.maximum(scale, _SMALLEST))[:, None]  # −1 to 1
         bucket = scaled.view(mx.uint32) >> 16
-        codes = mx.take(self._base, bucket) + (scaled > mx.take(self._edge, bucket)).astype(
-            mx.uint8
-        )
+        above = scaled > mx.take(self._edge, bucket)
+        codes = mx.take(self._base, bucket) + above.astype(mx.uint8)
         if not self._signed:
             codes = mx.maximum(codes, (blocks > 0).astype(mx.uint8))
         return codes.reshape(-1)[: values.size].reshape(values.shape), scale
 
 
 def _blocks(values: mx.array) -> mx.array:
+    """Return numbers, padded with zeros, as ``(blocks, 256)``."""
     flat = values.reshape(-1)
     return mx.pad(flat, (0, -flat.size % _BLOCK)).reshape(-1, _BLOCK)
 

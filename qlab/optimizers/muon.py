@@ -1,6 +1,6 @@
-"""Muon: one momentum, made orthogonal. Source: Jordan et al.
+"""Muon: one momentum, made orthogonal.
 
-2024, and Moonlight (arXiv:2502.16982).
+Sources: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), and Moonlight (arXiv:2502.16982).
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from qlab.core.config.train import OptimizerKind
+from qlab.core.config.train import MlxLmOptimizer, OptimizerKind
 
 
 class _EachMatrix(optim.Muon):
-    """MLX's own, but each matrix of a stack (the factors of a mixture's experts) is made orthogonal
-    by itself.
+    """MLX's Muon, but each matrix of a stack is made orthogonal by itself.
+
+    The factors of a mixture's experts are such stacks, ``(experts, rows, columns)``.
     """
 
     def apply_single(
@@ -25,14 +26,16 @@ class _EachMatrix(optim.Muon):
         if gradient.ndim < 3:
             return super().apply_single(gradient, parameter, state)
 
-        def one(
+        def one_matrix(
             gradient: mx.array, parameter: mx.array, moment: mx.array
         ) -> tuple[mx.array, mx.array]:
-            own = {"v": moment}
-            return self.apply_single(gradient, parameter, own), own["v"]
+            matrix_state = {"v": moment}
+            updated = self.apply_single(gradient, parameter, matrix_state)
+            return updated, matrix_state["v"]
 
-        made, state["v"] = mx.vmap(one)(gradient, parameter, state["v"])
-        return made
+        updated, moments = mx.vmap(one_matrix)(gradient, parameter, state["v"])
+        state["v"] = moments
+        return updated
 
 
 class Muon(OptimizerKind):
@@ -40,6 +43,7 @@ class Muon(OptimizerKind):
 
     name = "muon"
     title = "Muon: one momentum a parameter, made orthogonal"
+    mlx_lm = MlxLmOptimizer("muon")
 
     def state_nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:
         return itemsize * prod(shape)

@@ -50,7 +50,7 @@ def show():
 with tempfile.TemporaryDirectory() as folder:
     config = qlab.TrainConfig(iters=BLOCK * (2 * PAIRS + 3), batch_size=2, max_seq_length=48)
     t = qlab.Trainer(qlab.Adapter(base, rank=8), rows, config, val=0, path=folder, callbacks=[note])
-    t._session._on_change = show
+    t._training.session._on_change = show
     display(t)
     t.run()
     t.close()

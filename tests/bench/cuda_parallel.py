@@ -22,7 +22,8 @@ from qlab.engine.data.batches import Feed
 from qlab.runtime.job import mlx_call
 from qlab.engine.train.distributed import joined
 from qlab.engine.train.setup import check_shared
-from qlab.engine.train.setup import make_task
+from qlab.engine.train.inputs import RunInputs
+from qlab.engine.train.setup import prepare_run
 from qlab.engine.models.skeleton import describe
 from qlab.engine.train.loop import train_steps
 from tests.bench.cuda_step import RANK, SHAPES, random_model, random_rows
@@ -43,8 +44,17 @@ def measured(name: str, batch: int, steps: int) -> str:
     spec, lora = describe(module, name), LoRAConfig(rank=RANK)
     feed = Feed(random_rows(module, 8 * batch, length), config)
     parameters = ranks.from_first(fresh(module, spec, lora, 0))
-    given = (module, spec, lora, config, feed, (), parameters, None, lambda state: None)
-    task, state, _ = make_task(*given, ranks=ranks)
+    inputs = RunInputs(
+        module=module,
+        spec=spec,
+        lora=lora,
+        config=config,
+        feed=feed,
+        held_out=None,
+        parameters=parameters,
+        ranks=ranks,
+    )
+    task, state, _ = prepare_run(inputs, lambda state: None)
     events = [event for event in train_steps(task, state) if isinstance(event, StepEvent)]
     speeds = sorted(event.tokens_per_second for event in events[_WARM:])
     return ranks.first * (

@@ -28,7 +28,8 @@ from qlab.core.config.train import TrainConfig
 from qlab.engine.adapt.parameters import fresh
 from qlab.nn.stored import stored_layer
 from qlab.engine.data.batches import Feed
-from qlab.engine.train.setup import make_task
+from qlab.engine.train.inputs import RunInputs
+from qlab.engine.train.setup import prepare_run
 from qlab.engine.models.skeleton import describe
 from qlab.engine.models.skeleton import skeleton
 from qlab.engine.train.loop import train_steps
@@ -210,9 +211,16 @@ def ours(
     )
     parameters = fresh(module, spec, lora, 0)
     feed = Feed(random_rows(module, 64, length), train)
-    task, state, notes = make_task(
-        module, spec, lora, train, feed, (), parameters, None, lambda state: None
+    inputs = RunInputs(
+        module=module,
+        spec=spec,
+        lora=lora,
+        config=train,
+        feed=feed,
+        held_out=None,
+        parameters=parameters,
     )
+    task, state, notes = prepare_run(inputs, lambda state: None)
     events = train_steps(task, state)
     return lambda: next(events), notes
 

@@ -109,7 +109,7 @@ def test_an_event_that_was_shown_never_changes(adapter, tmp_path, monkeypatch):
 def test_prompts_are_asked_at_every_validation(adapter, tmp_path):
     trainer = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path, prompts="The house")
     trainer.run()
-    assert [(voice.step, voice.prompt) for voice in trainer.state().voices] == [
+    assert [(item.step, item.prompt) for item in trainer.state().generations] == [
         (step, "The house") for step in (0, 3, 6)
     ]
 
@@ -129,7 +129,7 @@ def test_pause_holds_resume_goes_on_stop_keeps_and_start_goes_on(adapter, tmp_pa
     trainer.learning_rate = 5e-4
     assert (
         isinstance(trainer.generate("The", max_tokens=3), str)
-        and trainer.state().voices[-1].step == steps
+        and trainer.state().generations[-1].step == steps
     )
     trainer.resume()
     until(lambda: trainer.report.steps > steps)
@@ -210,7 +210,7 @@ def test_a_run_that_learned_nothing_leaves_the_adapter_as_it_was(demo, tmp_path,
     q = qlab.Quantizer(demo, bits=4)
     adapter = qlab.Adapter(q, **SMALL)
     trainer = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path)
-    monkeypatch.setattr("qlab.engine.train.setup.make_task", lambda *made, **more: 1 / 0)
+    monkeypatch.setattr("qlab.engine.train.setup.choose_compute", lambda *inputs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.run()
     assert trainer.status == "failed" and not adapter.trained and not adapter.run
@@ -483,13 +483,13 @@ def test_the_run_for_stock_mlx_lm_names_a_saved_base(adapter, base, demo, tmp_pa
 
 def test_rows_held_out_by_the_user_and_none_at_all(adapter, tmp_path):
     none = qlab.Trainer(adapter, ROWS, CONFIG, val=0, path=tmp_path)
-    assert none.held is None and len(none.rows) == 30
+    assert none.held_out is None and len(none.rows) == 30
     with pytest.raises(ConfigError, match="nothing to judge by"):
         none.evaluate()
     own = qlab.Trainer(adapter, ROWS, CONFIG, val=ROWS[:3], path=tmp_path)
-    assert len(own.held) == 3 and len(own.rows) == 30
+    assert len(own.held_out) == 3 and len(own.rows) == 30
     counted = qlab.Trainer(adapter, ROWS, CONFIG, val=4, path=tmp_path)
-    assert len(counted.held) == 4 and len(counted.rows) == 26
+    assert len(counted.held_out) == 4 and len(counted.rows) == 26
     assert "<ins" in counted.data._repr_html_() and "26" in repr(counted.data)
 
 

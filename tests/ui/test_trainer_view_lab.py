@@ -10,24 +10,24 @@ from playwright.sync_api import expect
 
 from qlab.views.trainer.static import page as page_of
 from tests.ui.conftest import KERNEL, SHOTS, run_cell
-from tests.views.runs import VOICES, events, run_state
+from tests.views.runs import GENERATIONS, events, run_state
 
 expect.set_options(timeout=20_000)
 PRETEND = f"""
 import sys, threading, time
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from qlab.core.run import Voice
-from qlab.views.trainer import TrainerPanel
-from tests.views.runs import events, run_state, VOICES
+from qlab.core.train.events import SampleGeneration
+from qlab.views.trainer.widget import TrainerPanel
+from tests.views.runs import events, run_state, GENERATIONS
 
 class Pretender:
     def __init__(self, steps=400, delay=0.05):
         self.all, self.iters, self.delay = events(steps), steps, delay
-        self.n, self.status, self.ack, self.error, self.rate, self.voices, self.heard = 0, "idle", None, "", 2e-4, VOICES[:1], []
+        self.n, self.status, self.ack, self.error, self.rate, self.generations, self.heard = 0, "idle", None, "", 2e-4, GENERATIONS[:1], []
         self.panel = TrainerPanel(self.state(), self.hear)
     def state(self):
         history = self.all[:self.n]
-        return run_state(history, self.status, self.iters, error=self.error, learning_rate=self.rate, voices=self.voices, seconds_left=60.0)
+        return run_state(history, self.status, self.iters, error=self.error, learning_rate=self.rate, generations=self.generations, seconds_left=60.0)
     def show(self):
         self.panel.show(self.state(), self.ack)
     def hear(self, intent):
@@ -38,7 +38,7 @@ class Pretender:
                 raise ValueError("learning_rate=5 is above 1; write 1 or less.")
             self.rate = intent["value"]
         elif intent["op"] == "generate":
-            self.voices += (Voice(self.n, intent["prompt"], "an answer to " + intent["prompt"]),)
+            self.generations += (SampleGeneration(self.n, intent["prompt"], "an answer to " + intent["prompt"]),)
         elif intent["op"] in ("start", "pause", "resume", "stop"):
             self.status = {{"start": "running", "pause": "paused", "resume": "running", "stop": "stopped"}}[intent["op"]]
             if intent["op"] == "start":
@@ -91,7 +91,7 @@ def test_start_steer_pause_reload_stop_and_a_kernel_that_is_gone(notebook):
     expect(page.locator(".qlab-pending")).to_have_text("✓ applied")
     page.locator(".qlab-prompt").fill("why?")
     page.keyboard.press("Enter")
-    expect(page.locator(".qlab-voices")).to_contain_text("an answer to why?")
+    expect(page.locator(".qlab-generations")).to_contain_text("an answer to why?")
     expect(page.get_by_role("button", name="generate")).to_be_enabled()
     assert page.evaluate("window.jupyterapp.shell.currentWidget.content.widgets.length") == cells
 
@@ -147,7 +147,7 @@ def test_start_steer_pause_reload_stop_and_a_kernel_that_is_gone(notebook):
 
 STATES = {
     "idle": run_state(status="idle"),
-    "running": run_state(events(120), voices=VOICES),
+    "running": run_state(events(120), generations=GENERATIONS),
     "no_validation": run_state(events(60, every=None), limit_nbytes=0),
     "long": run_state(events(10_000, every=100), iters=10_000),
     "failed": run_state(
@@ -155,7 +155,7 @@ STATES = {
         "failed",
         error="The gradient of model.layers.3.self_attn.q_proj was no number at step 78.",
     ),
-    "done": run_state(events(400), "done", voices=VOICES),
+    "done": run_state(events(400), "done", generations=GENERATIONS),
 }
 
 

@@ -10,7 +10,7 @@ from qlab.core.train.events import Mark
 from qlab.core.train.report import RunReport
 from qlab.core.panels.trainer import RunState
 from qlab.core.train.events import StepEvent
-from qlab.core.train.events import Voice
+from qlab.core.train.events import SampleGeneration
 from qlab.core.train.report import seconds_left
 from qlab.core.train.report import summary
 
@@ -88,14 +88,14 @@ def events(
     return tuple(made)
 
 
-VOICES = (
-    Voice(
+GENERATIONS = (
+    SampleGeneration(
         0,
         "How do I sort a dict by value?",
         "I am not sure what you mean by that. The dict is a dict, and the dict is a dict of",
     ),
-    Voice(100, "How do I sort a dict by value?", "Use sorted(d.items(), key=...)"),
-    Voice(
+    SampleGeneration(100, "How do I sort a dict by value?", "Use sorted(d.items(), key=...)"),
+    SampleGeneration(
         120,
         "How do I sort a dict by value?",
         "Use sorted(d.items(), key=lambda item: item[1]); since Python 3.7 dict() of it keeps the order.",

@@ -6,7 +6,7 @@ The optimizers themselves are files in ``optimizers/``. Knows no model and no ar
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qlab import registry
@@ -15,14 +15,36 @@ from qlab.deprecated import deprecated_name, positional_settings
 from qlab.errors import reject_unknown_arguments
 
 
+@dataclass(frozen=True)
+class MlxLmOptimizer:
+    """How stock mlx-lm makes the same optimizer, for ``Trainer.to_yaml(data)``.
+
+    Attributes:
+        name: the optimizer in mlx-lm's words.
+        options: its settings that make it the same; decay and learning rate are added.
+        difference: what mlx-lm then does otherwise, as a sentence; empty if nothing.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    difference: str = ""
+
+
 class OptimizerKind(ABC):
     """How parameters are changed by gradients. One instance per kind stands on the shelf.
 
+    A subclass says all that qlab needs of an optimizer, so that one that is registered in a cell
+    can be trained with, estimated, resumed and written as a recipe like those on the shelf.
+
     Example:
         >>> class Sgd(qlab.OptimizerKind):
-        ...     name, title, elementwise = "sgd", "plain gradient descent", True
+        ...     name = "sgd"
+        ...     title = "SGD: no state"
+        ...     elementwise = True
+        ...
         ...     def state_nbytes(self, shape, itemsize):
         ...         return 0
+        ...
         ...     def make(self, learning_rate, weight_decay=0.0):
         ...         return mlx.optimizers.SGD(learning_rate, weight_decay=weight_decay)
         >>> qlab.register("optimizers", Sgd())
@@ -30,15 +52,22 @@ class OptimizerKind(ABC):
 
     Attributes:
         name: the ``optimizer`` that a user types.
-        title: one line that says what it is.
+        title: one line that says what it is: its name, a colon, the rest.
         elementwise: whether each element is updated by itself, with state of the parameter's
             shape. Then all parameters are updated as one vector, to the same bits; False is always
             right.
+        mlx_lm: how stock mlx-lm makes the same optimizer; None if it cannot.
     """
 
     name: str
     title: str
     elementwise: bool = False
+    mlx_lm: MlxLmOptimizer | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name as the literature writes it: the title up to the colon."""
+        return self.title.partition(":")[0]
 
     @abstractmethod
     def state_nbytes(self, shape: tuple[int, ...], itemsize: int) -> int:

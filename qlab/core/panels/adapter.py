@@ -14,6 +14,7 @@ from qlab.core.adapt.report import AdapterReport, report_of
 from qlab.core.config.code import adapter_code
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.spec import ModelSpec
+from qlab.core.config.train import TrainConfig
 from qlab.core.progress import Progress
 
 # why no initialization can compensate a quantization error
@@ -62,11 +63,11 @@ class AdapterState:
 
     @property
     def optimizer(self) -> tuple[str, float]:
-        """Name of the optimizer whose bytes are counted, and its bytes per trainable parameter."""
-        adamw = registry.get("optimizers", "adamw")
+        """Name of the default optimizer, and its bytes of state per trainable parameter."""
+        kind = TrainConfig().optimizer_kind
         parameters = 1000  # many, so that a fixed part does not count
-        nbytes = adamw.state_nbytes((parameters,), self.config.itemsize)
-        return "AdamW", nbytes / parameters
+        nbytes = kind.state_nbytes((parameters,), self.config.itemsize)
+        return kind.label, nbytes / parameters
 
     @property
     def training_nbytes(self) -> int:

@@ -1,11 +1,11 @@
-"""What a training run says of itself, step by step."""
+"""What a training run reports step by step: events, marks on the time line, sample generations."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-MARKS = ("checkpoint", "best", "learning_rate", "skipped", "early_stop", "guard", "resumed")
+MARKS = ("checkpoint", "best", "learning_rate", "skipped", "early_stop", "guard")
 
 
 @dataclass(frozen=True)
@@ -21,23 +21,31 @@ class Mark:
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepEvent:
     """One optimizer step.
+
+    ``Trainer(callbacks=[…])`` are called with one after each step; ``t.events`` has all of them.
+
+    Example:
+        >>> def show(event):
+        ...     print(event.step, event.loss, event.val_loss)
+        >>> qlab.Trainer(a, rows, callbacks=[show]).run()
 
     Attributes:
         step: optimizer steps done, this one included; 0 only for the validation before the first.
         epoch: passes through the rows so far, such as 1.25.
-        loss: of the step's rows in nats per target token; NaN at step 0, or where it was no number.
-        learning_rate: of the step.
+        loss: loss of the step's rows in nats per target token; NaN at step 0, or where it was not
+            finite.
+        learning_rate: learning rate of the step.
         grad_norm: global norm of the gradient before clipping; NaN at step 0.
         targets: tokens in the loss of the step.
         tokens: tokens that passed the model, padding not counted.
         padded: tokens that passed the model, padding counted.
         seconds: time in steps since the run began, pauses and validations not counted.
-        tokens_per_second: of this step, padding not counted.
-        active_nbytes: what the run holds after the step (other models in memory not counted).
-        peak_nbytes: most that the run held so far.
+        tokens_per_second: speed of this step, padding not counted.
+        active_nbytes: memory of the run after the step (other models in memory not counted).
+        peak_nbytes: peak memory of the run so far.
         val_loss: in nats per target token on rows held out, if it was measured after this step.
         marks: what else happened.
     """
@@ -63,13 +71,13 @@ class StepEvent:
 
 
 @dataclass(frozen=True)
-class Voice:
+class SampleGeneration:
     """What the model answered to a prompt at some step.
 
     Attributes:
         step: optimizer steps done.
-        prompt: what was asked.
-        text: what it answered.
+        prompt: the prompt.
+        text: the model's answer.
     """
 
     step: int

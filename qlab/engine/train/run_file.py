@@ -1,9 +1,7 @@
-"""A run as a YAML file.
+"""A run as a YAML file: what a notebook's cells say, each section the arguments of one of them.
 
-What a notebook's cells say, each section the arguments of one of them, for ``python -m qlab.run``.
-
-Every key that is not known is refused; what is left out has its default. Knows no model and no
-rows.
+``Trainer.to_yaml`` writes it and ``python -m qlab.run`` reads it. A key that is not known is
+refused; what is left out has its default.
 """
 
 from __future__ import annotations
@@ -21,25 +19,29 @@ from qlab.core.config.train import TrainConfig
 from qlab.engine.train.run_folder import RunFacts
 from qlab.errors import ConfigError, LoadError, nearest
 
-_TOP = ("model", "quantize", "adapter", "train", "data", "val", "path", "prompts")
+_SECTIONS = ("model", "quantize", "adapter", "train", "data", "val", "path", "prompts")
 _STORAGE = tuple(f.name for f in fields(QuantConfig))
 _ADAPTER = (*(f.name for f in fields(LoRAConfig)), "alpha", "seed")
 _TRAIN = tuple(f.name for f in fields(TrainConfig))
-_STOCK = ("fine_tune_type", "lora_parameters")  # words that only a recipe of mlx-lm has
+_STOCK = ("fine_tune_type", "lora_parameters")  # keys that only a recipe of mlx-lm has
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")  # YAML 1.1 takes 1e-4 for a text
+_HEAD = """\
+# Alone:              python -m qlab.run THIS_FILE
+# Several processes:  mlx.launch -n 2 python -m qlab.run THIS_FILE   (they share every batch of batch_size rows)
+"""  # noqa: E501  # one line of the file that is written
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunFile:
     """What the file says.
 
     Attributes:
         facts: model, storage, adapter, run and prompts; the base's fingerprint is not known yet.
         data: rows to train on: a file, or the folder of a run, whose rows are taken as they are.
-        val: rows to judge by, as for ``Trainer``.
+        val: rows for validation, as for ``Trainer``.
         path: folder to write; None is a new one.
-        seed: of the adapter's start; None is the run's.
-        start: folder of a saved adapter to go on from, instead of the adapter in ``facts``.
+        seed: seed of the adapter's first values; None is the run's.
+        start: folder of a saved adapter to start from, instead of the adapter in ``facts``.
     """
 
     facts: RunFacts
@@ -61,13 +63,13 @@ def read(path: Path) -> RunFile:
     import yaml
 
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), _loader(yaml))
+        content = yaml.load(path.read_text(encoding="utf-8"), _loader(yaml))
     except (OSError, UnicodeDecodeError) as error:
         raise LoadError(f"{path} cannot be read: {error}.") from None
     except yaml.YAMLError as error:
         raise LoadError(f"{path} is no YAML: {error}.") from None
     try:
-        return _run_file(found)
+        return _run_file(content)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -77,120 +79,153 @@ def write(file: RunFile) -> str:
     import yaml
 
     facts = file.facts
-    adapter = {**asdict(facts.lora), **({} if file.seed is None else {"seed": file.seed})}
-    said = {
+    sections = {
         "model": facts.source,
-        "quantize": facts.plan and _storage(facts.plan, facts.solver),
-        "adapter": file.start or {**adapter, "keys": facts.lora.keys and list(facts.lora.keys)},
+        "quantize": facts.plan and _storage_section(facts.plan, facts.solver),
+        "adapter": file.start or _adapter_section(facts.lora, file.seed),
         "train": asdict(facts.train),
         "data": file.data,
         "val": file.val,
         "path": file.path,
         "prompts": list(facts.prompts) or None,
     }
-    kept = {key: value for key, value in said.items() if value is not None}
-    return _HEAD + yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    written = {key: value for key, value in sections.items() if value is not None}
+    return _HEAD + yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
 
 
-_HEAD = """\
-# Alone:              python -m qlab.run THIS_FILE
-# Several processes:  mlx.launch -n 2 python -m qlab.run THIS_FILE   (they share every batch of batch_size rows)
-"""
+def _storage_section(plan: QuantPlan, solver: str) -> dict[str, Any]:
+    section = {**asdict(plan.default), "solver": solver}
+    overrides = {path: config and asdict(config) for path, config in plan.overrides.items()}
+    if overrides:
+        section["overrides"] = overrides
+    return section
 
 
-def _storage(plan: QuantPlan, solver: str) -> dict[str, Any]:
-    own = {path: config and asdict(config) for path, config in plan.overrides.items()}
-    return {**asdict(plan.default), "solver": solver, **({"overrides": own} if own else {})}
+def _adapter_section(lora: LoRAConfig, seed: int | None) -> dict[str, Any]:
+    section = asdict(lora)
+    if seed is not None:
+        section["seed"] = seed
+    section["keys"] = lora.keys and list(lora.keys)
+    return section
 
 
-def _run_file(found: Any) -> RunFile:
-    _mapping("the file", found)
-    if stock := [key for key in _STOCK if key in found]:
+def _run_file(content: Any) -> RunFile:
+    sections = _mapping("the file", content)
+    stock = [key for key in _STOCK if key in sections]
+    if stock:
         raise ConfigError(
-            f"{stock[0]!r} is a word of mlx_lm.lora's recipes; t.to_yaml(), without data, writes the file for qlab.run."
+            f"{stock[0]!r} is a word of mlx_lm.lora's recipes; t.to_yaml(), without data, writes "
+            "the file for qlab.run."
         )
-    _known("", found, _TOP)
-    if missing := [key for key in ("model", "data") if not found.get(key)]:
+    _known("", sections, _SECTIONS)
+    missing = [key for key in ("model", "data") if not sections.get(key)]
+    if missing:
         raise ConfigError(f"{' and '.join(missing)} must be given.")
     for key in ("model", "data", "path"):
-        _kind(key, found.get(key), (str,), "a text")
-    _kind(
-        "val", found.get("val"), (str, int, float), "a file, a number of rows, or a share of them"
+        _check_type(key, sections.get(key), (str,), "a text")
+    val = sections.get("val")
+    _check_type("val", val, (str, int, float), "a file, a number of rows, or a share of them")
+    plan, solver = _plan(sections.get("quantize"))
+    lora, seed, start = _adapter(sections.get("adapter"))
+    facts = RunFacts(
+        source=sections["model"],
+        plan=plan,
+        solver=solver,
+        lora=lora,
+        train=TrainConfig(**_known("train", sections.get("train"), _TRAIN)),
+        base="",
+        prompts=_prompts(sections.get("prompts")),
     )
-    plan, solver = _plan(found.get("quantize"))
-    lora, seed, start = _adapter(found.get("adapter"))
-    train = TrainConfig(**_known("train", found.get("train"), _TRAIN))
-    facts = RunFacts(found["model"], plan, solver, lora, train, "", _prompts(found.get("prompts")))
-    return RunFile(facts, found["data"], found.get("val"), found.get("path"), seed, start)
+    return RunFile(
+        facts=facts,
+        data=sections["data"],
+        val=val,
+        path=sections.get("path"),
+        seed=seed,
+        start=start,
+    )
 
 
-def _plan(found: Any) -> tuple[QuantPlan | None, str]:
-    if found is None:
+def _plan(section: Any) -> tuple[QuantPlan | None, str]:
+    """Return the plan and the name of the solver."""
+    if section is None:
         return None, "rtn"
-    held = dict(_known("quantize", found, (*_STORAGE, "solver", "overrides")))
-    solver = held.pop("solver", "rtn")
-    own = held.pop("overrides", None)
-    _kind("quantize.solver", solver, (str,), "a text")
-    default = QuantConfig(**held)
-    overrides = {}
-    for path, storage in _mapping("quantize.overrides", {} if own is None else own).items():
-        if (
-            storage is not None
-        ):  # what it does not say is as in the default, if the mode is the same
-            said = _known(f"quantize.overrides.{path}", storage, _STORAGE)
-            rest = asdict(default) if said.get("mode", default.mode) == default.mode else {}
-            storage = QuantConfig(**{**rest, **said})
-        overrides[str(path)] = storage
-    return QuantPlan(default, overrides), solver
+    settings = dict(_known("quantize", section, (*_STORAGE, "solver", "overrides")))
+    solver = settings.pop("solver", "rtn")
+    overrides = settings.pop("overrides", None)
+    _check_type("quantize.solver", solver, (str,), "a text")
+    default = QuantConfig(**settings)
+    by_path = _mapping("quantize.overrides", {} if overrides is None else overrides)
+    configs = {str(path): _override(path, storage, default) for path, storage in by_path.items()}
+    return QuantPlan(default, configs), solver
 
 
-def _adapter(found: Any) -> tuple[LoRAConfig, int | None, str | None]:
-    if isinstance(found, str):
-        return LoRAConfig(), None, found
-    held = dict(_known("adapter", found, _ADAPTER))
-    seed = held.pop("seed", None)
-    alpha = held.pop("alpha", None)
+def _override(path: Any, storage: Any, default: QuantConfig) -> QuantConfig | None:
+    """Return a layer's config; what it leaves out is as in the default, if the mode is the same."""
+    if storage is None:
+        return None
+    settings = _known(f"quantize.overrides.{path}", storage, _STORAGE)
+    same_mode = settings.get("mode", default.mode) == default.mode
+    rest = asdict(default) if same_mode else {}
+    return QuantConfig(**{**rest, **settings})
+
+
+def _adapter(section: Any) -> tuple[LoRAConfig, int | None, str | None]:
+    """Return the config, the seed, and the folder of a saved adapter to start from."""
+    if isinstance(section, str):
+        return LoRAConfig(), None, section
+    settings = dict(_known("adapter", section, _ADAPTER))
+    seed = settings.pop("seed", None)
+    alpha = settings.pop("alpha", None)
     if seed is not None:
         check_whole("adapter.seed", seed, 0)
-    if alpha is not None and "scale" in held:
+    if alpha is not None and "scale" in settings:
         raise ConfigError("adapter: alpha and scale say the same thing twice; give one of them.")
-    lora = LoRAConfig(**held)
-    return lora if alpha is None else lora.with_alpha(alpha), seed, None
+    lora = LoRAConfig(**settings)
+    if alpha is not None:
+        lora = lora.with_alpha(alpha)
+    return lora, seed, None
 
 
-def _prompts(found: Any) -> tuple[str, ...]:
-    prompts = [found] if isinstance(found, str) else [] if found is None else found
-    _kind("prompts", prompts, (list,), "a list of texts")
+def _prompts(section: Any) -> tuple[str, ...]:
+    if section is None:
+        return ()
+    prompts = [section] if isinstance(section, str) else section
+    _check_type("prompts", prompts, (list,), "a list of texts")
     for prompt in prompts:
-        _kind("prompts", prompt, (str,), "a list of texts")
+        _check_type("prompts", prompt, (str,), "a list of texts")
     return tuple(prompts)
 
 
-def _known(section: str, found: Any, legal: Iterable[str]) -> Mapping[str, Any]:
+def _known(section: str, content: Any, legal: Iterable[str]) -> Mapping[str, Any]:
     """Return a section's settings if all are known; an empty section has none."""
-    held = _mapping(section, {} if found is None else found)
-    unknown = [f"{key!r} is no setting.{nearest(key, legal)}" for key in held if key not in legal]
+    settings = _mapping(section, {} if content is None else content)
+    unknown = [key for key in settings if key not in legal]
     if unknown:
+        complaints = [f"{key!r} is no setting.{nearest(key, legal)}" for key in unknown]
+        place = f"{section}: " if section else ""
+        raise ConfigError(f"{place}{' '.join(complaints)} The settings are {', '.join(legal)}.")
+    return settings
+
+
+def _mapping(name: str, content: Any) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping):
         raise ConfigError(
-            f"{section + ': ' if section else ''}{' '.join(unknown)} The settings are {', '.join(legal)}."
+            f"{name} holds {content!r}; it is a list of settings, each a line 'name: value'."
         )
-    return held
+    return content
 
 
-def _mapping(name: str, found: Any) -> Mapping[str, Any]:
-    if not isinstance(found, Mapping):
-        raise ConfigError(
-            f"{name} holds {found!r}; it is a list of settings, each a line 'name: value'."
-        )
-    return found
-
-
-def _kind(name: str, value: Any, kinds: tuple[type, ...], what: str) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+def _check_type(name: str, value: Any, types: tuple[type, ...], what: str) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, types):
         raise ConfigError(f"{name}={value!r} is not legal; it is {what}.")
 
 
 def _loader(yaml: Any) -> Any:
+    """Return a YAML loader that refuses a key that is there twice and reads 1e-4 as a number."""
+
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen: set[str] = set()

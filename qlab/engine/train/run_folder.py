@@ -1,14 +1,15 @@
-"""The folder of a run: what it was made of, so that it can be made again in another process.
+"""The folder of a run: what the run was made of, so that another process can continue it.
 
 ``run.json`` names the model, its storage and the two configs; ``rows.npz`` holds the tokens that
-the run is trained on, so that a resumed run sees the same rows whatever became of the data. Knows
-no step.
+the run is trained on, so that a resumed run sees the same rows whatever became of the data.
+``Trainer`` and ``qlab.run`` write it when a run starts, and read it when a run is loaded.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -24,21 +25,21 @@ from qlab.core.train.rows import Row, Rows
 from qlab.errors import BusyError, ConfigError, LoadError, SaveError
 from qlab.runtime.atomic import write_file
 
-_NONE = np.zeros(0, np.int32)
-_NAMED: set[Path] = set()  # in this kernel
+_NO_TOKENS = np.zeros(0, np.int32)
+_new_paths: set[Path] = set()  # chosen in this kernel, though nothing may lie there yet
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunFacts:
     """What a run is made of.
 
     Attributes:
         source: what ``qlab.load`` was given.
         plan: how the base was quantized in the kernel, or None.
-        solver: by which codes were chosen.
-        lora: the adapter.
-        train: the run.
-        base: fingerprint of the base.
+        solver: name of the solver that chose the codes.
+        lora: config of the adapter.
+        train: config of the run.
+        base: fingerprint of the base's arrays.
         prompts: asked at every validation.
     """
 
@@ -51,18 +52,18 @@ class RunFacts:
     prompts: tuple[str, ...] = ()
 
 
-def write(folder: Path, facts: RunFacts, rows: Rows, held: Rows | None) -> None:
-    """Write the folder's two files.
+def write(folder: Path, facts: RunFacts, rows: Rows, held_out: Rows | None) -> None:
+    """Write the folder's two files, ``run.json`` and ``rows.npz``.
 
     Raises:
         SaveError: the place cannot be written.
     """
+    arrays = {**_stored("rows", rows), **_stored("held", held_out)}
+    text = json.dumps(_json(facts), indent=1)
     try:
-        parts = [(name, part) for name, part in (("rows", rows), ("held", held)) if part]
-        stored = {f"{name}_{key}": value for name, part in parts for key, value in _packed(part)}
-        write_file(folder / "rows.npz", lambda new: np.savez(new, **stored))
+        # pyright: numpy's stub takes each array for its argument allow_pickle
+        write_file(folder / "rows.npz", lambda new: np.savez(new, **arrays))  # pyright: ignore
         # last, since a folder with a run.json counts as a run
-        text = json.dumps(_plain(facts), indent=1)
         write_file(folder / "run.json", lambda new: new.write_text(text))
     except SaveError as error:
         reason = error.__cause__ or error
@@ -79,101 +80,133 @@ def read(folder: Path) -> tuple[RunFacts, Rows, Rows | None]:
     try:
         facts = _facts(json.loads((folder / "run.json").read_text()))
         with np.load(folder / "rows.npz") as stored:
-            parts = [
-                _unpacked(stored, name) if f"{name}_tokens" in stored else None
-                for name in ("rows", "held")
-            ]
+            rows = _rows(stored, "rows")
+            held_out = _rows(stored, "held")
     except FileNotFoundError as error:
         raise LoadError(
             f"{folder} is not the folder of a run: it has no {Path(error.filename).name}."
         ) from None
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise LoadError(f"The run in {folder} cannot be read: {error}.") from error
-    if parts[0] is None:
+    if rows is None:
         raise LoadError(f"{folder / 'rows.npz'} holds no rows.")
-    return facts, parts[0], parts[1]
+    return facts, rows, held_out
 
 
-def _plain(facts: RunFacts) -> dict[str, Any]:
-    plan = facts.plan
-    storage = plan and {
-        "default": asdict(plan.default),
-        "overrides": {path: config and asdict(config) for path, config in plan.overrides.items()},
-    }
+def _json(facts: RunFacts) -> dict[str, Any]:
     return {
-        **facts.__dict__,
-        "plan": storage,
+        "source": facts.source,
+        "plan": facts.plan and _plan_json(facts.plan),
+        "solver": facts.solver,
         "lora": asdict(facts.lora),
         "train": asdict(facts.train),
+        "base": facts.base,
+        "prompts": facts.prompts,
     }
 
 
-def _facts(found: dict[str, Any]) -> RunFacts:
-    plan = found["plan"] and QuantPlan(
-        QuantConfig(**found["plan"]["default"]),
-        {
-            path: config and QuantConfig(**config)
-            for path, config in found["plan"]["overrides"].items()
-        },
-    )
-    lora = LoRAConfig(**found["lora"])
-    train = TrainConfig(**found["train"])
+def _plan_json(plan: QuantPlan) -> dict[str, Any]:
+    overrides = {path: config and asdict(config) for path, config in plan.overrides.items()}
+    return {"default": asdict(plan.default), "overrides": overrides}
+
+
+def _facts(stored: dict[str, Any]) -> RunFacts:
     return RunFacts(
-        **{**found, "plan": plan, "lora": lora, "train": train, "prompts": tuple(found["prompts"])}
+        **{
+            **stored,
+            "plan": stored["plan"] and _plan(stored["plan"]),
+            "lora": LoRAConfig(**stored["lora"]),
+            "train": TrainConfig(**stored["train"]),
+            "prompts": tuple(stored["prompts"]),
+        }
     )
 
 
-def _packed(rows: Rows) -> list[tuple[str, np.ndarray]]:
-    beyond = [_NONE if row.beyond is None else row.beyond for row in rows]
-    return [
-        ("tokens", np.concatenate([row.tokens for row in rows])),
-        ("mask", np.concatenate([row.mask for row in rows])),
-        ("lengths", np.array([row.tokens.size for row in rows], np.int64)),
-        ("numbers", np.array([row.number for row in rows], np.int64)),
-        ("cut", np.array([row.cut for row in rows], np.int64)),
-        ("beyond", np.concatenate(beyond)),
-        ("beyond_lengths", np.array([part.size for part in beyond], np.int64)),
-        ("kind", np.array(rows.kind)),
-        ("dropped", np.array(json.dumps(rows.dropped))),
-    ]
+def _plan(stored: dict[str, Any]) -> QuantPlan:
+    overrides = {
+        path: config and QuantConfig(**config) for path, config in stored["overrides"].items()
+    }
+    return QuantPlan(QuantConfig(**stored["default"]), overrides)
 
 
-def _unpacked(stored: Any, name: str) -> Rows:
-    def parts(key: str, lengths: str) -> list[np.ndarray]:
-        return np.split(stored[f"{name}_{key}"], np.cumsum(stored[f"{name}_{lengths}"])[:-1])
+def _stored(name: str, rows: Rows | None) -> dict[str, np.ndarray]:
+    """Return rows as arrays by ``<name>_<field>``, the rows' tokens one after the other."""
+    if not rows:
+        return {}
+    beyond = [_NO_TOKENS if row.beyond is None else row.beyond for row in rows]
+    arrays = {
+        "tokens": np.concatenate([row.tokens for row in rows]),
+        "mask": np.concatenate([row.mask for row in rows]),
+        "lengths": np.array([row.tokens.size for row in rows], np.int64),
+        "numbers": np.array([row.number for row in rows], np.int64),
+        "cut": np.array([row.cut for row in rows], np.int64),
+        "beyond": np.concatenate(beyond),
+        "beyond_lengths": np.array([part.size for part in beyond], np.int64),
+        "kind": np.array(rows.kind),
+        "dropped": np.array(json.dumps(rows.dropped)),
+    }
+    return {f"{name}_{key}": array for key, array in arrays.items()}
 
-    numbers = stored[f"{name}_numbers"].tolist()
-    cut = stored[f"{name}_cut"].tolist()
-    beyond = [part if part.size else None for part in parts("beyond", "beyond_lengths")]
-    made = zip(
-        numbers, parts("tokens", "lengths"), parts("mask", "lengths"), cut, beyond, strict=True
+
+def _rows(stored: Mapping[str, np.ndarray], name: str) -> Rows | None:
+    """Return what ``_stored`` made of rows, or None if there were none."""
+    if f"{name}_tokens" not in stored:
+        return None
+
+    def split(key: str, lengths: str) -> list[np.ndarray]:
+        ends = np.cumsum(stored[f"{name}_{lengths}"])[:-1]
+        return np.split(stored[f"{name}_{key}"], ends)
+
+    columns = zip(
+        stored[f"{name}_numbers"].tolist(),
+        split("tokens", "lengths"),
+        split("mask", "lengths"),
+        stored[f"{name}_cut"].tolist(),
+        [part if part.size else None for part in split("beyond", "beyond_lengths")],
+        strict=True,
     )
-    dropped = tuple((number, why) for number, why in json.loads(str(stored[f"{name}_dropped"])))
-    return Rows(tuple(Row(*part) for part in made), str(stored[f"{name}_kind"]), dropped)
+    dropped = json.loads(str(stored[f"{name}_dropped"]))
+    return Rows(
+        tuple(Row(*values) for values in columns),
+        str(stored[f"{name}_kind"]),
+        tuple((number, reason) for number, reason in dropped),
+    )
 
 
-def free(path: str | Path) -> Path:
-    """Return a path that holds no run yet.
+def unused_path(path: str | Path) -> Path:
+    """Return a path at which no run lies yet: this one, or the first with a number at its end.
 
-    This one, or the first with a number at its end that does not.
+    Example:
+        >>> unused_path("runs/demo")  # runs/demo and runs/demo-2 hold runs
+        PosixPath('runs/demo-3')
 
     Raises:
         ConfigError: it is no path.
     """
     if not isinstance(path, (str, Path)):
         raise ConfigError(f"path={path!r} is not legal; it is the path of a folder.")
-    whole = Path(path).expanduser()
-    numbered = (Path(f"{whole}-{n}") if n > 1 else whole for n in count(1))
-    return next(path for path in numbered if not _taken(path))
+    return next(path for path in _numbered(Path(path).expanduser()) if not _holds_run(path))
 
 
-def named(model: str) -> Path:
-    """Return the path of a new folder that says which model it is and when; no two are the same."""
+def new_run_path(model: str) -> Path:
+    """Return the path of a new folder named for the model and the time; no two are the same.
+
+    Args:
+        model: name of the model, such as ``mlx-community/Qwen3-0.6B-bf16``.
+    """
     name = f"{model.split('/')[-1]}-{time.strftime('%Y%m%d-%H%M%S')}"
-    numbered = (Path("runs") / (f"{name}-{n}" if n > 1 else name) for n in count(1))
-    path = next(path for path in numbered if path not in _NAMED and not _taken(path))
-    _NAMED.add(path)
-    return path
+    for path in _numbered(Path("runs") / name):
+        if path not in _new_paths and not _holds_run(path):
+            _new_paths.add(path)
+            return path
+    raise AssertionError("there is always a next number")
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    """Yield ``path``, ``path-2``, ``path-3``, …"""
+    yield path
+    for n in count(2):
+        yield Path(f"{path}-{n}")
 
 
 def check_new(path: Path) -> None:
@@ -182,13 +215,13 @@ def check_new(path: Path) -> None:
     Raises:
         BusyError: it has.
     """
-    if _begun(path):
+    if _has_checkpoints(path):
         raise BusyError(f"{path} holds the checkpoints of another run by now; make a new Trainer.")
 
 
-def _taken(path: Path) -> bool:
-    return (path / "run.json").exists() or _begun(path)
+def _holds_run(path: Path) -> bool:
+    return (path / "run.json").exists() or _has_checkpoints(path)
 
 
-def _begun(path: Path) -> bool:
+def _has_checkpoints(path: Path) -> bool:
     return any(path.glob("step-*")) or any(path.glob("best-*"))

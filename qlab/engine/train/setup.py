@@ -1,6 +1,6 @@
-"""Makes a run ready: the frozen base and its adapter as something to step, and the batches.
+"""Prepares a run: splits the rows, attaches the adapter to the frozen base, chooses the step.
 
-Knows no files.
+``Trainer`` and ``qlab.run`` call ``prepare_run`` on the MLX thread and hand its result to the loop.
 """
 
 from __future__ import annotations
@@ -9,70 +9,95 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import ceil, prod
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from qlab.core.config.lora import LoRAConfig
-from qlab.core.config.spec import ModelSpec
 from qlab.core.config.train import TrainConfig
 from qlab.core.train.rows import Batch, Rows
 from qlab.engine.adapt.attach import attach
+from qlab.engine.adapt.files import save_adapter
 from qlab.engine.data.batches import Feed
 from qlab.engine.step.choose import make_step
 from qlab.engine.step.product_trial import choose_compute
 from qlab.engine.step.protocol import Arrays
 from qlab.engine.train.checkpoint import Checkpoints, TrainState, load
-from qlab.engine.train.distributed import ALONE, Ranks
-from qlab.engine.train.loop import Task
+from qlab.engine.train.inputs import RunInputs
+from qlab.engine.train.task import Task
 from qlab.engine.train.update import Update
 from qlab.errors import ConfigError
 from qlab.runtime.limits import Guard
 
-_SHARE = 0.05  # of the rows, held out unless told
-_MOST_HELD = 100
-_FEW = 20  # rows below which none are held out
+_HELD_OUT_SHARE = 0.05  # of the rows, unless a user says otherwise
+_MOST_HELD_OUT = 100
+_FEWEST_TO_SPLIT = 20  # of fewer rows none are held out
 
 
-def held_out(rows: Rows, wanted: float | None, seed: int) -> tuple[Rows, Rows | None]:
-    """Split rows into those to train on and those to judge by.
+class PreparedRun(NamedTuple):
+    """A run that is ready to train.
+
+    Attributes:
+        task: what the loop steps.
+        state: where the run stands.
+        notes: how it is computed and why, one sentence each.
+    """
+
+    task: Task
+    state: TrainState
+    notes: tuple[str, ...]
+
+
+def split_held_out(rows: Rows, wanted: float | None, seed: int) -> tuple[Rows, Rows | None]:
+    """Split rows into those to train on and those held out for validation.
 
     Args:
-        rows: all.
-        wanted: to hold out: a number, or a share below 1; None is 5 %, at most 100 rows, and none
-            of fewer than 20; 0 is none.
-        seed: of the choice.
+        rows: all rows.
+        wanted: how many to hold out: a number, or a share below 1; None is 5 %, at most 100 rows,
+            and none of fewer than 20; 0 is none.
+        seed: seed of the choice.
 
     Raises:
         DataError: so many cannot be held out.
     """
     if wanted is None:
-        wanted = min(round(_SHARE * len(rows)), _MOST_HELD) if len(rows) >= _FEW else 0
+        enough = len(rows) >= _FEWEST_TO_SPLIT
+        wanted = min(round(_HELD_OUT_SHARE * len(rows)), _MOST_HELD_OUT) if enough else 0
     return rows.split(wanted, seed) if wanted else (rows, None)
 
 
-def describe(feed: Feed, held: Rows | None) -> str:
-    """Say in a line what there is to train on."""
+def describe(feed: Feed, held_out: Rows | None) -> str:
+    """Say in one line what there is to train on."""
     rows = feed.rows
-    shapes = len(feed.shapes)
+    shape_count = len(feed.shapes)
     parts = [f"{len(rows)} {rows.kind} rows"]
-    parts += [f"{len(held)} held out"] if held else []
-    repeats = f"duplicate{'s' * (rows.duplicates != 1)}"
-    found = ((len(rows.dropped), "dropped"), (rows.cut, "cut"), (rows.duplicates, repeats))
-    parts += [f"{count} {what}" for count, what in found if count]
-    parts += [
-        f"{rows.targets} targets",
-        f"{shapes} shape{'s' if shapes > 1 else ''}",
-        f"{100 * (feed.waste - 1):.0f} % padding",
-    ]
+    if held_out:
+        parts.append(f"{len(held_out)} held out")
+    if rows.dropped:
+        parts.append(f"{len(rows.dropped)} dropped")
+    if rows.cut:
+        parts.append(f"{rows.cut} cut")
+    if rows.duplicates:
+        parts.append(f"{rows.duplicates} duplicate{_plural(rows.duplicates)}")
+    parts.append(f"{rows.targets} targets")
+    parts.append(f"{shape_count} shape{_plural(shape_count)}")
+    parts.append(f"{100 * (feed.waste - 1):.0f} % padding")
     return ", ".join(parts)
 
 
-def largest(config: TrainConfig, feed: Feed, size: int = 1) -> TrainConfig:
-    """Return the run with the largest batch that its rows make for one of ``size`` processes, for
-    an estimate.
+def _plural(count: int) -> str:
+    return "" if count == 1 else "s"
+
+
+def with_largest_batch(config: TrainConfig, feed: Feed, size: int = 1) -> TrainConfig:
+    """Return a config whose batch is the largest that one process will see, for an estimate.
+
+    Args:
+        config: config of the run.
+        feed: batches of the run.
+        size: number of processes that share each batch.
     """
-    rows, length = max(((ceil(rows / size), length) for rows, length in feed.shapes), key=prod)
+    shapes = [(ceil(rows / size), length) for rows, length in feed.shapes]
+    rows, length = max(shapes, key=prod)
     return replace(config, batch_size=rows, max_seq_length=max(length, 2))
 
 
@@ -82,94 +107,110 @@ def check_shared(config: TrainConfig, size: int) -> None:
     Raises:
         ConfigError: names the nearest batch sizes that they can.
     """
-    more = -config.batch_size % size
-    if more:
-        less = config.batch_size + more - size
-        near = f"{less} or {less + size}" if less else f"{size}"
-        raise ConfigError(
-            f"batch_size={config.batch_size} is not legal for {size} processes, which share every batch evenly; "
-            f"the nearest is {near}."
-        )
+    missing = -config.batch_size % size
+    if not missing:
+        return
+    larger = config.batch_size + missing
+    smaller = larger - size
+    nearest = f"{smaller} or {larger}" if smaller else f"{larger}"
+    raise ConfigError(
+        f"batch_size={config.batch_size} is not legal for {size} processes, which share every "
+        f"batch evenly; the nearest is {nearest}."
+    )
 
 
-def validation_batches(held: Rows | None, config: TrainConfig) -> tuple[Batch, ...]:
+def validation_batches(held_out: Rows | None, config: TrainConfig) -> tuple[Batch, ...]:
     """Return the batches of every validation: the same ones each time, never packed."""
-    if held is None or not len(held):
+    if held_out is None or not len(held_out):
         return ()
-    feed = Feed(held, replace(config, pack=False))
-    count = feed.per_epoch if config.val_batches < 0 else min(config.val_batches, feed.per_epoch)
+    feed = Feed(held_out, replace(config, pack=False))
+    count = feed.per_epoch
+    if config.val_batches >= 0:
+        count = min(config.val_batches, count)
     return tuple(feed.batch(i) for i in range(count))
 
 
-def make_task(
-    module: nn.Module,
-    spec: ModelSpec,
-    lora: LoRAConfig,
-    config: TrainConfig,
-    feed: Feed,
-    held: tuple[Batch, ...],
-    parameters: Arrays,
-    checkpoints: Checkpoints | None,
-    on_good: Callable[[TrainState], None],
-    limit_nbytes: int | None = None,
-    ranks: Ranks = ALONE,
-) -> tuple[Task, TrainState, tuple[str, ...]]:
-    """Return a run, where it stands at first, and what to know about how it is computed.
-
-    Runs on the MLX thread.
+def prepare_run(inputs: RunInputs, on_good: Callable[[TrainState], None]) -> PreparedRun:
+    """Build the step, the optimizer and the state of a run. Runs on the MLX thread.
 
     Args:
-        module: the base; it is not changed.
-        spec: its layers.
-        lora: the adapter.
-        config: the run.
-        feed: batches to train on.
-        held: batches of a validation.
-        parameters: the adapter's arrays by path, evaluated.
-        checkpoints: where to write, or None; only the first of several processes writes.
-        on_good: see ``Task``.
-        limit_nbytes: of memory; None takes it from what is free.
-        ranks: the processes that train together, with the same parameters.
+        inputs: what the run is computed from.
+        on_good: called with the state after every validation and checkpoint, and at the end.
+
+    Returns:
+        A run at its start, or at ``inputs.start_from``.
 
     Raises:
-        ConfigError, LayerNotFoundError: the adapter does not fit the model.
+        ConfigError, LayerNotFoundError: the adapter does not fit the model, or the checkpoint's
+            optimizer is not the run's.
         UnsupportedError: the model's step cannot be built as the config wants it.
+        LoadError: the checkpoint cannot be read.
     """
-    compute, notes = choose_compute(module, spec, largest(config, feed, ranks.size).tokens)
-    step = make_step(attach(module, spec, lora, compute, config.grad_checkpoint), config)
-    # sums over arrays follow their order, and a file has one of its own
-    parameters = {path: parameters[path] for path in step.parameters}
+    config = inputs.config
+    tokens = with_largest_batch(config, inputs.feed, inputs.ranks.size).tokens
+    compute, notes = choose_compute(inputs.module, inputs.spec, tokens)
+    module = attach(inputs.module, inputs.spec, inputs.lora, compute, config.grad_checkpoint)
+    step = make_step(module, config)
+    # sums over arrays follow their order, and a file has another order than the step
+    parameters = {path: inputs.parameters[path] for path in step.parameters}
     update = Update(config, parameters)
-    parameters = update.by_path(update.kept(parameters))
-    state = TrainState(parameters, update.state, config.learning_rate)
-    mx.eval(state.parameters, state.optimizer)
-    kept = checkpoints if ranks.first else None
-    task = Task(step, update, feed, held, config, Guard(limit_nbytes), kept, on_good, ranks=ranks)
-    return task, state, (*step.notes, *notes)
+    task = Task(
+        step=step,
+        update=update,
+        feed=inputs.feed,
+        held_out=validation_batches(inputs.held_out, config),
+        config=config,
+        guard=Guard(inputs.limit_nbytes),
+        checkpoints=_checkpoints(inputs),
+        on_good=on_good,
+        ranks=inputs.ranks,
+    )
+    if inputs.start_from is None:
+        parameters = update.by_path(update.kept(parameters))
+        state = TrainState(parameters, update.state, config.learning_rate)
+        mx.eval(state.parameters, state.optimizer)
+    else:
+        state = resumed(inputs.start_from, parameters, update)
+    return PreparedRun(task, state, (*step.notes, *notes))
 
 
-def resumed(path: Path, parameters: Arrays, task: Task) -> TrainState:
-    """Return where a checkpoint stands, if it is one of this run. Runs on the MLX thread.
+def _checkpoints(inputs: RunInputs) -> Checkpoints | None:
+    """Return where checkpoints are written; only the first of several processes writes."""
+    if inputs.folder is None or not inputs.ranks.first:
+        return None
+
+    def write_adapter(folder: Path, arrays: Arrays) -> None:
+        save_adapter(folder, arrays, inputs.lora, inputs.spec, inputs.source)
+
+    return Checkpoints(inputs.folder, write_adapter)
+
+
+def resumed(path: Path, parameters: Arrays, update: Update) -> TrainState:
+    """Return the state of a checkpoint, if it belongs to this run. Runs on the MLX thread.
+
+    Args:
+        path: folder of the checkpoint.
+        parameters: trainable arrays of the checkpoint by path.
+        update: the run's optimizer.
 
     Raises:
         LoadError: it cannot be read.
         ConfigError: its optimizer is not the run's.
     """
     state = load(path, parameters)
-    wanted = task.update.state_by_path(task.update.state)
-    for name in sorted(state.optimizer.keys() | wanted.keys()):
-        found = state.optimizer.get(name)
+    _check_same_optimizer(path, state.optimizer, update.state_by_path(update.state))
+    state.parameters = update.by_path(update.kept(state.parameters))
+    state.optimizer = update.state_joined(state.optimizer)
+    mx.eval(state.parameters, state.optimizer)
+    return state
+
+
+def _check_same_optimizer(path: Path, stored: Arrays, wanted: Arrays) -> None:
+    for name in sorted(stored.keys() | wanted.keys()):
+        one = stored.get(name)
         other = wanted.get(name)
-        if (
-            found is None
-            or other is None
-            or found.shape != other.shape
-            or found.dtype != other.dtype
-        ):
+        missing = one is None or other is None
+        if missing or one.shape != other.shape or one.dtype != other.dtype:
             raise ConfigError(
                 f"The optimizer's state in {path} is not that of this run: {name!r} differs."
             )
-    state.parameters = task.update.by_path(task.update.kept(state.parameters))
-    state.optimizer = task.update.state_joined(state.optimizer)
-    mx.eval(state.parameters, state.optimizer)
-    return state

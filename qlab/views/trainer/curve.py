@@ -1,9 +1,7 @@
-"""The curve of a run as the browser gets it.
+"""The curve of a run as the browser gets it: a row of numbers a step, thinned where a run is long.
 
-One row of numbers a step, smoothed, thinned where a run is long.
-
-Grows with the run: what was encoded once is not encoded again, so that showing step 100 000 costs
-no more than step 100. Pure numpy; knows neither how a step is computed nor how it is drawn.
+A ``Curve`` grows with the run: what was encoded once is not encoded again, so that showing step
+100 000 costs no more than step 100. The panel, the report and the table of runs draw from it.
 """
 
 from __future__ import annotations
@@ -28,23 +26,27 @@ COLUMNS = (
     "peak_nbytes",
     "epoch",
 )
-LOSS, SMOOTH, VAL, NORM = (
-    COLUMNS.index(name) for name in ("loss", "smooth", "val_loss", "grad_norm")
-)
+LOSS = COLUMNS.index("loss")
+SMOOTH = COLUMNS.index("smooth")
+VAL = COLUMNS.index("val_loss")
+NORM = COLUMNS.index("grad_norm")
 _SPAN = 12  # the smoothed loss looks back over about a twelfth of the steps so far
 _FIRST_ROWS = 256
 _BLOCK_NBYTES = 128 * 4 * len(COLUMNS)  # rows go from the newest to the settled by so many
 
 
 class Curve:
-    """The steps of a run, at most about ``limit`` of them.
+    """The steps of a run, thinned to about ``limit`` of them.
 
-    The extremes of equal stretches and everything marked.
+    Of every stretch of equally many steps the smallest and the largest loss and the largest
+    gradient norm stay; so do all validations and marks, until these alone are more than half the
+    limit.
 
     Args:
-        limit: rows to keep. Of every stretch of steps the smallest and the largest loss and the
-            largest gradient norm stay; so do all validations and marks, until these alone are more
-            than half the limit.
+        limit: rows to retain.
+
+    Attributes:
+        marks: ``[step, kind, text]`` of each mark on the time line.
     """
 
     def __init__(self, limit: int = 2000) -> None:
@@ -85,20 +87,13 @@ class Curve:
         if n == len(self._all):
             self._all = np.concatenate([self._all, np.empty_like(self._all)])
             self._pinned = np.concatenate([self._pinned, np.zeros_like(self._pinned)])
-        if math.isfinite(event.loss):
-            self._losses += 1
-            share = 1.0 if self._losses == 1 else 1 / (1 + self._losses / _SPAN)
-            self._smooth = (
-                event.loss
-                if self._losses == 1
-                else self._smooth + share * (event.loss - self._smooth)
-            )
-        val = math.nan if event.val_loss is None else event.val_loss
+        self._smooth_in(event.loss)
+        val_loss = math.nan if event.val_loss is None else event.val_loss
         self._all[n] = (
             event.step,
             event.loss,
             self._smooth,
-            val,
+            val_loss,
             event.learning_rate,
             event.grad_norm,
             event.tokens_per_second or math.nan,
@@ -111,10 +106,21 @@ class Curve:
         self.marks += [[event.step, mark.kind, mark.text] for mark in event.marks]
         self._count = n + 1
 
-    def encoded(self) -> bytes:
-        """Return the kept rows as little-endian float32, row by row, in the order of ``COLUMNS``.
+    def _smooth_in(self, loss: float) -> None:
+        """Take a loss into the smoothed one, which follows ever more slowly."""
+        if not math.isfinite(loss):
+            return
+        self._losses += 1
+        if self._losses == 1:
+            self._smooth = loss
+        else:
+            share = 1 / (1 + self._losses / _SPAN)
+            self._smooth += share * (loss - self._smooth)
 
-        NaN where nothing is.
+    def encoded(self) -> bytes:
+        """Return the rows that stay as little-endian float32, in the order of ``COLUMNS``.
+
+        NaN stands where nothing was measured.
         """
         self._close()
         tail = self._all[self._closed : self._count]
@@ -124,16 +130,16 @@ class Curve:
         return bytes(self._prefix) + self._all[chosen].tobytes()
 
     def parts(self) -> tuple[bytes, bytes]:
-        """Return ``encoded`` in two.
+        """Return ``encoded`` in two: rows that stay for many steps, and the newest.
 
-        Rows that stay as they are for many steps, and the newest, which are sent every time.
+        Only the newest are sent after every step.
         """
         whole = self.encoded()
         settled = len(self._prefix) - len(self._prefix) % _BLOCK_NBYTES
         return whole[:settled], whole[settled:]
 
     def rows(self) -> np.ndarray:
-        """Return the kept rows, float32 ``(rows, len(COLUMNS))``."""
+        """Return the rows that stay, float32 ``(rows, len(COLUMNS))``."""
         return np.frombuffer(self.encoded(), "<f4").reshape(-1, len(COLUMNS))
 
     def _close(self) -> None:
@@ -153,9 +159,8 @@ class Curve:
         if stop <= start or self._stride == 1:
             return np.arange(start, stop)
         pinned = self._pinned[start:stop]
-        return start + thinned(
-            self._all[start:stop], self._stride, pinned, crowded=self._pins > self._limit // 2
-        )
+        crowded = self._pins > self._limit // 2
+        return start + thinned(self._all[start:stop], self._stride, pinned, crowded)
 
 
 def thinned(rows: np.ndarray, stride: int, pinned: np.ndarray, crowded: bool = False) -> np.ndarray:
@@ -170,18 +175,23 @@ def thinned(rows: np.ndarray, stride: int, pinned: np.ndarray, crowded: bool = F
     """
     stretches = ceil_div(len(rows), stride)
 
-    def extreme(column: int, sign: int) -> tuple[np.ndarray, np.ndarray]:
+    def extremes(column: int, sign: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the row with the largest ``sign · value`` of every stretch, and if it is finite."""
         padded = np.full(stretches * stride, -np.inf)
         values = sign * rows[:, column]
         padded[: len(rows)] = np.where(np.isfinite(values), values, -np.inf)
-        found = np.arange(stretches) * stride + padded.reshape(stretches, stride).argmax(axis=1)
-        return found, np.isfinite(padded[found])
+        places = np.arange(stretches) * stride + padded.reshape(stretches, stride).argmax(axis=1)
+        return places, np.isfinite(padded[places])
 
-    lowest, _ = extreme(
-        LOSS, -1
-    )  # of a stretch without any loss its first row, so that the gap has its place
-    wanted = [(LOSS, 1), (NORM, 1), *([(VAL, -1), (VAL, 1)] if crowded else [])]
-    chosen = [found[there] for found, there in (extreme(*which) for which in wanted)]
-    return np.unique(
-        np.concatenate([lowest, *chosen, *([] if crowded else [np.flatnonzero(pinned)])])
-    )
+    # of a stretch without any loss its first row stays, so that the gap has its place
+    lowest, _ = extremes(LOSS, -1)
+    chosen = [lowest]
+    searches = [(LOSS, 1), (NORM, 1)]
+    if crowded:
+        searches += [(VAL, -1), (VAL, 1)]
+    for column, sign in searches:
+        places, finite = extremes(column, sign)
+        chosen.append(places[finite])
+    if not crowded:
+        chosen.append(np.flatnonzero(pinned))
+    return np.unique(np.concatenate(chosen))

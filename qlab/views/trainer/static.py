@@ -1,13 +1,11 @@
-"""The trainer panel without a kernel.
+"""The trainer panel without a kernel: a line of text, a report for any viewer, a page in one file.
 
-One line of text, a report that survives any viewer, and a self-contained page.
-
-Sees states, never a model.
+``Trainer`` shows these where no live panel can be. They see ``RunState`` values, never a model.
 """
 
 from __future__ import annotations
 
-import html as _html
+from html import escape
 
 import numpy as np
 
@@ -18,7 +16,7 @@ from qlab.views.shared.chart import PALETTE, Line, image
 from qlab.views.shared.wire import document
 from qlab.views.trainer import words
 from qlab.views.trainer.curve import LOSS, SMOOTH, VAL, Curve
-from qlab.views.trainer.widget import CSS, ESM, payload, voices_of
+from qlab.views.trainer.widget import CSS, ESM, generations_of, payload
 
 _POINTS = 400  # of the picture: it is saved with the notebook
 
@@ -26,31 +24,26 @@ _POINTS = 400  # of the picture: it is saved with the notebook
 def text_line(state: RunState) -> str:
     """Return one line of numbers."""
     icon, word = words.status_words(state)
-    report = state.report
-    what = ", ".join(part for part in (report.model, report.storage, report.adapter) if part)
+    setup = ", ".join(words.setup(state.report))
     error = f" · {state.error}" if state.error else ""
-    return f"Trainer({what}: {icon} {word} · {words.headline(state)}{error})"
+    return f"Trainer({setup}: {icon} {word} · {words.headline(state)}{error})"
 
 
 def html(state: RunState) -> str:
     """Return headline, curve and tables, which untrusted notebooks and code hosts show too."""
-    report = state.report
     icon, word = words.status_words(state)
-    what = " · ".join(
-        _html.escape(part) for part in (report.model, report.storage, report.adapter) if part
-    )
-    error = f"<p><b>✕ {_html.escape(state.error)}</b></p>" if state.error else ""
-    lines = words.summary(report)[3:]  # the first three are in the heading
-    rows = "".join(
-        f"<tr><th style='text-align:left'>{_html.escape(name)}</th><td>{_html.escape(text)}</td></tr>"
-        for name, text in lines
-    )
-    notes = "".join(f"<li>{_html.escape(note)}</li>" for note in report.notes)
-    return (
-        f"<div><p><b>{what}</b> · {icon} {_html.escape(word)} · {_html.escape(words.headline(state))}</p>{error}"
-        f"{picture(state.history)}<table><tbody>{rows}</tbody></table>{f'<ul>{notes}</ul>' if notes else ''}"
-        f"{_voices(state)}{_marks(state)}<p>{_html.escape(state.data)}</p><pre>{_html.escape(state.code)}</pre></div>"
-    )
+    setup = " · ".join(escape(part) for part in words.setup(state.report))
+    headline = escape(words.headline(state))
+    parts = [f"<p><b>{setup}</b> · {icon} {escape(word)} · {headline}</p>"]
+    if state.error:
+        parts.append(f"<p><b>✕ {escape(state.error)}</b></p>")
+    parts.append(picture(state.history))
+    parts.append(_summary_table(state))
+    parts.append(_notes(state))
+    parts.append(_generations_table(state))
+    parts.append(_marks(state))
+    parts.append(f"<p>{escape(state.data)}</p><pre>{escape(state.code)}</pre>")
+    return f"<div>{''.join(parts)}</div>"
 
 
 def picture(history: tuple[StepEvent, ...]) -> str:
@@ -60,42 +53,54 @@ def picture(history: tuple[StepEvent, ...]) -> str:
     curve = Curve(limit=_POINTS)
     curve.extend(history)
     rows = curve.rows()
+    if not np.isfinite(rows[:, [LOSS, VAL]]).any():
+        return ""
     step = rows[:, 0]
     lines = (
         Line("", step, rows[:, LOSS], "#666", look="dots"),
         Line("training, smoothed", step, rows[:, SMOOTH], PALETTE[0]),
         Line("validation", step, rows[:, VAL], PALETTE[1], look="marked"),
     )
-    if not np.isfinite(rows[:, [LOSS, VAL]]).any():
-        return ""
     return image(lines, "step", "loss, nats per target token")
+
+
+def _summary_table(state: RunState) -> str:
+    rows = ""
+    for name, text in words.summary(state.report)[3:]:  # the first three are in the heading
+        rows += f"<tr><th style='text-align:left'>{escape(name)}</th><td>{escape(text)}</td></tr>"
+    return f"<table><tbody>{rows}</tbody></table>"
+
+
+def _notes(state: RunState) -> str:
+    items = "".join(f"<li>{escape(note)}</li>" for note in state.report.notes)
+    return f"<ul>{items}</ul>" if items else ""
 
 
 def _marks(state: RunState) -> str:
     marks = [(event.step, mark.text) for event in state.history for mark in event.marks]
-    items = "".join(f"<li>step {step}: {_html.escape(text)}</li>" for step, text in marks)
-    return (
-        f"<details><summary>{len(marks)} events</summary><ul>{items}</ul></details>"
-        if marks
-        else ""
-    )
-
-
-def _voices(state: RunState) -> str:
-    voices = voices_of(state)
-    if not voices:
+    if not marks:
         return ""
-    rows = "".join(
-        f"<tr><td>{_html.escape(prompt)}</td><td>step {first[0]}: {_html.escape(first[1])}</td>"
-        f"<td>{'' if first == last else f'step {last[0]}: {_html.escape(last[1])}'}</td></tr>"
-        for prompt, first, last in voices
-    )
+    items = "".join(f"<li>step {step}: {escape(text)}</li>" for step, text in marks)
+    return f"<details><summary>{len(marks)} events</summary><ul>{items}</ul></details>"
+
+
+def _generations_table(state: RunState) -> str:
+    generations = generations_of(state)
+    if not generations:
+        return ""
+    rows = ""
+    for prompt, first, last in generations:
+        now = "" if first == last else _answer(last)
+        rows += f"<tr><td>{escape(prompt)}</td><td>{_answer(first)}</td><td>{now}</td></tr>"
     head = "<tr><th>prompt</th><th>first answer</th><th>answer now</th></tr>"
     return wide(f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>")
 
 
+def _answer(generation: list) -> str:
+    step, text = generation
+    return f"step {step}: {escape(text)}"
+
+
 def page(state: RunState) -> str:
-    """Return one self-contained file with the whole curve to point at, offline and without a
-    kernel.
-    """
+    """Return one self-contained file with the whole curve, for use offline without a kernel."""
     return document(f"{state.report.name} · qlab", payload(state), ESM, html(state), CSS)

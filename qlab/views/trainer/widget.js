@@ -235,7 +235,7 @@ async function render({ model, el, host }) {
   prompt.setAttribute("aria-label", "prompt");
   const speak = () => {
     if (prompt.value.trim() && !say.disabled) {
-      asked = { op: "generate", was: st.said };
+      asked = { op: "generate", was: st.answers };
       send({ op: "generate", prompt: prompt.value });
       later();
     }
@@ -257,7 +257,7 @@ async function render({ model, el, host }) {
     }),
     readout = h("div", { className: "qlab-readout" });
   const which = h("select", { className: "qlab-which" }),
-    voices = h("div", { className: "qlab-voices" });
+    voices = h("div", { className: "qlab-generations" });
   which.setAttribute("aria-label", "prompt whose answers are shown");
   which.onchange = () => {
     hold = true;
@@ -669,7 +669,7 @@ async function render({ model, el, host }) {
       );
   }
   function paintTalk() {
-    const list = model.get("voices"),
+    const list = model.get("generations"),
       known = [...which.options].map((o) => o.value).join("\n");
     voices.parentNode.hidden = !list.length;
     if (known !== list.map((v) => v[0]).join("\n")) {
@@ -735,7 +735,7 @@ async function render({ model, el, host }) {
     if (
       asked &&
       ((all && st.error) ||
-        (asked.op === "generate" ? st.said !== asked.was : st.status !== asked.was))
+        (asked.op === "generate" ? st.answers !== asked.was : st.status !== asked.was))
     )
       asked = null;
     if (all && wanted !== null) {
@@ -766,7 +766,7 @@ async function render({ model, el, host }) {
     ["curve", onCurve],
     ["newest", onCurve],
     ["marks", onMarks],
-    ["voices", later],
+    ["generations", later],
   ];
   for (const [name, f] of hears) model.on(`change:${name}`, f);
   const sized = new ResizeObserver(() => {

@@ -18,13 +18,13 @@ from qlab.core.train.events import StepEvent
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.train import TrainConfig
 from qlab.engine.train import checkpoint
-from qlab.engine.train import setup as prepare
 from qlab.engine.adapt.parameters import fresh
-from qlab.engine.adapt.files import save_adapter
 from qlab.engine.data.batches import Feed
 from qlab.engine.train.distributed import ALONE
-from qlab.engine.train.loop import Task
+from qlab.engine.train.inputs import RunInputs
 from qlab.engine.train.loop import train_steps
+from qlab.engine.train.setup import prepare_run
+from qlab.engine.train.task import Task
 from qlab.errors import LoadError
 from tests.tiny import on_mlx, quantized, tiny
 
@@ -62,27 +62,24 @@ def run(
     module, spec = tiny()
     module = quantized(module, spec, QuantConfig("affine", 4))
     lora = lora or LoRAConfig(rank=4, dropout=0.1)
-    train, judged = rows().split(held, 0) if held else (rows(), None)
-    parameters = fresh(module, spec, lora, 7)
-    kept = folder and checkpoint.Checkpoints(
-        folder, lambda p, a: save_adapter(p, a, lora, spec, "tiny")
+    train, held_out = rows().split(held, 0) if held else (rows(), None)
+    parameters = checkpoint.read_parameters(resume) if resume else fresh(module, spec, lora, 7)
+    inputs = RunInputs(
+        module=module,
+        spec=spec,
+        lora=lora,
+        config=config,
+        feed=Feed(train, config),
+        held_out=held_out,
+        parameters=parameters,
+        source="tiny",
+        folder=folder,
+        start_from=resume,
+        ranks=ranks,
+        limit_nbytes=limit,
     )
     good: list[int] = []
-    task, state, _ = prepare.make_task(
-        module,
-        spec,
-        lora,
-        config,
-        Feed(train, config),
-        prepare.validation_batches(judged, config),
-        parameters,
-        kept,
-        lambda state: good.append(state.step),
-        limit,
-        ranks,
-    )
-    if resume:
-        state = prepare.resumed(resume, checkpoint.read_parameters(resume), task)
+    task, state, _ = prepare_run(inputs, lambda state: good.append(state.step))
     return task, state
 
 

@@ -20,7 +20,7 @@ from qlab.core.config.train import TrainConfig
 from qlab.engine.train import mlx_recipe as recipe
 from qlab.engine.adapt.files import load_adapter
 from qlab.runtime.job import mlx_call
-from qlab.engine.train.mlx_recipe import to_yaml
+from qlab.engine.train.mlx_recipe import MlxRecipe
 from qlab.engine.models.skeleton import describe
 from qlab.errors import ConfigError
 from tests.tiny import on_mlx, quantized, tiny
@@ -29,6 +29,13 @@ from tests.tiny import on_mlx, quantized, tiny
 def spec_of(storage: QuantConfig | None = None):
     module, spec = tiny()
     return mlx_call(describe, quantized(module, spec, storage), "tiny")
+
+
+def to_yaml(model, spec, lora, train, data, **more) -> str:
+    """Return the recipe of a run."""
+    return recipe.to_yaml(
+        MlxRecipe(model=model, spec=spec, lora=lora, train=train, data=data, **more)
+    )
 
 
 def read(text: str) -> dict:
@@ -260,7 +267,7 @@ def test_stock_mlx_lm_runs_the_recipe_and_qlab_reads_what_it_trained(tmp_path):
         steps_per_save=1,
         val_batches=1,
     )
-    places = {"data_path": str(tmp_path / "data"), "adapter_path": str(tmp_path / "out")}
+    places = {"data": str(tmp_path / "data"), "adapter_path": str(tmp_path / "out")}
     (tmp_path / "run.yaml").write_text(
         to_yaml(str(tmp_path / "base"), spec, lora, train, rows="text", **places)
     )

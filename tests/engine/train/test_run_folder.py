@@ -20,7 +20,13 @@ from qlab.views.cards.data import DataView
 CONFIG = TrainConfig(max_seq_length=12)
 PLAN = QuantPlan(QuantConfig("affine", 4, 64), {"a": None, "b": QuantConfig("mxfp4")})
 FACTS = run_folder.RunFacts(
-    "demo", PLAN, "rtn", LoRAConfig(keys=("q_proj",)), CONFIG, "0f", ("Why?",)
+    source="demo",
+    plan=PLAN,
+    solver="rtn",
+    lora=LoRAConfig(keys=("q_proj",)),
+    train=CONFIG,
+    base="0f",
+    prompts=("Why?",),
 )
 ROWS = [
     {"prompt": "a", "completion": "b"},
@@ -58,12 +64,12 @@ def test_rows_none_of_which_is_cut_come_back_too(demo, tmp_path):
 
 def test_a_folder_that_holds_a_run_is_not_taken_again(rows, tmp_path):
     path = tmp_path / "run"
-    assert run_folder.free(path) == path
+    assert run_folder.unused_path(path) == path
     path.mkdir()
-    assert run_folder.free(path) == path
+    assert run_folder.unused_path(path) == path
     run_folder.write(path, FACTS, rows, None)
     (tmp_path / "run-2" / "step-000007").mkdir(parents=True)
-    assert run_folder.free(path) == tmp_path / "run-3"
+    assert run_folder.unused_path(path) == tmp_path / "run-3"
 
 
 BROKEN = {

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from qlab.core.train.events import Mark
-from qlab.core.train.events import Voice
+from qlab.core.train.events import SampleGeneration
 from qlab.views.trainer import words
 from qlab.views.trainer import widget as view
 from qlab.views.trainer.curve import COLUMNS
@@ -28,7 +28,7 @@ from qlab.views.trainer.static import html
 from qlab.views.trainer.static import page
 from qlab.views.trainer.static import picture
 from qlab.views.trainer.static import text_line
-from tests.views.runs import VOICES, events, run_state
+from tests.views.runs import GENERATIONS, events, run_state
 
 RUN = events(120)
 LONG = events(10_000, every=100)
@@ -133,7 +133,7 @@ def test_a_tick_of_a_long_run_costs_less_than_two_milliseconds():
 @pytest.mark.parametrize("steps", [1500, 9000])
 def test_a_tick_of_a_long_run_sends_what_is_new_and_no_more(steps, monkeypatch):
     panel = view.TrainerPanel(
-        run_state(LONG[:steps], iters=10_000, voices=VOICES), lambda intent: None
+        run_state(LONG[:steps], iters=10_000, generations=GENERATIONS), lambda intent: None
     )
     sent: list[dict] = []
 
@@ -143,7 +143,7 @@ def test_a_tick_of_a_long_run_sends_what_is_new_and_no_more(steps, monkeypatch):
 
     monkeypatch.setattr(panel.widget, "send_state", send)
     for n in range(steps + 1, steps + 101):
-        panel.show(run_state(LONG[:n], iters=10_000, voices=VOICES))
+        panel.show(run_state(LONG[:n], iters=10_000, generations=GENERATIONS))
         sent[-1] = {
             name: len(x) if isinstance(x, bytes) else len(json.dumps(x))
             for name, x in sent[-1].items()
@@ -155,7 +155,7 @@ def test_a_tick_of_a_long_run_sends_what_is_new_and_no_more(steps, monkeypatch):
     assert (
         len(sent) == 100
         and sum("curve" in tick for tick in sent) <= 1
-        and not any("voices" in tick for tick in sent)
+        and not any("generations" in tick for tick in sent)
     )
     assert (
         max(
@@ -224,7 +224,7 @@ def panel():
         if intent["op"] == "stop":
             raise RuntimeError("there is nothing to stop")
 
-    made = view.TrainerPanel(run_state(RUN, voices=VOICES), hear)
+    made = view.TrainerPanel(run_state(RUN, generations=GENERATIONS), hear)
     made.seen = seen
     yield made
     made.close()
@@ -240,19 +240,19 @@ def test_panel_is_small_and_loads_nothing_from_the_network():
     "state",
     [
         run_state(status="idle"),
-        run_state(RUN, voices=VOICES),
+        run_state(RUN, generations=GENERATIONS),
         run_state(events(3, every=None), "failed", error="no"),
     ],
 )
 def test_what_is_sent_is_json_that_browsers_read(state):
-    json.dumps(view.facts(state, None), allow_nan=False)
+    json.dumps(view.small_state(state), allow_nan=False)
 
 
-def test_voices_are_the_first_and_the_last_answer_of_each_prompt_the_last_asked_at_the_end():
-    said = [Voice(n, prompt, f"{prompt}{n}") for n in range(3) for prompt in ("b", "a")] + [
-        Voice(9, "c", "x" * 10_000)
-    ]
-    sent = view.voices_of(run_state(RUN, voices=tuple(said)))
+def test_generations_are_the_first_and_the_last_answer_of_each_prompt_the_last_asked_at_the_end():
+    said = [
+        SampleGeneration(n, prompt, f"{prompt}{n}") for n in range(3) for prompt in ("b", "a")
+    ] + [SampleGeneration(9, "c", "x" * 10_000)]
+    sent = view.generations_of(run_state(RUN, generations=tuple(said)))
     assert sent[:2] == [["b", [0, "b0"], [2, "b2"]], ["a", [0, "a0"], [2, "a2"]]]
     assert sent[2][0] == "c" and len(sent[2][1][1]) == 4000
 
@@ -316,7 +316,7 @@ def test_the_last_state_reaches_the_browser_whole_though_two_threads_show(panel,
         thread.join()
     panel.show(run_state(RUN, "done"))
     assert (
-        set(sent[-1]) == {"curve", "newest", "marks", "voices", "state"}
+        set(sent[-1]) == {"curve", "newest", "marks", "generations", "state"}
         and panel.widget.state["ended"]
     )
     assert len(rows_of(panel.widget.curve + panel.widget.newest)) == 121
@@ -326,7 +326,7 @@ def test_the_last_state_reaches_the_browser_whole_though_two_threads_show(panel,
 
 
 def test_static_forms_tell_the_numbers():
-    state = run_state(events(400), "done", voices=VOICES)
+    state = run_state(events(400), "done", generations=GENERATIONS)
     assert re.match(
         r"Trainer\(SmolLM2-135M, affine 4-bit g64, lora r8: ✓ done · step 400 of 400",
         text_line(state),
@@ -344,7 +344,12 @@ def test_a_failed_run_says_why():
 def test_names_from_outside_are_escaped():
     evil = "</script><img src=x>"
     state = run_state(
-        RUN, voices=(Voice(0, evil, evil),), error=evil, data=evil, code=evil, notes=(evil,)
+        RUN,
+        generations=(SampleGeneration(0, evil, evil),),
+        error=evil,
+        data=evil,
+        code=evil,
+        notes=(evil,),
     )
     state = replace(state, report=replace(state.report, model=evil, adapter=evil, path=evil))
     for text in (html(state), page(state)):

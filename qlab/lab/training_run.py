@@ -1,0 +1,201 @@
+"""``TrainingRun``: one adapter in training, from its first start to its end.
+
+``Trainer`` owns one. It connects a ``Session`` (the job on the MLX thread) with the adapter: hands
+the parameters over, asks the prompts, reserves the base, and writes the folder of the run.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qlab.core.config.lora import LoRAConfig
+from qlab.core.train.events import StepEvent
+from qlab.core.train.report import RunReport
+from qlab.core.train.rows import Rows
+from qlab.engine.train import run_folder
+from qlab.engine.train.checkpoint import TrainState
+from qlab.engine.train.inputs import RunInputs
+from qlab.engine.train.run_folder import RunFacts
+from qlab.engine.train.session import Session
+from qlab.engine.train.setup import PreparedRun, prepare_run
+from qlab.errors import BusyError
+from qlab.lab.adapter import Adapter
+from qlab.lab.kernel_runs import claim_base, release_base, remember_ended, remember_started
+from qlab.lab.model import Model
+from qlab.lab.run_memory import RunMemory
+from qlab.lab.run_setup import run_facts
+from qlab.lab.sample_generations import SampleGenerations
+from qlab.runtime.job import mlx_call
+
+
+class TrainingRun:
+    """A run of one adapter.
+
+    Args:
+        adapter: adapter to train.
+        session: the job, with the config, the batches and the callbacks.
+        held_out: rows for validation, or None.
+        prompts: asked at every validation.
+        folder: folder of the run.
+
+    Attributes:
+        memory: predicted or measured peak memory.
+        generations: answers to prompts so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        adapter: Adapter,
+        session: Session,
+        held_out: Rows | None,
+        prompts: tuple[str, ...],
+        folder: Path,
+    ) -> None:
+        self.adapter = adapter
+        self.session = session
+        self.folder = folder
+        self.memory = RunMemory(adapter, session.feed)
+        self.generations = SampleGenerations(adapter, prompts)
+        self._held_out = held_out
+        self._prompts = prompts
+        # not the panel's lock: ``start`` waits for the MLX thread, which must be able to show
+        self._starting = threading.Lock()
+        self._start_from: Path | None = None
+        self._base: Model | None = None
+
+    @property
+    def events(self) -> tuple[StepEvent, ...]:
+        """Every event so far."""
+        return self.session.events
+
+    @property
+    def report(self) -> RunReport:
+        """The run so far."""
+        session = self.session
+        adapter = self.adapter
+        plan = self._base.plan if self._base is not None else adapter.plan
+        label = plan.default.label if plan else adapter.model.spec.storage_label
+        return RunReport(
+            name=self.folder.name,
+            model=adapter.model.name,
+            storage=label,
+            adapter=f"{adapter.config.kind} r{adapter.config.rank}",
+            status=session.status,
+            iters=session.feed.iters,
+            predicted_nbytes=self.memory.predicted_nbytes,
+            path=str(self.folder),
+            notes=tuple(note for note in (session.reason, *session.notes) if note),
+            **session.summary.fields(),
+        )
+
+    def continue_from(self, checkpoint: Path) -> None:
+        """Let the first start go on from a checkpoint, and write to its run's folder."""
+        self._start_from = checkpoint
+        self.folder = checkpoint.parent
+        self.session.name = self.folder.name
+
+    def start(self) -> None:
+        """Train in the background, from where the run stands.
+
+        Raises:
+            BusyError: it runs already, all steps are done, or another run trains on the same base.
+        """
+        with self._starting:
+            self.session.check_idle()
+            adapter = self.adapter
+            base = adapter.base
+            lora = adapter.config
+            parameters = adapter.parameters
+            claim_base(base, self.folder.name)
+            try:
+                self.memory.estimate(self.session.config)
+                if not adapter.trained:  # from here on no slider moves the base
+                    adapter.set_parameters(parameters, self._untrained_origin)
+            except BaseException:
+                release_base(base)
+                raise
+            adapter.run = self.folder.name
+            self._base = base
+            remember_started(self.folder, self)
+            self.session.start(lambda: self._prepare(base, lora, parameters), self._on_end)
+
+    def check_not_active(self) -> None:
+        """Refuse what cannot be done while the run is under way.
+
+        Raises:
+            BusyError: it is running or paused.
+        """
+        if self.session.active:
+            raise BusyError(
+                f"The run {self.folder.name!r} is {self.session.status}; stop it first."
+            )
+
+    def generate(self, prompt: str, max_tokens: int) -> str:
+        """Return the answer to a prompt as the model is now; between two steps of the run."""
+        mlx_call(self.hand_over)
+        return self.generations.ask(prompt, self.session.step, max_tokens)
+
+    # --- on the MLX thread ------------------------------------------------------------------------
+
+    def hand_over(self) -> None:
+        """Give the adapter the run's present parameters. Runs on the MLX thread."""
+        state = self.session.state
+        if state is not None and state.step:
+            origin = f"{self.folder.name}, step {state.step}"
+            self.adapter.set_parameters(state.parameters, origin)
+
+    def write_folder(self, base: Model, lora: LoRAConfig) -> RunFacts:
+        """Write what the run is made of to its folder, and return it. Runs on the MLX thread.
+
+        Raises:
+            SaveError: the folder cannot be written.
+        """
+        facts = run_facts(base, lora, self.session.config, self._prompts)
+        run_folder.write(self.folder, facts, self.session.feed.rows, self._held_out)
+        return facts
+
+    def _prepare(self, base: Model, lora: LoRAConfig, parameters: dict[str, Any]) -> PreparedRun:
+        """Prepare the run at its first start."""
+        config = self.session.config
+        window = self.memory.estimate(config).setup.train.window
+        inputs = RunInputs(
+            module=base.module,
+            spec=base.spec,
+            source=base.source,
+            lora=lora,
+            config=replace(config, window=window),
+            feed=self.session.feed,
+            held_out=self._held_out,
+            parameters=parameters,
+            folder=self.folder,
+            start_from=self._start_from,
+        )
+        prepared = prepare_run(inputs, self._on_good)
+        if self._start_from is None:
+            run_folder.check_new(self.folder)
+            self.write_folder(base, lora)
+        return prepared
+
+    def _on_good(self, state: TrainState) -> None:
+        """Hand the parameters over and ask the prompts, after a validation or a checkpoint."""
+        self.hand_over()
+        if self.session.active:
+            self.generations.ask_all(self.session.step)
+
+    def _on_end(self) -> None:
+        if self._base is not None:
+            release_base(self._base)
+        self.adapter.run = ""
+        exact_nbytes = self.memory.estimate(self.session.config).exact_nbytes
+        self.session.finish(self.report, exact_nbytes)
+        if self.adapter.origin == self._untrained_origin:
+            self.adapter.reset()
+        remember_ended(self.folder, self)
+
+    @property
+    def _untrained_origin(self) -> str:
+        return f"{self.folder.name}, step 0"
