@@ -27,8 +27,10 @@ class Callbacks:
     """
 
     def __init__(self, callbacks: Callback | Iterable[Callback]) -> None:
-        several = isinstance(callbacks, Iterable) and not callable(callbacks)
-        self._callbacks: list[Any] = list(callbacks) if several else [callbacks]
+        if isinstance(callbacks, Iterable) and not callable(callbacks):
+            self._callbacks: list[Any] = list(callbacks)
+        else:
+            self._callbacks = [callbacks]
         for callback in self._callbacks:
             if not callable(callback):
                 raise ConfigError(

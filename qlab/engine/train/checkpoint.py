@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -69,9 +69,9 @@ def read_parameters(path: Path) -> Arrays:
     if not file.is_file():
         raise LoadError(f"{path} has no adapters.safetensors.")
     check_safetensors(file)
-    found = mx.load(str(file))
-    mx.eval(found)
-    return found  # type: ignore
+    parameters = cast(Arrays, mx.load(str(file)))
+    mx.eval(parameters)
+    return parameters
 
 
 _PLAIN = [
@@ -209,4 +209,4 @@ def _read(path: Path) -> tuple[dict[str, Any], Arrays]:
         }
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise LoadError(f"{path / 'state.json'} cannot be read: {error}.") from error
-    return facts, mx.load(str(path / "optimizer.safetensors"))
+    return facts, cast(Arrays, mx.load(str(path / "optimizer.safetensors")))

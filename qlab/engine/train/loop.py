@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Generator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -147,9 +147,9 @@ def _event(task: Task, state: TrainState, step: _Step, rate: float) -> StepEvent
     return StepEvent(
         step=state.step,
         epoch=state.step * task.config.grad_accumulation_steps / task.feed.per_epoch,
-        loss=step.new.loss.item(),
+        loss=cast(float, step.new.loss.item()),
         learning_rate=rate,
-        grad_norm=step.new.grad_norm.item(),
+        grad_norm=cast(float, step.new.grad_norm.item()),
         targets=sum(batch.targets for batch in batches),
         tokens=tokens,
         padded=sum(batch.tokens.size for batch in batches),
@@ -252,7 +252,7 @@ def _skip(task: Task, state: TrainState, step: _Step) -> str:
     state.skipped += 1
     numbers = [n for batch in step.batches for row in batch.numbers for n in row]
     rows = ", ".join(map(str, numbers))
-    what = "gradient" if math.isfinite(step.new.loss.item()) else "loss"
+    what = "gradient" if mx.isfinite(step.new.loss).item() else "loss"
     text = (
         f"step {state.step + 1} left out: its {what} is not finite (rows {rows}); "
         "the adapter is as before it"

@@ -61,8 +61,8 @@ def write(folder: Path, facts: RunFacts, rows: Rows, held_out: Rows | None) -> N
     arrays = {**_stored("rows", rows), **_stored("held", held_out)}
     text = json.dumps(_json(facts), indent=1)
     try:
-        # pyright: numpy's stub takes each array for its argument allow_pickle
-        write_file(folder / "rows.npz", lambda new: np.savez(new, **arrays))  # pyright: ignore
+        # (numpy's stub takes each array for its argument allow_pickle)
+        write_file(folder / "rows.npz", lambda new: np.savez(new, **arrays))  # type: ignore
         # last, since a folder with a run.json counts as a run
         write_file(folder / "run.json", lambda new: new.write_text(text))
     except SaveError as error:

@@ -6,6 +6,7 @@ Knows no schedule.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -59,4 +60,4 @@ def nats(module: nn.Module, parameters: Arrays, batch: Batch) -> Nats:
         part = slice(start, start + _CHUNK)
         total = total + nn.losses.cross_entropy(predictor.logits(rows[part]), targets[part]).sum()
         mx.eval(total)
-    return Nats(total.item(), int(mask.sum()))
+    return Nats(cast(float, total.item()), int(mask.sum()))
