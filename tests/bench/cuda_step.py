@@ -141,7 +141,7 @@ def random_rows(module: nn.Module, count: int, length: int) -> Rows:
     )
     mask = np.ones(length + 1, np.uint8)
     mask[0] = 0
-    return Rows(tuple(Row(n, tokens, mask) for n, tokens in enumerate(drawn)))
+    return Rows(tuple(Row(number=n, tokens=tokens, mask=mask) for n, tokens in enumerate(drawn)))
 
 
 def timed(step, seconds: float) -> tuple[tuple[float, float, float], float, float]:

@@ -409,7 +409,16 @@ def test_a_killed_kernel_resumes_from_the_folder_alone_and_ends_bit_for_bit_the_
         (lambda a: qlab.Trainer(a, ROWS).load_best(), LoadError, "holds no best adapter"),
         (
             lambda a: qlab.Trainer(
-                a, Rows((Row(7, np.array([1, 5000], np.int32), np.array([0, 1], np.uint8)),))
+                a,
+                Rows(
+                    (
+                        Row(
+                            number=7,
+                            tokens=np.array([1, 5000], np.int32),
+                            mask=np.array([0, 1], np.uint8),
+                        ),
+                    )
+                ),
             ),
             DataError,
             "row 7: token 5000",

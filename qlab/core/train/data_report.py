@@ -1,4 +1,7 @@
-"""``DataReport``: what of the rows is trained, masked, cut and dropped."""
+"""``DataReport``: what of the rows is trained, masked, cut and dropped.
+
+``engine/data/preview`` makes it, and ``views/cards/data`` draws it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from qlab.core.train.rows import Row, Rows
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
+class ShownRow:
     """A row as a person reads it.
 
     Attributes:
@@ -22,23 +25,27 @@ class Shown:
     beyond: str = ""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class DataReport:
     """What will be trained on, for a person to check before the first step.
+
+    Example:
+        >>> report = trainer.data.report
+        >>> report.rows.targets, report.per_epoch
 
     Attributes:
         rows: all rows.
         shown: the first few, to read.
-        shapes: distinct ``(rows, length)`` of batches.
-        waste: tokens computed per real token.
+        shapes: distinct ``(rows, length)`` of batches, the largest first.
+        waste: tokens computed per real token; 1.0 means that there is no padding.
         per_epoch: batches in a pass through the rows.
-        packed: whether several rows share one.
+        packed: whether several rows share one row of a batch.
         held: rows held out.
         held_shared: rows held out that are also trained on; 0 unless both were given.
     """
 
     rows: Rows
-    shown: tuple[Shown, ...]
+    shown: tuple[ShownRow, ...]
     shapes: tuple[tuple[int, int], ...]
     waste: float
     per_epoch: int

@@ -1,6 +1,6 @@
 """Rows to train on, as values: tokens, which of them are targets, and batches of them.
 
-Knows no tokenizer and no framework.
+``engine/data`` makes them from a user's data; the training loop reads them. numpy only.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from numpy.typing import ArrayLike
 from qlab.errors import DataError
 
 
-def foreign(tokens: ArrayLike, vocabulary: int | None) -> str:
-    """Say which token a model does not know: MLX would look it up in foreign memory.
+def outside_vocabulary(tokens: ArrayLike, vocabulary: int | None) -> str:
+    """Say which token is outside a model's vocabulary; an empty string if none is.
 
-    Empty if it knows all.
+    MLX does not check it: it would look such a token up in whatever memory lies behind the
+    embedding.
 
     Args:
         tokens: integers ``(T,)``.
@@ -28,15 +29,17 @@ def foreign(tokens: ArrayLike, vocabulary: int | None) -> str:
     """
     if vocabulary is None:
         return ""
-    found = np.asarray(tokens)
-    wrong = found[(found < 0) | (found >= vocabulary)]
-    words = (
-        f"is none of the model's, 0 to {vocabulary - 1}; the tokenizer knows more than the model"
+    numbers = np.asarray(tokens)
+    outside = numbers[(numbers < 0) | (numbers >= vocabulary)]
+    if not outside.size:
+        return ""
+    return (
+        f"token {outside[0]} is outside the model's vocabulary (0–{vocabulary - 1}); "
+        "the tokenizer knows more tokens than the model"
     )
-    return f"token {wrong[0]} {words}" if wrong.size else ""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Row:
     """One training row, as the model will see it.
 
@@ -45,7 +48,7 @@ class Row:
         tokens: int32 ``(T,)``.
         mask: uint8 ``(T,)``, 1 where the token is a target; the first never is.
         cut: tokens cut off at the end.
-        beyond: the first tokens of those cut off, int32, for the eye.
+        beyond: the first tokens of those cut off, int32, to be shown; None if none were cut.
     """
 
     number: int
@@ -62,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows that can be trained on, and what was found on the way.
+    """Rows that can be trained on, and which rows of the data were left out.
 
     Attributes:
         rows: in the user's order.
@@ -120,35 +123,48 @@ class Rows:
                 duplicates leave no choice, and none is held out where all rows are equal.
             seed: of the choice.
 
+        Returns:
+            Rows to train on, and rows held out; both in the user's order.
+
         Raises:
             DataError: fewer than one row would be held out, or no row left to train on.
         """
-        share = held if isinstance(held, float) and isfinite(held) else 0.0
-        count = round(share * len(self)) if isinstance(held, float) else held
+        held_out = self._draw(self._count_of(held), seed)
+        trained = tuple(row for i, row in enumerate(self.rows) if i not in held_out)
+        judged = tuple(row for i, row in enumerate(self.rows) if i in held_out)
+        return replace(self, rows=trained), replace(self, rows=judged, dropped=())
+
+    def _count_of(self, held: int | float) -> int:
+        """Number of rows for a number or a share."""
+        count = held
+        if isinstance(held, float):
+            share = held if isfinite(held) else 0.0
+            count = round(share * len(self))
         if isinstance(held, bool) or not 1 <= count < len(self):
-            raise DataError(
-                f"{held!r} of {len(self)} rows cannot be held out; hold out 1 to {len(self) - 1}, or a share of them."
-            )
-        groups: dict[bytes, list[int]] = {}
+            legal = f"hold out 1 to {len(self) - 1}, or a share of them"
+            raise DataError(f"{held!r} of {len(self)} rows cannot be held out; {legal}.")
+        return int(count)
+
+    def _draw(self, count: int, seed: int) -> set[int]:
+        """Draw about ``count`` rows, equal ones together; return their places."""
+        equal: dict[bytes, list[int]] = {}
         for i, row in enumerate(self.rows):
-            groups.setdefault(row.digest, []).append(i)
-        drawn = [list(groups.values())[k] for k in order(len(groups), seed, 1)]
-        taken: set[int] = set()
-        for group in drawn:
-            if len(taken) + len(group) <= count:
-                taken.update(group)
-        if not taken and len(drawn) > 1:
-            taken.update(min(drawn, key=len))
-        sides = [
-            tuple(row for i, row in enumerate(self.rows) if (i in taken) == side)
-            for side in (False, True)
-        ]
-        return replace(self, rows=sides[0]), replace(self, rows=sides[1], dropped=())
+            equal.setdefault(row.digest, []).append(i)
+        groups = list(equal.values())
+        shuffled = [groups[k] for k in order(len(groups), seed, 1)]
+        drawn: set[int] = set()
+        for group in shuffled:
+            if len(drawn) + len(group) <= count:
+                drawn.update(group)
+        if not drawn and len(groups) > 1:  # all groups are larger than what was asked for
+            drawn.update(min(shuffled, key=len))
+        return drawn
 
     def __repr__(self) -> str:
-        text = f"Rows({len(self)} {self.kind}, {self.tokens} tokens, {self.targets} targets"
-        found = ((self.duplicates, "duplicates"), (self.cut, "cut"), (len(self.dropped), "dropped"))
-        return text + "".join(f", {count} {what}" for count, what in found if count) + ")"
+        parts = [f"{len(self)} {self.kind}", f"{self.tokens} tokens", f"{self.targets} targets"]
+        losses = {"duplicates": self.duplicates, "cut": self.cut, "dropped": len(self.dropped)}
+        parts += [f"{count} {what}" for what, count in losses.items() if count]
+        return f"Rows({', '.join(parts)})"
 
 
 def order(count: int, *seed: int) -> np.ndarray:
@@ -160,7 +176,7 @@ def order(count: int, *seed: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Batch:
     """Rows that pass the model at once.
 
@@ -187,5 +203,5 @@ class Batch:
 
     @cached_property
     def targets(self) -> int:
-        """Number of targets; 1 at least."""
+        """Number of targets."""
         return int(self.mask.sum())

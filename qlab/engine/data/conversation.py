@@ -1,6 +1,6 @@
 """Checks conversations, and brings what people write to the one form that chat templates read.
 
-Knows no tokenizer.
+``tokenize`` calls it for every row with messages, before the tokenizer sees any of them.
 """
 
 from __future__ import annotations
@@ -12,134 +12,159 @@ from typing import Any
 from qlab.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+# other programs' words for the same roles
+_ROLE_ELSEWHERE = {
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+}
+
+Message = dict[str, Any]
 
 
 class Fault(Exception):
     """What is wrong with a row: the key, and why."""
 
 
-def messages(found: Any, key: str) -> list[dict[str, Any]]:
+def messages(value: Any, key: str) -> list[Message]:
     """Return messages as templates read them; the user's own are not changed.
 
     Parts of text are joined, and arguments of tool calls are read if they are JSON text, as
     mlx-lm's server does.
 
     Args:
-        found: what the row has under ``key``.
+        value: what the row has under ``key``.
         key: for the errors.
 
     Raises:
         Fault: a message is not one.
     """
-    if not isinstance(found, (list, tuple)):
-        raise Fault(f"{key!r} is {a(found)}, not a list of messages")
-    if not found:
+    if not isinstance(value, (list, tuple)):
+        raise Fault(f"{key!r} is {type_name(value)}, not a list of messages")
+    if not value:
         raise Fault(f"{key!r} is empty")
-    return [_message(message, f"{key!r}[{n}]") for n, message in enumerate(found)]
+    return [_message(message, f"{key!r}[{n}]") for n, message in enumerate(value)]
 
 
-def _message(message: Any, place: str) -> dict[str, Any]:
+def _message(message: Any, place: str) -> Message:
     if not isinstance(message, Mapping):
-        raise Fault(f"{place} is {a(message)}, not a dict with 'role' and 'content'")
-    if "role" not in message:
-        hint = (
-            " 'from' and 'value' are called 'role' and 'content' here." if "from" in message else ""
-        )
-        raise Fault(f"{place} has no 'role'.{hint}")
-    role = message["role"]
-    if role not in ROLES:
-        said = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}.get(
-            str(role)
-        )
-        hint = f" Did you mean {said!r}?" if said else nearest(str(role), ROLES)
-        raise Fault(f"{place}['role'] is {role!r}; it is one of {', '.join(ROLES)}.{hint}")
-    made = {key: value for key, value in message.items() if value is not None and key != "weight"}
-    calls = made.get("tool_calls")
+        kind = type_name(message)
+        raise Fault(f"{place} is {kind}, not a dict with 'role' and 'content'")
+    role = _role(message, place)
+    checked = {key: value for key, value in message.items() if value is not None}
+    weight = checked.pop("weight", None)
+    calls = checked.get("tool_calls")
     if calls:
         if role != "assistant":
-            raise Fault(
-                f"{place}['tool_calls'] stands in a message of {role!r}; only the assistant calls tools"
-            )
-        made["tool_calls"] = _calls(calls, f"{place}['tool_calls']")
-    made["content"] = _content(made.get("content"), place, bool(calls))
-    weight = message.get("weight")
-    if weight is not None and weight not in (0, 1):
-        raise Fault(f"{place}['weight'] is {weight!r}; it is 1 for a turn to learn, or 0")
+            others = f"stands in a message of {role!r}; only the assistant calls tools"
+            raise Fault(f"{place}['tool_calls'] {others}")
+        checked["tool_calls"] = _calls(calls, f"{place}['tool_calls']")
+    checked["content"] = _content(checked.get("content"), place, bool(calls))
     if weight is not None:
-        made["weight"] = int(weight)
-    if (
-        role == "assistant"
-        and not made["content"].strip()
-        and not calls
-        and not made.get("reasoning_content")
-    ):
+        if weight not in (0, 1):
+            raise Fault(f"{place}['weight'] is {weight!r}; it is 1 for a turn to learn, or 0")
+        checked["weight"] = int(weight)
+    says_something = checked["content"].strip() or calls or checked.get("reasoning_content")
+    if role == "assistant" and not says_something:
         raise Fault(f"{place}['content'] of the assistant is empty")
-    return made
+    return checked
 
 
-def _content(content: Any, place: str, calls: bool) -> str:
+def _role(message: Mapping[Any, Any], place: str) -> str:
+    if "role" not in message:
+        hint = ""
+        if "from" in message:
+            hint = " 'from' and 'value' are called 'role' and 'content' here."
+        raise Fault(f"{place} has no 'role'.{hint}")
+    role = message["role"]
+    if role in ROLES:
+        return role
+    hint = nearest(str(role), ROLES)
+    if str(role) in _ROLE_ELSEWHERE:
+        hint = f" Did you mean {_ROLE_ELSEWHERE[str(role)]!r}?"
+    raise Fault(f"{place}['role'] is {role!r}; it is one of {', '.join(ROLES)}.{hint}")
+
+
+def _content(content: Any, place: str, has_calls: bool) -> str:
+    """Return the text of a message; one that calls tools may have none."""
     if isinstance(content, str):
         return content
+    if content is None and has_calls:
+        return ""
     if content is None:
-        if calls:
-            return ""
         raise Fault(f"{place} has no 'content'")
     if not isinstance(content, (list, tuple)):
-        raise Fault(f"{place}['content'] is {a(content)}, not a string")
-    for n, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            what = f"of the type {kind!r}" if kind and kind != "text" else "not a dict with 'text'"
-            raise Fault(f"{place}['content'][{n}] is {what}; only text can be trained on")
-    return "".join(part["text"] for part in content)
+        raise Fault(f"{place}['content'] is {type_name(content)}, not a string")
+    return "".join(_text_part(part, f"{place}['content'][{n}]") for n, part in enumerate(content))
+
+
+def _text_part(part: Any, place: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    what = "not a dict with 'text'"
+    if kind and kind != "text":
+        what = f"of the type {kind!r}"
+    raise Fault(f"{place} is {what}; only text can be trained on")
 
 
 def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
     if not isinstance(calls, (list, tuple)):
-        raise Fault(f"{place} is {a(calls)}, not a list")
-    made = []
-    for n, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise Fault(f"{place}[{n}] has no 'function' with a 'name'")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            arguments = _parsed(arguments, f"{place}[{n}]['function']['arguments']")
-        if not isinstance(arguments, Mapping):
-            raise Fault(
-                f"{place}[{n}]['function']['arguments'] is {a(arguments)}, not a dict or its JSON text"
-            )
-        whole = (
-            {**call, "function": {**function, "arguments": arguments}}
-            if "function" in call
-            else {**call}
-        )
-        made.append(whole if "function" in call else {**whole, "arguments": arguments})
-    return made
+        raise Fault(f"{place} is {type_name(calls)}, not a list")
+    return [_call(call, f"{place}[{n}]") for n, call in enumerate(calls)]
 
 
-def tools(found: Any) -> Any:
+def _call(call: Any, place: str) -> dict[str, Any]:
+    """Return a tool call with its arguments as a dict.
+
+    Two forms are in use: ``{"function": {"name": …, "arguments": …}}``, and the inner dict alone.
+    """
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise Fault(f"{place} has no 'function' with a 'name'")
+    arguments = function.get("arguments", {})
+    where = f"{place}['function']['arguments']"
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments, where)
+    if not isinstance(arguments, Mapping):
+        raise Fault(f"{where} is {type_name(arguments)}, not a dict or its JSON text")
+    if "function" in call:
+        return {**call, "function": {**function, "arguments": arguments}}
+    return {**call, "arguments": arguments}
+
+
+def tools(value: Any) -> list[Any] | None:
     """Return tools as templates read them: a list of JSON schemas, or None.
+
+    Args:
+        value: what the row has under ``tools``: a list, its JSON text, or None.
 
     Raises:
         Fault: they are not that.
     """
-    if isinstance(found, str):
-        found = _parsed(found, "'tools'")
-    if found is None or found == []:
+    if isinstance(value, str):
+        value = _parsed(value, "'tools'")
+    if value is None or value == []:
         return None
-    if not isinstance(found, (list, tuple)):
-        raise Fault(f"'tools' is {a(found)}, not a list of JSON schemas")
-    for n, tool in enumerate(found):
-        if not callable(tool) and not (
-            isinstance(tool, Mapping) and isinstance(tool.get("function", tool), Mapping)
-        ):
-            raise Fault(f"'tools'[{n}] is {a(tool)}, not a JSON schema of a function")
-        if isinstance(tool, Mapping) and not isinstance(
-            tool.get("function", tool).get("name"), str
-        ):
-            raise Fault(f"'tools'[{n}] has no 'name'")
-    return list(found)
+    if not isinstance(value, (list, tuple)):
+        raise Fault(f"'tools' is {type_name(value)}, not a list of JSON schemas")
+    for n, tool in enumerate(value):
+        _check_tool(tool, f"'tools'[{n}]")
+    return list(value)
+
+
+def _check_tool(tool: Any, place: str) -> None:
+    """Refuse what is no schema; templates turn a Python function into its schema themselves."""
+    if not isinstance(tool, Mapping):
+        if callable(tool):
+            return
+        raise Fault(f"{place} is {type_name(tool)}, not a JSON schema of a function")
+    function = tool.get("function", tool)
+    if not isinstance(function, Mapping):
+        raise Fault(f"{place} is {type_name(tool)}, not a JSON schema of a function")
+    if not isinstance(function.get("name"), str):
+        raise Fault(f"{place} has no 'name'")
 
 
 def _parsed(text: str, place: str) -> Any:
@@ -149,7 +174,10 @@ def _parsed(text: str, place: str) -> Any:
         raise Fault(f"{place} is not JSON: {error}") from None
 
 
-def a(value: Any) -> str:
-    """Return what a value is, in words."""
-    name = "nothing" if value is None else type(value).__name__
-    return name if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+def type_name(value: Any) -> str:
+    """Return what a value is, in words: ``a list``, ``an int``, ``nothing`` for None."""
+    if value is None:
+        return "nothing"
+    name = type(value).__name__
+    article = "an" if name[0] in "aeiou" else "a"
+    return f"{article} {name}"

@@ -1,14 +1,16 @@
-"""Rows as the pieces of text that are trained, masked and cut; for the preview."""
+"""Rows as pieces of text that are trained, masked or cut: what ``Trainer.data`` shows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from qlab.core.train.data_report import DataReport, Shown
+from qlab.core.train.data_report import DataReport, ShownRow
 from qlab.core.train.rows import Row, Rows
 from qlab.engine.data.batches import Feed
 
-# --- for the eye ----------------------------------------------------------------------------------
+_REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character
+_MOST_IN_CHARACTER = 4  # tokens that wait for the rest of a character: UTF-8 has at most 4 bytes
 
 
 def pieces(row: Row, tokenizer: Any) -> list[str]:
@@ -19,48 +21,54 @@ def pieces(row: Row, tokenizer: Any) -> list[str]:
     return _pieces(row.tokens.tolist(), tokenizer)
 
 
-def _pieces(tokens: list[int], tokenizer: Any) -> list[str]:
-    """Decode in the company of the tokens before, since some tokenizers drop the space that a text
-    begins with.
+def _pieces(tokens: Sequence[int], tokenizer: Any) -> list[str]:
+    """Decode each token together with the one before it.
+
+    Some tokenizers drop the space that a text begins with, so a token alone would lose its own.
     """
-    made = []
-    before = 0
-    read_to = 0
+    texts = []
+    context = 0  # first token of the piece before
+    done = 0  # tokens whose text has been taken
+    last = len(tokens) - 1
     for k in range(len(tokens)):
-        known = tokenizer.decode(tokens[before:read_to]) if read_to else ""
-        text = tokenizer.decode(tokens[before : k + 1])
-        if (
-            text.endswith("\ufffd") and k - read_to < 4 and k + 1 < len(tokens)
-        ):  # half of a character
-            made.append("")
+        known = tokenizer.decode(tokens[context:done]) if done else ""
+        text = tokenizer.decode(tokens[context : k + 1])
+        is_half_character = text.endswith(_REPLACEMENT) and k - done < _MOST_IN_CHARACTER
+        if is_half_character and k < last:
+            texts.append("")
             continue
-        made.append(text[len(known) :])
-        before = read_to
-        read_to = k + 1
-    return made
+        texts.append(text[len(known) :])
+        context = done
+        done = k + 1
+    return texts
 
 
 def report(feed: Feed, tokenizer: Any, held: Rows | None = None, first: int = 6) -> DataReport:
     """Return what will be trained on, for a person to check before the first step.
 
     Args:
-        feed: of the run.
+        feed: batches of the run.
         tokenizer: mlx-lm's wrapper.
         held: rows held out.
         first: rows to show.
     """
     rows = feed.rows
-    shown = tuple(
-        Shown(
-            row,
-            tuple(pieces(row, tokenizer)),
-            "" if row.beyond is None else "".join(_pieces(row.beyond.tolist(), tokenizer)),
-        )
-        for row in rows.rows[:first]
-    )
-    learned = {row.digest for row in rows}
-    shared = sum(row.digest in learned for row in held or ())
-    packed = feed.config.pack
+    trained = {row.digest for row in rows}
+    held_out = held or ()
     return DataReport(
-        rows, shown, feed.shapes, feed.waste, feed.per_epoch, packed, len(held or ()), shared
+        rows=rows,
+        shown=tuple(_shown(row, tokenizer) for row in rows.rows[:first]),
+        shapes=feed.shapes,
+        waste=feed.waste,
+        per_epoch=feed.per_epoch,
+        packed=feed.config.pack,
+        held=len(held_out),
+        held_shared=sum(row.digest in trained for row in held_out),
     )
+
+
+def _shown(row: Row, tokenizer: Any) -> ShownRow:
+    cut = ""
+    if row.beyond is not None:
+        cut = "".join(_pieces(row.beyond.tolist(), tokenizer))
+    return ShownRow(row, tuple(pieces(row, tokenizer)), cut)

@@ -1,6 +1,6 @@
-"""Text for calibration and evaluation.
+"""Text for calibration and evaluation: the embedded one, a string, a file, rows, a ``datasets`` set.
 
-The embedded one, a string, a file, rows, or a ``datasets`` set. Knows no model.
+Solvers, judging and adapter initialization call ``batches`` for token rows of it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from qlab.core.train.rows import foreign
-from qlab.engine.data.conversation import Fault, a
+from qlab.core.train.rows import outside_vocabulary
+from qlab.engine.data.conversation import Fault, type_name
 from qlab.engine.data.sources import Text, numbered, path_of, rows_of
 from qlab.errors import DataError
 from qlab.runtime.paths import ASSETS
+
+ROW_TOKENS = 128
+_KEYS = ("text", "content", "prompt")
+_MOST_CHARACTERS = 16  # read for each token that is wanted; a token is seldom longer
+_TOO_SHORT = "The text has fewer than two tokens; give at least a few sentences."
 
 
 def token_batches(
@@ -34,12 +39,8 @@ def token_batches(
     head = first or []
     body = tokens[:limit]
     step = length - len(head)
-    rows = [head + body[i : i + step] for i in range(0, len(body), step)]
+    rows = [head + body[start : start + step] for start in range(0, len(body), step)]
     return [mx.array([row], mx.int32) for row in rows if len(row) > 1]
-
-
-ROW_TOKENS = 128
-_KEYS = ("text", "content", "prompt")
 
 
 def read_text(source: Any, embedded: str, limit: int) -> tuple[str, str]:
@@ -56,38 +57,45 @@ def read_text(source: Any, embedded: str, limit: int) -> tuple[str, str]:
     """
     if source is None:
         return (ASSETS / embedded).read_text(encoding="utf-8")[:limit], "embedded text"
-    found = rows_of(source, plain=True)
-    path = path_of(source)
-    text = found if isinstance(found, Text) else _join(_rows(found), limit)
+    rows = rows_of(source, plain=True)
+    text = rows if isinstance(rows, Text) else _join(_texts(rows), limit)
     if not text.strip():
         raise DataError("The text is empty; give at least a few sentences.")
-    return text[:limit], path.name if path is not None else "your text"
+    path = path_of(source)
+    name = "your text" if path is None else path.name
+    return text[:limit], name
 
 
-def _rows(source: Iterable[Any]) -> Iterator[str]:
-    for number, row in numbered(source):
-        if isinstance(row, str):
-            yield row
-            continue
+def _texts(rows: Iterable[Any]) -> Iterator[str]:
+    """Yield the text of each row."""
+    for number, row in numbered(rows):
         if isinstance(row, Fault):  # of the line that it should stand in
             raise DataError(f"Row {number} cannot be used: {row}.")
-        key = next(
-            (k for k in _KEYS if isinstance(row, Mapping) and isinstance(row.get(k), str)), None
-        )
-        if key is None:
-            held = ", ".join(map(repr, row)) if isinstance(row, Mapping) else a(row)
-            raise DataError(
-                f"Row {number} has no text: it needs a string under {_KEYS[0]!r}, but has {held}."
-            )
-        yield row[key]
+        text = row if isinstance(row, str) else _text_of(row)
+        if text is None:
+            keys = type_name(row)
+            if isinstance(row, Mapping):
+                keys = ", ".join(map(repr, row))
+            needs = f"it needs a string under {_KEYS[0]!r}, but has {keys}"
+            raise DataError(f"Row {number} has no text: {needs}.")
+        yield text
 
 
-def _join(rows: Iterator[str], limit: int) -> str:
+def _text_of(row: Any) -> str | None:
+    """The first of the keys that holds a string."""
+    if not isinstance(row, Mapping):
+        return None
+    texts = (row.get(key) for key in _KEYS)
+    return next((text for text in texts if isinstance(text, str)), None)
+
+
+def _join(texts: Iterator[str], limit: int) -> str:
+    """Join texts until they have ``limit`` characters; the rest of a long set is not read."""
     parts = []
     length = 0
-    for row in rows:
-        parts.append(row)
-        length += len(row)
+    for text in texts:
+        parts.append(text)
+        length += len(text)
         if length >= limit:
             break
     return "\n\n".join(parts)
@@ -109,12 +117,14 @@ def batches(
         DataError: there is no text, it has fewer than two tokens, or one that the model does not
             know.
     """
-    text, words = read_text(source, embedded, 16 * tokens)
+    text, name = read_text(source, embedded, _MOST_CHARACTERS * tokens)
     ids = tokenizer.encode(text, add_special_tokens=False)[:tokens]
-    if fault := foreign(ids, vocabulary):
+    fault = outside_vocabulary(ids, vocabulary)
+    if fault:
         raise DataError(f"The text cannot be used: {fault}.")
     first = tokenizer.bos_token_id
-    rows = token_batches(ids, ROW_TOKENS, tokens, [] if first is None else [first])
+    head = [] if first is None else [first]
+    rows = token_batches(ids, ROW_TOKENS, tokens, head)
     if not rows:
-        raise DataError("The text has fewer than two tokens; give at least a few sentences.")
-    return rows, f"{words}, {sum(row.size for row in rows)} tokens"
+        raise DataError(_TOO_SHORT)
+    return rows, f"{name}, {sum(row.size for row in rows)} tokens"

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qlab.core.config.legal import check_whole
-from qlab.core.train.rows import foreign
+from qlab.core.train.rows import outside_vocabulary
 from qlab.errors import ConfigError
 from qlab.runtime.job import finished
 
@@ -42,7 +42,7 @@ def prompt_tokens(tokenizer: Any, prompt: str, vocabulary: int | None = None) ->
         raise ConfigError(
             "The prompt is empty, and an answer needs a token to begin with; give a word at least."
         )
-    if fault := foreign(tokens, vocabulary):
+    if fault := outside_vocabulary(tokens, vocabulary):
         raise ConfigError(f"The prompt cannot be used: {fault}.")
     return tokens
 

@@ -166,8 +166,12 @@ def _rows(stored: Mapping[str, np.ndarray], name: str) -> Rows | None:
         strict=True,
     )
     dropped = json.loads(str(stored[f"{name}_dropped"]))
+    rows = tuple(
+        Row(number=number, tokens=tokens, mask=mask, cut=cut, beyond=beyond)
+        for number, tokens, mask, cut, beyond in columns
+    )
     return Rows(
-        tuple(Row(*values) for values in columns),
+        rows,
         str(stored[f"{name}_kind"]),
         tuple((number, reason) for number, reason in dropped),
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 from qlab.core.arithmetic import ceil_div
 from qlab.core.display import wide
-from qlab.core.train.data_report import DataReport, Shown
+from qlab.core.train.data_report import DataReport, ShownRow
 
 _TOKENS = 320  # of a row that are shown
 _BINS = 10
@@ -133,13 +133,13 @@ def text(report: DataReport) -> str:
     return "\n".join(lines)
 
 
-def _title(shown: Shown) -> str:
+def _title(shown: ShownRow) -> str:
     row = shown.row
     cut = f", {row.cut:,} more cut off" if row.cut else ""
     return f"row {row.number}: {row.tokens.size:,} tokens, {int(row.mask.sum()):,} targets{cut}"
 
 
-def _runs(shown: Shown) -> list[tuple[bool, str]]:
+def _runs(shown: ShownRow) -> list[tuple[bool, str]]:
     pairs = zip(shown.row.mask[:_TOKENS].tolist(), shown.pieces[:_TOKENS], strict=True)
     return [
         (bool(target), "".join(piece for _, piece in run))
@@ -147,7 +147,7 @@ def _runs(shown: Shown) -> list[tuple[bool, str]]:
     ]
 
 
-def _rest(shown: Shown) -> str:
+def _rest(shown: ShownRow) -> str:
     left = len(shown.pieces) - _TOKENS
     return f" … {left:,} more tokens" if left > 0 else ""
 
@@ -176,7 +176,7 @@ def _more(report: DataReport) -> str:
     return f"<p>… and {left:,} more rows.</p>" if left > 0 else ""
 
 
-def _row(shown: Shown, opened: bool) -> str:
+def _row(shown: ShownRow, opened: bool) -> str:
     parts = []
     n = 0
     for target, run in groupby(

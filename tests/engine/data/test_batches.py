@@ -31,7 +31,7 @@ def rows_of(lengths) -> Rows:
     made = []
     for number, length in enumerate(lengths):
         mask = (np.arange(length) >= max(length // 2, 1)).astype(np.uint8)
-        made.append(Row(number, np.full(length, number + 1, np.int32), mask))
+        made.append(Row(number=number, tokens=np.full(length, number + 1, np.int32), mask=mask))
     return Rows(tuple(made))
 
 

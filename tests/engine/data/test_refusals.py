@@ -309,11 +309,12 @@ def test_a_source_that_fails_says_at_which_row(demo):
 def test_a_token_that_the_model_does_not_know_is_refused_with_its_row(demo):
     with pytest.raises(
         DataError,
-        match=r"1 of 3 rows cannot be used:\n- row 1: token \d+ is none of the model's, 0 to 299",
+        match=r"1 of 3 rows cannot be used:\n- row 1: token \d+ is outside the model's vocabulary \(0–299\)",
     ):
         read(["a b", {"text": "fine"}, "a b"], demo.tokenizer, TrainConfig(), 300)
     with pytest.raises(
-        DataError, match=r"The text cannot be used: token \d+ is none of the model's, 0 to 2;"
+        DataError,
+        match=r"The text cannot be used: token \d+ is outside the model's vocabulary \(0–2\);",
     ):
         read(
             "Some running text, in which every token is far too high.",

@@ -57,13 +57,15 @@ def test_what_no_model_can_answer_is_refused(demo, prompt, tokens, says):
 
 def test_a_token_that_the_model_does_not_know_never_reaches_it(demo):
     with pytest.raises(
-        ConfigError, match=r"The prompt cannot be used: token \d+ is none of the model's, 0 to 2;"
+        ConfigError,
+        match=r"The prompt cannot be used: token \d+ is outside the model's vocabulary \(0–2\);",
     ):
         prompt_tokens(demo.tokenizer, "The house", 3)
     with pytest.raises(ConfigError, match="the tokenizer knows more"):
         checked_prompts(templates.speaking(demo.tokenizer, templates.CHATML), ["hello"], 3)
     with pytest.raises(
-        DataError, match=r"The text cannot be used: token \d+ is none of the model's, 0 to 2;"
+        DataError,
+        match=r"The text cannot be used: token \d+ is outside the model's vocabulary \(0–2\);",
     ):
         text.batches(demo.tokenizer, None, "calibration.txt", 64, 3)
     assert demo.spec.vocabulary == 2048

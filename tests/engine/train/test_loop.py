@@ -45,7 +45,7 @@ def rows(count: int = 24, seed: int = 0) -> Rows:
         tokens = draw.integers(1, 97, draw.integers(6, 20)).astype(np.int32)
         mask = np.ones(tokens.size, np.uint8)
         mask[: draw.integers(1, 4)] = 0
-        made.append(Row(number, tokens, mask))
+        made.append(Row(number=number, tokens=tokens, mask=mask))
     return Rows(tuple(made))
 
 

@@ -10,7 +10,7 @@ import pytest
 from qlab.core.train.data_report import DataReport
 from qlab.core.train.rows import Row
 from qlab.core.train.rows import Rows
-from qlab.core.train.data_report import Shown
+from qlab.core.train.data_report import ShownRow
 from qlab.views.cards.data import DataView
 from qlab.views.cards.data import batches
 from qlab.views.cards.data import dropped
@@ -22,9 +22,12 @@ from qlab.views.cards.data import text
 
 def made(pieces, mask, number=0, cut=0, beyond=""):
     row = Row(
-        number, np.arange(len(pieces), dtype=np.int32) + 100 * number, np.array(mask, np.uint8), cut
+        number=number,
+        tokens=np.arange(len(pieces), dtype=np.int32) + 100 * number,
+        mask=np.array(mask, np.uint8),
+        cut=cut,
     )
-    return Shown(row, tuple(pieces), beyond)
+    return ShownRow(row, tuple(pieces), beyond)
 
 
 @pytest.fixture
@@ -36,7 +39,16 @@ def report():
     extra = tuple(made(["x"] * n, [0] + [1] * (n - 1), 7).row for n in (9, 9, 40))
     lost = tuple((n, "it is empty") for n in range(20, 40)) + ((50, "cut <off>"),)
     rows = Rows((*(x.row for x in shown), *extra), "chat", lost)
-    return DataReport(rows, shown, ((4, 40), (1, 9)), 1.234, 2, False, held=10, held_shared=2)
+    return DataReport(
+        rows=rows,
+        shown=shown,
+        shapes=((4, 40), (1, 9)),
+        waste=1.234,
+        per_epoch=2,
+        packed=False,
+        held=10,
+        held_shared=2,
+    )
 
 
 def test_headline_tells_what_was_found(report):
@@ -89,11 +101,25 @@ def test_lengths_are_counted_in_full(report):
         and bars[0][0].startswith("3–")
         and bars[-1][0].endswith("40")
     )
-    one = DataReport(Rows(report.rows.rows[:1]), (), ((1, 7),), 1.0, 1, True)
+    one = DataReport(
+        rows=Rows(report.rows.rows[:1]),
+        shown=(),
+        shapes=((1, 7),),
+        waste=1.0,
+        per_epoch=1,
+        packed=True,
+    )
     assert histogram(one) == [("7", 1)] and "1 packed batch an epoch of 1 × 7" in batches(one)
 
 
 def test_long_rows_are_not_shown_whole(report):
     long = made(["w "] * 5000, [0] + [1] * 4999)
-    many = DataReport(Rows((long.row,)), (long,) * 6, ((1, 5000),), 1.0, 1, False)
+    many = DataReport(
+        rows=Rows((long.row,)),
+        shown=(long,) * 6,
+        shapes=((1, 5000),),
+        waste=1.0,
+        per_epoch=1,
+        packed=False,
+    )
     assert "4,680 more tokens" in html(many) and len(html(many)) < 150_000
