@@ -18,7 +18,14 @@ from qlab.views.shared.panel import LivePanel
 from qlab.views.shared.wire import CSS, progress_row, source
 
 # text, not a Path: a Path keeps every instance alive
-ESM = source("shared/panel.js", "quantizer/widget.js")
+ESM = source(
+    "shared/panel.js",
+    "shared/layers.js",
+    "quantizer/model.js",
+    "quantizer/map.js",
+    "quantizer/parts.js",
+    "quantizer/widget.js",
+)
 _NOT_QUANTIZED = -1  # in place of a row of the table
 
 _OPS = {

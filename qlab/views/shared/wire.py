@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,46 @@ import traitlets as T
 from qlab.core.progress import Progress
 
 _VIEWS = Path(__file__).parents[1]
+_EXPORT = "export default{render};"  # as source() writes it
+# where a formatted statement ends with a semicolon, these need no break after, or before, them
+_GOES_ON = (";", ",", "{", "(", "[", "}")
+_CLOSING = (")", "]", "}")
+_NEEDLESS = re.compile(r" ?(=>|===|!==|\?\?|&&|[=:,{?]) | (?=[{}])")
 
 
 def source(*names: str) -> str:
-    """Read sources, one after the other, without indentation and comment lines.
+    """Read sources, one after the other, without what only their readers need.
 
-    Every panel carries its own copy, so less is sent without them. The files of one panel share one
-    module: what one file declares the next may use.
+    Every panel carries its own copy, so indentation, comment lines and needless breaks are left
+    out. The files of one panel share one module: what one file declares the next may use.
 
     Args:
         names: paths within ``qlab/views``, such as ``shared/panel.js``.
     """
-    kept = []
-    for name in names:
-        text = (_VIEWS / name).read_text(encoding="utf-8")
-        lines = (line.strip() for line in text.splitlines())
-        kept += [line for line in lines if line and not line.startswith(("//", "/**"))]
-    return "\n".join(kept)
+    return "".join(_compact(name) for name in names)
+
+
+def _compact(name: str) -> str:
+    text = (_VIEWS / name).read_text(encoding="utf-8")
+    lines = [line.strip() for line in text.splitlines()]
+    code = [line for line in lines if line and not line.startswith(("//", "/**"))]
+    code = [_without_spaces(line) for line in code]
+    parts = []
+    for line, following in zip(code, [*code[1:], ""], strict=True):
+        if line.endswith(",") and following.startswith(_CLOSING):
+            line = line[:-1]
+        goes_on = line.endswith(_GOES_ON) or following.startswith(_CLOSING)
+        parts.append(line if goes_on and " //" not in line else line + "\n")
+    return "".join(parts)
+
+
+def _without_spaces(line: str) -> str:
+    """Drop spaces that a machine does not need; leave alone what holds texts or patterns."""
+    if "`" in line or "/" in line:
+        return line
+    parts = line.split('"')  # every second one is a text
+    parts[::2] = [_NEEDLESS.sub(r"\1", part) for part in parts[::2]]
+    return '"'.join(parts)
 
 
 CSS = source("shared/panel.css")
@@ -138,7 +162,7 @@ def document(title: str, traits: dict[str, Any], esm: str, static: str, css: str
     values = {name: _encoded(value) for name, value in traits.items()}
     # a closing tag or a comment inside a name must not end the script
     embedded = json.dumps(values).replace("<", "\\u003c")
-    script = esm.replace("export default { render };", "") + _SHIM
+    script = esm.replace(_EXPORT, "") + _SHIM
     style = f":root{{color-scheme:light dark}}body{{margin:16px;font-family:system-ui}}{css}"
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
