@@ -23,7 +23,16 @@ from qlab.views.shared.panel import LivePanel
 from qlab.views.shared.wire import CSS, progress_row, source
 
 # text, not a Path: a Path keeps every instance alive
-ESM = source("shared/panel.js", "adapter/widget.js")
+ESM = source(
+    "shared/panel.js",
+    "shared/layers.js",
+    "adapter/model.js",
+    "adapter/map.js",
+    "adapter/spectrum.js",
+    "adapter/controls.js",
+    "adapter/parts.js",
+    "adapter/widget.js",
+)
 STYLES = CSS + "\n" + source("adapter/widget.css")
 CURVES = ("singular", "weight", "residual", "diagonal", "qera")
 _UNKNOWN = 65535  # curves are sent as whole numbers from 0 to 65534, for shares from 0 to 1
