@@ -22,7 +22,7 @@ from qlab.engine.adapt import parameters as engine
 from qlab.engine.adapt.files import load_adapter, save_adapter
 from qlab.engine.adapt.fuse import fuse
 from qlab.engine.adapt.preview import preview
-from qlab.engine.adapt.recovery import Survey
+from qlab.engine.adapt.recovery_cache import RecoveryCache
 from qlab.engine.io.loaded import Loaded
 from qlab.errors import ConfigError, reject_unknown_arguments, reject_unknown_attributes
 from qlab.lab.adapted_model import AdaptedModel
@@ -118,7 +118,7 @@ class Adapter(HasPanel, AdaptedModel):
         config = config.scaled(alpha, scale)
         super().__init__(base, seed)
         self._jobs = Latest(self._show)
-        self._recovery = Survey(base.model.measurements, base.model.tokenizer, text)
+        self._recovery = RecoveryCache(base.model.measurements, base.model.tokenizer, text)
         self.notes: tuple[str, ...] = ()
         self._take(config)
         self.observe(self._on_trait, list(TRAITS))

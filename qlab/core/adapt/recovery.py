@@ -1,7 +1,6 @@
-"""How much of a layer's quantization error a low rank makes up for, and how much of that noise
-alone would give.
+"""How much of a layer's quantization error each rank recovers, and how much noise alone would give.
 
-Knows neither weights nor how they are drawn.
+``engine/adapt/recovery.py`` measures it, the adapter's report and panel show it. Knows no weights.
 """
 
 from __future__ import annotations
@@ -12,27 +11,25 @@ from functools import lru_cache
 import numpy as np
 
 GRID = tuple(dict.fromkeys([*range(1, 17), *(round(16 * 2 ** (i / 4)) for i in range(1, 33))]))
-"""Ranks at which shares are kept: every one up to 16, then four an octave up to 4096."""
+"""Ranks at which shares are stored: every one up to 16, then four an octave up to 4096."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Recovery:
     """The error E = W − Ŵ of one layer, and what each rank of ``GRID`` takes away from it.
 
-    NaN above what was computed.
-
-    Of a mixture's experts, each with factors of its own, squares are added up: singular values are
-    those of a typical expert.
+    NaN above the ranks that were computed. Of a mixture's experts, each with two factors, squares
+    are added up: singular values are those of a typical expert.
 
     Attributes:
         path: of the layer.
         relative_error: ‖E‖/‖W‖.
-        singular: float32, singular values of E over ‖E‖, those whose number stands in ``GRID``.
+        singular: float32, singular values of E over ‖E‖, at the ranks of ``GRID``.
         noise: the same of white noise of E's shape (Marchenko–Pastur).
-        weight: float32, share of ‖E‖² that the data-free start recovers.
+        weight: float32, share of ‖E‖² that the data-free initialization recovers.
         noise_weight: the same if E is white noise.
-        output: by name of a start, float32, share of the squared error of the layer's output that
-            it recovers on held-out text; empty if the layer saw none.
+        output: by name of an initialization, float32, share of the squared error of the layer's
+            output that it recovers on held-out text; empty if the layer saw none.
     """
 
     path: str
@@ -50,23 +47,29 @@ class Recovery:
 
         Args:
             rank: 1 or more.
-            init: a start, judged by the output on held-out text; ``weight`` is the data-free start,
-                judged by the weights.
+            init: an initialization, measured by the output on held-out text; ``weight`` is the
+                data-free one, measured by the weights.
         """
         curve = self.weight if init == "weight" else self.output.get(init)
-        if curve is None or not (known := np.isfinite(curve)).any():
+        if curve is None:
+            return float("nan")
+        known = np.isfinite(curve)
+        if not known.any():
             return float("nan")
         return float(np.interp(rank, np.array(GRID)[known], curve[known]))
 
 
 def on_grid(values: np.ndarray) -> np.ndarray:
-    """Return the values at the ranks of ``GRID`` (the first value is rank 1), float32, NaN where
-    there is none.
+    """Return the values at the ranks of ``GRID``, float32, NaN where there is none.
+
+    Args:
+        values: by rank; the first is that of rank 1.
     """
-    found = np.full(len(GRID), np.nan, np.float32)
-    held = [i for i, rank in enumerate(GRID) if rank <= len(values)]
-    found[held] = values[[GRID[i] - 1 for i in held]]
-    return found
+    ranks = np.array(GRID)
+    known = ranks <= len(values)
+    at_ranks = np.full(len(GRID), np.nan, np.float32)
+    at_ranks[known] = values[ranks[known] - 1]
+    return at_ranks
 
 
 @lru_cache(maxsize=64)
@@ -86,6 +89,9 @@ def noise_squares(rows: int, columns: int) -> np.ndarray:
     theta = np.linspace(0, np.pi / 2, 4001)[1:]
     x = low + (high - low) * np.sin(theta) ** 2
     density = (np.sin(theta) * np.cos(theta)) ** 2 / x
-    below = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    found = np.interp((np.arange(few) + 0.5) / few, below / below[-1], x)[::-1]
-    return found / found.sum()
+    areas = (density[1:] + density[:-1]) / 2  # trapezoids
+    below = np.concatenate([[0], np.cumsum(areas)])
+    middles = (np.arange(few) + 0.5) / few
+    eigenvalues = np.interp(middles, below / below[-1], x)
+    descending = eigenvalues[::-1]
+    return descending / descending.sum()

@@ -1,8 +1,7 @@
-"""What passes through the layers of a model on a text.
+"""Collects the inputs of a model's layers on a text, block by block, so that few exist at once.
 
-Collected block by block, so that few of them exist at once.
-
-Knows no weight and no scheme.
+Error-compensating initializations are computed from them (``directions.py``), and what ranks
+recover is measured on them (``recovery.py``). Knows no weight and no scheme.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ class Inputs:
     """Inputs of a layer.
 
     Attributes:
-        seen: float32 ``(tokens, in)``, from which a start is computed.
-        heldout: float32 ``(tokens, in)``, on which it is judged.
+        seen: float32 ``(tokens, in)``, from which an initialization is computed.
+        heldout: float32 ``(tokens, in)``, on which it is measured.
     """
 
     seen: mx.array
@@ -53,32 +52,31 @@ class Inputs:
     def root(self) -> mx.array:
         """L with L·Lᵀ = E[x xᵀ] + damping, float32 ``(in, in)``."""
         moments = np.array(self.seen.T @ self.seen, np.float64) / len(self.seen)
-        return mx.array(
-            np.linalg.cholesky(moments + self.damping * np.eye(len(moments))), mx.float32
-        )
+        damped = moments + self.damping * np.eye(len(moments))
+        return mx.array(np.linalg.cholesky(damped), mx.float32)
 
 
-Passed = (
-    Inputs | dict[int, Inputs]
-)  # of a layer; of a mixture's experts by number, those that the text reached
-_Call = tuple[mx.array, ...]  # rows, and for experts the numbers of those that they went to
+# of a layer; of a mixture by the numbers of those experts that the text reached
+LayerInputs = Inputs | dict[int, Inputs]
+# what a layer was called with: rows, and for experts the numbers of those that they went to
+_Call = tuple[mx.array, ...]
 
 
 class _Tap(nn.Module):
-    """A layer that keeps what passes through it."""
+    """A layer that records what it is called with."""
 
-    def __init__(self, inner: nn.Module, seen: list[_Call]) -> None:
+    def __init__(self, inner: nn.Module, calls: list[_Call]) -> None:
         super().__init__()
         self.inner = inner
-        self._seen = seen
+        self._calls = calls
 
     def __call__(self, x: mx.array, *indices: mx.array, **options: Any) -> mx.array:
         if mx.issubdtype(x.dtype, mx.floating):  # an embedding is looked up with integers
-            self._seen.append((x, *indices))
+            self._calls.append((x, *indices))
         return self.inner(x, *indices, **options)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        self._seen.append((x,))
+        self._calls.append((x,))
         return self.inner.as_linear(x)
 
     def __getattr__(self, name: str) -> Any:
@@ -89,23 +87,25 @@ class _Tap(nn.Module):
 
 
 def texts(tokenizer: Any, text: Any, vocabulary: int) -> tuple[list[mx.array], list[mx.array]]:
-    """Return token rows to compute from, and others to judge on.
+    """Return token rows to compute from, and others to measure on.
 
     Two embedded texts, or two parts of one that is given.
 
     Args:
         tokenizer: mlx-lm's wrapper.
         text: see ``engine.data.text.read_text``.
-        vocabulary: ids that the model knows.
+        vocabulary: number of ids that the model knows.
 
     Raises:
         ConfigError: the text is too short to be parted.
     """
     if text is None:
         seen, _ = batches(tokenizer, None, "calibration.txt", CALIBRATION_TOKENS, vocabulary)
-        return seen, batches(tokenizer, None, "heldout.txt", HELDOUT_TOKENS, vocabulary)[0]
-    rows, words = batches(tokenizer, text, "", CALIBRATION_TOKENS + HELDOUT_TOKENS, vocabulary)
-    cut = max(1, round(len(rows) * CALIBRATION_TOKENS / (CALIBRATION_TOKENS + HELDOUT_TOKENS)))
+        heldout, _ = batches(tokenizer, None, "heldout.txt", HELDOUT_TOKENS, vocabulary)
+        return seen, heldout
+    total = CALIBRATION_TOKENS + HELDOUT_TOKENS
+    rows, words = batches(tokenizer, text, "", total, vocabulary)
+    cut = max(1, round(len(rows) * CALIBRATION_TOKENS / total))
     if cut == len(rows):
         raise ConfigError(
             f"The text ({words}) is too short: one part is computed from and another judged on."
@@ -115,7 +115,7 @@ def texts(tokenizer: Any, text: Any, vocabulary: int) -> tuple[list[mx.array], l
 
 def passing(
     model: nn.Module, paths: list[str], seen: list[mx.array], heldout: list[mx.array]
-) -> Iterator[dict[str, Passed]]:
+) -> Iterator[dict[str, LayerInputs]]:
     """Run two texts through a model; yield the inputs of its layers, those of one block at a time.
 
     Args:
@@ -124,80 +124,87 @@ def passing(
         seen: token ids ``(1, T)`` of the one text.
         heldout: of the other.
     """
-    found: dict[str, list[_Call]] = {path: [] for path in paths}
-    watched = map_layers(model, paths, lambda path, inner: _Tap(inner, found[path]))
+    calls: dict[str, list[_Call]] = {path: [] for path in paths}
+    watched = map_layers(model, paths, lambda path, inner: _Tap(inner, calls[path]))
     rows = seen + heldout
     try:
         stack = BlockStack(watched)
         states = [stack.before(row) for row in rows]
-    except UnsupportedError:  # then all at once
+    except UnsupportedError:  # its blocks cannot be run one by one: then all at once
         for row in rows:
             watched(row)
-        yield _taken(found, len(seen))
+        yield _collected(calls, len(seen))
         return
     hidden = [x for x, _ in states]
     for number, block in enumerate(stack.blocks):
-        hidden = [
-            block(x, *calls[number][0], **calls[number][1])
-            for x, (_, calls) in zip(hidden, states, strict=True)
-        ]
+        for row, (_, block_calls) in enumerate(states):
+            arguments, options = block_calls[number]
+            hidden[row] = block(hidden[row], *arguments, **options)
         mx.eval(hidden)
-        yield _taken(found, len(seen))
+        yield _collected(calls, len(seen))
     if any(not path.startswith(f"{stack.path}.") for path in paths):
         for x in hidden:
             stack.after(x)
-        yield _taken(found, len(seen))
+        yield _collected(calls, len(seen))
 
 
-def _taken(found: dict[str, list[_Call]], count: int) -> dict[str, Passed]:
-    """Put together what was seen and forget it.
+def _collected(calls: dict[str, list[_Call]], count: int) -> dict[str, LayerInputs]:
+    """Return the inputs of the layers that were called, and forget the calls.
 
     Layers that read the same arrays share one ``Inputs``.
+
+    Args:
+        calls: of each layer, by path.
+        count: rows of the first text; the calls after them are of the second.
     """
-    made: dict[tuple[int, ...], Passed] = {}
-    taken = {}
-    for path, calls in found.items():
-        if calls:
-            key = tuple(id(array) for call in calls for array in call)
-            if key not in made:
-                made[key] = _inputs(calls[:count], calls[count:])
-            taken[path] = made[key]
-    for calls in found.values():
-        calls.clear()
-    return taken
+    by_arrays: dict[tuple[int, ...], LayerInputs] = {}
+    by_path = {}
+    for path, of_layer in calls.items():
+        if not of_layer:
+            continue
+        key = tuple(id(array) for call in of_layer for array in call)
+        if key not in by_arrays:
+            by_arrays[key] = _inputs(of_layer[:count], of_layer[count:])
+        by_path[path] = by_arrays[key]
+    for of_layer in calls.values():
+        of_layer.clear()
+    return by_path
 
 
-def _inputs(seen: list[_Call], heldout: list[_Call]) -> Passed:
-    (x, to) = _rows(seen)
-    (y, to_y) = _rows(heldout)
-    if to is None:
-        mx.eval(x, y)
-        return Inputs(x, y)
-    made = {
-        expert: Inputs(_of(x, to, expert), _of(y, to_y, expert))
-        for expert in np.unique(to).tolist()
-    }
-    mx.eval([(own.seen, own.heldout) for own in made.values()])
-    return made
+def _inputs(seen: list[_Call], heldout: list[_Call]) -> LayerInputs:
+    rows, experts = _rows(seen)
+    other_rows, other_experts = _rows(heldout)
+    if experts is None or other_experts is None:
+        mx.eval(rows, other_rows)
+        return Inputs(rows, other_rows)
+    by_expert = {}
+    for expert in np.unique(experts).tolist():
+        of_expert = _rows_of(rows, experts, expert)
+        by_expert[expert] = Inputs(of_expert, _rows_of(other_rows, other_experts, expert))
+    mx.eval([(inputs.seen, inputs.heldout) for inputs in by_expert.values()])
+    return by_expert
 
 
 def _rows(calls: list[_Call]) -> tuple[mx.array, np.ndarray | None]:
-    """Return float32 rows ``(tokens, in)`` and the expert of each.
+    """Return float32 rows ``(tokens, in)`` and the expert of each; None if there are no experts.
 
-    A row that went to several stands there as often.
+    A row that went to several experts stands there as often.
     """
     rows = []
     experts = []
     for x, *indices in calls:
-        for to in indices:
-            shape = np.broadcast_shapes(x.shape[:-2], to.shape)
+        for numbers in indices:
+            # x (…, 1, in) or (…, k, in) and numbers (…): every row with the expert that it went to
+            shape = np.broadcast_shapes(x.shape[:-2], numbers.shape)
             x = mx.broadcast_to(x, (*shape, *x.shape[-2:]))
-            experts.append(
-                np.array(mx.broadcast_to(to[..., None], (*shape, x.shape[-2]))).reshape(-1)
-            )
+            of_rows = mx.broadcast_to(numbers[..., None], (*shape, x.shape[-2]))
+            experts.append(np.array(of_rows).reshape(-1))
         rows.append(x.reshape(-1, x.shape[-1]).astype(mx.float32))
-    return mx.concatenate(rows), np.concatenate(experts) if experts else None
+    if not experts:
+        return mx.concatenate(rows), None
+    return mx.concatenate(rows), np.concatenate(experts)
 
 
-def _of(rows: mx.array, experts: np.ndarray, expert: int) -> mx.array:
-    return rows[mx.array(np.flatnonzero(experts == expert).astype(np.int32))]
+def _rows_of(rows: mx.array, experts: np.ndarray, expert: int) -> mx.array:
+    places = np.flatnonzero(experts == expert).astype(np.int32)
+    return rows[mx.array(places)]

@@ -1,115 +1,155 @@
-"""What adapters can recover of a model's quantization error, by storage, and the starts that do.
+"""Measures how much of a layer's quantization error each rank of an adapter recovers.
 
-Joins a model's weights, its storage and what passes through it. Knows no panel. Its methods are
-generators for the MLX thread.
+``recovery_cache.py`` asks for it, layer by layer. Runs on the MLX thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from typing import Any
+from collections.abc import Generator, Iterable
 
 import mlx.core as mx
-import mlx.nn as nn
+import numpy as np
 
-from qlab import registry
-from qlab.core.adapt.recovery import Recovery
-from qlab.core.config.lora import LoRAConfig
-from qlab.core.config.quant import QuantPlan
+from qlab.core.adapt.recovery import Recovery, noise_squares, on_grid
+from qlab.core.config.spec import LayerSpec
 from qlab.core.progress import Progress
-from qlab.engine.adapt.activations import Passed, passing, texts
-from qlab.engine.adapt.init import Weight, recoveries, start
-from qlab.engine.models.surgery import module_at
-from qlab.engine.quantize.measurements import ModelMeasurements
-from qlab.engine.quantize.quantize import chosen, solve
-from qlab.nn.linear import weight_of
+from qlab.engine.adapt.activations import Inputs, LayerInputs
+from qlab.engine.adapt.directions import (
+    ALL_UP_TO,
+    STARTS,
+    WeightOf,
+    directions,
+    error_of,
+    leading,
+)
 
-Storage = tuple[QuantPlan, str]  # a plan, and the solver that fills it
-Found = dict[str, Recovery | None]
+_LEADING = 256  # singular values computed of a wide layer, for a spectrum
+_EXPERTS = 8  # of a mixture, which speak for all of a layer's
 
 
-class Survey:
-    """Recoveries of one model.
+def recovery(
+    path: str, original: WeightOf, stored: WeightOf, inputs: LayerInputs | None
+) -> Recovery | None:
+    """Return what each rank recovers of a layer's error, or None if it has none.
+
+    Every expert of a mixture has two factors, so the squares of some experts, evenly chosen, are
+    added up by rank: the share is that of their common error, and a singular value that of a
+    typical expert.
 
     Args:
-        measured: of the model before it is quantized.
-        tokenizer: mlx-lm's wrapper.
-        text: for starts that need one; see ``engine.data.text.read_text``.
+        path: of the layer.
+        original: returns W by path.
+        stored: returns Ŵ by path.
+        inputs: of the layer, on which outputs are compared; None measures weights alone.
     """
+    error, weight = error_of(path, original, stored)
+    stack = error.reshape(-1, *error.shape[-2:])  # (1, out, in), or one of each expert
+    energies = np.array(mx.square(stack).sum((1, 2)), np.float64)
+    if not energies.any():
+        return None
+    chosen = _evenly(np.flatnonzero(energies))
+    squares = np.zeros(1)
+    outputs = _OutputShares()
+    for number in chosen:
+        rank = _computed(stack[number])
+        vectors, of_expert = leading(stack[number], rank)
+        squares = squares + of_expert
+        of_layer = inputs.get(number) if isinstance(inputs, dict) else inputs
+        if of_layer is not None and len(of_layer.heldout):
+            outputs.add(stack[number], of_layer, vectors, rank)
+    energy = energies[chosen].sum()
+    noise = noise_squares(*error.shape[-2:])
+    return Recovery(
+        path=path,
+        relative_error=(energies.sum() / mx.square(weight).sum().item()) ** 0.5,
+        singular=on_grid(np.sqrt(squares / energy)),
+        noise=on_grid(np.sqrt(noise)),
+        weight=on_grid(np.minimum(np.cumsum(squares) / energy, 1)),
+        noise_weight=on_grid(np.cumsum(noise)),
+        output=outputs.by_start(),
+    )
 
-    def __init__(self, measured: ModelMeasurements, tokenizer: Any, text: Any) -> None:
-        self._measurements = measured
-        self._tokenizer = tokenizer
-        self._text = text
-        self._found: dict[Any, Found] = {}
-        self._last: Any = None
 
-    def found(self, storage: Any) -> tuple[Found, bool]:
-        """Return what was measured by path, and whether it belongs to a storage measured earlier."""
-        if self._found.get(storage):
-            self._last = storage
-            return dict(self._found[storage]), False
-        return dict(self._found.get(self._last, {})), self._last is not None
+class _OutputShares:
+    """Shares of the squared error of outputs on held-out text that each rank takes away."""
 
-    def measure(
-        self, storage: Storage, lora: LoRAConfig, outputs: bool
-    ) -> Generator[Progress, None, None]:
-        """Measure what each rank recovers in the layers that an adapter changes.
+    def __init__(self) -> None:
+        self._gains = dict.fromkeys(STARTS, np.zeros(1))  # squares by rank
+        self._total = 0.0
 
-        What is known is not measured again.
-
-        Args:
-            storage: of the weights.
-            lora: the adapter.
-            outputs: whether also on the layers' outputs, for which two texts pass the model.
-        """
-        plan, solver = storage
-        if registry.get("solvers", solver).needs_inputs and self._measurements.calibration is None:
-            yield from self._measurements.predict(self._text)
-        configs = chosen(self._measurements.spec, plan)
-        power = self._measurements.input_power()
-
-        def stored(path: str) -> mx.array:
-            weight = self._original(path)
-            if (config := configs.get(path)) is None:
-                return weight
-            return config.scheme.dequantize(
-                solve(weight, config, solver, power.get(path)), config, mx.float32
-            )
-
-        layers = lora.targets(self._measurements.spec)
-        into = self._found.setdefault(storage, {})
-        known = all(
-            layer.path in into and (into[layer.path] is None or into[layer.path].output)
-            for layer in layers
-        )
-        groups = (
-            self._groups([layer.path for layer in layers]) if outputs and not known else iter(())
-        )
-        yield from recoveries(layers, self._original, stored, groups, into)
-
-    def compensate(
-        self, base: nn.Module, lora: LoRAConfig
-    ) -> Generator[Progress, None, dict[str, mx.array]]:
-        """Return the parameters of adapters that make up for what quantizing did to the model.
+    def add(self, error: mx.array, inputs: Inputs, vectors: mx.array, rank: int) -> None:
+        """Add one layer, or one expert.
 
         Args:
-            base: the quantized model.
-            lora: the adapter.
+            error: E, float32 ``(out, in)``.
+            inputs: of the layer.
+            vectors: left singular vectors of E, which are the directions of ``residual``.
+            rank: how many directions to look at.
         """
-        layers = lora.targets(self._measurements.spec)
-        groups = (
-            self._groups([layer.path for layer in layers]) if lora.init != "residual" else iter(())
-        )
-        found = yield from start(
-            lora, layers, self._original, lambda path: weight_of(module_at(base, path)), groups
-        )
-        return found
+        wrong = error @ inputs.heldout.T  # error of the outputs, (out, tokens)
+        self._total += mx.square(wrong).sum().item()
+        for init in STARTS:
+            left = vectors
+            if init != "residual":
+                left, _ = directions(init, error, inputs, rank)
+            along = left[:, : min(error.shape)].T @ wrong  # (rank, tokens)
+            gain = np.array(mx.square(along).sum(-1), np.float64)
+            self._gains[init] = self._gains[init] + gain
 
-    @property
-    def _original(self) -> Weight:
-        return lambda path: weight_of(module_at(self._measurements.module, path))
+    def by_start(self) -> dict[str, np.ndarray]:
+        """Return the shares at the ranks of the grid, by initialization; empty without text."""
+        if not self._total:
+            return {}
+        shares = {init: np.cumsum(gain) / self._total for init, gain in self._gains.items()}
+        return {init: on_grid(np.minimum(share, 1)) for init, share in shares.items()}
 
-    def _groups(self, paths: list[str]) -> Iterator[dict[str, Passed]]:
-        seen, heldout = texts(self._tokenizer, self._text, self._measurements.spec.vocabulary)
-        yield from passing(self._measurements.full_model(), paths, seen, heldout)
+
+def _evenly(experts: np.ndarray) -> list[int]:
+    """Return some of the experts, evenly chosen."""
+    count = min(len(experts), _EXPERTS)
+    places = np.linspace(0, len(experts) - 1, count).round().astype(int)
+    return experts[places].tolist()
+
+
+def _computed(error: mx.array) -> int:
+    """Return how many singular values of an error are computed."""
+    narrow = min(error.shape)
+    return narrow if narrow <= ALL_UP_TO else min(_LEADING, narrow)
+
+
+def recoveries(
+    layers: Iterable[LayerSpec],
+    original: WeightOf,
+    stored: WeightOf,
+    groups: Iterable[dict[str, LayerInputs]],
+    into: dict[str, Recovery | None],
+) -> Generator[Progress, None, None]:
+    """Measure what each rank recovers, layer by layer: first without data, then on a text.
+
+    Args:
+        layers: to look at.
+        original: returns W by path.
+        stored: returns Ŵ by path.
+        groups: inputs by path, a block at a time; empty for none.
+        into: filled with a ``Recovery`` by path, or None where there is no error.
+
+    Yields:
+        Progress after each layer.
+    """
+    paths = [layer.path for layer in layers]
+    for number, path in enumerate(paths, 1):
+        if path not in into:
+            into[path] = recovery(path, original, stored, None)
+            yield Progress("spectra of the quantization error", number, len(paths))
+    text = "what initializations recover on held-out text"
+    count = 0
+    for group in groups:
+        for path in paths:
+            known = into[path]
+            if path not in group or known is None:
+                continue
+            count += 1
+            if not known.output:
+                into[path] = recovery(path, original, stored, group[path])
+                yield Progress(text, count, len(paths))
+        yield Progress(text, count, len(paths))

@@ -16,10 +16,10 @@ from qlab.engine.adapt.activations import Inputs
 from qlab.engine.adapt.activations import passing
 from qlab.runtime.job import Job
 from qlab.nn.linear import weight_of
-from qlab.engine.adapt.init import STARTS
-from qlab.engine.adapt.init import directions
-from qlab.engine.adapt.init import leading
-from qlab.engine.adapt.init import recovery
+from qlab.engine.adapt.directions import STARTS
+from qlab.engine.adapt.directions import directions
+from qlab.engine.adapt.directions import leading
+from qlab.engine.adapt.recovery import recovery
 from qlab.engine.adapt.init import start
 from qlab.nn.frozen import Compute
 from qlab.engine.adapt.attach import attach
@@ -237,24 +237,24 @@ def test_a_layer_that_is_not_quantized_has_no_recovery(models):
     assert recovery("model.layers.0.mlp.up_proj", weights(module), weights(module), None) is None
 
 
-def test_survey_measures_the_plan_and_keeps_what_is_known(models):
+def test_cache_measures_the_plan_and_keeps_what_is_known(models):
     from qlab.engine.quantize.measurements import ModelMeasurements
-    from qlab.engine.adapt.recovery import Survey
+    from qlab.engine.adapt.recovery_cache import RecoveryCache
 
     module, _, spec = models
-    survey = Survey(ModelMeasurements(module, None, spec), None, None)
+    cache = RecoveryCache(ModelMeasurements(module, None, spec), None, None)
     plan = QuantPlan(QuantConfig("affine", 3, 32), {"model.layers.0.mlp.up_proj": None})
     lora = LoRAConfig(rank=4)
-    assert survey.found((plan, "rtn")) == ({}, False)
-    run(survey.measure((plan, "rtn"), lora, outputs=False))
-    found, stale = survey.found((plan, "rtn"))
+    assert cache.found((plan, "rtn")) == ({}, False)
+    run(cache.measure((plan, "rtn"), lora, outputs=False))
+    found, stale = cache.found((plan, "rtn"))
     assert (
         not stale
         and set(found) == {x.path for x in lora.targets(spec)}
         and found["model.layers.0.mlp.up_proj"] is None
     )
-    other, stale = survey.found((QuantPlan(QuantConfig("affine", 2, 32)), "rtn"))
+    other, stale = cache.found((QuantPlan(QuantConfig("affine", 2, 32)), "rtn"))
     assert stale and set(other) == set(found)
     kept = dict(found)
-    run(survey.measure((plan, "rtn"), lora, outputs=False))
-    assert all(survey.found((plan, "rtn"))[0][path] is value for path, value in kept.items())
+    run(cache.measure((plan, "rtn"), lora, outputs=False))
+    assert all(cache.found((plan, "rtn"))[0][path] is value for path, value in kept.items())

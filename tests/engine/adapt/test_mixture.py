@@ -28,9 +28,9 @@ from qlab.runtime.job import mlx_call
 from qlab.nn.linear import weight_of
 from qlab.engine.models.skeleton import describe
 from qlab.engine.models.skeleton import skeleton
-from qlab.engine.adapt.init import STARTS
-from qlab.engine.adapt.init import directions
-from qlab.engine.adapt.init import recovery
+from qlab.engine.adapt.directions import STARTS
+from qlab.engine.adapt.directions import directions
+from qlab.engine.adapt.recovery import recovery
 from qlab.engine.adapt.init import start
 from qlab.nn.frozen import Compute
 from qlab.engine.models.surgery import cast

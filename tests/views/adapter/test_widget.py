@@ -49,13 +49,13 @@ def found(path: str) -> Recovery:
         for init, power in (("residual", 1), ("diagonal", 0.5), ("qera", 0.25))
     }
     return Recovery(
-        path,
-        0.09,
-        on_grid(np.sqrt(squares)),
-        on_grid(np.sqrt(noise)),
-        on_grid(share),
-        on_grid(np.cumsum(noise)),
-        output,
+        path=path,
+        relative_error=0.09,
+        singular=on_grid(np.sqrt(squares)),
+        noise=on_grid(np.sqrt(noise)),
+        weight=on_grid(share),
+        noise_weight=on_grid(np.cumsum(noise)),
+        output=output,
     )
 
 
