@@ -1,8 +1,12 @@
-"""The live estimate panel: two widgets, one for each direction. Sees states, never a model."""
+"""The live estimate panel: what is sent to the browser, and what comes back.
+
+Sees states, never a model. The browser's half is ``answers.js`` (the arithmetic), ``draw.js``
+(values to nodes) and ``widget.js`` (the controls).
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, astuple, fields
 from typing import Any
 
 import anywidget
@@ -10,6 +14,7 @@ import traitlets as T
 
 from qlab import registry
 from qlab.core.config.lora import LoRAConfig
+from qlab.core.config.quant import QuantConfig, QuantPlan, Scheme
 from qlab.core.config.train import TrainConfig
 from qlab.core.graph.formula import PHASES, Formula
 from qlab.core.graph.parts import INPUTS, PARTS
@@ -20,9 +25,8 @@ from qlab.core.panels.estimate import Choice, EstimateState
 from qlab.views.shared.panel import LivePanel
 from qlab.views.shared.wire import CSS, source
 
-ESM = source(
-    "shared/panel.js", "estimate/widget.js"
-)  # text, not a Path: a Path keeps every instance alive
+# text, not a Path: a Path keeps every instance alive
+ESM = source("shared/panel.js", "estimate/answers.js", "estimate/draw.js", "estimate/widget.js")
 STYLES = CSS + "\n" + source("estimate/widget.css")
 
 _OPS = {
@@ -33,7 +37,8 @@ _OPS = {
     "measure": {},
     "cancel": {},
 }
-_CONTROLS = {f.name: {"str": str, "int": int, "bool": bool}[str(f.type)] for f in fields(Choice)}
+_TYPES = {"str": str, "int": int, "bool": bool}
+_CONTROLS = {field.name: _TYPES[str(field.type)] for field in fields(Choice)}
 
 
 class EstimateView(anywidget.AnyWidget):
@@ -60,33 +65,18 @@ def choice(state: EstimateState, ack: int | None) -> dict[str, Any]:
 
     The settings, what is known of them, the running job, the last error.
     """
-    own = state.setup.plan.overrides if state.setup.plan else {}
+    plan = state.setup.plan
     return {
         "choice": asdict(state.choice),
         "known": _known(state.estimate) if state.estimate else None,
         "band": list(state.band),
         "budget": _budget(state.machine),
-        "budgets": [_budget(m) for m in state.budgets],
-        "changes": None
-        if state.changes is None
-        else [
-            {
-                "name": c.name,
-                "now": str(c.now),
-                "then": str(c.then),
-                "total": c.total_nbytes,
-                "quality": c.quality,
-                "remark": c.remark,
-                "choice": asdict(Choice.of(c.setup, state.blocks)),
-            }
-            for c in state.changes
-        ],
-        "own": _own(own),
+        "budgets": [_budget(machine) for machine in state.budgets],
+        "changes": _changes(state),
+        "own": _overrides(plan) if plan else [],
         "scale": state.setup.adapter.scale,
         "notes": list(state.notes),
-        "progress": [state.progress.what, state.progress.done, state.progress.total]
-        if state.progress
-        else None,
+        "progress": list(astuple(state.progress)) if state.progress else None,
         "error": state.error,
         "ack": ack or 0,
     }
@@ -105,13 +95,36 @@ def _budget(machine: Machine) -> list[Any]:
     return [machine.label, machine.free_nbytes, machine.total_nbytes]
 
 
-def _own(overrides: Any) -> list[list[Any]]:
-    return [[path, [c.mode, c.bits, c.group_size] if c else None] for path, c in overrides.items()]
+def _changes(state: EstimateState) -> list[dict[str, Any]] | None:
+    """Return the changes that would make it fit; None if not looked for yet."""
+    if state.changes is None:
+        return None
+    return [
+        {
+            "name": change.name,
+            "now": str(change.now),
+            "then": str(change.then),
+            "total": change.total_nbytes,
+            "quality": change.quality,
+            "remark": change.remark,
+            "choice": asdict(Choice.of(change.setup, state.blocks)),
+        }
+        for change in state.changes
+    ]
+
+
+def _triple(config: QuantConfig) -> list[Any]:
+    return [config.mode, config.bits, config.group_size]
+
+
+def _overrides(plan: QuantPlan) -> list[list[Any]]:
+    """Return path and storage of every override; None stands for 16 bits."""
+    return [[path, _triple(config) if config else None] for path, config in plan.overrides.items()]
 
 
 def _meta(state: EstimateState) -> dict[str, Any]:
+    """Return what stays for the life of a panel."""
     lora = state.setup.adapter
-    train = state.setup.train
     return {
         "name": state.spec.name,
         "params": state.spec.size,
@@ -121,40 +134,48 @@ def _meta(state: EstimateState) -> dict[str, Any]:
         "parts": [[name, text, name in INPUTS] for name, text in PARTS.items()],
         "phases": list(PHASES),
         "chunks": CHUNKS,
-        "modes": [
-            [s.name, s.title, s.bits, s.group_sizes, s.default_bits, s.default_group_size]
-            for s in registry.shelf("schemes").values()
-        ],
+        "modes": [_mode(scheme) for scheme in registry.shelf("schemes").values()],
         "adapter": _fields(lora),
-        "train": _fields(train),
+        "train": _fields(state.setup.train),
         "rslora": lora.rslora,
         "loaded": state.loaded,
         "linked": state.linked,
     }
 
 
+def _mode(scheme: Scheme) -> list[Any]:
+    defaults = [scheme.default_bits, scheme.default_group_size]
+    return [scheme.name, scheme.title, scheme.bits, scheme.group_sizes, *defaults]
+
+
 def _fields(config: LoRAConfig | TrainConfig) -> list[list[Any]]:
-    """Name, how Python writes the value, and how it writes the default, for every field."""
-    return [[f.name, repr(getattr(config, f.name)), repr(f.default)] for f in fields(config)]
+    """Return name, present value and default of every field, as Python writes them."""
+    rows = []
+    for field in fields(config):
+        rows.append([field.name, repr(getattr(config, field.name)), repr(field.default)])
+    return rows
 
 
 def _reach(state: EstimateState) -> dict[str, Any]:
+    """Return what the sliders reach; it is large, and grows while nearby settings are read."""
     reach = state.reach
     return {
         "tables": {
-            "configs": [[c.mode, c.bits, c.group_size] if c else ["", 0, 0] for c in reach.configs],
+            "configs": [_triple(config) if config else ["", 0, 0] for config in reach.configs],
             "weights": reach.weights_nbytes.tolist(),
             "ranks": list(reach.ranks),
             "optimizers": list(reach.optimizers),
-            "kinds": {
-                str(row): [[k[0], list(k[1])] if k else None for k in kinds]
-                for row, kinds in reach.kinds.items()
-            },
+            "kinds": {str(row): _kinds(kinds) for row, kinds in reach.kinds.items()},
         },
         "adapters": reach.adapter_nbytes.astype("<f8").tobytes(),
         "states": reach.optimizer_nbytes.astype("<f8").tobytes(),
         "formulas": {name: _formula(formula) for name, formula in reach.formulas.items()},
     }
+
+
+def _kinds(kinds: tuple[tuple[int, tuple[int, ...]] | None, ...]) -> list[Any]:
+    """Return the number of the kind of step and its blocks, for each number of adapted blocks."""
+    return [[kind[0], list(kind[1])] if kind else None for kind in kinds]
 
 
 def _formula(formula: Formula) -> dict[str, Any]:
@@ -186,11 +207,18 @@ class EstimatePanel(LivePanel[EstimateState]):
 
 
 def _settled(intent: dict[str, Any]) -> dict[str, Any]:
-    """Return an intent whose choice is a value."""
+    """Return an intent whose choice is a ``Choice``.
+
+    Raises:
+        ValueError: a control is missing, or its value is of the wrong type.
+    """
     if intent["op"] != "set":
         return intent
-    given = intent["choice"]
+    values = intent["choice"]
     for name, kind in _CONTROLS.items():
-        if not isinstance(given.get(name), kind) or (kind is int and isinstance(given[name], bool)):
-            raise ValueError(f"The panel sent no usable {name!r}: {given.get(name)!r}.")
-    return {**intent, "choice": Choice(**{name: given[name] for name in _CONTROLS})}
+        value = values.get(name)
+        bool_for_int = kind is int and isinstance(value, bool)  # Python counts True as an int
+        if not isinstance(value, kind) or bool_for_int:
+            raise ValueError(f"The panel sent no usable {name!r}: {value!r}.")
+    controls = {name: values[name] for name in _CONTROLS}
+    return {**intent, "choice": Choice(**controls)}
