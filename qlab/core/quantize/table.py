@@ -28,11 +28,18 @@ MEASURES = ("relative_error", "relative_error_se", "max_abs_error", *KL_MEASURES
 class ErrorTable:
     """Errors and sizes of every config (rows, S) for every layer (columns, L).
 
-    Example::
-
-        table = ErrorTable.empty(spec.layers, (QuantConfig(bits=4), QuantConfig(bits=8)))
-        table.nbytes.sum(1)                              # exact at once
-        table.measure("relative_error")[table.row(QuantConfig(bits=4))]   # NaN until filled
+    Example:
+        >>> from qlab.core.config.quant import QuantConfig
+        >>> from qlab.core.config.spec import LayerSpec
+        >>> layer = LayerSpec(path="head", kind="linear", shape=(64, 128))
+        >>> configs = (QuantConfig(bits=4), QuantConfig(bits=8))
+        >>> table = ErrorTable.empty((layer,), configs)
+        >>> table.nbytes.tolist()  # known at once
+        [[4608.0], [8704.0]]
+        >>> table.row(QuantConfig(bits=8))
+        1
+        >>> float(table.measure("relative_error")[1, 0])  # until a filler measures it
+        nan
 
     Attributes:
         layers: the columns.
