@@ -4,18 +4,19 @@ The step is ``engine/step/blockwise.py``. It cannot be exported whole, because i
 to the device while it runs; so this file follows it line by line and adds, in the same order, the
 graph of everything that the step computes. What mirrors what:
 
-| here | ``BlockwiseStep`` |
-|---|---|
-| ``SplitModel(…)`` | ``__init__``: dense weights live through a block; what is trained outside |
-| ``_before`` | ``self._stack.before(…)`` |
-| ``_cast_factors`` | ``_cast_factors``: factors cast once, not in every pass |
-| ``_forward``, ``_Block.forward`` | ``_forward``, ``_BlockProgram._run`` |
-| ``LossGraph`` (``blockwise_loss.py``) | ``_loss``, ``_Head`` |
-| ``_backward``, ``_Block.backward`` | the loop over blocks in reverse, ``_BlockProgram._way_back`` |
-| ``_embedding_gradients`` | the end of ``_compute``, where what is trained embeds |
-| ``hand_over(…, window)`` | ``flight.add(window, …)`` |
-| ``add_update`` (``update_graph.py``) | what the loop does with the gradients |
+| | here | ``BlockwiseStep`` |
+|---|---|---|
+| | ``SplitModel(…)`` | ``__init__``: dense weights live through a block; what is trained outside |
+| 1 | ``_before`` | ``self._stack.before`` |
+| 2 | ``_cast_factors`` | ``_cast_factors``: factors cast once, not in every pass |
+| 3 | ``_forward``, ``_Block.forward`` | ``_forward``, ``BlockProgram.forward`` |
+| 4 | ``LossGraph`` (``blockwise_loss.py``) | ``_loss``, ``Head`` |
+| 5 | ``_backward``, ``_Block.backward`` | blocks in reverse, ``BlockProgram.backward`` |
+| 6 | ``_embedding_gradients`` | the end of ``_compute``, where what is trained embeds |
+| | ``hand_over(…, window)`` | ``flight.add(window, …)`` |
+| | ``add_update`` (``update_graph.py``) | what the training loop does with the gradients |
 
+The numbers are those of the table in ``engine/step/whole.py``.
 A change there needs the same change here; ``tests/engine/memory/test_whole_step.py`` compares the
 peak of both. Runs on the MLX thread. Knows no budget.
 """
@@ -87,14 +88,14 @@ class BlockwiseGraph:
         tokens = pieces.given(mx.zeros(shape, mx.int32), "batch")
         parameters = [model.placed[path].id for path in model.trained]
 
-        x, calls = self._before(tokens)
-        self._cast_factors(x.like.dtype)
-        inputs, x = self._forward(x, calls)
-        loss = LossGraph(model, pieces, tokens, x, self._window).add()
+        x, calls = self._before(tokens)  # 1
+        self._cast_factors(x.like.dtype)  # 2
+        inputs, x = self._forward(x, calls)  # 3
+        loss = LossGraph(model, pieces, tokens, x, self._window).add()  # 4
         grads = dict(zip(model.trained_outside, loss.grads, strict=True))
-        cotangent, block_grads = self._backward(loss.cotangent, inputs, calls)
+        cotangent, block_grads = self._backward(loss.cotangent, inputs, calls)  # 5
         grads |= block_grads
-        if model.trains_embedding:
+        if model.trains_embedding:  # 6
             grads |= self._embedding_gradients(tokens, cotangent, grads)
 
         count = pieces.given(mx.array(0.0), "batch")
@@ -360,7 +361,8 @@ class _Block:
 
 def _arrays_in(tree: Any) -> list[mx.array]:
     """Arrays in a tree of arguments."""
-    return [leaf for _, leaf in tree_flatten(tree) if _is_array(leaf)]
+    leaves: Any = tree_flatten(tree)  # the stub allows a dict, which is another mode
+    return [leaf for _, leaf in leaves if _is_array(leaf)]
 
 
 def _is_array(leaf: Any) -> bool:

@@ -1,8 +1,8 @@
 """Adds the optimizer's update to the graph of a step's gradients.
 
 Mirrors what the training loop does with them (``engine/train/loop.py``): add up the batches of a
-step, ``Update.gather``, ``Update.__call__``. ``whole_step`` and ``blockwise_step`` end with it. Runs
-on the MLX thread. Computes nothing.
+step, ``Update.gather``, ``Update.__call__``. ``whole_step`` and ``blockwise_step`` end with it.
+Runs on the MLX thread. Computes nothing.
 """
 
 from __future__ import annotations

@@ -36,11 +36,8 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
     step = WholeGraphStep(module, train)
     if backend() != "cpu":
         _keep_passes_apart(step)
-    frozen: Arrays = {
-        path: array
-        for path, array in tree_flatten(module.parameters())
-        if path not in step.parameters
-    }
+    parameters: Arrays = dict(tree_flatten(module.parameters()))
+    frozen = {path: array for path, array in parameters.items() if path not in step.parameters}
     try:
         graph = _read(step, module, train, frozen)
     finally:
@@ -49,8 +46,8 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
     # the CPU's step is compiled, others evaluate it operation by operation
     graph = compiled(graph).needed() if backend() == "cpu" else unmerged(graph, graph.outputs[0])
     loss, count, *grads = graph.outputs
-    parameters = graph.inputs[len(frozen) :][: len(step.parameters)]
-    add_update(graph, train, step.parameters, parameters, SumIds(grads, loss, count))
+    trained = graph.inputs[len(frozen) : len(parameters)]
+    add_update(graph, train, step.parameters, trained, SumIds(grads, loss, count))
     graph.hand_over(graph.outputs, window=1)
     return graph
 

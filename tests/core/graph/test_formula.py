@@ -1,94 +1,80 @@
-"""Formulas give what the simulation of the whole step gives, at sizes and depths that they were not read at."""
+"""A formula that was read at two sizes tells what a simulation of other sizes and depths gives."""
 
 from __future__ import annotations
 
-import itertools
-
-import numpy as np
 import pytest
 
-from qlab.core.graph.sizes import CHUNKS
-from qlab.core.graph.sizes import QUANTITIES
-from qlab.core.graph.sizes import chunks
-from qlab.core.graph.sizes import references
-from qlab.core.graph.sizes import sizes
-from qlab.core.memory.setup import Setup
-from qlab.core.config.lora import LoRAConfig
-from qlab.core.config.train import TrainConfig
-from qlab.engine.memory import formulas, step_graphs, trace
-from qlab.engine.memory.forecast import Forecast
-from tests.tiny import on_mlx, tiny
+from qlab.core.graph.formula import Sample, formula
+from qlab.core.graph.graph import Array, Graph, Node
+from qlab.core.graph.parts import INPUTS
+from qlab.core.graph.simulate import Runahead, simulate
+from qlab.core.graph.sizes import Reference, references, sizes
+from qlab.errors import UnsupportedError
+
+VOCABULARY = 97
+WIDTH = 16
+AHEAD = Runahead(0)
 
 
-def test_quantities_follow_from_settings():
-    assert dict(zip(QUANTITIES, sizes(2, 257, 8, 100), strict=True)) == {
-        "batch": 2,
-        "tokens": 256,
-        "length": 257,
-        "rank": 8,
-        "chunk": 100,
-        "rest": 12,
-    }
-    assert sizes(1, 65, 8, 512)[4:] == sizes(1, 65, 8, 0)[4:] == (1, 1)  # one chunk is no chunk
+def step(sizes: Reference, blocks: int = 3) -> Graph:
+    """A step of blocks that keep one activation each, a loss, and gradients of the adapters."""
+    graph = Graph()
+    rows = (sizes.batch, sizes.tokens, WIDTH)
+
+    def add(name: str, inputs: list[int], shape: tuple[int, ...]) -> int:
+        output = graph.add(Array(shape, 4))
+        graph.nodes.append(Node(name, tuple(inputs), (output,)))
+        return output
+
+    x = graph.add(Array(rows, 4, "batch"))
+    adapters = [graph.add(Array((WIDTH, sizes.rank), 4, "adapter")) for _ in range(blocks)]
+    graph.inputs = [x, *adapters]
+    activations = [x]
+    for adapter in adapters:
+        activations.append(add("Matmul", [activations[-1], adapter], rows))
+    logits = add("Matmul", [activations[-1]], (*rows[:2], VOCABULARY))
+    loss = add("Reduce", [logits], (1,))
+    slope = add("Matmul", [logits, loss], rows)
+    gradients = []
+    for activation, adapter in zip(activations[-2::-1], adapters[::-1], strict=True):
+        gradients.append(add("Matmul", [activation, slope], (WIDTH, sizes.rank)))
+        slope = add("Matmul", [slope, adapter], rows)
+        graph.hand_over([gradients[-1], slope], window=1)
+    new = []
+    for gradient, adapter in zip(gradients, adapters[::-1], strict=True):
+        new.append(add("Matmul", [gradient, adapter], (WIDTH, sizes.rank)))
+    graph.outputs = [*new, loss]
+    graph.hand_over(graph.outputs, window=1)
+    return graph
 
 
-def test_more_chunks_than_a_few_are_a_few():
-    assert [chunks(1, n * 10 + 1, 10) for n in (1, 2, 4, 5, 900)] == [1, 2, 4, CHUNKS, CHUNKS]
+def sample(pair: tuple[Graph, Graph], refs: tuple[Reference, Reference]) -> Sample:
+    return Sample(
+        pair=pair,
+        fewer=(step(refs[0], 2),),
+        references=refs,
+        blocks=(3,),
+        vocabulary=VOCABULARY,
+        trained=((WIDTH, refs[0].rank),),
+    )
 
 
-@pytest.mark.parametrize("tiles", [False, True], ids=["", "tiles"])
-@pytest.mark.parametrize("several", [0, 1, 2, CHUNKS])
-@pytest.mark.parametrize("widest", [1, 2, 4, 7, 4096])
-def test_references_have_the_chunks_and_ranks_that_are_legal(several, widest, tiles):
-    for ref in references(several, widest, tiles):
-        assert ref.tokens % 128 == 0 or not tiles
-        assert 1 <= ref.rank <= widest
-        assert chunks(ref.batch, ref.tokens + 1, ref.chunk) == max(several, 1)
+@pytest.mark.parametrize("blocks", [3, 4, 11])
+@pytest.mark.parametrize(("batch", "tokens", "rank"), [(3, 113, 5), (1, 64, 8), (6, 900, 4)])
+def test_it_gives_the_peak_of_other_sizes_and_depths(batch, tokens, rank, blocks):
+    refs = references(0)
+    made = formula(sample((step(refs[0]), step(refs[1])), refs), AHEAD)
+    peak = made.parts(sizes(batch, tokens + 1, rank, 0), (blocks,))
+    assert not any(peak.parts[name] for name in INPUTS)  # exact without a formula
+
+    graph = step(Reference(batch, tokens, rank, 0), blocks)
+    whole = simulate(graph, AHEAD).peak_nbytes
+    adapters = sum(array.nbytes for array in graph.arrays.values() if array.role == "adapter")
+    assert sum(peak.parts.values()) == pytest.approx(whole - adapters, rel=0.01)
+    assert peak.phase == "loss"
 
 
-@pytest.mark.parametrize("tiles", [False, True])
-def test_ratios_of_references_tell_products_apart(tiles):
-    one, two = (np.array(ref.sizes, float)[:4] for ref in references(0, 4096, tiles))
-    powers = [p for p in itertools.product(range(3), repeat=4) if 0 < sum(p) <= 4]
-    found = {round(float(np.prod((two / one) ** p)), 6) for p in powers}
-    assert len(found) == len(powers)
-
-
-@pytest.mark.parametrize("checkpoint", [True, False])
-@pytest.mark.parametrize("name", ["cpu", "cuda"])
-@on_mlx
-def test_a_formula_of_few_blocks_tells_of_many_blocks_and_other_sizes(
-    checkpoint, name, monkeypatch
-):
-    if name == "cuda":
-        for module in (formulas, step_graphs, trace):
-            monkeypatch.setattr(module, "backend", lambda: name)
-    module, _ = tiny(num_hidden_layers=9)
-    forecast = Forecast(module, "tiny", None, True)
-    for (batch, length), (rank, count), chunk in itertools.product(
-        [(1, 400), (6, 100)], [(2, -1), (16, 5)], [0, 64]
-    ):
-        train = TrainConfig(
-            batch_size=batch, max_seq_length=length, grad_checkpoint=checkpoint, loss_chunk=chunk
-        )
-        setup = Setup(None, LoRAConfig(rank=rank, num_layers=count), train)
-        found, whole = (
-            sum(how(setup)[1].values()) for how in (forecast.by_formula, forecast.by_trace)
-        )
-        assert 0.95 * whole < found < 1.12 * whole, (batch, length, rank, count, chunk)
-    assert len(forecast._formulas) <= 6  # most of these are one kind of step
-
-
-@pytest.mark.parametrize("keys", [("embed_tokens",), ("embed_tokens", "q_proj")])
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@on_mlx
-def test_an_adapter_on_a_tied_embedding_has_an_estimate_like_any_other(kind, keys):
-    module, _ = tiny(tie_word_embeddings=True)
-    forecast = Forecast(module, "tiny", None, True)
-    for checkpoint, length in itertools.product([False, True], [40, 200]):
-        train = TrainConfig(batch_size=2, max_seq_length=length, grad_checkpoint=checkpoint)
-        setup = Setup(None, LoRAConfig(rank=4, kind=kind, keys=keys), train)
-        found, whole = (
-            sum(how(setup)[1].values()) for how in (forecast.by_formula, forecast.by_trace)
-        )
-        assert 0.95 * whole < found < 1.25 * whole, (checkpoint, length, found, whole)
+def test_a_step_that_changes_with_its_sizes_has_none():
+    refs = references(0)
+    with pytest.raises(UnsupportedError, match="changes its structure"):
+        formula(sample((step(refs[0], 3), step(refs[1], 4)), refs), AHEAD)

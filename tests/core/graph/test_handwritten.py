@@ -1,111 +1,66 @@
-"""Functions with a gradient of their own are put back into graphs that were read with stand-ins in their places."""
+"""Functions with custom gradients are put where their stand-ins are in a graph."""
 
 from __future__ import annotations
 
-import mlx.core as mx
-import pytest
-
-from qlab.core.graph.handwritten import AXES
-from qlab.ops.custom_gradient import with_gradient
-from qlab.engine.memory.read_graph import read
+from qlab.core.graph.graph import Array, Graph, Node
+from qlab.core.graph.handwritten import AXES, FIRST, Halves, handwritten
+from tests.core.graph.test_graph import graph
 from tests.core.graph.test_unmerge import names
-from tests.tiny import on_mlx
+
+# forward: x 0 → Exp 1; backward: slope 0, x 1 → Cos 2
+FORWARD = graph([8, 8], [Node("Exp", (0,), (1,))], [1])
+BACKWARD = graph([8, 8, 8], [Node("Cos", (0, 1), (2,))], [2])
+ROWS = (8,)
+ONE = (1,) * AXES
 
 
-def forward(x, y, w):
-    return mx.exp(x @ w) * y
+def marked(call: int, array: int) -> tuple[int, ...]:
+    return (call + FIRST, array + FIRST) + (1,) * (AXES - 2)
 
 
-def backward(slope, x, y, w):
-    return [mx.sin(slope * y) @ w.T, mx.cos(slope)]
+def stand_in(calls: int = 1, gradient: bool = True) -> Graph:
+    """Log of each call of a function of x, and its gradient, as they are read with stand-ins."""
+    made = Graph()
+
+    def add(name: str, inputs: list[int], shape: tuple[int, ...]) -> int:
+        output = made.add(Array(shape, 4))
+        made.nodes.append(Node(name, tuple(inputs), (output,)))
+        return output
+
+    x = made.add(Array(ROWS, 4, "batch"))
+    made.inputs = [x]
+    for call in range(calls):
+        spread = add("Broadcast", [add("Reduce", [x], ONE)], marked(call, 0))
+        turned = add("Transpose", [spread], marked(call, 0)[::-1])
+        square = add("Square", [add("Reduce", [turned], ONE)], ONE)
+        value = add("Reshape", [square], ROWS)
+        made.outputs.append(add("Log", [value], ROWS))
+        if gradient:
+            slope = add("Divide", [value], ROWS)
+            back = add("Multiply", [add("Reduce", [slope], ONE), square], marked(call, 0)[::-1])
+            turned = add("Transpose", [back], marked(call, 0))
+            made.outputs.append(add("Reshape", [add("Reduce", [turned], ONE)], ROWS))
+    return made
 
 
-def own(x, y, w):
-    return with_gradient(forward, backward, [x, y], [w])
+def test_both_halves_stand_where_the_function_was():
+    found = handwritten(stand_in(), [Halves(FORWARD, BACKWARD, 1)])
+    assert names(found) == ["Exp", "StopGradient", "CustomTransforms", "Log", "Divide", "Cos"]
+    forward, stopped, held, log, slope, backward = found.nodes
+    assert forward.inputs == (found.inputs[0],)
+    # MLX holds on to what the function was given until its gradient is made
+    assert held.inputs == (found.inputs[0], stopped.outputs[0])
+    assert log.inputs == slope.inputs == held.outputs
+    assert backward.inputs == (slope.outputs[0], found.inputs[0])
+    assert found.outputs == [log.outputs[0], backward.outputs[0]]
 
 
-GIVEN = [mx.zeros((3, 4)), mx.zeros((3, 5)), mx.zeros((4, 5))]
-
-
-@on_mlx
-def test_both_halves_are_put_where_the_function_was():
-    def run(x, y, w):
-        value, slopes = mx.vjp(
-            lambda x, y: [mx.log(own(mx.abs(x), y, w))], [x, y], [mx.ones((3, 5))]
-        )
-        return [*value, *slopes]
-
-    found = read(run, GIVEN)
-    assert names(found)[:6] == [
-        "Abs",
-        "Matmul",
-        "Exp",
-        "Multiply",
-        "StopGradient",
-        "CustomTransforms",
-    ]
-    assert {"Log", "Sin", "Cos", "Sign"} <= set(names(found))
-    held = found.nodes[5]
-    assert held.inputs == (found.nodes[0].outputs[0], found.inputs[1], found.nodes[4].outputs[0])
-    assert [found.arrays[a].shape for a in found.outputs] == [(3, 5), (3, 4), (3, 5)]
+def test_no_array_of_a_stand_in_is_left():
+    found = handwritten(stand_in(2), [Halves(FORWARD, BACKWARD, 1)] * 2)
+    assert names(found).count("Exp") == names(found).count("Cos") == 2
     assert all(len(array.shape) < AXES for array in found.arrays.values())
-    assert len(found.arrays) == sum(len(n.outputs) for n in found.nodes) + len(
-        [a for a, array in found.arrays.items() if a in found.inputs or array.role == "constant"]
-    )  # none that nobody makes
 
 
-@on_mlx
-def test_what_nobody_needs_is_left_out_on_both_ways():
-    def run(x, y, w):
-        return mx.vjp(lambda x, y: [own(x, y, w)], [x, y], [mx.ones((3, 5))])[1][1:]
-
-    assert not {"Exp", "CustomTransforms", "Sin", "Matmul"} & set(names(read(run, GIVEN)))
-    assert "Cos" in names(read(run, GIVEN))
-
-
-@on_mlx
-def test_what_it_reads_on_the_way_back_is_computed_even_if_nothing_else_asks_for_it():
-    def run(x, y, w):
-        return mx.vjp(lambda x: [own(x, mx.tanh(y), mx.square(w))], [x], [mx.ones((3, 5))])[1]
-
-    found = names(read(run, GIVEN))
-    assert {"Tanh", "Square", "Sin"} <= set(found) and "Exp" not in found
-
-
-@on_mlx
-def test_several_calls_are_told_apart_also_one_within_another():
-    def outer(x, y, w):
-        return with_gradient(
-            lambda *a: mx.sqrt(own(*a)),
-            lambda slope, *a: [mx.square(slope) @ a[2].T, slope],
-            [x, y],
-            [w],
-        )
-
-    def run(x, y, w):
-        return mx.vjp(
-            lambda x, y: [own(x, own(x, y, w), w), outer(x, y, w)], [x, y], [mx.ones((3, 5))] * 2
-        )[1]
-
-    found = names(read(run, GIVEN))
-    assert (found.count("Sin"), found.count("Cos"), found.count("Square")) == (2, 2, 1)
-    value = names(read(lambda *a: [own(a[0], own(*a), a[2]), outer(*a)], GIVEN))
-    assert (value.count("Exp"), value.count("CustomTransforms"), value.count("Sqrt")) == (3, 4, 1)
-
-
-@pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=str)
-@on_mlx
-def test_sizes_and_numbers_are_those_of_the_real_function(dtype):
-    given = [
-        a.astype(dtype)
-        for a in (mx.random.normal((3, 4)), mx.random.normal((1, 5)), mx.random.normal((4, 5)))
-    ]
-
-    def run(x, y, w):
-        return [own(x, y, w), *mx.vjp(lambda x: [own(x, y, w)], [x], [mx.ones((3, 5), dtype)])[1]]
-
-    found, real = read(run, given), run(*given)
-    assert [(found.arrays[a].shape, found.arrays[a].itemsize) for a in found.outputs] == [
-        (a.shape, a.dtype.size) for a in real
-    ]
-    assert mx.array_equal(real[1], backward(mx.ones((3, 5), dtype), *given)[0])
+def test_a_half_that_nothing_needs_is_left_out():
+    found = handwritten(stand_in(gradient=False), [Halves(FORWARD, BACKWARD, 1)])
+    assert "Exp" in names(found) and "Cos" not in names(found)
