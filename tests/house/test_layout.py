@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,14 @@ def test_every_page_of_the_docs_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text()
     pages = [path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")]
     assert not [str(page) for page in pages if str(page) not in menu]
+
+
+def test_architecture_names_files_that_are_there_and_its_picture_is_that_of_the_code():
+    page = (ROOT / "docs/architecture.md").read_text()
+    named = re.findall(
+        r"`((?:lab|engine|views|core|runtime|adapters|nn|ops)/[\w/]+\.(?:py|js))", page
+    )
+    assert named
+    assert not [path for path in named if not (PACKAGE / path).exists()]
+    drawing = [sys.executable, "docs/draw_architecture.py", "--check"]
+    assert subprocess.run(drawing, cwd=ROOT).returncode == 0, "run docs/draw_architecture.py"
