@@ -83,14 +83,6 @@ def view_for(kind: type) -> Callable[[Any], str] | None:
     return None
 
 
-def wide(table: str) -> str:
-    """Return an html table that scrolls within itself where the page is narrower.
-
-    Deprecated: views use ``views.shared.markup.scrollable``.
-    """
-    return f"<div style='overflow-x:auto'>{table}</div>"
-
-
 def size_text(nbytes: float) -> str:
     """Write a size with its unit; GB = 1e9 bytes."""
     if abs(nbytes) >= 1e9:

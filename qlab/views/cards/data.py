@@ -13,8 +13,8 @@ from itertools import groupby
 import numpy as np
 
 from qlab.core.arithmetic import ceil_div
-from qlab.core.display import wide
 from qlab.core.train.data_report import DataReport, ShownRow
+from qlab.views.shared.markup import scrollable
 
 _TOKENS = 320  # of a row that are shown
 _BINS = 10
@@ -210,6 +210,6 @@ def _bars(counts: list[tuple[str, int]]) -> str:
         f"<div style='background-color:#4c78a8;height:10px;width:{round(260 * count / top)}px'></div></td></tr>"
         for span, count in counts
     )
-    return wide(
+    return scrollable(
         f"<table><thead><tr><th>tokens</th><th>rows</th><th></th></tr></thead><tbody>{cells}</tbody></table>"
     )

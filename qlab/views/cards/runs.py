@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from qlab.core.display import size_text, wide
+from qlab.core.display import size_text
 from qlab.core.train.events import StepEvent
 from qlab.core.train.report import RunReport
 from qlab.errors import ConfigError
 from qlab.views.shared.chart import DASHES, PALETTE, Line, image
+from qlab.views.shared.markup import scrollable
 from qlab.views.trainer import words
 from qlab.views.trainer.curve import LOSS, SMOOTH, VAL, Curve
 
@@ -145,7 +146,7 @@ class Runs:
                 f"<tr title='{_html.escape(self.reports[n].path)}'><td style='text-align:left'>{swatch}</td>{shown}</tr>"
             )
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-        return f"<div>{self._picture()}{wide(table)}</div>"
+        return f"<div>{self._picture()}{scrollable(table)}</div>"
 
     def _labels(self) -> list[str]:
         """Name runs by number and by what tells them apart."""

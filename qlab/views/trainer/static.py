@@ -9,10 +9,10 @@ from html import escape
 
 import numpy as np
 
-from qlab.core.display import wide
 from qlab.core.panels.trainer import RunState
 from qlab.core.train.events import StepEvent
 from qlab.views.shared.chart import PALETTE, Line, image
+from qlab.views.shared.markup import scrollable
 from qlab.views.shared.wire import document
 from qlab.views.trainer import words
 from qlab.views.trainer.curve import LOSS, SMOOTH, VAL, Curve
@@ -93,7 +93,7 @@ def _generations_table(state: RunState) -> str:
         now = "" if first == last else _answer(last)
         rows += f"<tr><td>{escape(prompt)}</td><td>{_answer(first)}</td><td>{now}</td></tr>"
     head = "<tr><th>prompt</th><th>first answer</th><th>answer now</th></tr>"
-    return wide(f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>")
+    return scrollable(f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>")
 
 
 def _answer(generation: list) -> str:
