@@ -1,8 +1,9 @@
 """Gives MLX's CPU back end a fast BLAS on Linux; must run before ``mlx.core`` is imported.
 
-MLX's CPU wheel for Linux is linked to the reference BLAS, which is 10 to 40 times slower than
-OpenBLAS. A library that exports the same plain names and is loaded globally first takes its place.
-Knows nothing of qlab; never raises, never prints.
+``import qlab`` calls ``preload``. MLX's CPU wheel for Linux is linked to the reference BLAS, which
+is 10 to 40 times slower than OpenBLAS. A library that exports the same plain names and is loaded
+globally first takes its place: the system's OpenBLAS, or that of the package scipy-openblas32,
+whose names carry a prefix that patchelf removes. Never raises, never prints.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _PREFIX = "scipy_"
 
 @dataclass(frozen=True)
 class BlasStatus:
-    """Which BLAS MLX's CPU back end was given.
+    """Which BLAS MLX's CPU back end uses.
 
     Attributes:
         loaded: path or name of the library, or None if MLX uses its own.
@@ -64,7 +65,7 @@ def _try() -> BlasStatus:
         if _load(name):
             return BlasStatus(name, "the system's OpenBLAS")
     try:
-        path = _renamed()
+        path = _library_with_plain_names()
     except (OSError, ImportError, ValueError) as error:
         return BlasStatus(None, f"no OpenBLAS: {error}")
     if _load(str(path)):
@@ -75,30 +76,32 @@ def _try() -> BlasStatus:
 def _load(path: str) -> bool:
     try:
         # OpenBLAS spins where it waits: with a thread on every core, other programs made steps 30
-        # times as long (docs/log.md)
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max((os.cpu_count() or 2) - 1, 1)))
+        # times as long (docs/log.md), so one core stays free
+        threads = max((os.cpu_count() or 2) - 1, 1)
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))
         library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     except OSError:
         return False
     return hasattr(library, "cblas_sgemm")
 
 
-def _renamed() -> Path:
-    """Return OpenBLAS with plain symbol names, made once per user and version."""
+def _library_with_plain_names() -> Path:
+    """Return OpenBLAS with plain symbol names; written once per user and version."""
     spec = importlib.util.find_spec("scipy_openblas32")
     if spec is None or spec.origin is None:
         raise ImportError("install it with: pip install 'qlab-mlx[cpu]'")
     source = next(Path(spec.origin).parent.glob("lib/libscipy_openblas*.so*"), None)
     if source is None:
         raise ImportError("the package scipy-openblas32 holds no library")
-    facts = source.stat()
-    target = cache_folder() / f"openblas-{facts.st_size:x}-{int(facts.st_mtime):x}.so"
+    stat = source.stat()
+    target = cache_folder() / f"openblas-{stat.st_size:x}-{int(stat.st_mtime):x}.so"
     if not target.exists():
-        _rename(source, target)
+        _remove_prefix(source, target)
     return target
 
 
-def _rename(source: Path, target: Path) -> None:
+def _remove_prefix(source: Path, target: Path) -> None:
+    """Write a copy of a library in which the symbols that MLX imports have their plain names."""
     import shutil
     import subprocess
 

@@ -1,8 +1,6 @@
-"""What this machine is.
+"""What this machine is: MLX's back end, and memory.
 
-Its back end, its memory, its versions, and what is wrong with it in plain words.
-
-Knows no model.
+Estimates, guards and trials of products ask it. What needs MLX runs on the MLX thread.
 """
 
 from __future__ import annotations
@@ -41,7 +39,8 @@ def machine() -> Machine:
     """Return the memory that a model must fit into. Runs on the MLX thread.
 
     On Metal, what the system recommends as working set less what MLX holds now; on CUDA the card's
-    free memory; otherwise the available RAM.
+    free memory; otherwise the available RAM. ``device_info`` has none of these keys on other back
+    ends.
     """
     import mlx.core as mx
 
@@ -58,13 +57,16 @@ def machine() -> Machine:
 
 
 def ram() -> tuple[int, int]:
-    """Physical memory and the part available, in bytes; all of it where the system does not say."""
+    """Return physical memory and the part available, in bytes.
+
+    All of it counts as available where the system does not say (macOS has no /proc).
+    """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         with open("/proc/meminfo") as lines:
-            free = next(
-                int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
-            )
-    except (OSError, StopIteration):
-        free = total
-    return total, free
+            for line in lines:
+                if line.startswith("MemAvailable"):
+                    return total, int(line.split()[1]) * 1024  # kB
+    except OSError:
+        pass
+    return total, total

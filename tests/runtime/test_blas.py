@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import qlab  # noqa
-from qlab.runtime.paths import cache_folder
 
 import importlib.util
 import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -56,38 +54,11 @@ def test_missing_package_is_no_error(monkeypatch):
 
 def test_two_processes_at_once_make_one_whole_library(tmp_path):
     pytest.importorskip("scipy_openblas32")
-    code = "import qlab.runtime.blas as b; b._SYSTEM = (); path = b._renamed(); print(b._load(str(path)), path.name)"
+    code = "import qlab.runtime.blas as b; b._SYSTEM = (); path = b._library_with_plain_names(); print(b._load(str(path)), path.name)"
     started = [fresh(code, XDG_CACHE_HOME=str(tmp_path)) for _ in range(2)]
     said = {process.communicate()[0].strip() for process in started}
     made = list((tmp_path / "qlab").iterdir())
     assert len(made) == 1 and said == {f"True {made[0].name}"}
-
-
-def test_cache_falls_back_to_a_private_folder(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    folder = cache_folder()
-    assert folder.parent == tmp_path and folder.stat().st_mode & 0o077 == 0
-
-
-def test_a_user_without_a_home_gets_the_private_folder(tmp_path, monkeypatch):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(blas.os.path, "expanduser", lambda path: path)
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert cache_folder().parent == tmp_path and not Path("~").exists()
-
-
-def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    mine = os.getuid()
-    (tmp_path / "qlab").mkdir()
-    (tmp_path / f"qlab-{mine + 1}").mkdir()
-    monkeypatch.setattr(blas.os, "getuid", lambda: mine + 1)
-    with pytest.raises(OSError, match="no folder"):
-        cache_folder()
 
 
 def test_every_matrix_product_that_mlx_imports_is_renamed():

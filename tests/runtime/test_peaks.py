@@ -38,11 +38,12 @@ def test_a_few_runs_are_not_enough():
 
 
 def test_the_file_is_bounded():
-    for i in range(record._KEPT + 30):
+    for i in range(record._MOST_LINES + 30):
         record.add("cpu", 200, 100, 150 + i)
     lines = record.path().read_text().splitlines()
     assert (
-        len(lines) == record._KEPT and json.loads(lines[-1])["measured"] == 150 + record._KEPT + 29
+        len(lines) == record._MOST_LINES
+        and json.loads(lines[-1])["measured"] == 150 + record._MOST_LINES + 29
     )
 
 

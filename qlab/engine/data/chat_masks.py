@@ -107,7 +107,7 @@ class ChatEncoder:
         return tokens, self._with_ends(tokens, list(rendered["assistant_masks"]))
 
     def _with_ends(self, tokens: list[int], mask: list[int]) -> list[int]:
-        """Make the end of every turn a target: marks that leave it out would teach never to stop."""
+        """Make the end of every turn a target: without it a model learns never to stop."""
         ends = set(self.tokenizer.eos_token_ids)
         for i in range(1, len(mask)):
             turn_is_over = mask[i - 1] and not mask[i] and tokens[i - 1] not in ends
@@ -213,7 +213,7 @@ class ChatEncoder:
         return end + _leading_mark(text[end:], self._ends)
 
     def _end_by_tail(self, messages: Messages, tools: Any, i: int, text: str) -> int | None:
-        """The end of a turn that is rendered differently when it is the last, by what follows it."""
+        """The end of a turn, by what follows it: as the last it would be rendered differently."""
         rest = self._with_stand_in(messages, tools, i).partition(_STAND_IN)[2]
         last = self._with_stand_in(messages[: i + 1], tools, i).partition(_STAND_IN)[2]
         if not rest or not text.endswith(rest):

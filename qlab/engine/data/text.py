@@ -1,4 +1,4 @@
-"""Text for calibration and evaluation: the embedded one, a string, a file, rows, a ``datasets`` set.
+"""Text for calibration and evaluation: embedded, a string, a file, rows, a ``datasets`` set.
 
 Solvers, judging and adapter initialization call ``batches`` for token rows of it.
 """
