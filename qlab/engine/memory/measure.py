@@ -30,7 +30,7 @@ def measured_peak(module: nn.Module, setup: Setup) -> int:
     adapted = attach(module, spec, setup.adapter, usual_compute(), train.grad_checkpoint)
     step = make_step(adapted, train)
     update = Update(train, step.parameters)
-    parameters = update.by_path(update.kept(step.parameters))
+    parameters = update.by_path(update.flat(step.parameters))
     state = update.state
     batch = _random_batch(train)
     rate = mx.array(train.learning_rate)

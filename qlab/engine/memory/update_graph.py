@@ -124,7 +124,7 @@ class _Update:
             Ids of the new parameters and state, and of what the loop reports.
         """
         update = self._update
-        kept = update.kept(self._trained)
+        kept = update.flat(self._trained)
         state = update.state
 
         def run(*arrays: mx.array) -> list[mx.array]:
@@ -135,7 +135,7 @@ class _Update:
             norm, loss, count, rate = given
             gathered = FlatGradients(grads, norm, loss, count)
             new = update(update.by_path(old), moments, gathered, rate)
-            new_arrays = [*update.kept(new.parameters).values(), *new.state.values()]
+            new_arrays = [*update.flat(new.parameters).values(), *new.state.values()]
             return [*new_arrays, new.loss, new.grad_norm, new.finite]
 
         states = [self._given(array, "optimizer") for array in state.values()]

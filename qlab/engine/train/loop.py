@@ -195,7 +195,7 @@ def _compute_step(task: Task, state: TrainState, rate: float) -> Generator[Progr
     assert sums is not None  # a step has at least one batch
     if task.ranks.size > 1:
         # sent as one vector: hundreds of small arrays would take longer to send than to sum
-        sums = task.ranks.total(sums._replace(grads=task.update.kept(sums.grads)))
+        sums = task.ranks.total(sums._replace(grads=task.update.flat(sums.grads)))
     gathered = task.update.gather(sums)
     del sums  # as above
     mx.eval(gathered)

@@ -166,7 +166,7 @@ def prepare_run(inputs: RunInputs, on_good: Callable[[TrainState], None]) -> Pre
         ranks=inputs.ranks,
     )
     if inputs.start_from is None:
-        parameters = update.by_path(update.kept(parameters))
+        parameters = update.by_path(update.flat(parameters))
         state = TrainState(parameters, update.state, config.learning_rate)
         mx.eval(state.parameters, state.optimizer)
     else:
@@ -199,8 +199,8 @@ def resumed(path: Path, parameters: Arrays, update: Update) -> TrainState:
     """
     state = load(path, parameters)
     _check_same_optimizer(path, state.optimizer, update.state_by_path(update.state))
-    state.parameters = update.by_path(update.kept(state.parameters))
-    state.optimizer = update.state_joined(state.optimizer)
+    state.parameters = update.by_path(update.flat(state.parameters))
+    state.optimizer = update.state_from_paths(state.optimizer)
     mx.eval(state.parameters, state.optimizer)
     return state
 

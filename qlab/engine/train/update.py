@@ -1,10 +1,8 @@
 """One optimizer step: the sums over a step's batches → new parameters and new state, compiled.
 
-Everything stays lazy.
-
-Gradients are divided by all tokens of the step, so rows of different lengths weigh as they should.
-An adapter is hundreds of small arrays, so whatever is done number by number is done to all of them
-as one vector. Knows no model.
+The loop calls it after the last batch of a step; everything stays lazy. Gradients are divided by
+all targets of the step, so rows of different lengths weigh as they should. An adapter is hundreds
+of small arrays, so whatever is done element by element is done to all of them as one vector.
 """
 
 from __future__ import annotations
@@ -20,16 +18,16 @@ from qlab.engine.step.vectors import FlatLayout, FlatViews, stable_sum
 
 
 class Updated(NamedTuple):
-    """What follows from a step.
+    """Result of a step.
 
     Attributes:
         parameters: new trainable arrays by path.
         state: new arrays of the optimizer, by the names of ``Update.state``.
-        loss: in nats per target, float32; 0 without any target.
-        grad_norm: global norm of the mean gradient before it was clipped, float32.
-        finite: whether loss, norm and every new parameter are numbers. What comes of numbers is
-            one, but for float16, which ends at 65504: only there the parameters themselves are
-            looked at.
+        loss: loss in nats per target, float32 ``()``; 0 without any target.
+        grad_norm: global norm of the mean gradient before clipping, float32 ``()``.
+        finite: whether loss, norm and every new parameter are finite, bool ``()``. Finite loss and
+            norm give finite parameters except in float16, which ends at 65504: only float16
+            parameters are looked at themselves.
     """
 
     parameters: Arrays
@@ -43,8 +41,8 @@ class FlatGradients(NamedTuple):
     """A step's sums as the update takes them.
 
     Attributes:
-        grads: as parameters are kept, in the dtype in which they came.
-        norm: global norm of them, float32.
+        grads: summed gradients, laid out as ``Update.flat`` does, in the dtype in which they came.
+        norm: global norm of the summed gradients, float32 ``()``.
         loss: as in ``LossAndGradients``.
         count: as in ``LossAndGradients``.
     """
@@ -56,56 +54,57 @@ class FlatGradients(NamedTuple):
 
 
 class Update:
-    """An optimizer as a function.
+    """An optimizer as a function: parameters, state and gradients → new parameters and state.
+
+    Example:
+        >>> update = Update(config, parameters)
+        >>> state = update.state
+        >>> new = update(parameters, state, result, mx.array(1e-4))
+        >>> parameters, state = new.parameters, new.state
 
     Args:
-        config: the run.
+        config: config of the run: optimizer, decay, clipping.
         parameters: trainable arrays by path.
     """
 
     def __init__(self, config: TrainConfig, parameters: Arrays) -> None:
-        self._most = config.max_grad_norm
-        self._whole = config.optimizer_kind.elementwise
+        self._max_norm = config.max_grad_norm
+        self._elementwise = config.optimizer_kind.elementwise
         self._layout = FlatLayout(parameters)
         self._optimizer = config.optimizer_kind.make(config.learning_rate, config.weight_decay)
-        self._numbers = dict(self._optimizer.state)
+        self._scalars = dict(self._optimizer.state)  # step and learning rate
         self._shapes = {
-            name: (array.shape, array.dtype) for name, array in self.kept(parameters).items()
+            name: (array.shape, array.dtype) for name, array in self.flat(parameters).items()
         }
-        # what it keeps for each parameter; the rest is one number for all
-        self._moments = sorted(
-            {moment for _, dot, moment in (name.partition(".") for name in self.state) if dot}
-        )
-        self._gather = mx.compile(self._join)
+        # names after the last path or dtype, such as ``m``; other state is one number for all
+        self._moments = sorted({name.split(".", 1)[1] for name in self.state if "." in name})
+        self._gather = mx.compile(self._flat_with_norm)
         self._compiled = mx.compile(self._apply)
 
     @property
     def state(self) -> Arrays:
-        """The optimizer's arrays at first, lazy and made anew each time.
+        """The optimizer's initial arrays by name, lazy and made anew each time.
 
-        Nobody holds them for a whole run.
-
-        Where it takes each number by itself they are as long as all parameters of a dtype, and
-        named for that instead of for a path.
+        They are not stored here, or they would stay in memory for the whole run. The arrays of an
+        elementwise optimizer are vectors as long as all parameters of a dtype, and named for the
+        dtype instead of a path.
         """
-        self._optimizer.state = dict(self._numbers)
-        self._optimizer.init(
-            tree_unflatten([(name, mx.zeros(*like)) for name, like in self._shapes.items()])
-        )
-        made = dict(tree_flatten(self._optimizer.state))
-        self._optimizer.state = {}
-        return made
+        zeros = [(name, mx.zeros(shape, dtype)) for name, (shape, dtype) in self._shapes.items()]
+        self._optimizer.state = dict(self._scalars)
+        self._optimizer.init(tree_unflatten(zeros))
+        return self._take_state()
 
     def gather(self, sums: LossAndGradients) -> FlatGradients:
-        """Join the gradients, lazily.
+        """Lay the gradients out and take their norm, lazily.
 
-        Who computes this, and lets go of the sums, has neither them nor squares in memory while the
-        update makes new arrays.
+        A caller who evaluates the result and drops the sums has neither them nor their squares in
+        memory while the update makes new arrays.
 
         Args:
-            sums: over all batches of the step; its gradients may be as ``kept`` returns them.
+            sums: sums over all batches of the step; the gradients may be laid out already.
         """
-        return FlatGradients(*self._gather(sums.grads), sums.loss, sums.count)
+        grads, norm = self._gather(sums.grads)
+        return FlatGradients(grads=grads, norm=norm, loss=sums.loss, count=sums.count)
 
     def __call__(
         self,
@@ -114,58 +113,65 @@ class Update:
         sums: LossAndGradients | FlatGradients,
         learning_rate: mx.array,
     ) -> Updated:
-        """Compute lazily.
+        """Compute a step, lazily.
 
         Args:
-            parameters: trainable arrays by path. Those that ``by_path`` made, as of the step
-                before, are not copied.
+            parameters: trainable arrays by path; those of the step before are not copied.
             state: the optimizer's arrays.
-            sums: over all batches of the step.
-            learning_rate: for this step, float32.
+            sums: sums over all batches of the step.
+            learning_rate: learning rate of this step, float32 ``()``.
         """
         gathered = sums if isinstance(sums, FlatGradients) else self.gather(sums)
-        kept, *rest = self._compiled(self.kept(parameters), state, gathered, learning_rate)
-        return Updated(self.by_path(kept), *rest)
+        flat = self.flat(parameters)
+        # compiled functions return plain tuples
+        updated = Updated(*self._compiled(flat, state, gathered, learning_rate))
+        return updated._replace(parameters=self.by_path(updated.parameters))
 
-    def kept(self, parameters: Arrays) -> Arrays:
+    def flat(self, parameters: Arrays) -> Arrays:
         """Return parameters, or their gradients, as the optimizer takes them.
 
-        In vectors, if it takes each number by itself.
+        An elementwise optimizer takes one vector for each dtype, others take arrays by path.
         """
-        return self._layout.vectors(parameters) if self._whole else parameters
+        return self._layout.vectors(parameters) if self._elementwise else parameters
 
-    def by_path(self, kept: Arrays) -> Arrays:
-        """Return parameters by path that still know what ``kept`` makes of them."""
-        return FlatViews(self._layout.views(kept), self._layout, kept) if self._whole else kept
+    def by_path(self, flat: Arrays) -> Arrays:
+        """Return parameters by path for which ``flat`` need not copy anything."""
+        if not self._elementwise:
+            return flat
+        return FlatViews(self._layout.views(flat), self._layout, flat)
 
     def state_by_path(self, state: Arrays) -> Arrays:
-        """Return a state as it is written: with arrays for every parameter."""
-        if not self._whole:
+        """Return a state as it is written to disk: with arrays for every parameter."""
+        if not self._elementwise:
             return state
-        made = {name: array for name, array in state.items() if "." not in name}
+        stored = {name: array for name, array in state.items() if "." not in name}
         for moment in self._moments:
-            views = self._layout.views(
-                {name: state[f"{name}.{moment}"] for name in self._layout.dtypes}
-            )
-            made |= {f"{path}.{moment}": array for path, array in views.items()}
-        return made
+            vectors = {name: state[f"{name}.{moment}"] for name in self._layout.dtypes}
+            views = self._layout.views(vectors)
+            stored |= {f"{path}.{moment}": array for path, array in views.items()}
+        return stored
 
-    def state_joined(self, arrays: Arrays) -> Arrays:
-        """Return a state that was written, as ``__call__`` takes it."""
-        if not self._whole:
-            return {name: arrays[name] for name in self.state}
-        names = self.state
-        made = {name: array for name, array in arrays.items() if name in names}
+    def state_from_paths(self, stored: Arrays) -> Arrays:
+        """Return a state that was written to disk as ``__call__`` takes it."""
+        names = list(self.state)
+        if not self._elementwise:
+            return {name: stored[name] for name in names}
+        state = {name: array for name, array in stored.items() if name in names}
         for moment in self._moments:
-            vectors = self._layout.vectors(
-                {path: arrays[f"{path}.{moment}"] for path in self._layout.paths}
-            )
-            made |= {f"{name}.{moment}": vector for name, vector in vectors.items()}
-        return {name: made[name] for name in names}
+            arrays = {path: stored[f"{path}.{moment}"] for path in self._layout.paths}
+            vectors = self._layout.vectors(arrays)
+            state |= {f"{name}.{moment}": vector for name, vector in vectors.items()}
+        return {name: state[name] for name in names}
 
-    def _join(self, grads: Arrays) -> tuple[Arrays, mx.array]:
-        grads = self.kept(grads)
-        if self._whole:
+    def _take_state(self) -> Arrays:
+        """Return the optimizer's arrays by name, and leave it without any."""
+        arrays = dict(tree_flatten(self._optimizer.state))
+        self._optimizer.state = {}
+        return arrays
+
+    def _flat_with_norm(self, grads: Arrays) -> tuple[Arrays, mx.array]:
+        grads = self.flat(grads)
+        if self._elementwise:
             squares = [stable_sum(vector, mx.square) for vector in grads.values()]
         else:
             squares = [mx.square(grad.astype(mx.float32)).sum() for grad in grads.values()]
@@ -174,25 +180,27 @@ class Update:
     def _apply(
         self, parameters: Arrays, state: Arrays, gathered: FlatGradients, learning_rate: mx.array
     ) -> tuple[Arrays, Arrays, mx.array, mx.array, mx.array]:
+        """Return the fields of ``Updated``, with parameters as ``flat`` returns them."""
         grads, norm, loss, count = gathered
-        share = 1 / mx.maximum(count, 1)
-        norm = norm * share
-        loss = loss * share
-        factor = (
-            share * mx.minimum(self._most / mx.maximum(norm, 1e-12), 1) if self._most else share
-        )
+        per_target = 1 / mx.maximum(count, 1)
+        norm = norm * per_target
+        loss = loss * per_target
+        factor = per_target
+        if self._max_norm:
+            factor = per_target * mx.minimum(self._max_norm / mx.maximum(norm, 1e-12), 1)
         mean = {
             name: (grad.astype(mx.float32) * factor).astype(parameters[name].dtype)
             for name, grad in grads.items()
         }
-        self._optimizer.state = tree_unflatten([*{**state, "learning_rate": learning_rate}.items()])
-        pairs = self._optimizer.apply_gradients(
+        arrays = {**state, "learning_rate": learning_rate}
+        self._optimizer.state = tree_unflatten(list(arrays.items()))
+        tree = self._optimizer.apply_gradients(
             tree_unflatten(list(mean.items())), tree_unflatten(list(parameters.items()))
         )
-        new = dict(tree_flatten(pairs))
-        after = dict(tree_flatten(self._optimizer.state))
-        self._optimizer.state = {}  # what it holds here are no numbers
-        narrow = [
-            stable_sum(array.reshape(-1)) for array in new.values() if array.dtype == mx.float16
-        ]
-        return new, after, loss, norm, mx.isfinite(sum(narrow, loss + norm))
+        updated = dict(tree_flatten(tree))
+        # here the optimizer holds placeholders of the compilation, which must not stay
+        new_state = self._take_state()
+        narrow = [array for array in updated.values() if array.dtype == mx.float16]
+        sums = [stable_sum(array.reshape(-1)) for array in narrow]
+        finite = mx.isfinite(sum(sums, loss + norm))
+        return updated, new_state, loss, norm, finite

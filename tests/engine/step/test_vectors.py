@@ -174,7 +174,7 @@ def test_one_vector_is_updated_bit_for_bit_as_separate_arrays_by_mlx(optimizer, 
 def test_a_state_comes_back_from_what_is_written(optimizer):
     update = Update(TrainConfig(optimizer=optimizer), arrays())
     _, state = updates(update, arrays())
-    again = update.state_joined(dict(reversed(update.state_by_path(state).items())))
+    again = update.state_from_paths(dict(reversed(update.state_by_path(state).items())))
     assert same(again, state) and list(again) == list(update.state)
 
 
@@ -184,7 +184,7 @@ def test_hundreds_of_arrays_take_as_many_operations_as_two_but_for_joining_them(
     def operations(count: int) -> list[str]:
         given = {f"{i:03}": mx.zeros((4, 4)) for i in range(count)}
         update, number = Update(TrainConfig(optimizer=optimizer), given), mx.array(0.0)
-        kept, state = update.kept(given), update.state
+        kept, state = update.flat(given), update.state
 
         def run(*all_):
             left = iter(all_)
