@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
+from qlab.core.config.legal import check_whole
 from qlab.core.evaluate.judge import COLUMNS, JudgeReport
 from qlab.core.progress import Progress
 from qlab.core.train.rows import Rows
 from qlab.deprecated import positional_arguments
 from qlab.engine.adapt.attach import twin_for_rows
+from qlab.engine.evaluate.golden import questions as check_golden
 from qlab.engine.evaluate.judge import judge
 from qlab.engine.evaluate.teacher import KEEP, remember
 from qlab.errors import ConfigError
@@ -54,7 +56,9 @@ def judged(
         DataError: the golden set has faults.
     """
     held_out = list(rows or ())
-    questions = tuple(golden)
+    questions = _checked_questions(golden, match)
+    check_whole("max_tokens", max_tokens, 1)
+    check_whole("keep", keep, 1)
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not held_out and not questions and not prompts:
         raise ConfigError(
@@ -93,3 +97,12 @@ def judged(
         return report
 
     return Job(work).start().wait()
+
+
+def _checked_questions(golden: Any, match: Any) -> tuple[Mapping[str, Any], ...]:
+    """Return the rows of a golden set, which may be an iterator, once they are free of faults."""
+    rows: Any = golden
+    if isinstance(golden, Iterable) and not isinstance(golden, (str, bytes, Mapping)):
+        rows = tuple(golden)
+    check_golden(rows, match)
+    return rows

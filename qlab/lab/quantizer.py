@@ -10,11 +10,12 @@ from collections.abc import Generator
 from typing import Any
 
 from qlab import registry
+from qlab.core.config.legal import check_flag, check_whole
 from qlab.core.config.quant import QuantConfig, QuantPlan
 from qlab.core.evaluate.text import EvalReport
 from qlab.core.panels.quantizer import PanelState
 from qlab.core.progress import Progress
-from qlab.core.quantize.allocate import overrides_within
+from qlab.core.quantize.allocate import check_budget, overrides_within
 from qlab.core.quantize.compare import CompareReport, compare
 from qlab.core.quantize.report import QuantReport, report_of
 from qlab.deprecated import positional_arguments
@@ -124,6 +125,7 @@ class Quantizer(HasPanel, QuantizerChoice):
         Raises:
             WeightsError: a layer holds NaN or infinity.
         """
+        check_flag("exact", exact)
         self._jobs.run(self._sample)
         if exact:
             self._jobs.run(lambda: self._model.measurements.measure_exactly(self.plan))
@@ -162,6 +164,7 @@ class Quantizer(HasPanel, QuantizerChoice):
         Raises:
             ConfigError: even the smallest storage is larger; gives the smallest budget.
         """
+        check_budget(bits_per_weight)
         measured = self._model.measurements
         if measured.calibration is None:
             self.predict()
@@ -185,7 +188,12 @@ class Quantizer(HasPanel, QuantizerChoice):
 
         Returns:
             KL to the unquantized model, perplexity before and after, changed top tokens.
+
+        Raises:
+            ConfigError: ``tokens`` is no whole number, or too small.
+            DataError: there is no text in ``text``.
         """
+        check_whole("tokens", tokens, 2)  # the second is the first that can be predicted
         measured = self._model.measurements
         return self._jobs.run(lambda: measured.evaluate(self.plan, self.solver, text, tokens))
 

@@ -212,7 +212,7 @@ class JudgeReport(Displayed):
             ConfigError: there is none of that name.
         """
         by_name = {column.name: column for column in self.columns}
-        if name not in by_name:
+        if not isinstance(name, str) or name not in by_name:
             raise ConfigError(
                 f"There is no column {name!r}; there are {', '.join(by_name)}."
                 f"{nearest(name, by_name)}"
@@ -233,7 +233,7 @@ class JudgeReport(Displayed):
         Raises:
             ConfigError: unknown measure or column, or nothing was measured on rows.
         """
-        if measure not in MEASURES:
+        if not isinstance(measure, str) or measure not in MEASURES:
             raise ConfigError(
                 f"Unknown measure {measure!r}; choose one of {', '.join(MEASURES)}."
                 f"{nearest(measure, MEASURES)}"

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from qlab.core.config.legal import check_number
 from qlab.core.config.quant import QuantConfig
 from qlab.core.config.spec import ModelSpec
 from qlab.core.quantize.table import ErrorTable
@@ -14,13 +15,15 @@ from qlab.errors import ConfigError
 # Weight error ‖W−Ŵ‖/‖W‖ up to which a predicted ΔKL is trusted. The prediction is of second order
 # in the change of the weights; where they move by half their norm it means nothing.
 RELIABLE_ERROR = 0.5
+# Nats a byte between which the price of a byte is searched.
+_LEAST_PRICE = 1e-30
+_HIGHEST_PRICE = 1e30
 
 
 def allocate(
     cost: np.ndarray, nbytes: np.ndarray, weights: int, bits_per_weight: float
 ) -> np.ndarray:
-    """Pick one option per layer so that the sum of costs is small and the sum of bytes is within
-    the budget.
+    """Pick one option per layer: the least sum of costs whose bytes are within the budget.
 
     Lagrangian relaxation (each layer takes its least cost + λ·bytes, λ by bisection), then what is
     left of the budget is spent on the best remaining exchanges. Optimal on the convex hull, within
@@ -39,41 +42,62 @@ def allocate(
         ConfigError: the budget is no number, or even the smallest options do not fit; the message
             gives the smallest budget.
     """
-    if (
-        isinstance(bits_per_weight, bool)
-        or not isinstance(bits_per_weight, (int, float))
-        or not bits_per_weight > 0
-    ):
-        raise ConfigError(
-            f"bits_per_weight={bits_per_weight!r} is not legal; it is a number above 0."
-        )
+    check_budget(bits_per_weight)
     budget_nbytes = bits_per_weight * weights / 8
     cost = np.where(np.isfinite(cost), cost, np.inf).astype(np.float64)
-    columns = np.arange(cost.shape[1])
-    smallest = np.where(np.isfinite(cost), nbytes, np.inf).min(0).sum()
+    possible_nbytes = np.where(np.isfinite(cost), nbytes, np.inf)
+    smallest = possible_nbytes.min(0).sum()
     if smallest > budget_nbytes:
-        least = 8 * smallest / weights
         raise ConfigError(
-            f"bits_per_weight={bits_per_weight!r} is below the smallest storage of these layers, {least:.3f}."
+            f"bits_per_weight={bits_per_weight!r} is below the smallest storage of these layers, "
+            f"{8 * smallest / weights:.3f}."
         )
+    price = _cheapest_price_within(cost, nbytes, budget_nbytes)
+    if price is None:  # equal costs: size alone decides
+        return possible_nbytes.argmin(0)
+    return _spend(cost, nbytes, _options_at(price, cost, nbytes), budget_nbytes)
 
-    def at(price: float) -> np.ndarray:
-        return (cost + price * nbytes).argmin(0)
+
+def check_budget(bits_per_weight: float) -> None:
+    """Refuse a budget that is no number above 0; infinity is one.
+
+    Raises:
+        ConfigError: says what is legal.
+    """
+    if bits_per_weight != math.inf:
+        check_number("bits_per_weight", bits_per_weight, "a number above 0", lambda x: x > 0)
+
+
+def _options_at(price: float, cost: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
+    """Return the option of each layer with the least cost + price · bytes, ``(L,)``."""
+    return (cost + price * nbytes).argmin(0)
+
+
+def _cheapest_price_within(
+    cost: np.ndarray, nbytes: np.ndarray, budget_nbytes: float
+) -> float | None:
+    """Find, by bisection, the lowest price of a byte at which the options fit the budget."""
+    columns = np.arange(cost.shape[1])
+
+    def is_over(price: float) -> bool:
+        return bool(nbytes[_options_at(price, cost, nbytes), columns].sum() > budget_nbytes)
 
     low = 0.0
-    high = 1e-30
-    while nbytes[at(high), columns].sum() > budget_nbytes:
+    high = _LEAST_PRICE
+    while is_over(high):
         high *= 16
-        if high > 1e30:  # equal costs: size alone decides
-            return np.where(np.isfinite(cost), nbytes, np.inf).argmin(0)
+        if high > _HIGHEST_PRICE:
+            return None
     for _ in range(100):
+        # geometric, since the price may be of any magnitude
         middle = np.sqrt(low * high) if low else high / 16
-        low, high = (
-            (middle, high) if nbytes[at(middle), columns].sum() > budget_nbytes else (low, middle)
-        )
+        if is_over(middle):
+            low = middle
+        else:
+            high = middle
         if low == 0 and high < 1e-300:
             break
-    return _spend(cost, nbytes, at(high), budget_nbytes)
+    return high
 
 
 def _spend(
