@@ -46,7 +46,8 @@ class Inputs:
     @cached_property
     def damping(self) -> float:
         """What is added to the power of every direction."""
-        return max(_DAMPING * self.power.mean().item(), 1e-12)
+        mean: Any = self.power.mean().item()
+        return max(_DAMPING * mean, 1e-12)
 
     @cached_property
     def root(self) -> mx.array:
@@ -67,7 +68,7 @@ class _Tap(nn.Module):
 
     def __init__(self, inner: nn.Module, calls: list[_Call]) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner: Any = inner
         self._calls = calls
 
     def __call__(self, x: mx.array, *indices: mx.array, **options: Any) -> mx.array:
@@ -86,7 +87,9 @@ class _Tap(nn.Module):
             return getattr(super().__getattr__("inner"), name)
 
 
-def texts(tokenizer: Any, text: Any, vocabulary: int) -> tuple[list[mx.array], list[mx.array]]:
+def texts(
+    tokenizer: Any, text: Any, vocabulary: int | None
+) -> tuple[list[mx.array], list[mx.array]]:
     """Return token rows to compute from, and others to measure on.
 
     Two embedded texts, or two parts of one that is given.
@@ -94,7 +97,7 @@ def texts(tokenizer: Any, text: Any, vocabulary: int) -> tuple[list[mx.array], l
     Args:
         tokenizer: mlx-lm's wrapper.
         text: see ``engine.data.text.read_text``.
-        vocabulary: number of ids that the model knows.
+        vocabulary: number of ids that the model knows; None is not checked.
 
     Raises:
         ConfigError: the text is too short to be parted.

@@ -1,4 +1,7 @@
-"""Puts adapters on the layers of a model, and takes twins of it."""
+"""Puts adapters on the layers of a model, in a twin that shares every array with it.
+
+Used to train (``attach``) and to run a model with its adapter (the two twins).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from qlab.nn.frozen import Compute, Frozen, usual_compute
 def twin_with(
     module: nn.Module, spec: ModelSpec, lora: LoRAConfig, parameters: Mapping[str, mx.array]
 ) -> nn.Module:
-    """Return a twin of a model that runs with adapters; it shares every array of the model.
+    """Return a twin of a model that runs with adapters, for a token at a time; evaluated.
 
     Off the GPU its activations are float32: kernels for one token are six times as fast so (demo
     model, two cores).
@@ -31,12 +34,9 @@ def twin_with(
         parameters: their arrays by path.
     """
     compute = replace(usual_compute(), dequantize=False)
-    made = attach(module, spec, lora, compute, False)
-    made.update(tree_unflatten(list(parameters.items())))
-    made.freeze()
-    made.eval()
-    mx.eval(made.parameters())
-    return made
+    running = _running(module, spec, lora, compute, parameters)
+    mx.eval(running.parameters())
+    return running
 
 
 def twin_for_rows(
@@ -52,40 +52,55 @@ def twin_for_rows(
         lora: the adapters; None for the bare model.
         parameters: their arrays by path.
     """
-    made = attach(module, spec, lora, usual_compute(), False)
-    made.update(tree_unflatten(list(parameters.items())))
-    made.freeze()
-    made.eval()
-    return made
+    return _running(module, spec, lora, usual_compute(), parameters)
+
+
+def _running(
+    module: nn.Module,
+    spec: ModelSpec,
+    lora: LoRAConfig | None,
+    compute: Compute,
+    parameters: Mapping[str, mx.array],
+) -> nn.Module:
+    """Return a twin with these parameters, frozen and not training."""
+    running = attach(module, spec, lora, compute, False)
+    running.update(tree_unflatten(list(parameters.items())))
+    running.freeze()
+    running.eval()
+    return running
 
 
 def attach(
     module: nn.Module, spec: ModelSpec, lora: LoRAConfig | None, compute: Compute, checkpoint: bool
 ) -> nn.Module:
-    """Return a twin of a model, frozen but for the adapters, with its products made as told.
+    """Return a twin of a model that is frozen but for its adapters.
 
     Args:
         module: an mlx-lm model; it is not changed.
         spec: its layers.
         lora: the adapters; None for none.
         compute: how frozen layers are computed.
-        checkpoint: whether blocks are computed again on the way back.
+        checkpoint: whether blocks are computed again in the backward pass.
 
     Raises:
         ConfigError, LayerNotFoundError: the adapter does not fit the model.
     """
     targets = {layer.path for layer in lora.targets(spec)} if lora else set()
+    wraps_all = compute.dequantize or compute.dtype is not None
 
-    def make(path: str, layer: nn.Module) -> nn.Module:
-        if compute.dequantize or compute.dtype is not None or path in targets:
-            frozen = FrozenExperts if spec[path].kind == "switch" else Frozen
-            layer = frozen(layer, compute.dtype, compute.dequantize, keep=checkpoint)
-        return lora.adapter_kind.make(layer, spec[path].shape, lora) if path in targets else layer  # type: ignore
+    def wrapped(path: str, layer: nn.Module) -> nn.Module:
+        is_target = path in targets
+        if wraps_all or is_target:
+            wrapper = FrozenExperts if spec[path].kind == "switch" else Frozen
+            layer = wrapper(layer, compute.dtype, compute.dequantize, keep=checkpoint)
+        if lora is None or not is_target:
+            return layer
+        return lora.adapter_kind.make(layer, spec[path].shape, lora)
 
-    made = map_layers(module, [layer.path for layer in spec.layers], make)
-    made.freeze()
-    for path in targets:
-        module_at(made, path).unfreeze(
-            keys=list(lora.adapter_kind.shapes(spec[path].shape, lora.rank)), recurse=False
-        )  # type: ignore
-    return made
+    attached = map_layers(module, [layer.path for layer in spec.layers], wrapped)
+    attached.freeze()
+    if lora is not None:
+        for path in targets:
+            names = lora.adapter_kind.shapes(spec[path].shape, lora.rank)
+            module_at(attached, path).unfreeze(keys=list(names), recurse=False)
+    return attached

@@ -9,6 +9,7 @@ zone); ``preview.py`` measures how much. Runs on the MLX thread, a layer at a ti
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -118,7 +119,7 @@ def fuse(
     return fused
 
 
-def fused_storage(base: nn.Module, layer: LayerSpec, bits: int | str) -> QuantConfig | None:
+def fused_storage(base: Any, layer: LayerSpec, bits: int | str) -> QuantConfig | None:
     """Return how to store a fused layer; None means dense.
 
     Args:
@@ -136,14 +137,14 @@ def fused_storage(base: nn.Module, layer: LayerSpec, bits: int | str) -> QuantCo
     return stock_config(base.mode, base.bits, base.group_size)
 
 
-def dense_dtype(base: nn.Module) -> mx.Dtype:
+def dense_dtype(base: Any) -> mx.Dtype:
     """Return the dtype that a layer's weight has, or had before it was packed."""
     return base.dtype if isinstance(base, Packed) else weight_of(base).dtype
 
 
-def _merged(base: nn.Module, path: str, weight: mx.array, storage: QuantConfig | None) -> nn.Module:
+def _merged(base: Any, path: str, weight: mx.array, storage: QuantConfig | None) -> nn.Module:
     """Return a layer with this weight, evaluated: dense in the base's dtype, or under a config."""
-    layer = dense_layer(base, weight.astype(dense_dtype(base)))
+    layer: Any = dense_layer(base, weight.astype(dense_dtype(base)))
     if storage is not None:
         return quantized_layer(layer, path, storage, "rtn", None)
     if not mx.isfinite(layer.weight).all().item():

@@ -1,13 +1,12 @@
-"""A model with an adapter, for use outside training.
+"""Parameters of an adapter outside training: fresh ones, and a check of those that come from elsewhere.
 
-Fresh parameters, checked ones, and a twin that runs with them.
-
-Knows no start but the default one. Runs on the MLX thread.
+Knows only the default initialization. Runs on the MLX thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,13 +19,13 @@ from qlab.engine.adapt.attach import attach
 from qlab.errors import ConfigError, WeightsError, nearest
 from qlab.nn.frozen import Compute
 
-_SHOWN = 5
+_SHOWN = 5  # faults that a message names
 
 
 def fresh(module: nn.Module, spec: ModelSpec, lora: LoRAConfig, seed: int) -> dict[str, mx.array]:
     """Return the parameters of adapters that change nothing yet, evaluated.
 
-    Always the same for a seed.
+    Always the same for a seed; MLX's random state goes on as if nothing had been drawn.
 
     Args:
         module: the model; it is not changed.
@@ -38,18 +37,16 @@ def fresh(module: nn.Module, spec: ModelSpec, lora: LoRAConfig, seed: int) -> di
         ConfigError, LayerNotFoundError: the adapter does not fit the model.
     """
     check_whole("seed", seed, 0)
-    later = mx.random.randint(0, 2**31 - 1).item()  # the state cannot be put back, only sown anew
+    # the state cannot be put back, only seeded anew
+    later: Any = mx.random.randint(0, 2**31 - 1).item()
     try:
         mx.random.seed(seed)
-        made = dict(
-            tree_flatten(
-                attach(module, spec, lora, Compute(None, False), False).trainable_parameters()
-            )
-        )
-        mx.eval(made)
+        attached = attach(module, spec, lora, Compute(None, False), False)
+        parameters = dict(tree_flatten(attached.trainable_parameters()))
+        mx.eval(parameters)
     finally:
         mx.random.seed(later)
-    return made
+    return parameters
 
 
 def expected(spec: ModelSpec, lora: LoRAConfig) -> dict[str, tuple[int, ...]]:
@@ -77,28 +74,35 @@ def checked(
         ConfigError: other paths or shapes; names up to five of them.
         WeightsError: a number is NaN or infinite.
     """
-    faults = [f"{path!r} is missing" for path in shapes if path not in parameters]
-    faults += [
-        f"{path!r} belongs to no adapter.{nearest(path, shapes)}"
-        for path in parameters
-        if path not in shapes
-    ]
-    faults += [
-        f"{path!r} has shape {parameters[path].shape}, not {shape}"
-        for path, shape in shapes.items()
-        if path in parameters and tuple(parameters[path].shape) != shape
-    ]
+    faults = _faults(parameters, shapes)
     if faults:
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise ConfigError(
             f"These are not the adapter's parameters: {'; '.join(faults[:_SHOWN])}{more}."
         )
-    made = dict(parameters)
-    finite = {path: mx.isfinite(array).all() for path, array in made.items()}
-    mx.eval(made, finite)
-    bad = [path for path, fine in finite.items() if not fine.item()]
+    arrays = dict(parameters)
+    finite = {path: mx.isfinite(array).all() for path, array in arrays.items()}
+    mx.eval(arrays, finite)
+    bad = [path for path, is_finite in finite.items() if not is_finite.item()]
     if bad:
         raise WeightsError(
-            f"{len(bad)} adapter arrays hold NaN or infinity, first {bad[0]!r}; the adapter stays as it was."
+            f"{len(bad)} adapter arrays hold NaN or infinity, first {bad[0]!r}; "
+            "the adapter stays as it was."
         )
-    return made
+    return arrays
+
+
+def _faults(parameters: Mapping[str, mx.array], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Say what is missing, what is unknown, and what has another shape."""
+    missing = [f"{path!r} is missing" for path in shapes if path not in parameters]
+    unknown = [
+        f"{path!r} belongs to no adapter.{nearest(path, shapes)}"
+        for path in parameters
+        if path not in shapes
+    ]
+    misshapen = [
+        f"{path!r} has shape {parameters[path].shape}, not {shape}"
+        for path, shape in shapes.items()
+        if path in parameters and tuple(parameters[path].shape) != shape
+    ]
+    return missing + unknown + misshapen

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -221,4 +221,5 @@ def _differing(a: mx.array, b: mx.array, bits: int) -> float:
 
 
 def _norm(array: mx.array) -> float:
-    return mx.sqrt(mx.square(array).sum()).item()
+    norm: Any = mx.sqrt(mx.square(array).sum()).item()
+    return norm
