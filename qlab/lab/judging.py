@@ -62,7 +62,8 @@ def judged(
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not held_out and not questions and not prompts:
         raise ConfigError(
-            "There is nothing to judge by: no rows are held out. Give rows, a golden set or prompts."
+            "There is nothing to judge by: no rows are held out. "
+            "Give rows, a golden set or prompts."
         )
     # the adapter's sliders may move while the job runs
     base = adapter.base

@@ -1,7 +1,7 @@
 """``Quantizer``: sliders over the storage of a model, and what it costs.
 
-What is chosen are traits (``quantizer_traits``); what it costs is in the model's measurements, made on
-the MLX thread; what is shown is a ``PanelState``. This file connects the three.
+What is chosen are traits (``quantizer_traits``); what it costs is in the model's measurements, made
+on the MLX thread; what is shown is a ``QuantizerState``. This file connects the three.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from qlab import registry
 from qlab.core.config.legal import check_flag, check_whole
 from qlab.core.config.quant import QuantConfig, QuantPlan
 from qlab.core.evaluate.text import EvalReport
-from qlab.core.panels.quantizer import PanelState
+from qlab.core.panels.quantizer import QuantizerState, mode_choices, solver_choices
 from qlab.core.progress import Progress
 from qlab.core.quantize.allocate import check_budget, overrides_within
 from qlab.core.quantize.compare import CompareReport, compare
@@ -251,22 +251,19 @@ class Quantizer(HasPanel, QuantizerChoice):
 
     # --- the panel --------------------------------------------------------------------------------
 
-    def state(self) -> PanelState:
+    def state(self) -> QuantizerState:
         """What the panel shows now, as a value."""
         measured = self._model.measurements
         plan = self.plan
         calibration = self._calibration_text()
         measure = self._measure or ("kl_nats" if calibration else "relative_error")
-        return PanelState(
+        return QuantizerState(
             spec=self._spec,
             table=measured.table.snapshot(),
             plan=plan,
             solver=self.solver,
-            solvers=tuple((s.name, s.title) for s in registry.shelf("solvers").values()),
-            modes=tuple(
-                (s.name, s.title, s.bits, s.group_sizes, s.default_bits, s.default_group_size)
-                for s in registry.shelf("schemes").values()
-            ),
+            solvers=solver_choices(),
+            modes=mode_choices(),
             machine=self._machine,
             calibration=calibration,
             totals=self._evaluated(plan),

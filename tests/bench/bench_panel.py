@@ -126,7 +126,7 @@ def paint(name: str, spec, filler: TableFiller) -> None:
     from playwright.sync_api import sync_playwright
 
     from qlab.core.machine import Machine
-    from qlab.core.panels.quantizer import PanelState
+    from qlab.core.panels.quantizer import QuantizerState
     from qlab.core.config.quant import QuantPlan
     from qlab import registry
     from qlab.views.quantizer.static import page
@@ -135,7 +135,7 @@ def paint(name: str, spec, filler: TableFiller) -> None:
         (s.name, s.title, s.bits, s.group_sizes, s.default_bits, s.default_group_size)
         for s in registry.shelf("schemes").values()
     )
-    state = PanelState(
+    state = QuantizerState(
         spec,
         filler.table,
         QuantPlan(FIRST),

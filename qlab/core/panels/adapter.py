@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from qlab import registry
 from qlab.core.adapt.recovery import Recovery
@@ -26,9 +27,24 @@ NOT_QUANTIZED = (
 )
 
 
-def _kinds() -> tuple[tuple[str, str, tuple[str, ...]], ...]:
+class KindChoice(NamedTuple):
+    """A kind of adapter on the shelf, as the menu and the map need it.
+
+    Attributes:
+        name: the ``kind``.
+        title: one line that says what it is.
+        adapts: kinds of layers that it can change.
+    """
+
+    name: str
+    title: str
+    adapts: tuple[str, ...]
+
+
+def kind_choices() -> tuple[KindChoice, ...]:
+    """Return every kind of adapter on the shelf."""
     shelf = registry.shelf("adapters").values()
-    return tuple((kind.name, kind.title, kind.adapts) for kind in shelf)
+    return tuple(KindChoice(kind.name, kind.title, kind.adapts) for kind in shelf)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,7 +62,7 @@ class AdapterState:
         progress: the running job, or None.
         error: the last error in words, or an empty string.
         source: the name of the source in the code, ``model`` or ``q``.
-        kinds: ``(name, title, kinds of layers that it adapts)`` of every kind on the shelf.
+        kinds: every kind of adapter on the shelf.
     """
 
     spec: ModelSpec
@@ -59,7 +75,7 @@ class AdapterState:
     progress: Progress | None = None
     error: str = ""
     source: str = "model"
-    kinds: tuple[tuple[str, str, tuple[str, ...]], ...] = field(default_factory=_kinds)
+    kinds: tuple[KindChoice, ...] = field(default_factory=kind_choices)
 
     @property
     def optimizer(self) -> tuple[str, float]:

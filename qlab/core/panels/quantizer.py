@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from qlab import registry
 from qlab.core.config.quant import QuantPlan
 from qlab.core.config.spec import ModelSpec
 from qlab.core.machine import Machine
@@ -14,8 +16,56 @@ from qlab.core.progress import Progress
 from qlab.core.quantize.table import ErrorTable
 
 
+class ModeChoice(NamedTuple):
+    """A scheme on the shelf, as the menu and the sliders need it.
+
+    Attributes:
+        name: the ``mode``.
+        title: one line that says what the format is.
+        bits: legal bits, ascending.
+        group_sizes: legal group sizes, ascending.
+        default_bits: taken when only the mode is named.
+        default_group_size: taken when only the mode is named.
+    """
+
+    name: str
+    title: str
+    bits: tuple[int, ...]
+    group_sizes: tuple[int, ...]
+    default_bits: int
+    default_group_size: int
+
+
+class SolverChoice(NamedTuple):
+    """A solver on the shelf: its name, and one line that says how it chooses codes."""
+
+    name: str
+    title: str
+
+
+def mode_choices() -> tuple[ModeChoice, ...]:
+    """Return every scheme on the shelf."""
+    return tuple(
+        ModeChoice(
+            name=scheme.name,
+            title=scheme.title,
+            bits=scheme.bits,
+            group_sizes=scheme.group_sizes,
+            default_bits=scheme.default_bits,
+            default_group_size=scheme.default_group_size,
+        )
+        for scheme in registry.shelf("schemes").values()
+    )
+
+
+def solver_choices() -> tuple[SolverChoice, ...]:
+    """Return every solver on the shelf."""
+    shelf = registry.shelf("solvers").values()
+    return tuple(SolverChoice(solver.name, solver.title) for solver in shelf)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PanelState:
+class QuantizerState:
     """One moment of a quantizer panel.
 
     Attributes:
@@ -23,10 +73,9 @@ class PanelState:
         table: errors and sizes, all slider positions.
         plan: the storage chosen now.
         solver: name of the solver chosen now.
-        solvers: ``(name, title)`` of every solver on the shelf.
-        modes: ``(name, title, bits, group_sizes, default_bits, default_group_size)`` of every
-            scheme on the shelf.
-        machine: the budget.
+        solvers: every solver on the shelf.
+        modes: every scheme on the shelf.
+        machine: the memory that the weights should fit into.
         calibration: what text the predicted ΔKL comes from, such as ``embedded text, 1024 tokens``;
             empty if none yet.
         totals: measured end-to-end numbers: ``kl_nats``, ``perplexity``, ``perplexity_before`` of
@@ -41,8 +90,8 @@ class PanelState:
     table: ErrorTable
     plan: QuantPlan
     solver: str
-    solvers: tuple[tuple[str, str], ...]
-    modes: tuple[tuple[str, str, tuple[int, ...], tuple[int, ...], int, int], ...]
+    solvers: tuple[SolverChoice, ...]
+    modes: tuple[ModeChoice, ...]
     machine: Machine
     calibration: str = ""
     totals: tuple[tuple[str, float], ...] = ()

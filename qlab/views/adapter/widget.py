@@ -97,7 +97,7 @@ def choice(state: AdapterState, ack: int | None) -> dict[str, Any]:
 
 
 def _meta(state: AdapterState) -> dict[str, Any]:
-    """Return what never changes: the layers, the shelf of kinds, and what white noise would give."""
+    """Return what never changes: the layers, the kinds, and what white noise would give."""
     layers = state.spec.layers
     return {
         "name": state.spec.name,

@@ -9,18 +9,18 @@ import math
 from html import escape
 
 from qlab.core.display import size_text
-from qlab.core.panels.quantizer import PanelState
+from qlab.core.panels.quantizer import QuantizerState
 from qlab.core.quantize.report import QuantReport, report_of
 from qlab.views.quantizer import report as report_view
 from qlab.views.quantizer.widget import ESM, payload
 from qlab.views.shared.wire import document
 
 
-def _report(state: PanelState) -> QuantReport:
+def _report(state: QuantizerState) -> QuantReport:
     return report_of(state.spec, state.table, state.plan, state.calibration)
 
 
-def text_line(state: PanelState) -> str:
+def text_line(state: QuantizerState) -> str:
     """Return one line of numbers."""
     report = _report(state)
     storage = state.plan.default.label
@@ -36,12 +36,12 @@ def text_line(state: PanelState) -> str:
     return f"Quantizer({', '.join(figures)})"
 
 
-def html(state: PanelState) -> str:
+def html(state: QuantizerState) -> str:
     """Return tables and bars that untrusted notebooks and code hosts show too."""
     tables = report_view.tables(_report(state), headline=f"<b>{escape(state.spec.name)}</b>")
     return f"<div>{tables}<pre>{escape(state.code)}</pre></div>"
 
 
-def page(state: PanelState) -> str:
+def page(state: QuantizerState) -> str:
     """Return one self-contained file in which the sliders still work, without a kernel."""
     return document(f"{state.spec.name} · qlab", payload(state), ESM, html(state))

@@ -13,7 +13,7 @@ import numpy as np
 import traitlets as T
 
 from qlab.core.config.spec import LayerSpec
-from qlab.core.panels.quantizer import PanelState
+from qlab.core.panels.quantizer import QuantizerState
 from qlab.views.shared.panel import LivePanel
 from qlab.views.shared.wire import CSS, progress_row, source
 
@@ -53,12 +53,12 @@ class QuantizerView(anywidget.AnyWidget):
     controls = anywidget.WidgetTrait().tag(sync=True)
 
 
-def payload(state: PanelState) -> dict[str, Any]:
+def payload(state: QuantizerState) -> dict[str, Any]:
     """Return a state as the traits of the view (without ``controls``)."""
     return {"meta": _meta(state), **_arrays(state), "state": choice(state, None)}
 
 
-def choice(state: PanelState, ack: int | None) -> dict[str, Any]:
+def choice(state: QuantizerState, ack: int | None) -> dict[str, Any]:
     """Return what changes while a user works: the plan, the running job, the last error."""
     default = state.plan.default
     return {
@@ -76,7 +76,7 @@ def choice(state: PanelState, ack: int | None) -> dict[str, Any]:
     }
 
 
-def _overrides(state: PanelState) -> dict[str, int]:
+def _overrides(state: QuantizerState) -> dict[str, int]:
     """Return the row of the table that a layer with an override has, by column."""
     columns = {layer.path: str(column) for column, layer in enumerate(state.table.layers)}
     rows = {}
@@ -85,7 +85,7 @@ def _overrides(state: PanelState) -> dict[str, int]:
     return rows
 
 
-def _meta(state: PanelState) -> dict[str, Any]:
+def _meta(state: QuantizerState) -> dict[str, Any]:
     """Return what never changes: the layers, the configs and the shelves."""
     spec = state.spec
     machine = state.machine
@@ -114,7 +114,7 @@ def _layer(layer: LayerSpec) -> dict[str, Any]:
     return sent
 
 
-def _arrays(state: PanelState) -> dict[str, bytes]:
+def _arrays(state: QuantizerState) -> dict[str, bytes]:
     """Return the error table: S configs by L layers, M measures of each."""
     table = state.table
     legal = table.legal.astype(np.uint8)
@@ -128,20 +128,20 @@ def _arrays(state: PanelState) -> dict[str, bytes]:
     }
 
 
-class QuantizerPanel(LivePanel[PanelState]):
+class QuantizerPanel(LivePanel[QuantizerState]):
     """The live panel of a ``Quantizer``."""
 
     view = QuantizerView
     operations = _OPS
 
-    def payload(self, state: PanelState) -> dict[str, Any]:
+    def payload(self, state: QuantizerState) -> dict[str, Any]:
         return payload(state)
 
-    def large(self, before: PanelState, state: PanelState, ended: bool) -> dict[str, Any]:
+    def large(self, before: QuantizerState, state: QuantizerState, ended: bool) -> dict[str, Any]:
         return _arrays(state)
 
-    def small(self, state: PanelState, ack: int) -> dict[str, Any]:
+    def small(self, state: QuantizerState, ack: int) -> dict[str, Any]:
         return choice(state, ack)
 
-    def outdates_complaint(self, before: PanelState, state: PanelState) -> bool:
+    def outdates_complaint(self, before: QuantizerState, state: QuantizerState) -> bool:
         return (before.plan, before.solver) != (state.plan, state.solver)

@@ -29,8 +29,8 @@ class LivePanel(ABC, Generic[State]):
             panel until the next intent.
 
     Attributes:
-        view: class of the widget that carries states to the browser. It has a trait ``state`` (small
-            and sent at every change), a trait ``controls``, and traits for what is large.
+        view: class of the widget that carries states to the browser. It has a trait ``state``
+            (small and sent at every change), a trait ``controls``, and traits for what is large.
         operations: by name of an operation, the types of its values; see ``wire.checked``.
         widget: the view of this panel.
     """
