@@ -51,8 +51,8 @@ class Affine(Scheme):
         return {"weight": packed, "scales": scales, "biases": biases}
 
     def dequantize(self, packed: PackedArrays, config: QuantConfig, dtype: mx.Dtype) -> mx.array:
-        # MLX computes in the scales' dtype; its matrix products do not round there, so whoever asks
-        # for float32 gets unrounded values here too
+        # ``mx.dequantize`` computes in the scales' dtype, but MLX's products with codes do not
+        # round there: so float32 is not rounded here either
         arrays = [packed["scales"].astype(dtype), packed["biases"].astype(dtype)]
         return unpack.affine(packed["weight"], arrays, config.bits, config.group_size, dtype)
 

@@ -63,8 +63,8 @@ class Symmetric(Scheme):
         }
 
     def dequantize(self, packed: PackedArrays, config: QuantConfig, dtype: mx.Dtype) -> mx.array:
-        # MLX computes in the scales' dtype; its matrix products do not round there, so whoever asks
-        # for float32 gets unrounded values here too
+        # ``mx.dequantize`` computes in the scales' dtype, but MLX's products with codes do not
+        # round there: so float32 is not rounded here either
         scales = packed["scales"].astype(dtype)
         biases = packed["biases"].astype(dtype)
         return mx.dequantize(packed["weight"], scales, biases, config.group_size, config.bits)

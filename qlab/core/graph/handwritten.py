@@ -37,12 +37,12 @@ class Halves:
         forward: graph from its differentiable and its other arrays to its output.
         backward: graph from a slope and the same arrays to the gradients by the differentiable
             ones.
-        given: number of differentiable arrays.
+        differentiable: number of arrays that have a gradient; they come first.
     """
 
     forward: Graph
     backward: Graph
-    given: int
+    differentiable: int
 
 
 @dataclass
@@ -85,9 +85,9 @@ class _Rebuilding:
         self._copy = Graph()
         self._new: dict[int, int] = {}  # ids in the copy, by ids in the graph
         # calls by the arrays that end their forward and backward passes
-        self._outputs = {found.output: n for n, found in enumerate(self._stand_ins)}
+        self._outputs = {stand_in.output: n for n, stand_in in enumerate(self._stand_ins)}
         self._gradients = {
-            a: n for n, found in enumerate(self._stand_ins) for a in found.gradients.values()
+            a: n for n, stand_in in enumerate(self._stand_ins) for a in stand_in.gradients.values()
         }
 
     def run(self) -> Graph:
@@ -118,7 +118,7 @@ class _Rebuilding:
         call = self._calls[n]
         reads = self._reads(n)
         (last,) = self._copy.then(call.forward, reads, {})
-        self._new[self._stand_ins[n].output] = self._held(last, reads[: call.given])
+        self._new[self._stand_ins[n].output] = self._held(last, reads[: call.differentiable])
 
     def _backward(self, n: int) -> None:
         stand_in = self._stand_ins[n]
@@ -131,7 +131,7 @@ class _Rebuilding:
         reads = self._stand_ins[n].reads
         return [self._new[reads[number]] for number in sorted(reads)]
 
-    def _held(self, last: int, given: Sequence[int]) -> int:
+    def _held(self, last: int, reads: Sequence[int]) -> int:
         """Add what MLX puts behind such a function; return the id of its output.
 
         ``custom_function`` of ``mlx/transforms.cpp``: a ``CustomTransforms`` of all inputs and of
@@ -141,7 +141,7 @@ class _Rebuilding:
         output = self._copy.add(self._copy.arrays[last])
         self._copy.nodes += [
             Node("StopGradient", (last,), (stopped,)),
-            Node("CustomTransforms", (*given, stopped), (output,)),
+            Node("CustomTransforms", (*reads, stopped), (output,)),
         ]
         return output
 

@@ -130,9 +130,9 @@ class _Simulation:
         self._flights: deque[_Flight] = deque()  # of the steps that are unfinished, in order
         self._readers = _reader_counts(graph, steps)
         self._buffers = Buffers(graph, self._readers, self._kernels, self._record)
-        made = {a for node in graph.nodes for a in node.outputs}
+        computed = {a for node in graph.nodes for a in node.outputs}
         for a in graph.arrays:
-            if a not in made:
+            if a not in computed:
                 self._buffers.allocate(a)
 
     def run(self) -> Usage:
@@ -225,8 +225,8 @@ def _reader_counts(graph: Graph, steps: list[int]) -> dict[int, int]:
 
     What is never asked for is never evaluated, and keeps nothing alive.
     """
-    made = {a for node in graph.nodes for a in node.outputs}
-    inputs = [a for a in graph.arrays if a not in made]
+    computed = {a for node in graph.nodes for a in node.outputs}
+    inputs = [a for a in graph.arrays if a not in computed]
     read = (a for n in steps for a in graph.nodes[n].inputs)
     counts: dict[int, int] = {}
     for a in chain(read, inputs, graph.outputs, graph.held):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from qlab.engine.memory.graph_pieces import PieceGraph, Placed
+from qlab.engine.memory.graph_pieces import Outputs, PieceGraph, Placed
 from qlab.engine.memory.split_model import SplitModel
 from qlab.engine.step.blockwise import CHUNKS
 from qlab.engine.step.loss import nats_and_slope
@@ -92,7 +92,7 @@ class LossGraph:
         model = self._model
         heads = model.heads
 
-        def start(*outside: mx.array) -> list[mx.array]:
+        def start(*outside: mx.array) -> Outputs:
             model.put(model.outside, outside)
             dense = [(head, head.dense_if_needed(self._dtype)) for head in heads]
             self._dense_heads = [head for head, weight in dense if weight is not None]
@@ -113,7 +113,7 @@ class LossGraph:
     def _chunk(self, count: int, sums: LossSums, weights: list[Placed]) -> LossSums:
         """Add the loss of ``count`` positions and its gradients to the sums so far."""
         # which positions they are, the step picks on the host
-        where = self._pieces.given(mx.zeros(count, mx.int32), "batch")
+        where = self._pieces.add_input(mx.zeros(count, mx.int32), "batch")
         rows = self._pieces.add(
             ("gather", count), self._gather, [self._hidden, self._tokens, where]
         )
@@ -123,7 +123,7 @@ class LossGraph:
         total, cotangent, *grads = self._pieces.add(("add", count), _add, inputs)
         return LossSums(total, cotangent, grads)
 
-    def _gather(self, hidden: mx.array, tokens: mx.array, where: mx.array) -> list[mx.array]:
+    def _gather(self, hidden: mx.array, tokens: mx.array, where: mx.array) -> Outputs:
         """Rows, targets and weights of some positions.
 
         Shapes: ``(1, n, width)``, ``(1, n)`` and ``(1, n)``.
@@ -137,7 +137,7 @@ class LossGraph:
 
     def _slope(
         self, rows: mx.array, targets: mx.array, share: mx.array, *arrays: mx.array
-    ) -> list[mx.array]:
+    ) -> Outputs:
         """Loss of a chunk, its gradient by the rows, and those by what is trained outside.
 
         Args:
@@ -173,7 +173,7 @@ def _add(
     cotangent: mx.array,
     where: mx.array,
     *grads: mx.array,
-) -> list[mx.array]:
+) -> Outputs:
     """Add a chunk to the sums; the first half of ``grads`` are the sums, the second the chunk's."""
     half = len(grads) // 2
     summed = [old + new for old, new in zip(grads[:half], grads[half:], strict=True)]

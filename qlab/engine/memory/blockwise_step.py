@@ -23,7 +23,7 @@ peak of both. Runs on the MLX thread. Knows no budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -33,7 +33,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from qlab.core.config.train import TrainConfig
 from qlab.core.graph.graph import Graph
 from qlab.engine.memory.blockwise_loss import LossGraph
-from qlab.engine.memory.graph_pieces import PieceGraph, Placed
+from qlab.engine.memory.graph_pieces import Function, Outputs, PieceGraph, Placed
 from qlab.engine.memory.split_model import SplitModel
 from qlab.engine.memory.update_graph import SumIds, add_update
 from qlab.engine.step.block import array_places, castable_parameters, half_step_parameters
@@ -51,7 +51,7 @@ class BlockwiseGraph:
     once.
 
     Args:
-        module: what ``attach`` returned, its arrays lazy or not; nobody else may use it.
+        module: what ``attach`` returned, its arrays lazy or not; must have no other user.
         train: the run's settings; the batch is the largest that they allow.
         window: blocks in flight at once.
 
@@ -85,7 +85,7 @@ class BlockwiseGraph:
         model = self._model
         pieces = self._pieces
         shape = (self._train.batch_size, self._train.max_seq_length)
-        tokens = pieces.given(mx.zeros(shape, mx.int32), "batch")
+        tokens = pieces.add_input(mx.zeros(shape, mx.int32), "batch")
         parameters = [model.placed[path].id for path in model.trained]
 
         x, calls = self._before(tokens)  # 1
@@ -98,7 +98,7 @@ class BlockwiseGraph:
         if model.trains_embedding:  # 6
             grads |= self._embedding_gradients(tokens, cotangent, grads)
 
-        count = pieces.given(mx.array(0.0), "batch")
+        count = pieces.add_input(mx.array(0.0), "batch")
         sums = SumIds([grads[path].id for path in model.trained], loss.total.id, count.id)
         graph = pieces.graph
         add_update(graph, self._train, model.trained, parameters, sums)
@@ -117,7 +117,7 @@ class BlockwiseGraph:
         model = self._model
         forms: list[Any] = []  # of every block's arguments, known once the piece was read
 
-        def run(tokens: mx.array, *outside: mx.array) -> list[mx.array]:
+        def run(tokens: mx.array, *outside: mx.array) -> Outputs:
             model.put(model.outside, outside)
             x, calls = model.stack.before(tokens[:, :-1], model.segments(tokens))
             trees = [[list(args), kwargs] for args, kwargs in calls]
@@ -181,13 +181,13 @@ class BlockwiseGraph:
             function = block.backward(call, self._users)
             key = ("backward", block.form, call.form_of_arrays)
             x = inputs.pop()
-            cotangent, *found = self._add_block(key, function, [x, cotangent], block, call)
-            late = dict(zip(block.trained_paths, found, strict=True))
-            grads |= late
-            early = [late.pop(path) for path in block.half_step]
-            if early:
-                self._pieces.hand_over(early, half_step_window(self._window))
-            self._pieces.hand_over([cotangent, *late.values()], self._window)
+            cotangent, *trained_grads = self._add_block(key, function, [x, cotangent], block, call)
+            block_grads = dict(zip(block.trained_paths, trained_grads, strict=True))
+            grads |= block_grads
+            half = [block_grads.pop(path) for path in block.half_step]
+            if half:
+                self._pieces.hand_over(half, half_step_window(self._window))
+            self._pieces.hand_over([cotangent, *block_grads.values()], self._window)
         return cotangent, grads
 
     def _first_reached(self) -> int:
@@ -200,7 +200,7 @@ class BlockwiseGraph:
     def _add_block(
         self,
         key: Hashable,
-        function: Callable[..., list[mx.array]],
+        function: Function,
         inputs: list[Placed],
         block: _Block,
         call: _Call,
@@ -214,7 +214,7 @@ class BlockwiseGraph:
     def _embedding_gradients(
         self, tokens: Placed, cotangent: Placed, grads: dict[str, Placed]
     ) -> dict[str, Placed]:
-        """Add the gradients by what is trained before the blocks to those that the loss has given.
+        """Add the gradients by what is trained before the blocks to those of the loss.
 
         Args:
             tokens: the batch.
@@ -224,11 +224,11 @@ class BlockwiseGraph:
         model = self._model
         paths = model.trained_outside
 
-        def run(tokens: mx.array, slope: mx.array, *arrays: mx.array) -> list[mx.array]:
+        def run(tokens: mx.array, slope: mx.array, *arrays: mx.array) -> Outputs:
             sums = arrays[: len(paths)]
             outside = dict(zip(model.outside, arrays[len(paths) :], strict=True))
 
-            def before(*trained: mx.array) -> list[mx.array]:
+            def before(*trained: mx.array) -> Outputs:
                 changed = outside | dict(zip(paths, trained, strict=True))
                 model.put(changed, list(changed.values()))
                 x, _ = model.stack.before(tokens[:, :-1], model.segments(tokens))
@@ -303,36 +303,36 @@ class _Block:
         arrays = [(n, a.shape, a.dtype) for n, a in zip(self._names, likes, strict=True)]
         return type(self._module), tuple(arrays), tuple(self._trained)
 
-    def forward(self, call: _Call, users: Any) -> Callable[..., list[mx.array]]:
+    def forward(self, call: _Call, users: Any) -> Function:
         """Return the forward pass: ``(x, *arrays, *other arguments)`` → output.
 
         x and output are ``(batch, length − 1, width)``.
         """
 
-        def run(x: mx.array, *arrays: mx.array) -> list[mx.array]:
-            own, others = self._split(arrays)
+        def run(x: mx.array, *arrays: mx.array) -> Outputs:
+            weights, others = self._split(arrays)
             with patched(users, forward=True):
-                return [self._apply(call, x, own, others)]
+                return [self._apply(call, x, weights, others)]
 
         return run
 
-    def backward(self, call: _Call, users: Any) -> Callable[..., list[mx.array]]:
+    def backward(self, call: _Call, users: Any) -> Function:
         """Return the backward pass: ``(x, slope, *arrays, *other arguments)`` → gradients.
 
         The output is computed again from the block's input x. Gradients are those by x and by the
         block's trained arrays.
         """
 
-        def run(x: mx.array, slope: mx.array, *arrays: mx.array) -> list[mx.array]:
-            own, others = self._split(arrays)
+        def run(x: mx.array, slope: mx.array, *arrays: mx.array) -> Outputs:
+            weights, others = self._split(arrays)
 
-            def forward(x: mx.array, *trained: mx.array) -> list[mx.array]:
-                replaced = list(own)
+            def forward(x: mx.array, *trained: mx.array) -> Outputs:
+                replaced = list(weights)
                 for n, array in zip(self._trained, trained, strict=True):
                     replaced[n] = array
                 return [self._apply(call, x, replaced, others)]
 
-            primals = [x, *(own[n] for n in self._trained)]
+            primals = [x, *(weights[n] for n in self._trained)]
             with patched(users):
                 _, grads = mx.vjp(forward, primals, [slope])
             return grads
@@ -343,23 +343,21 @@ class _Block:
         """Put lazy arrays back in the place of those that were read."""
         self._put([placed.like for placed in self.placed])
 
-    def _split(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
+    def _split(self, arrays: Sequence[mx.array]) -> tuple[Outputs, Outputs]:
         """Part the block's arrays from its other arguments."""
         count = len(self._names)
         return list(arrays[:count]), list(arrays[count:])
 
-    def _apply(
-        self, call: _Call, x: mx.array, own: Sequence[mx.array], others: Sequence[mx.array]
-    ) -> mx.array:
+    def _apply(self, call: _Call, x: mx.array, weights: Outputs, others: Outputs) -> mx.array:
         args, kwargs = call.arguments(others)
-        self._put(own)
+        self._put(weights)
         return self._module(x, *args, **kwargs)
 
     def _put(self, arrays: Sequence[mx.array]) -> None:
         self._module.update(tree_unflatten(list(zip(self._names, arrays, strict=True))))
 
 
-def _arrays_in(tree: Any) -> list[mx.array]:
+def _arrays_in(tree: Any) -> Outputs:
     """Arrays in a tree of arguments."""
     leaves: Any = tree_flatten(tree)  # the stub allows a dict, which is another mode
     return [leaf for _, leaf in leaves if _is_array(leaf)]

@@ -16,7 +16,9 @@ from qlab.core.graph.graph import Array, Graph
 from qlab.core.graph.unmerge import unmerged
 from qlab.engine.memory.read_graph import compiled, read
 
-Function = Callable[..., list[mx.array]]
+Outputs = list[mx.array]
+Function = Callable[..., Outputs]
+AsRun = Callable[[Graph], Graph]
 
 
 class Placed(NamedTuple):
@@ -44,7 +46,7 @@ class _Piece(NamedTuple):
 
     graph: Graph
     constants: dict[int, int]
-    outputs: list[mx.array]
+    outputs: Outputs
 
 
 class PieceGraph:
@@ -58,7 +60,7 @@ class PieceGraph:
         self.graph = Graph()
         self._pieces: dict[Hashable, _Piece] = {}
 
-    def given(self, array: mx.array, role: str) -> Placed:
+    def add_input(self, array: mx.array, role: str) -> Placed:
         """Take in an array that is there before the step begins.
 
         Args:
@@ -90,7 +92,7 @@ class PieceGraph:
         key: Hashable,
         function: Function,
         inputs: Sequence[Placed],
-        as_run: Callable[[Graph], Graph],
+        as_run: AsRun,
     ) -> list[Placed]:
         if key not in self._pieces:
             self._pieces[key] = _read(function, [placed.like for placed in inputs], as_run)
@@ -108,15 +110,13 @@ class PieceGraph:
         self.graph.hand_over([placed.id for placed in arrays], window)
 
 
-def _read(
-    function: Function, examples: Sequence[mx.array], as_run: Callable[[Graph], Graph]
-) -> _Piece:
-    outputs: list[mx.array] = []
+def _read(function: Function, examples: Sequence[mx.array], as_run: AsRun) -> _Piece:
+    likes: Outputs = []
 
-    def run(*arrays: mx.array) -> list[mx.array]:
-        returned = function(*arrays)
-        outputs[:] = [mx.zeros(array.shape, array.dtype) for array in returned]
-        return returned
+    def run(*arrays: mx.array) -> Outputs:
+        outputs = function(*arrays)
+        likes[:] = [mx.zeros(output.shape, output.dtype) for output in outputs]
+        return outputs
 
     graph = as_run(read(run, examples))
-    return _Piece(graph, {}, outputs)
+    return _Piece(graph, {}, likes)

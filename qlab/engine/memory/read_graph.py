@@ -141,8 +141,8 @@ def _halves(call: Call, known: dict[Hashable, Halves]) -> Halves:
 
 def _read_halves(call: Call) -> Halves:
     """Read them for lazy arrays of the shapes and dtypes of the call."""
-    given = [mx.zeros(*like) for like in call.differentiable]
-    closed = [mx.zeros(*like) for like in call.others]
+    differentiable = [mx.zeros(*like) for like in call.differentiable]
+    others = [mx.zeros(*like) for like in call.others]
     slope = mx.zeros(*call.output)
 
     def forward(*arrays: mx.array) -> list[mx.array]:
@@ -152,9 +152,9 @@ def _read_halves(call: Call) -> Halves:
         return list(call.backward(*arrays))
 
     return Halves(
-        read(forward, [*given, *closed]),
-        read(backward, [slope, *given, *closed]),
-        len(given),
+        read(forward, [*differentiable, *others]),
+        read(backward, [slope, *differentiable, *others]),
+        len(differentiable),
     )
 
 

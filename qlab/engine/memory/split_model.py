@@ -23,7 +23,7 @@ class SplitModel:
     """A model whose blocks are read apart from what comes before and after them.
 
     Args:
-        module: what ``attach`` returned, its arrays lazy or not; nobody else may use it.
+        module: what ``attach`` returned, its arrays lazy or not; must have no other user.
         train: the run's settings.
         pieces: the graph that the model's arrays become inputs of.
 
@@ -49,7 +49,7 @@ class SplitModel:
         self.placed: dict[str, Placed] = {}
         for path, array in self._original.items():
             role = "adapter" if path in self.trained else "weights"
-            self.placed[path] = pieces.given(array, role)
+            self.placed[path] = pieces.add_input(array, role)
         prefix = f"{self.stack.path}."
         self.outside = [path for path in self._original if not path.startswith(prefix)]
         self.trained_outside = [path for path in self.trained if not path.startswith(prefix)]

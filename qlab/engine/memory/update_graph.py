@@ -71,7 +71,7 @@ class _Update:
     def _accumulated(self, sums: SumIds) -> SumIds:
         """Add a batch to the batches before it, whose sums are in memory."""
         examples = [*self._trained.values(), self._number, self._number]
-        earlier = [self._given(example, "gradients") for example in examples]
+        earlier = [self._input(example, "gradients") for example in examples]
         half = len(examples)
 
         def plus(*arrays: mx.array) -> list[mx.array]:
@@ -124,32 +124,32 @@ class _Update:
             Ids of the new parameters and state, and of what the loop reports.
         """
         update = self._update
-        kept = update.flat(self._trained)
+        flat = update.flat(self._trained)
         state = update.state
 
         def run(*arrays: mx.array) -> list[mx.array]:
-            given = iter(arrays)
-            old = {name: next(given) for name in kept}
-            moments = {name: next(given) for name in state}
-            grads = {name: next(given) for name in joined}
-            norm, loss, count, rate = given
+            left = iter(arrays)
+            old = {name: next(left) for name in flat}
+            moments = {name: next(left) for name in state}
+            grads = {name: next(left) for name in joined}
+            norm, loss, count, rate = left
             gathered = FlatGradients(grads, norm, loss, count)
             new = update(update.by_path(old), moments, gathered, rate)
             new_arrays = [*update.flat(new.parameters).values(), *new.state.values()]
             return [*new_arrays, new.loss, new.grad_norm, new.finite]
 
-        states = [self._given(array, "optimizer") for array in state.values()]
-        if kept is self._trained:
+        states = [self._input(array, "optimizer") for array in state.values()]
+        if flat is self._trained:
             current = list(parameters)
         else:
             # vectors whose views the trained arrays are: their bytes are there once
-            views = [Array(array.shape, 0, "adapter") for array in kept.values()]
+            views = [Array(array.shape, 0, "adapter") for array in flat.values()]
             current = [self._graph.add(view) for view in views]
-        rate = self._given(self._number, "batch")
-        examples = [*kept.values(), *state.values(), *joined.values(), *[self._number] * 4]
+        rate = self._input(self._number, "batch")
+        examples = [*flat.values(), *state.values(), *joined.values(), *[self._number] * 4]
         piece = compiled(read(run, examples))
         inputs = [*current, *states, *handed_over, rate]
         return self._graph.then(piece, inputs, {}, "gradients")
 
-    def _given(self, array: mx.array, role: str) -> int:
+    def _input(self, array: mx.array, role: str) -> int:
         return self._graph.add(Array(array.shape, array.dtype.size, role))

@@ -27,7 +27,7 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
     """Return the graph of one optimizer step on the largest batch, taken as one graph.
 
     Args:
-        module: what ``attach`` returned, its arrays lazy or not; nobody else may use it.
+        module: what ``attach`` returned, its arrays lazy or not; must have no other user.
         train: the run's settings.
 
     Raises:
@@ -59,10 +59,10 @@ def _read(step: WholeGraphStep, module: nn.Module, train: TrainConfig, frozen: A
     """
 
     def run(*arrays: mx.array) -> list[mx.array]:
-        given = iter(arrays)
-        weights = {path: next(given) for path in frozen}
-        parameters = {path: next(given) for path in step.parameters}
-        tokens, mask, key = given
+        left = iter(arrays)
+        weights = {path: next(left) for path in frozen}
+        parameters = {path: next(left) for path in step.parameters}
+        tokens, mask, key = left
         module.update(tree_unflatten(list(weights.items())))
         # ``vjp`` of mlx/transforms.cpp differentiates by copies of the arrays that it is given
         copies = {path: mx.depends([a], [key])[0] for path, a in parameters.items()}
@@ -80,7 +80,7 @@ def _keep_passes_apart(step: WholeGraphStep) -> None:
     """Keep the step's two passes behind the blocks from being merged by reading.
 
     One is for the loss, one for its gradients; they are equal, and evaluated both where the step is
-    not compiled. Each gets a number of its own to wait for.
+    not compiled. So each waits for another number.
     """
     if step.stack is None:
         return
