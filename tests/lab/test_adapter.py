@@ -397,3 +397,10 @@ def test_a_model_that_was_given_back_says_so():
     ):
         with pytest.raises(LoadError, match="'demo' was given back by free..; load it again"):
             ask()
+
+
+def test_settings_by_position_still_work_with_a_warning(model):
+    with pytest.warns(DeprecationWarning, match=r"Adapter\(…\).*use kind=…, rank=…"):
+        a = qlab.Adapter(model, "dora", 4)
+    assert (a.kind, a.rank) == ("dora", 4)
+    a.close()
