@@ -17,6 +17,7 @@ from qlab.core.config.train import TrainConfig
 from qlab.core.evaluate.judge import JudgeReport
 from qlab.core.memory.estimate import MemoryEstimate
 from qlab.core.panels.trainer import RunState
+from qlab.core.train.data_report import DataReport
 from qlab.core.train.events import StepEvent
 from qlab.core.train.report import RunReport, seconds_left
 from qlab.deprecated import deprecated_name
@@ -34,7 +35,6 @@ from qlab.lab.panel import HasPanel, PanelViews
 from qlab.lab.resume import stored_run
 from qlab.lab.training_run import TrainingRun
 from qlab.runtime.job import mlx_call
-from qlab.views.cards.data import DataView
 from qlab.views.trainer.static import html, page, text_line
 from qlab.views.trainer.widget import TrainerPanel
 
@@ -233,9 +233,9 @@ class Trainer(HasPanel):
     # --- what comes of it -------------------------------------------------------------------------
 
     @property
-    def data(self) -> DataView:
+    def data(self) -> DataReport:
         """What is trained on, token by token: targets, masked and cut tokens, padding, duplicates."""
-        return DataView(report(self.feed, self.adapter.model.tokenizer, self.held_out))
+        return report(self.feed, self.adapter.model.tokenizer, self.held_out)
 
     @property
     def events(self) -> tuple[StepEvent, ...]:

@@ -7,6 +7,7 @@ here import no widget at module level, so that a script does not wait for one.
 import qlab.views.adapter.report
 import qlab.views.adapter.retention
 import qlab.views.cards.compare
+import qlab.views.cards.data
 import qlab.views.cards.judged
 import qlab.views.estimate.static
 import qlab.views.quantizer.report  # noqa: F401

@@ -12,10 +12,10 @@ from qlab.core.config.train import TrainConfig
 from qlab.engine.train import run_folder
 from qlab.engine.data.tokenize import read
 from qlab.engine.data.preview import report
+import qlab.views  # noqa: F401  registers the view of DataReport
 from qlab.engine.data.batches import Feed
 from qlab.errors import LoadError
 from qlab.errors import SaveError
-from qlab.views.cards.data import DataView
 
 CONFIG = TrainConfig(max_seq_length=12)
 PLAN = QuantPlan(QuantConfig("affine", 4, 64), {"a": None, "b": QuantConfig("mxfp4")})
@@ -52,7 +52,7 @@ def test_what_a_run_is_made_of_comes_back_as_it_was(rows, demo, tmp_path):
         assert (one.number, one.cut) == (other.number, other.cut)
         assert (one.beyond is None) == (other.beyond is None)
         assert one.beyond is None or np.array_equal(one.beyond, other.beyond)
-    views = [DataView(report(Feed(found, CONFIG), demo.tokenizer)) for found in (rows, again)]
+    views = [report(Feed(found, CONFIG), demo.tokenizer) for found in (rows, again)]
     assert repr(views[0]) == repr(views[1]) and views[0]._repr_html_() == views[1]._repr_html_()
 
 

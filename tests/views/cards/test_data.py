@@ -4,72 +4,13 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
-import pytest
-
 from qlab.core.train.data_report import DataReport
-from qlab.core.train.rows import Row
 from qlab.core.train.rows import Rows
-from qlab.core.train.data_report import ShownRow
-from qlab.views.cards.data import DataView
-from qlab.views.cards.data import batches
-from qlab.views.cards.data import dropped
-from qlab.views.cards.data import headline
-from qlab.views.cards.data import histogram
 from qlab.views.cards.data import html
-from qlab.views.cards.data import text
+from tests.core.train.test_data_report import made, report  # noqa: F401
 
 
-def made(pieces, mask, number=0, cut=0, beyond=""):
-    row = Row(
-        number=number,
-        tokens=np.arange(len(pieces), dtype=np.int32) + 100 * number,
-        mask=np.array(mask, np.uint8),
-        cut=cut,
-    )
-    return ShownRow(row, tuple(pieces), beyond)
-
-
-@pytest.fixture
-def report():
-    shown = (
-        made(["<s>", "Why", "?", "\n", "Be", "cause", "</s>"], [0, 0, 0, 0, 1, 1, 1]),
-        made(["a", "<b>", "&"], [0, 1, 1], 1, cut=120, beyond=" and <more>"),
-    )
-    extra = tuple(made(["x"] * n, [0] + [1] * (n - 1), 7).row for n in (9, 9, 40))
-    lost = tuple((n, "it is empty") for n in range(20, 40)) + ((50, "cut <off>"),)
-    rows = Rows((*(x.row for x in shown), *extra), "chat", lost)
-    return DataReport(
-        rows=rows,
-        shown=shown,
-        shapes=((4, 40), (1, 9)),
-        waste=1.234,
-        per_epoch=2,
-        packed=False,
-        held=10,
-        held_shared=2,
-    )
-
-
-def test_headline_tells_what_was_found(report):
-    assert headline(report) == (
-        "5 chat rows · 68 tokens · 60 targets (88 %) · 1 repeat another · 1 cut at the end · 21 dropped · "
-        "10 held out, of which 2 are also trained on"
-    )
-    assert (
-        batches(report)
-        == "2 padded batches an epoch of 4 × 40, 1 × 9 tokens; 1.23 tokens computed per real one"
-    )
-
-
-def test_text_marks_targets_and_cuts(report):
-    shown = text(report)
-    assert "row 0: 7 tokens, 3 targets\n<s>Why?\n⟦Because</s>⟧" in shown
-    assert "row 1: 3 tokens, 2 targets, 120 more cut off\na⟦<b>&⟧ ✂  and <more>…" in shown
-    assert repr(DataView(report)) == shown
-
-
-def test_html_tells_targets_and_cuts_by_tags_not_by_colour_alone(report):
+def test_html_tells_targets_and_cuts_by_tags_not_by_colour_alone(report):  # noqa: F811
     shown = html(report)
     bare = re.sub(r" style='[^']*'", "", shown)
     assert "<span>&lt;s&gt;Why?↵\n</span><ins>Be</ins><ins>cause</ins><ins>&lt;/s&gt;</ins>" in bare
@@ -77,42 +18,18 @@ def test_html_tells_targets_and_cuts_by_tags_not_by_colour_alone(report):
     assert not re.search(r"<(script|svg|style|b>&)|class=|https?:", shown)
 
 
-def test_what_comes_from_the_data_is_escaped(report):
+def test_what_comes_from_the_data_is_escaped(report):  # noqa: F811
     assert (
         "<more>" not in html(report) and "<off>" not in html(report) and "<s>" not in html(report)
     )
 
 
-def test_neighbouring_targets_have_different_shades(report):
+def test_neighbouring_targets_have_different_shades(report):  # noqa: F811
     shades = re.findall(r"<ins style='([^']*)'>(?:Be|cause|&lt;/s&gt;)", html(report))
     assert len(shades) == 3 and shades[0] != shades[1] == shades[1] and shades[0] == shades[2]
 
 
-def test_reasons_are_counted_with_the_first_numbers(report):
-    first, second = dropped(report)
-    assert first == "20: it is empty (row 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, …)"
-    assert second == "1: cut <off> (row 50)"
-
-
-def test_lengths_are_counted_in_full(report):
-    bars = histogram(report)
-    assert (
-        sum(count for _, count in bars) == 5
-        and bars[0][0].startswith("3–")
-        and bars[-1][0].endswith("40")
-    )
-    one = DataReport(
-        rows=Rows(report.rows.rows[:1]),
-        shown=(),
-        shapes=((1, 7),),
-        waste=1.0,
-        per_epoch=1,
-        packed=True,
-    )
-    assert histogram(one) == [("7", 1)] and "1 packed batch an epoch of 1 × 7" in batches(one)
-
-
-def test_long_rows_are_not_shown_whole(report):
+def test_long_rows_are_not_shown_whole(report):  # noqa: F811
     long = made(["w "] * 5000, [0] + [1] * 4999)
     many = DataReport(
         rows=Rows((long.row,)),
@@ -123,3 +40,7 @@ def test_long_rows_are_not_shown_whole(report):
         packed=False,
     )
     assert "4,680 more tokens" in html(many) and len(html(many)) < 150_000
+
+
+def test_the_report_shows_itself_by_this_view(report):  # noqa: F811
+    assert report._repr_html_() == html(report)
