@@ -37,7 +37,10 @@ class PackedExperts(Packed):
             y = routed(x, self.dense(x.dtype), indices, sorted_indices)
         else:
             y = self._product(x, indices, sorted_indices)
-        return y + self["bias"][indices][..., None, :] if "bias" in self else y
+        if "bias" not in self:
+            return y
+        bias = self["bias"][indices]  # (…, out)
+        return y + bias[..., None, :]
 
     def _product(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
         names, arrays = arrays_of(self)
@@ -53,9 +56,13 @@ class PackedExperts(Packed):
         def backward(
             slope: mx.array, x: mx.array, indices: mx.array, *arrays: mx.array
         ) -> list[mx.array]:
-            weight = dense(arrays, after=slope)  # made anew; see nn.linear.product
-            # the gradient of a gather is left to MLX
-            return mx.vjp(lambda x: [routed(x, weight, indices, sorted_indices)], [x], [slope])[1]
+            weight = dense(arrays, after=slope)  # dequantized again; see nn.linear.product
+
+            def product(x: mx.array) -> list[mx.array]:
+                return [routed(x, weight, indices, sorted_indices)]
+
+            _, gradients = mx.vjp(product, [x], [slope])  # of a gather: left to MLX
+            return gradients
 
         return with_gradient(forward, backward, [x], [indices, *arrays])
 

@@ -36,7 +36,7 @@ class Compute:
 
 
 def usual_compute() -> Compute:
-    """Return how frozen layers are computed where nobody has measured. Runs on the MLX thread.
+    """Return how frozen layers are computed where no trial has been made. Runs on the MLX thread.
 
     In float32 where 16-bit products are slow, and from dequantized weights except on Metal, whose
     quantized kernels are as fast.
@@ -189,13 +189,18 @@ def adapted_product(
         shared: the dense weight ``(out, in)``, if it may live from forward to backward pass; else
             it is made in both.
     """
-    names, arrays = arrays_of(layer) if shared is None else ([], [shared])
+    names, arrays = arrays_of(layer)
+    if shared is not None:
+        names = []
+        arrays = [shared]
 
     def weight(arrays: Sequence[mx.array], after: mx.array | None = None) -> mx.array:
         if shared is not None:
             return arrays[0]
         same = with_arrays(layer, names, arrays)
-        return weight_of(same if after is None else depends_on(same, after), x.dtype)
+        if after is not None:
+            same = depends_on(same, after)
+        return weight_of(same, x.dtype)
 
     def scaled(rows: mx.array, factor: mx.array, first: mx.array) -> mx.array:
         # addmm scales a product only while it adds something: so a row of A is added, for its
@@ -210,7 +215,8 @@ def adapted_product(
         slope: mx.array, x: mx.array, first: mx.array, second: mx.array, *arrays: mx.array
     ) -> list[mx.array]:
         thin = scaled(slope, second.T, first)  # (rows, out) @ (out, rank)
-        by_x = mx.addmm(thin @ first.T, slope, weight(arrays, after=slope))  # (rows, in)
+        low_rank = thin @ first.T  # (rows, in)
+        by_x = mx.addmm(low_rank, slope, weight(arrays, after=slope))
         by_first = x.T @ thin  # (in, rank)
         by_second = scaled(x, first, first).T @ slope  # (rank, out)
         return [by_x, by_first, by_second]

@@ -145,8 +145,13 @@ def depends_on(layer: Layer, to: mx.array) -> Layer:
 
 def arrays_of(layer: nn.Module) -> tuple[list[str], list[mx.array]]:
     """Return the names and the values of the arrays that a layer holds itself."""
-    arrays = {name: value for name, value in layer.items() if isinstance(value, mx.array)}
-    return list(arrays), list(arrays.values())
+    names = []
+    arrays = []
+    for name, value in layer.items():
+        if isinstance(value, mx.array):
+            names.append(name)
+            arrays.append(value)
+    return names, arrays
 
 
 def with_arrays(layer: Layer, names: Sequence[str], arrays: Sequence[mx.array]) -> Layer:

@@ -8,15 +8,14 @@ On a linear layer, an embedding and the experts of a mixture; named and shaped a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from qlab.core.config.lora import LoRAConfig
+from qlab.core.config.lora import LoRAConfig, Shapes
 from qlab.ops.matmul import routed
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 def factors(shape: tuple[int, ...], rank: int, kind: str) -> Shapes:
@@ -38,6 +37,23 @@ def factors(shape: tuple[int, ...], rank: int, kind: str) -> Shapes:
     if kind == "embedding":
         return {"lora_a": (out, rank), "lora_b": (rank, width)}
     return {"lora_a": (width, rank), "lora_b": (rank, out)}
+
+
+def low_rank_change(arrays: Mapping[str, mx.array], scale: float, kind: str) -> mx.array:
+    """Return scale·B·A in the shape of the weight, ``(…, out, in)``.
+
+    Args:
+        arrays: the factors ``lora_a`` and ``lora_b``, shaped as ``factors`` says.
+        scale: before the product.
+        kind: of the layer.
+    """
+    a = arrays["lora_a"]
+    b = arrays["lora_b"]
+    if kind == "switch":
+        return scale * (b @ a)
+    if kind == "embedding":
+        return scale * (a @ b)
+    return scale * (a @ b).T
 
 
 class LowRank(nn.Module):

@@ -53,21 +53,38 @@ def attention(
     Returns:
         ``(batch, heads, length, any)``.
     """
-    plain = all(array.ndim == 4 and is_slow(array) for array in (queries, keys, values))
-    if not plain or not _is_known(mask) or sinks is not None or hasattr(cache, "bits"):
-        return _stock(queries, keys, values, cache, scale, mask, sinks)
-    heads = queries.shape[1]
-    groups = keys.shape[1]
-    pieces = max(n for n in range(1, _MOST_PIECES + 1) if groups % n == 0)
-    hard = mask is not None and (not isinstance(mask, mx.array) or mask.dtype == mx.bool_)
-    how = _Attention(scale, heads // groups, pieces, hard)
     differentiable = [queries, keys, values]
+    plain = all(array.ndim == 4 and is_slow(array) for array in differentiable)
+    quantized_cache = hasattr(cache, "bits")
+    if not plain or not _is_known(mask) or sinks is not None or quantized_cache:
+        return _stock(queries, keys, values, cache, scale, mask, sinks)
+    groups = keys.shape[1]
+    how = _Attention(
+        scale=scale,
+        served=queries.shape[1] // groups,
+        pieces=_pieces(groups),
+        hard=_is_hard(mask),
+    )
     if not isinstance(mask, mx.array):
         return with_gradient(how.forward, how.backward, differentiable)
-    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    if hard:
+    leading = (1,) * (4 - mask.ndim)
+    mask = mask.reshape(leading + mask.shape)
+    if how.hard:
         return with_gradient(how.forward, how.backward, differentiable, [mask])
     return with_gradient(how.forward, how.backward, [*differentiable, mask])
+
+
+def _pieces(groups: int) -> int:
+    """Return in how many pieces attention is computed: the most that divide the groups."""
+    numbers = range(1, _MOST_PIECES + 1)
+    return max(n for n in numbers if groups % n == 0)
+
+
+def _is_hard(mask: mx.array | str | None) -> bool:
+    """Whether a mask says what is seen, instead of being added to the scores."""
+    if isinstance(mask, mx.array):
+        return mask.dtype == mx.bool_
+    return mask is not None
 
 
 def _is_known(mask: mx.array | str | None) -> bool:
@@ -137,8 +154,10 @@ class _Attention:
         for (q_, k_, v_), added in self._cut(self._full_mask(mask, q, k), q, k, v):
             (k_,) = mx.depends([k_], outputs[-1:])  # one piece after the other
             softmax = self._softmax(q_, k_, added)
-            output = (softmax.exponentials @ v_) * softmax.inverse_sums
-            outputs.append(output.reshape(*q_.shape[:-1], v.shape[-1]))
+            output = softmax.exponentials @ v_
+            output = output * softmax.inverse_sums  # (batch, groups, rows, any)
+            by_head = (*q_.shape[:-1], v.shape[-1])
+            outputs.append(output.reshape(by_head))
         return mx.concatenate(outputs, 1)
 
     def backward(
@@ -186,18 +205,22 @@ class _Attention:
         thin = self._as_rows(slope) * inverse_sums  # (batch, groups, rows, any)
         by_v = exponentials.swapaxes(-1, -2) @ thin
         # the part of the gradient that all scores of a row share, (batch, groups, rows, 1)
-        common = (thin * (exponentials @ v)).sum(-1, keepdims=True) * inverse_sums
+        output = exponentials @ v  # not yet divided
+        common = (thin * output).sum(-1, keepdims=True) * inverse_sums
         if sees is not None:
             thin = thin * sees
             common = common * sees
-        by_score = exponentials * (thin @ v.swapaxes(-1, -2) - common)
-        by_q = ((by_score @ k) * self.scale).reshape(q.shape)
+        by_probability = thin @ v.swapaxes(-1, -2)
+        by_score = exponentials * (by_probability - common)
+        by_rows = (by_score @ k) * self.scale
+        by_q = by_rows.reshape(q.shape)
         by_k = by_score.swapaxes(-1, -2) @ rows
         if added is None or self.hard:
             return [by_q, by_k, by_v]
-        full = by_score.reshape(q.shape[:-1] + k.shape[-2:-1])  # (batch, heads, length, others)
+        by_head = by_score.reshape(q.shape[:-1] + k.shape[-2:-1])  # as the mask has it
         broadcast = [axis for axis, size in enumerate(added.shape) if size == 1]
-        return [by_q, by_k, by_v, full.sum(broadcast, keepdims=True)]
+        by_mask = by_head.sum(broadcast, keepdims=True)
+        return [by_q, by_k, by_v, by_mask]
 
     def _full_mask(self, mask: mx.array | None, q: mx.array, k: mx.array) -> mx.array | None:
         """Return the mask; the causal one ``(1, 1, length, others)`` is made anew, not kept."""

@@ -70,15 +70,20 @@ def _power(x: mx.array, less: float | mx.array, sign: int) -> mx.array:
     All in float32: (k + 127)·2²³ is a multiple of 2²³, so exact. Adding and taking away 1.5·2⁴⁶
     rounds to such a multiple.
     """
-    bits = ((x - less) * (sign * _LOG2_E * _BIT) + _ROUND * _BIT) - (_ROUND - _BIAS) * _BIT
+    scale = sign * _LOG2_E * _BIT
+    rounder = _ROUND * _BIT
+    back = (_ROUND - _BIAS) * _BIT  # takes the rounder away again, and adds the bias
+    bits = ((x - less) * scale + rounder) - back
     infinity = 255 * _BIT
-    return mx.minimum(mx.maximum(bits, 0.0), infinity).astype(mx.int32)
+    bits = mx.minimum(mx.maximum(bits, 0.0), infinity)
+    return bits.astype(mx.int32)
 
 
 @partial(mx.compile, shapeless=True)
 def _rest(x: mx.array, less: float | mx.array, sign: int) -> mx.array:
     """Return r, what is left of the exponent once k·ln 2 is taken away."""
-    x = mx.minimum(mx.maximum(x - less, -_MOST), _MOST)
+    x = mx.maximum(x - less, -_MOST)
+    x = mx.minimum(x, _MOST)
     k = (x * _LOG2_E + _ROUND) - _ROUND
     rest = (x - k * _LN2_HIGH) - k * _LN2_LOW
     return rest if sign > 0 else -rest
@@ -91,6 +96,8 @@ def _product(rest: mx.array, power: mx.array) -> mx.array:
     Terms are nested in pairs only: MLX does not compile into one what is nested too deeply.
     """
     square = rest * rest
-    low = (1 + rest) + square * (1 / 2 + rest * (1 / 6))
+    middle = 1 / 2 + rest * (1 / 6)
+    low = (1 + rest) + square * middle
     high = 1 / 24 + rest * (1 / 120) + square * (1 / 720)
-    return (low + (square * square) * high) * power
+    series = low + (square * square) * high
+    return series * power

@@ -34,4 +34,5 @@ def add_product(y: mx.array, z: mx.array, factor: mx.array) -> mx.array:
     """
     rows = y.reshape(-1, y.shape[-1])  # addmm wants matrices
     thin = z.reshape(-1, z.shape[-1])
-    return mx.addmm(rows, thin, factor.astype(z.dtype)).reshape(y.shape)
+    factor = factor.astype(z.dtype)
+    return mx.addmm(rows, thin, factor).reshape(y.shape)

@@ -20,11 +20,13 @@ def pack(codes: Any, bits: int) -> Any:
     """
     import mlx.core as mx
 
-    runs = codes.reshape(*codes.shape[:-1], -1, 32)  # (…, n / 32, 32)
+    outer = codes.shape[:-1]
+    runs = codes.reshape(*outer, -1, 32)  # (…, n / 32, 32)
     words: list[Any] = [None] * bits
 
     def add(number: int, part: Any) -> None:
-        words[number] = part if words[number] is None else words[number] | part
+        before = words[number]
+        words[number] = part if before is None else before | part
 
     for i in range(32):
         word, offset = divmod(i * bits, 32)
@@ -32,4 +34,5 @@ def pack(codes: Any, bits: int) -> Any:
         add(word, code << offset)
         if offset + bits > 32:
             add(word + 1, code >> (32 - offset))  # the bits that do not fit into the first word
-    return mx.stack(words, axis=-1).reshape(*codes.shape[:-1], -1)
+    stream = mx.stack(words, axis=-1)  # (…, n / 32, bits)
+    return stream.reshape(*outer, -1)

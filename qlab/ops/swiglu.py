@@ -29,7 +29,9 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 def _forward(gate: mx.array, x: mx.array) -> mx.array:
-    return gate * sigmoid(gate) * x if is_slow(gate) else _fused(gate, x)
+    if is_slow(gate):
+        return gate * sigmoid(gate) * x
+    return _fused(gate, x)
 
 
 def _backward(cotangent: mx.array, gate: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
@@ -41,7 +43,8 @@ def _backward(cotangent: mx.array, gate: mx.array, x: mx.array) -> tuple[mx.arra
     if is_slow(gate):  # the sigmoid is dear, and serves both gradients
         (later_gate,) = mx.depends([gate], [cotangent])
         share = sigmoid(later_gate)
-        by_gate = cotangent * x * (share * (1 + later_gate * (1 - share)))
+        slope = share * (1 + later_gate * (1 - share))  # of silu
+        by_gate = cotangent * x * slope
         by_x = cotangent * later_gate * share
     else:
         # As two arrays: a sigmoid that both gradients read would be written to memory instead of
@@ -61,4 +64,5 @@ def _fused(gate: mx.array, x: mx.array) -> mx.array:
 @partial(mx.compile, shapeless=True)
 def _by_gate(gate: mx.array, x: mx.array, cotangent: mx.array) -> mx.array:
     share = mx.sigmoid(gate)
-    return cotangent * x * (share * (1 + gate * (1 - share)))
+    slope = share * (1 + gate * (1 - share))  # of silu
+    return cotangent * x * slope

@@ -11,5 +11,6 @@ def relative_distance(result: mx.array, expected: mx.array) -> float:
     The difference is taken in the arrays' own dtype, the norms in float32.
     """
     difference = (result - expected).astype(mx.float32)
-    distance = mx.linalg.norm(difference) / mx.linalg.norm(expected.astype(mx.float32))
+    expected = expected.astype(mx.float32)
+    distance = mx.linalg.norm(difference) / mx.linalg.norm(expected)
     return float(distance)

@@ -17,8 +17,12 @@ _PROBED = 64  # numbers of each array that are read
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Return a hash of every array's path, shape, dtype and first numbers. Runs on the MLX thread."""
-    arrays: list[tuple[str, Any]] = sorted(dict(tree_flatten(module.parameters())).items())
+    """Return a hash of every array's path, shape, dtype and first numbers.
+
+    Runs on the MLX thread.
+    """
+    parameters: dict[str, Any] = dict(tree_flatten(module.parameters()))
+    arrays = sorted(parameters.items())
     heads = [array.reshape(-1)[:_PROBED].astype(mx.float32) for _, array in arrays]
     mx.eval(heads)
     digest = sha256()

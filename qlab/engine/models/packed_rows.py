@@ -81,17 +81,23 @@ def takes_batches(logits: Logits, length: int) -> bool:
         UnsupportedError: the model mixes packed rows, or minds where in the row one stands.
     """
     length = max(length, 3 * _TAIL)
-    tokens = (mx.arange(2 * length).reshape(2, length) * 7 + 3) % 61
+    numbers = mx.arange(2 * length).reshape(2, length)
+    tokens = (numbers * 7 + 3) % 61
     cuts = (length - _TAIL - 3, length - _TAIL - 1)  # where the second packed row begins
-    segments = mx.stack([1 + (mx.arange(length) >= cut) for cut in cuts]).astype(mx.int32)
+    second = [mx.arange(length) >= cut for cut in cuts]
+    segments = 1 + mx.stack(second).astype(mx.int32)  # (2, length)
+    rows = (slice(0, 1), slice(1, 2))
     try:
-        alone = [logits(tokens[i : i + 1, cut:], None)[:, -_TAIL:] for i, cut in enumerate(cuts)]
+        alone = []
+        for row, cut in zip(rows, cuts, strict=True):
+            alone.append(logits(tokens[row, cut:], None)[:, -_TAIL:])
         if _same(logits, tokens, segments, mx.concatenate(alone)):
             return True
-        if all(
-            _same(logits, tokens[i : i + 1], segments[i : i + 1], alone[i])
-            for i in range(len(cuts))
-        ):
+        one_by_one = (
+            _same(logits, tokens[row], segments[row], expected)
+            for row, expected in zip(rows, alone, strict=True)
+        )
+        if all(one_by_one):
             return False
     except (AttributeError, TypeError, ValueError, IndexError) as error:
         raise UnsupportedError(

@@ -36,7 +36,9 @@ def describe(module: nn.Module, name: str) -> ModelSpec:
     weights = {f"{path}.{name}" for path, leaf in leaves for name in _weight_arrays(leaf)}
     arrays: dict[str, Any] = dict(tree_flatten(module.parameters()))
     others = [array for path, array in arrays.items() if path not in weights]
-    return ModelSpec(name, layers, sum(a.nbytes for a in others), sum(a.size for a in others))
+    nbytes = sum(array.nbytes for array in others)
+    size = sum(array.size for array in others)
+    return ModelSpec(name, layers, nbytes, size)
 
 
 def _order_of_leaves(module: nn.Module) -> dict[str, int]:

@@ -78,10 +78,9 @@ class BlockwiseStep:
             if isinstance(layer, Frozen):
                 layer.keep_dense()  # for the moment of one block
         prefix = f"{self._stack.path}."
-        self._blocks = [
-            Block(block, f"{prefix}{i}", self.parameters)
-            for i, block in enumerate(self._stack.blocks)
-        ]
+        self._blocks = []
+        for i, block in enumerate(self._stack.blocks):
+            self._blocks.append(Block(block, f"{prefix}{i}", self.parameters))
         self._outside = [path for path in self.parameters if not path.startswith(prefix)]
         places = array_places(module)
         self._places = {place.path: place for place in places}
@@ -126,7 +125,11 @@ class BlockwiseStep:
         self._set(parameters)
         if self._head.embeds:  # 6
             primals = [parameters[path] for path in self._outside]
-            _, more = mx.vjp(lambda *a: self._before(a, batch), primals, [cotangent])
+
+            def before(*arrays: mx.array) -> list[mx.array]:
+                return self._before(arrays, batch)
+
+            _, more = mx.vjp(before, primals, [cotangent])
             for path, grad in zip(self._outside, more, strict=True):
                 grads[path] = grads[path] + grad
         return LossAndGradients(loss, grads, batch.weights.sum())
@@ -144,7 +147,9 @@ class BlockwiseStep:
         Each is ``(batch, length, hidden)``.
         """
         reached = [i for i, block in enumerate(self._blocks) if block.trained]
-        first = 0 if self._head.embeds else min(reached, default=len(self._blocks))
+        first = min(reached, default=len(self._blocks))
+        if self._head.embeds:
+            first = 0
         states = []
         for i, plan in enumerate(plans):
             if i >= first:
@@ -167,7 +172,8 @@ class BlockwiseStep:
         flat = hidden.reshape(-1, hidden.shape[-1])  # (positions, hidden)
         targets = batch.targets.reshape(-1)
         weights = batch.weights.reshape(-1)
-        size = min(self.config.loss_chunk or flat.shape[0], flat.shape[0])
+        positions = flat.shape[0]
+        size = min(self.config.loss_chunk or positions, positions)
         dropout_keys = self._head.dropout_keys(ceil_div(counted.size, size))
         total = mx.array(0.0)
         cotangent = mx.zeros_like(flat)
@@ -178,7 +184,8 @@ class BlockwiseStep:
         for n, start in enumerate(range(0, counted.size, size)):
             part = counted[start : start + size]
             padding = padded_size(part.size, size, _LAST_CHUNK_SIZES) - part.size
-            where = mx.array(np.pad(part, (0, padding)).astype(np.int32))
+            padded = np.pad(part, (0, padding))
+            where = mx.array(padded.astype(np.int32))
             share = weights[where] * (mx.arange(where.size) < part.size)  # padding counts nothing
             # the chunk has no name here, so that its rows are let go once they are used
             loss, slope, *outer = self._head.loss_and_gradients(
@@ -190,8 +197,10 @@ class BlockwiseStep:
             cotangent = cotangent.at[where].add(slope[0])
             sums = [a + b for a, b in zip(sums, outer, strict=True)]
             last = start + size >= counted.size
-            flight.add(1 if last else min(self.window, CHUNKS), total, cotangent, *sums)
-        return total, cotangent.reshape(hidden.shape), dict(zip(self._outside, sums, strict=True))
+            window = 1 if last else min(self.window, CHUNKS)
+            flight.add(window, total, cotangent, *sums)
+        by_outside = dict(zip(self._outside, sums, strict=True))
+        return total, cotangent.reshape(hidden.shape), by_outside
 
     def _plan(self, i: int, call: BlockCall, x: mx.array) -> PlannedBlock:
         """Return what computes a block: the program of its kind, which may be made here.
@@ -203,11 +212,13 @@ class BlockwiseStep:
         """
         block = self._blocks[i]
         arguments = Functional([list(call.args), call.kwargs])
-        kind = (block.functional.form, arguments.form, i if i in self._different else None)
+        place = i if i in self._different else None
+        kind = (block.functional.form, arguments.form, place)
         if kind not in self._programs:
             self._programs[kind] = BlockProgram(block, self.users, self._count_trace)
         program = self._programs[kind]
-        untried = not self._checked and block.functional.numbered and program.block is not block
+        another = program.block is not block
+        untried = another and block.functional.numbered and not self._checked
         if untried and not program.serves(block, arguments, x):
             self._different.add(i)
             return self._plan(i, call, x)

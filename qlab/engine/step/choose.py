@@ -59,9 +59,11 @@ def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto") -> T
         step = BlockwiseStep(module, config)
     else:
         step = WholeGraphStep(module, config, note)
-    if config.pack and not takes_batches(_logits(module, stack), config.max_seq_length - 1):
-        return RowByRow(step)
-    return step
+    if not config.pack:
+        return step
+    logits = _logits(module, stack)
+    one_pass = takes_batches(logits, config.max_seq_length - 1)
+    return step if one_pass else RowByRow(step)
 
 
 def _logits(
@@ -101,20 +103,24 @@ class RowByRow:
         """Return loss and gradients of a batch, computed row by row; see ``TrainStep``."""
         if batch.segments is None:
             return self._step(parameters, batch)
-        count = len(batch.tokens)
-        keys = [None] * count if batch.key is None else mx.random.split(batch.key, count)
-        rows = (
-            StepBatch(batch.tokens[row], batch.mask[row], key, batch.segments[row])
-            for row, key in zip(_each_row(count), keys, strict=True)
-        )
-        total = self._step(parameters, next(rows))
+        first, *others = _rows(batch)
+        total = self._step(parameters, first)
         mx.eval(total)
-        for row in rows:
+        for row in others:
             total = total.plus(self._step(parameters, row))
             mx.eval(total)
         return total
 
 
-def _each_row(count: int) -> list[slice]:
-    """Return slices that take one row each and leave it a batch, ``(1, length)``."""
-    return [slice(i, i + 1) for i in range(count)]
+def _rows(batch: StepBatch) -> list[StepBatch]:
+    """Return each packed row as a batch of one, ``(1, length)``, with a key of its own."""
+    assert batch.segments is not None
+    count = len(batch.tokens)
+    keys: list[mx.array | None] = [None] * count
+    if batch.key is not None:
+        keys = list(mx.random.split(batch.key, count))
+    rows = []
+    for i, key in enumerate(keys):
+        row = slice(i, i + 1)
+        rows.append(StepBatch(batch.tokens[row], batch.mask[row], key, batch.segments[row]))
+    return rows

@@ -72,9 +72,10 @@ class Head:
     def dropout_keys(self, chunks: int) -> list[list[mx.array]]:
         """Return the dropout keys of every chunk: each drops inputs of its own."""
         arrays = self._functional.arrays
-        keys = [arrays[n] for n in self._dropout_numbers]
-        split = [mx.random.split(key, chunks) if chunks > 1 else [key] for key in keys]
-        return [[keys[i] for keys in split] for i in range(max(chunks, 1))]
+        if chunks <= 1:
+            return [[arrays[n] for n in self._dropout_numbers]]
+        split = [mx.random.split(arrays[n], chunks) for n in self._dropout_numbers]
+        return [[keys[i] for keys in split] for i in range(chunks)]
 
     def loss_and_gradients(
         self, chunk: Chunk, weights: list[mx.array], dropout_keys: list[mx.array]
@@ -119,7 +120,8 @@ class Head:
         primals = [rows, *(arrays[n] for n in self._trained_numbers)]
         loss, slope = nats_and_slope(logits(*primals), labels, weights)
         # products are linear, so the logits of this second pass are never computed
-        return [loss, *mx.vjp(lambda *a: [logits(*a)], primals, [slope])[1]]
+        _, gradients = mx.vjp(lambda *a: [logits(*a)], primals, [slope])
+        return [loss, *gradients]
 
 
 def _output_heads(stack: BlockStack) -> list[Frozen]:

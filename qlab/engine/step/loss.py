@@ -50,7 +50,8 @@ def nats(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
         targets: ``(batch, length)``.
         weights: ``(batch, length)``.
     """
-    return (nn.losses.cross_entropy(logits.astype(mx.float32), targets) * weights).sum()
+    losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets)
+    return (losses * weights).sum()
 
 
 def nats_and_slope(
@@ -72,13 +73,20 @@ def nats_and_slope(
         Loss, float32 ``()``; gradient, of the logits' shape and dtype.
     """
     if mx.default_device() == mx.gpu:
-        (each,), (slope,) = mx.vjp(lambda x: mx.fast.cross_entropy(x, targets), [logits], [weights])
-        return (each * weights).sum(), slope
+
+        def kernel(logits: mx.array) -> mx.array:
+            return mx.fast.cross_entropy(logits, targets)
+
+        (losses,), (slope,) = mx.vjp(kernel, [logits], [weights])
+        return (losses * weights).sum(), slope
     full = logits.astype(mx.float32)
     log_sum = mx.logsumexp(full, -1, keepdims=True)  # (batch, length, 1)
     target_logit = mx.take_along_axis(full, targets[..., None], -1)
-    total = ((log_sum - target_logit)[..., 0] * weights).sum()
-    is_target = mx.arange(logits.shape[-1]) == targets[..., None]  # (batch, length, vocabulary)
+    losses = (log_sum - target_logit)[..., 0]  # (batch, length)
+    total = (losses * weights).sum()
+    vocabulary = mx.arange(logits.shape[-1])
+    is_target = vocabulary == targets[..., None]  # (batch, length, vocabulary)
     probabilities = mx.exp(full - log_sum)
-    slope = mx.where(is_target, probabilities - 1, probabilities) * weights[..., None]
-    return total, slope.astype(logits.dtype)
+    slope = mx.where(is_target, probabilities - 1, probabilities)
+    weighted = slope * weights[..., None]
+    return total, weighted.astype(logits.dtype)

@@ -98,10 +98,15 @@ def choose_compute(
         return Compute(dtype, True), (
             "product of the base: dequantized, for MLX's kernel gives other numbers here",
         )
-    by_kernel = sum(race.kernel * len(with_kernel[kind]) for kind, race in races.items())
-    dequantized = sum(race.dequantized * len(with_kernel[kind]) for kind, race in races.items())
+    by_kernel = 0.0
+    dequantized = 0.0
+    for kind, race in races.items():
+        count = len(with_kernel[kind])
+        by_kernel += race.kernel * count
+        dequantized += race.dequantized * count
     dequantize = not by_kernel * _NOISE < dequantized
-    ratio = max(by_kernel, dequantized) / max(min(by_kernel, dequantized), 1e-12)
+    fast, slow = sorted((by_kernel, dequantized))
+    ratio = slow / max(fast, 1e-12)
     at_least = any(race.extrapolated for race in races.values())
     note = _note(dequantize, dtype, ratio, at_least, tokens, tried)
     return Compute(dtype, dequantize), (note,)
@@ -202,10 +207,12 @@ def _agree(
 
     On CUDA MLX 0.32.4 was seen not to, in float32.
     """
-    x = mx.random.normal((_FEW, shape[-1]), key=mx.random.key(0)).astype(x_dtype)
+    key = mx.random.key(0)
+    x = mx.random.normal((_FEW, shape[-1]), key=key).astype(x_dtype)
     kernel = Frozen(layer, dtype, dequantize=False)(x).astype(mx.float32)
     dense = Frozen(layer, dtype, dequantize=True)(x).astype(mx.float32)
-    return bool((mx.linalg.norm(kernel - dense) <= _TOLERANCE * mx.linalg.norm(dense)).item())
+    distance = mx.linalg.norm(kernel - dense)
+    return bool((distance <= _TOLERANCE * mx.linalg.norm(dense)).item())
 
 
 def _product(layer: Frozen, shape: tuple[int, ...], dtype: mx.Dtype) -> Callable[[int], None]:

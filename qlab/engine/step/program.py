@@ -73,7 +73,8 @@ class BlockProgram:
         theirs = block.functional
         with mine.using(theirs.arrays):
             result = mine.root(x, *args, **kwargs)
-        return bool(mx.array_equal(result, theirs.root(x, *args, **kwargs)).item())
+        expected = theirs.root(x, *args, **kwargs)
+        return bool(mx.array_equal(result, expected).item())
 
     def _run(self, x: mx.array, arrays: list[mx.array], others: list[mx.array]) -> mx.array:
         """What ``forward`` compiles: all arrays are arguments."""
@@ -94,8 +95,10 @@ class BlockProgram:
                 every[n] = array
             return [self._apply(h, every, others)]
 
+        primals = [x, *(arrays[n] for n in numbers)]
         with patched(self._users):
-            return mx.vjp(run, [x, *(arrays[n] for n in numbers)], [cotangent])[1]
+            _, gradients = mx.vjp(run, primals, [cotangent])
+        return gradients
 
     def _apply(self, x: mx.array, arrays: list[mx.array], others: list[mx.array]) -> mx.array:
         """Run the block with some arrays of its own and some in its other arguments."""

@@ -46,13 +46,18 @@ class LossAndGradients(NamedTuple):
 
     def in_dtypes_of(self, parameters: Arrays) -> LossAndGradients:
         """Return the same with each gradient in the dtype of its parameter, to be summed in it."""
-        grads = {path: grad.astype(parameters[path].dtype) for path, grad in self.grads.items()}
+        grads = {}
+        for path, grad in self.grads.items():
+            grads[path] = grad.astype(parameters[path].dtype)
         return self._replace(grads=grads)
 
     def plus(self, other: LossAndGradients) -> LossAndGradients:
         """Add another batch."""
-        grads = {path: grad + other.grads[path] for path, grad in self.grads.items()}
-        return LossAndGradients(self.loss + other.loss, grads, self.count + other.count)
+        loss = self.loss + other.loss
+        grads = {}
+        for path, grad in self.grads.items():
+            grads[path] = grad + other.grads[path]
+        return LossAndGradients(loss, grads, self.count + other.count)
 
 
 class TrainStep(Protocol):

@@ -15,6 +15,8 @@ import mlx.core as mx
 
 from qlab.engine.step.protocol import Arrays
 
+_Place = tuple[str, tuple[int, ...]]  # path and shape of an array
+
 
 class FlatLayout:
     """Where in the vectors each array lies.
@@ -38,8 +40,12 @@ class FlatLayout:
 
     def __init__(self, arrays: Arrays) -> None:
         self.dtypes: dict[str, mx.Dtype] = {}
-        self.paths = sorted(arrays, key=lambda path: (-_power_of_two(arrays[path].size), path))
-        self._places: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+
+        def order(path: str) -> tuple[int, str]:
+            return -_power_of_two(arrays[path].size), path
+
+        self.paths = sorted(arrays, key=order)
+        self._places: dict[str, list[_Place]] = {}
         for path in self.paths:
             array = arrays[path]
             name = str(array.dtype).rpartition(".")[2]
@@ -59,10 +65,11 @@ class FlatLayout:
             return arrays.vectors
         if arrays.keys() == self.dtypes.keys():
             return arrays
-        return {
-            name: mx.concatenate([arrays[path].reshape(-1) for path, _ in places])
-            for name, places in self._places.items()
-        }
+        vectors = {}
+        for name, places in self._places.items():
+            flat = [arrays[path].reshape(-1) for path, _ in places]
+            vectors[name] = mx.concatenate(flat)
+        return vectors
 
     def views(self, vectors: Arrays) -> Arrays:
         """Return the arrays by path that vectors are made of, in the vectors' dtype, not copied."""
@@ -164,4 +171,6 @@ def stable_sum(
     even = max(vector.size - 2, 0) // rows * rows
     most = vector[:even].reshape(rows, even // rows)
     rest = vector[even:]
-    return of(most.astype(mx.float32)).sum(1).sum() + of(rest.astype(mx.float32)).sum()
+    sum_of_most = of(most.astype(mx.float32)).sum(1).sum()
+    sum_of_rest = of(rest.astype(mx.float32)).sum()
+    return sum_of_most + sum_of_rest

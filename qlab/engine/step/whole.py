@@ -165,14 +165,16 @@ class WholeGraphStep:
             cotangent, block_grads = _block_backward(
                 stack.blocks[i], inputs.pop(), of_block[i], calls[i], cotangent
             )
-            grads |= {f"{self._prefix}{i}.{path}": grad for path, grad in block_grads.items()}
+            for path, grad in block_grads.items():
+                grads[f"{self._prefix}{i}.{path}"] = grad
         if outside:  # 6
 
             def before(*arrays: mx.array) -> list[mx.array]:
                 return self._before(outside, arrays, batch)
 
             _, more = mx.vjp(before, list(outside.values()), [cotangent])
-            grads |= {path: grads[path] + grad for path, grad in zip(outside, more, strict=True)}
+            for path, grad in zip(outside, more, strict=True):
+                grads[path] = grads[path] + grad
         # evaluated in this order, each block's input is let go in time
         return loss, {path: grads[path] for path in parameters}
 
@@ -238,10 +240,10 @@ class WholeGraphStep:
 
     def _dropout_keys_of_chunks(self, count: int) -> dict[str, mx.array | list[mx.array]]:
         """Return a key for each chunk, by path of the head's: each chunk drops its own inputs."""
-        keys = self._outside(self._dropout_keys)
-        if count == 1:
-            return {path: [key] for path, key in keys.items()}
-        return {path: mx.random.split(key, count) for path, key in keys.items()}
+        split: dict[str, mx.array | list[mx.array]] = {}
+        for path, key in self._outside(self._dropout_keys).items():
+            split[path] = [key] if count == 1 else mx.random.split(key, count)
+        return split
 
     def _logits(self, parameters: Arrays, batch: ShiftedBatch) -> mx.array:
         """Return ``(batch, length, vocabulary)``."""
@@ -268,7 +270,11 @@ class WholeGraphStep:
     def _outside(self, arrays: Arrays) -> Arrays:
         """Return the arrays that do not belong to a block."""
         prefix = f"{self._stack().path}."
-        return {path: array for path, array in arrays.items() if not path.startswith(prefix)}
+        outside = {}
+        for path, array in arrays.items():
+            if not path.startswith(prefix):
+                outside[path] = array
+        return outside
 
     def _by_block(self, arrays: Arrays) -> list[Arrays]:
         """Return the arrays of each block, by path within it."""
@@ -304,17 +310,22 @@ def _block_backward(
     frozen: Arrays = {path: array for path, array in every.items() if path not in trained}
     # Nothing of the block may be computed before its gradient is due, or it would be kept since the
     # forward pass. So all that it reads depends on the cotangent.
-    later = mx.depends([x, *trained.values(), *frozen.values()], [cotangent])
-    primals = later[: 1 + len(trained)]
-    frozen_later = dict(zip(frozen, later[1 + len(trained) :], strict=True))
+    arrays = [x, *trained.values(), *frozen.values()]
+    later = mx.depends(arrays, [cotangent])
+    count = 1 + len(trained)
+    primals = later[:count]
+    frozen_later = dict(zip(frozen, later[count:], strict=True))
+
+    def put(arrays: Arrays) -> None:
+        block.update(tree_unflatten(list(arrays.items())))
 
     def forward(h: mx.array, *arrays: mx.array) -> list[mx.array]:
-        own = dict(zip(trained, arrays, strict=True))
-        block.update(tree_unflatten([*frozen_later.items(), *own.items()]))
+        trained_now = dict(zip(trained, arrays, strict=True))
+        put(frozen_later | trained_now)
         return [block(h, *call.args, **call.kwargs)]
 
     try:
         _, (by_x, *grads) = mx.vjp(forward, primals, [cotangent])
     finally:
-        block.update(tree_unflatten([*frozen.items(), *trained.items()]))
+        put(frozen | trained)
     return by_x, dict(zip(trained, grads, strict=True))
