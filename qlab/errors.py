@@ -54,7 +54,7 @@ class BusyError(QlabError, RuntimeError):
 
 
 class RankError(QlabError, RuntimeError):
-    """Another process of a run on several devices is gone, has failed, or would not train the same."""
+    """Another process of a run on several devices is gone, failed, or would train otherwise."""
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -1,9 +1,7 @@
-"""Shelves: a file dropped on one (``schemes/``, ``solvers/``, …) is found.
+"""Shelves: a file dropped on one (``schemes/``, ``solvers/``, …) is found by its name.
 
-A cell may register its own kind.
-
-Knows the names of the shelves, not what stands on them. A shelf file ends with ``SHELF = (object,
-…)``, each object with a unique ``name``.
+A notebook cell may register its kinds too. A shelf file ends with ``SHELF = (object, …)``, each
+object with a unique ``name``. Knows the names of the shelves, not what stands on them.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ _WORDS = {
     "optimizers": "optimizer",
 }
 SHELVES = tuple(_WORDS)
-_found: dict[str, dict[str, Any]] = {}
+_shelves: dict[str, dict[str, Any]] = {}  # those that have been read, by kind
 
 
 def shelf(kind: str) -> dict[str, Any]:
@@ -35,18 +33,21 @@ def shelf(kind: str) -> dict[str, Any]:
     """
     if kind not in SHELVES:
         raise ConfigError(f"There is no shelf {kind!r}; shelves are {', '.join(SHELVES)}.")
-    if kind not in _found:
-        package = importlib.import_module(f"qlab.{kind}")
-        objects: dict[str, Any] = {}
-        for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda i: i.name):
-            for item in importlib.import_module(f"qlab.{kind}.{info.name}").SHELF:
-                if item.name in objects:
-                    raise ConfigError(
-                        f"Two objects on the shelf {kind!r} are called {item.name!r}."
-                    )
-                objects[item.name] = item
-        _found[kind] = objects
-    return _found[kind]
+    if kind not in _shelves:
+        _shelves[kind] = _read(kind)
+    return _shelves[kind]
+
+
+def _read(kind: str) -> dict[str, Any]:
+    package = importlib.import_module(f"qlab.{kind}")
+    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    objects: dict[str, Any] = {}
+    for name in names:
+        for item in importlib.import_module(f"qlab.{kind}.{name}").SHELF:
+            if item.name in objects:
+                raise ConfigError(f"Two objects on the shelf {kind!r} are called {item.name!r}.")
+            objects[item.name] = item
+    return objects
 
 
 def get(kind: str, name: str) -> Any:
@@ -58,8 +59,9 @@ def get(kind: str, name: str) -> Any:
     objects = shelf(kind)
     if not isinstance(name, str) or name not in objects:
         word = _WORDS[kind]
+        legal = ", ".join(objects)
         raise ConfigError(
-            f"Unknown {word} {name!r}; choose one of {', '.join(objects)}.{nearest(name, objects)}"
+            f"Unknown {word} {name!r}; choose one of {legal}.{nearest(name, objects)}"
         )
     return objects[name]
 
@@ -67,10 +69,14 @@ def get(kind: str, name: str) -> Any:
 def register(kind: str, item: Any) -> Any:
     """Put an object that was defined in a notebook cell on a shelf, replacing one of the same name.
 
+    Example:
+        >>> qlab.register("adapters", Gain())  # a subclass of qlab.AdapterKind
+        >>> a = qlab.Adapter(model, kind="gain")
+
     Args:
         kind: ``"schemes"``, ``"solvers"``, ``"adapters"`` or ``"optimizers"``.
-        item: an instance of ``Scheme``, ``Solver``, ``AdapterKind`` or ``OptimizerKind``
-            (``qlab.core``).
+        item: an instance of ``qlab.Scheme``, ``qlab.Solver``, ``qlab.AdapterKind`` or
+            ``qlab.OptimizerKind``.
 
     Returns:
         The object, so that the call can be an expression.

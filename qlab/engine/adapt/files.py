@@ -1,10 +1,9 @@
-"""Adapters on disk.
-
-Written as mlx-lm or PEFT reads them, and read back from either, whole or not at all.
+"""Adapters on disk: written as mlx-lm or PEFT reads them, and read back from either.
 
 An adapter is a folder of one file of weights and one of settings. What only qlab knows stands in a
 block ``qlab`` of the settings (mlx-lm) or of the weights' header (PEFT), where the others pass it
-over. Runs on the MLX thread. Knows no base weights: only what layers there are.
+over. ``Adapter.save`` and ``Adapter.load`` call it. Runs on the MLX thread. Knows no base weights,
+only what layers there are.
 """
 
 from __future__ import annotations
@@ -19,33 +18,26 @@ from typing import Any
 
 import mlx.core as mx
 
-from qlab import registry
-from qlab.core.config.legal import check_choice, is_whole
+from qlab.core.config.legal import check_choice
 from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.spec import ModelSpec
 from qlab.core.saved import Saved
-from qlab.engine.adapt import peft as peft_files
+from qlab.engine.adapt.mlx_layout import SETTINGS_FILE, Arrays, LoadedAdapter, from_mlx, to_mlx
 from qlab.engine.adapt.parameters import checked, expected
-from qlab.engine.adapt.targets import (
-    SettingError,
-    layers_of,
-    mlx_targets,
-    mlx_targets_of,
-    shortest_keys,
-    why_not_mlx,
-)
+from qlab.engine.adapt.peft import to_peft
+from qlab.engine.adapt.peft_read import from_peft
+from qlab.engine.adapt.targets import SettingError, why_not_mlx
 from qlab.engine.io.loaded import check_safetensors
-from qlab.engine.io.source import read_settings
 from qlab.errors import ConfigError, LoadError, QlabError, nearest
 from qlab.runtime.atomic import write_folder
 
-Arrays = dict[str, mx.array]
 FORMATS = ("mlx", "peft")
 _WEIGHTS = {"mlx": "adapters.safetensors", "peft": "adapter_model.safetensors"}
-_SETTINGS = "adapter_config.json"
-_OURS = {*_WEIGHTS.values(), _SETTINGS, "README.md"}  # what a folder may hold and still be replaced
-_LORA_PARAMETERS = {"rank", "scale", "dropout", "keys"}
-_SHOWN = 3
+_OTHER_WEIGHTS = (".bin", ".safetensors", ".pt", ".npz")
+_PICKLED = (".bin", ".pt")
+# what a folder may hold and still be replaced
+_OURS = {*_WEIGHTS.values(), SETTINGS_FILE, "README.md"}
+_SHOWN = 3  # files that a message names
 
 
 def save_adapter(
@@ -67,7 +59,7 @@ def save_adapter(
         parameters: trainable arrays by path, such as ``model.layers.0.self_attn.q_proj.lora_a``.
         lora: what they are.
         spec: the base's layers.
-        base_name: hub id or folder of the base, for whoever opens the adapter.
+        base_name: hub id or folder of the base, written into the settings.
         format: ``mlx`` (``mlx_lm.load(base, adapter_path=path)``) or ``peft``.
         model_type: of the base's config.json; with it the answer says whether PEFT's names are
             known to fit.
@@ -85,78 +77,54 @@ def save_adapter(
     """
     check_choice("format", format, FORMATS)
     arrays = checked(parameters, expected(spec, lora))
-    if format == "mlx":
-        config, note = _mlx_config(lora, spec, base_name, unsaved[0])
-    else:
-        config, arrays, note = peft_files.to_peft(arrays, lora, spec, base_name, model_type)
-        if unsaved[0]:
-            note += f" It was trained on {unsaved[0]}; a.fuse(rest=16).save('model') writes what was trained as one model."
+    trained_on, base_code = unsaved
     block = {
         "adapter": asdict(lora),
         "base": base_name,
         "model": spec.name,
-        "trained_on": unsaved[0],
+        "trained_on": trained_on,
     }
-    # PEFT warns of settings that it does not know, so there the block stands beside the arrays
-    inside = {"format": "pt", "qlab": json.dumps(block)} if format == "peft" else {"format": "mlx"}
-    text = json.dumps(config if format == "peft" else {**config, "qlab": block}, indent=2)
+    if format == "mlx":
+        settings, note = to_mlx(lora, spec, base_name, trained_on)
+        settings["qlab"] = block
+        header = {"format": "mlx"}
+    else:
+        settings, arrays, note = to_peft(arrays, lora, spec, base_name, model_type)
+        # PEFT warns of settings that it does not know, so the block stands beside the arrays
+        header = {"format": "pt", "qlab": json.dumps(block)}
+        if trained_on:
+            note += (
+                f" It was trained on {trained_on}; "
+                "a.fuse(rest=16).save('model') writes what was trained as one model."
+            )
 
     def fill(folder: Path) -> None:
-        mx.save_safetensors(str(folder / _WEIGHTS[format]), arrays, inside)
-        (folder / _SETTINGS).write_text(text)
-        if unsaved[1]:
-            again = f"These lines make the base again, in the folder `base`:\n\n```python\n{unsaved[1]}\n```\n"
-            (folder / "README.md").write_text(
-                f"# An adapter of {base_name}\n\n{note}\n\n{again}", encoding="utf-8"
-            )
+        mx.save_safetensors(str(folder / _WEIGHTS[format]), arrays, header)
+        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2))
+        if base_code:
+            readme = _readme(base_name, note, base_code)
+            (folder / "README.md").write_text(readme, encoding="utf-8")
 
     written = write_folder(path, fill, _OURS)
     return Saved(note, path=written, opens_in=_opens_in(format, lora, spec))
 
 
+def _readme(base_name: str, note: str, base_code: str) -> str:
+    return (
+        f"# An adapter of {base_name}\n\n{note}\n\n"
+        "These lines make the base again, in the folder `base`:\n\n"
+        f"```python\n{base_code}\n```\n"
+    )
+
+
 def _opens_in(format: str, lora: LoRAConfig, spec: ModelSpec) -> tuple[str, ...]:
-    """Programs that open an adapter of this format as it is."""
+    """Return the programs that open an adapter of this format as it is."""
     if format == "peft":
         return ("peft", "qlab")
     return ("qlab",) if why_not_mlx(lora, spec) else ("mlx-lm", "qlab")
 
 
-# --- mlx-lm's layout ------------------------------------------------------------------------------
-
-
-def _mlx_config(
-    lora: LoRAConfig, spec: ModelSpec, base_name: str, unsaved: str
-) -> tuple[dict[str, Any], str]:
-    num_layers, keys = mlx_targets(lora, spec)
-    settings = {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout, "keys": keys}
-    config = {
-        "fine_tune_type": lora.kind,
-        "model": base_name,
-        "num_layers": num_layers,
-        "lora_parameters": settings,
-    }
-    obstacle = why_not_mlx(lora, spec)
-    if obstacle:
-        return (
-            config,
-            f"Saved in mlx-lm's layout, but stock mlx-lm cannot open it: {obstacle}. qlab can.",
-        )
-    if unsaved:
-        opened = "a.base.save('base') writes it, and mlx_lm.load('base', adapter_path=…) opens what was trained"
-        return (
-            config,
-            f"Saved in mlx-lm's layout. It was trained on {unsaved}, which is in no folder yet: {opened}.",
-        )
-    return (
-        config,
-        f"Saved in mlx-lm's layout; mlx_lm.load({base_name!r}, adapter_path=…) and qlab open it.",
-    )
-
-
-# --- reading --------------------------------------------------------------------------------------
-
-
-def load_adapter(path: Path, spec: ModelSpec) -> tuple[LoRAConfig, Arrays, tuple[str, ...]]:
+def load_adapter(path: Path, spec: ModelSpec) -> LoadedAdapter:
     """Read an adapter folder of qlab, mlx-lm or PEFT for a base.
 
     Args:
@@ -172,130 +140,111 @@ def load_adapter(path: Path, spec: ModelSpec) -> tuple[LoRAConfig, Arrays, tuple
             and key.
     """
     path = Path(path).expanduser()
-    if not path.is_dir():
-        beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        what = "is a file" if path.exists() else "does not exist"
-        raise LoadError(f"{path} {what}; an adapter is a folder.{nearest(path.name, beside)}")
-    config = read_settings(path / _SETTINGS, "an adapter")
-    kind = "peft" if "peft_type" in config else "mlx"
-    file = path / _WEIGHTS[kind]
-    arrays, block = _arrays(file, path)
-    block = block if kind == "peft" else config.get("qlab")
+    _check_folder(path)
+    settings = _settings(path / SETTINGS_FILE)
+    is_peft = "peft_type" in settings
+    file = path / _WEIGHTS["peft" if is_peft else "mlx"]
+    arrays, header = _arrays(file, path)
+    block = header if is_peft else settings.get("qlab")
     try:
-        lora, found, notes = (peft_files.from_peft if kind == "peft" else _from_mlx)(
-            config, arrays, spec
-        )
-        lora, found, more = _same_dtype(_own(lora, block, spec), found)
-        base = block.get("trained_on") if isinstance(block, dict) else ""
-        return (
-            lora,
-            checked(found, expected(spec, lora)),
-            (*notes, *more, *([f"It was trained on {base}."] if base else [])),
-        )
+        read = from_peft if is_peft else from_mlx
+        adapter = read(settings, arrays, spec)
+        adapter = adapter._replace(config=_known_to_qlab(adapter.config, block, spec))
+        adapter = _in_one_dtype(adapter)
+        arrays = checked(adapter.arrays, expected(spec, adapter.config))
     except (SettingError, re.error) as error:
-        raise LoadError(f"{path / _SETTINGS}: {error}") from None
+        raise LoadError(f"{path / SETTINGS_FILE}: {error}") from None
     except QlabError as error:
         raise LoadError(f"{file} is no adapter for {spec.name!r}: {error}") from None
+    notes = adapter.notes
+    base = block.get("trained_on") if isinstance(block, dict) else ""
+    if base:
+        notes = (*notes, f"It was trained on {base}.")
+    return LoadedAdapter(adapter.config, arrays, notes)
+
+
+def _check_folder(path: Path) -> None:
+    if path.is_dir():
+        return
+    beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    what = "is a file" if path.exists() else "does not exist"
+    raise LoadError(f"{path} {what}; an adapter is a folder.{nearest(path.name, beside)}")
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise LoadError(f"{file.parent} has no {file.name}, so it is not an adapter.") from None
+    except (ValueError, OSError) as error:
+        raise LoadError(f"{file} is not JSON: {error}.") from None
+    if not isinstance(settings, dict):
+        raise LoadError(f"{file} holds no settings, but a {type(settings).__name__}.")
+    return settings
 
 
 def _arrays(file: Path, folder: Path) -> tuple[Arrays, Any]:
     """Return the arrays of a file, and the block ``qlab`` of its header."""
     if not file.is_file():
-        held = sorted(
-            x.name for x in folder.iterdir() if x.suffix in (".bin", ".safetensors", ".pt", ".npz")
-        )
-        hint = f" It holds {', '.join(held[:_SHOWN])}." if held else ""
-        if any(name.endswith((".bin", ".pt")) for name in held):
-            hint += (
-                " Pickled weights can run code, and are not opened; save them again as safetensors."
-            )
-        raise LoadError(f"{folder} has no {file.name}.{hint}")
+        raise LoadError(f"{folder} has no {file.name}.{_other_weights(folder)}")
     check_safetensors(file)
     try:
-        arrays, header = mx.load(str(file), return_metadata=True)
+        loaded: Any = mx.load(str(file), return_metadata=True)
+        arrays, header = loaded
         return arrays, json.loads(header.get("qlab", "null"))
     except (RuntimeError, ValueError) as error:
         raise LoadError(f"{file} could not be read: {error}") from None
 
 
-def _from_mlx(
-    config: dict[str, Any], arrays: Arrays, spec: ModelSpec
-) -> tuple[LoRAConfig, Arrays, tuple[str, ...]]:
-    kind = config.get("fine_tune_type", "lora")
-    kinds = registry.shelf("adapters")
-    if kind not in kinds:
-        why = (
-            "holds whole layers, not an adapter; qlab trains adapters"
-            if kind == "full"
-            else f"is not {', '.join(kinds)}"
-        )
-        raise SettingError(f"fine_tune_type {kind!r} {why}.{nearest(str(kind), kinds)}")
-    settings = config.get("lora_parameters")
-    if not isinstance(settings, dict) or not {"rank", "scale"} <= settings.keys():
-        raise SettingError("lora_parameters must give rank and scale.")
-    if unknown := sorted(settings.keys() - _LORA_PARAMETERS):
-        raise SettingError(
-            f"lora_parameters has {unknown[0]!r}, which is unknown; it may have rank, scale, dropout, keys."
-        )
-    num_layers = config.get("num_layers", -1)
-    keys = settings.get("keys")
-    if not is_whole(num_layers):
-        raise SettingError(f"num_layers={num_layers!r} is not a number of blocks.")
-    if keys is not None and (
-        not isinstance(keys, list) or not all(isinstance(key, str) for key in keys)
-    ):
-        raise SettingError(f"keys={keys!r} is not a list of names.")
-    paths = layers_of(arrays, set(kinds[kind].shapes((1, 1), 1)), spec)
-    named = mlx_targets_of(num_layers, keys, spec)
-    if named != set(paths):
-        gone = sorted(named - set(paths))
-        more = sorted(set(paths) - named)
-        what = f"no arrays of {gone[0]!r}" if gone else f"arrays of {more[0]!r}"
-        raise ConfigError(
-            f"it has {what}, which num_layers and keys in {_SETTINGS} {'adapt' if gone else 'do not adapt'}."
-        )
-    dropout = settings.get("dropout", 0.0)
-    lora = shortest_keys(
-        LoRAConfig(rank=settings["rank"], scale=settings["scale"], dropout=dropout, kind=kind),
-        paths,
-        spec,
-    )
-    return lora, arrays, ()
+def _other_weights(folder: Path) -> str:
+    """Say which weights a folder holds instead, and why pickled ones are not opened."""
+    names = sorted(file.name for file in folder.iterdir() if file.suffix in _OTHER_WEIGHTS)
+    if not names:
+        return ""
+    hint = f" It holds {', '.join(names[:_SHOWN])}."
+    if any(name.endswith(_PICKLED) for name in names):
+        hint += " Pickled weights can run code, and are not opened; save them again as safetensors."
+    return hint
 
 
-def _own(lora: LoRAConfig, block: Any, spec: ModelSpec) -> LoRAConfig:
-    """Return what qlab wrote about the adapter, if it says the same as the rest of the file."""
+def _known_to_qlab(lora: LoRAConfig, block: Any, spec: ModelSpec) -> LoRAConfig:
+    """Return what qlab wrote about the adapter, if it says the same as the rest of the file.
+
+    Args:
+        lora: what the rest of the file says.
+        block: what qlab wrote, or anything else where the file is of another program.
+        spec: the base's layers.
+    """
     facts = block.get("adapter") if isinstance(block, dict) else None
     if not isinstance(facts, dict):
         return lora
-    if unknown := sorted(facts.keys() - {f.name for f in fields(LoRAConfig)}):
+    unknown = sorted(facts.keys() - {field.name for field in fields(LoRAConfig)})
+    if unknown:
         raise SettingError(f"the block qlab has {unknown[0]!r}, which is unknown to this version.")
-    made = LoRAConfig(**facts)
-    same = (
-        made.kind == lora.kind
-        and made.rank == lora.rank
-        and isclose(made.scale, lora.scale, rel_tol=1e-6)
+    written = LoRAConfig(**facts)
+    is_same = (
+        written.kind == lora.kind
+        and written.rank == lora.rank
+        and isclose(written.scale, lora.scale, rel_tol=1e-6)
     )
-    if not same or made.targets(spec) != lora.targets(spec):
+    if not is_same or written.targets(spec) != lora.targets(spec):
         raise SettingError(
             "the block qlab says another adapter than the rest; remove the block to go by the rest."
         )
-    return made
+    return written
 
 
-def _same_dtype(lora: LoRAConfig, arrays: Arrays) -> tuple[LoRAConfig, Arrays, tuple[str, ...]]:
+def _in_one_dtype(adapter: LoadedAdapter) -> LoadedAdapter:
     """Bring all arrays to one dtype that an adapter may have."""
-    dtypes = {array.dtype for array in arrays.values()}
-    if not all(mx.issubdtype(dtype, mx.floating) for dtype in dtypes):
-        key = next(
-            key for key, array in arrays.items() if not mx.issubdtype(array.dtype, mx.floating)
-        )
-        raise ConfigError(f"{key!r} is {arrays[key].dtype}, not a floating-point number.")
-    if dtypes <= {mx.float32} or dtypes <= {mx.bfloat16}:
-        return replace(lora, dtype="bfloat16" if mx.bfloat16 in dtypes else "float32"), arrays, ()
-    held = " and ".join(sorted(str(dtype).removeprefix("mlx.core.") for dtype in dtypes))
-    return (
-        replace(lora, dtype="float32"),
-        {k: a.astype(mx.float32) for k, a in arrays.items()},
-        (f"{held} became float32.",),
-    )
+    for key, array in adapter.arrays.items():
+        if not mx.issubdtype(array.dtype, mx.floating):
+            raise ConfigError(f"{key!r} is {array.dtype}, not a floating-point number.")
+    dtypes = {array.dtype for array in adapter.arrays.values()}
+    if dtypes == {mx.bfloat16}:
+        return adapter._replace(config=replace(adapter.config, dtype="bfloat16"))
+    wide = adapter._replace(config=replace(adapter.config, dtype="float32"))
+    if dtypes <= {mx.float32}:
+        return wide
+    names = " and ".join(sorted(str(dtype).removeprefix("mlx.core.") for dtype in dtypes))
+    arrays = {key: array.astype(mx.float32) for key, array in adapter.arrays.items()}
+    return wide._replace(arrays=arrays, notes=(*adapter.notes, f"{names} became float32."))

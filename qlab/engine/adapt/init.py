@@ -1,4 +1,4 @@
-"""Error-compensating initializations: adapters that start as the best low-rank stand-in for an error.
+"""Error-compensating initializations: adapters that start as a low-rank copy of an error.
 
 The adapter of every layer starts as scale·B·A = U·Uᵀ·E, with the leading directions U of the
 quantization error E (``directions.py``). Runs on the MLX thread.

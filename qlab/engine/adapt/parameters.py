@@ -1,4 +1,4 @@
-"""Parameters of an adapter outside training: fresh ones, and a check of those that come from elsewhere.
+"""Parameters of an adapter outside training: fresh ones, and a check of any others.
 
 Knows only the default initialization. Runs on the MLX thread.
 """
