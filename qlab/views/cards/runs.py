@@ -192,11 +192,19 @@ class Runs:
             color = PALETTE[n % len(PALETTE)]
             dash = DASHES[n // len(PALETTE) % len(DASHES)]
             validated = bool(np.isfinite(rows[:, VAL]).any())
-            lines.append(Line("" if validated else name, rows[:, 0], rows[:, SMOOTH], color, dash))
+            steps = rows[:, 0]
+            label = "" if validated else name
+            lines.append(Line(label=label, x=steps, y=rows[:, SMOOTH], color=color, dash=dash))
             if validated:
-                lines.append(
-                    Line(name, rows[:, 0], rows[:, VAL], color, dash or "5 3", look="marked")
+                validation = Line(
+                    label=name,
+                    x=steps,
+                    y=rows[:, VAL],
+                    color=color,
+                    dash=dash or "5 3",
+                    look="marked",
                 )
+                lines.append(validation)
         if not lines:
             return ""
         return image(

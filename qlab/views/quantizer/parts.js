@@ -104,7 +104,7 @@ function factsOf({ data, plan }, i, row) {
 function paintDetail(detail, panel, i) {
   const { data, plan, measure } = panel;
   if (i < 0) {
-    const hint = "Point at a bar for its numbers; click it to give the layer its own bits.";
+    const hint = "Point at a bar for its numbers; click it to override the layer's bits.";
     return swap(detail, "", h("p", { className: "qlab-hint" }, hint));
   }
   const layer = data.layers[i];
@@ -153,7 +153,7 @@ function paintDetail(detail, panel, i) {
       { className: "qlab-choose" },
       h("span", {}, "bits"),
       ...panel.modeOf(mode)[2].map(choice),
-      button({ className: wanted < 0 ? "on" : "" }, -1, "keep"),
+      button({ className: wanted < 0 ? "on" : "" }, -1, "unquantized"),
       button(like, "default", "as the rest"),
       ...(layer.block === null ? [] : [whole]),
     ),

@@ -27,7 +27,7 @@ _LABEL_GAP = 13
 _LONGEST_LABEL = 24  # letters
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Line:
     """One curve.
 

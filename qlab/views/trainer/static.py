@@ -57,9 +57,9 @@ def picture(history: tuple[StepEvent, ...]) -> str:
         return ""
     step = rows[:, 0]
     lines = (
-        Line("", step, rows[:, LOSS], "#666", look="dots"),
-        Line("training, smoothed", step, rows[:, SMOOTH], PALETTE[0]),
-        Line("validation", step, rows[:, VAL], PALETTE[1], look="marked"),
+        Line(label="", x=step, y=rows[:, LOSS], color="#666", look="dots"),
+        Line(label="training, smoothed", x=step, y=rows[:, SMOOTH]),
+        Line(label="validation", x=step, y=rows[:, VAL], color=PALETTE[1], look="marked"),
     )
     return image(lines, "step", "loss, nats per target token")
 

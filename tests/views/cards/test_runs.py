@@ -104,7 +104,7 @@ def test_names_of_runs_are_escaped():
 
 
 def test_many_labels_at_one_height_do_not_lie_on_each_other():
-    lines = tuple(Line(f"run {n}", np.arange(3.0), np.full(3, 2.0)) for n in range(9))
+    lines = tuple(Line(label=f"run {n}", x=np.arange(3.0), y=np.full(3, 2.0)) for n in range(9))
     tree = ElementTree.fromstring(svg(lines, "step", "loss"))
     ys = sorted(
         float(e.get("y"))
@@ -117,13 +117,13 @@ def test_many_labels_at_one_height_do_not_lie_on_each_other():
 def test_a_spike_of_faint_points_may_leave_the_axis_and_a_line_may_not():
     y = np.full(200, 2.0)
     y[7] = 90
-    assert robust_range((Line("", np.arange(200.0), y, look="dots"),))[1] < 3
-    assert robust_range((Line("", np.arange(200.0), y),))[1] > 90
+    assert robust_range((Line(label="", x=np.arange(200.0), y=y, look="dots"),))[1] < 3
+    assert robust_range((Line(label="", x=np.arange(200.0), y=y),))[1] > 90
 
 
 def test_ticks_are_round_and_a_chart_without_points_is_drawn():
     assert ticks(0, 400, 4) == [0, 100, 200, 300, 400] and ticks(3, 3) == [3]
-    ElementTree.fromstring(svg((Line("", np.zeros(0), np.zeros(0)),), "step", "loss"))
+    ElementTree.fromstring(svg((Line(label="", x=np.zeros(0), y=np.zeros(0)),), "step", "loss"))
 
 
 # --- judgement --------------------------------------------------------------------------------------------------------
