@@ -26,7 +26,7 @@ def shelves_as_before():
     for shelf, objects in before.items():
         current = registry.shelf(shelf)
         for name in set(current) - set(objects):
-            del registry._found[shelf][name]
+            del registry._shelves[shelf][name]
 
 
 def code_of(page: str) -> str:
