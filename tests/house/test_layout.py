@@ -21,7 +21,24 @@ MODULES = sorted(
 )
 
 # Modules without a test file of their own, and the file that tests them.
-TESTED_BY: dict[str, str] = {}
+TESTED_BY: dict[str, str] = {
+    "engine/models/fingerprint": "engine/train/test_run_folder.py",
+    "engine/models/functional": "engine/step/test_blockwise.py",
+    "engine/models/surgery": "engine/models/test_blocks.py",
+    "engine/step/block": "engine/step/test_blockwise.py",
+    "engine/step/choose": "engine/step/test_blockwise.py",
+    "engine/step/head": "engine/step/test_blockwise.py",
+    "engine/step/loss": "engine/step/test_whole.py",
+    "engine/step/program": "engine/step/test_blockwise.py",
+    "engine/step/protocol": "engine/step/test_whole.py",
+    "nn/frozen": "nn/test_linear.py",
+    "nn/low_rank": "adapters/test_contract.py",
+    "nn/stored": "nn/test_kinds.py",
+    "ops/custom_gradient": "core/graph/test_handwritten.py",
+    "ops/dynamic_map": "optimizers/test_adamw8bit.py",
+    "ops/matmul": "nn/test_experts.py",
+    "ops/packing": "schemes/test_contract.py",
+}
 
 
 def readme_tree() -> set[str]:
