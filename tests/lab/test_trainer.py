@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from IPython.lib.pretty import pretty
+from mlx.utils import tree_flatten
 
 import qlab
 from qlab.core.train.rows import Row
@@ -55,6 +56,10 @@ def copied(parameters):
     return mlx_call(lambda: {path: mx.array(array) for path, array in parameters.items()})
 
 
+def arrays_of(model):
+    return mlx_call(lambda: dict(tree_flatten(model.module.parameters())))
+
+
 def same(one, two) -> bool:
     return mlx_call(
         lambda: one.keys() == two.keys() and all(mx.array_equal(one[p], two[p]).item() for p in one)
@@ -69,9 +74,7 @@ def until(condition, seconds: float = 60) -> None:
 
 
 def test_a_run_trains_the_adapter_and_leaves_the_base_as_it_was(adapter, base, tmp_path):
-    before = copied(
-        dict(mlx_call(lambda: __import__("mlx.utils").utils.tree_flatten(base.module.parameters())))
-    )
+    before = copied(arrays_of(base))
     seen = []
     trainer = qlab.Trainer(adapter, ROWS, CONFIG, path=tmp_path, callbacks=[seen.append])
     assert trainer.status == "idle" and trainer.report.steps == 0
@@ -80,11 +83,8 @@ def test_a_run_trains_the_adapter_and_leaves_the_base_as_it_was(adapter, base, t
     assert [event.step for event in seen] == list(range(7)) and len(trainer.history) == 7
     assert adapter.trained and adapter.origin.endswith("step 6")
     assert report.predicted_nbytes == pytest.approx(report.peak_nbytes, rel=0.25)
-    after = dict(
-        mlx_call(lambda: __import__("mlx.utils").utils.tree_flatten(base.module.parameters()))
-    )
-    assert same(before, after)
-    assert "step 6" in repr(trainer) or "6" in repr(trainer)
+    assert same(before, arrays_of(base))
+    assert "✓ done · step 6 of 6 · " in repr(trainer)
     assert "<table" in trainer._repr_html_()
     with pytest.raises(BusyError, match="All steps are done"):
         trainer.start()

@@ -1,7 +1,7 @@
 """The live trainer panel. It sees ``RunState`` values, never a model.
 
 ``Trainer`` makes a ``TrainerPanel`` for the last line of a cell. The browser half is
-``panel.js``, ``format.js``, ``scale.js``, ``plot.js``, ``controls.js`` and ``widget.js``.
+``curve.js`` (rows and pure functions), ``plot.js`` (the picture) and ``widget.js`` (the panel).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from qlab.views.trainer.curve import Curve
 
 ESM = source(  # text, not a Path: a Path keeps every instance alive
     "shared/panel.js",
+    "trainer/curve.js",
+    "trainer/plot.js",
     "trainer/widget.js",
 )
 CSS = source("shared/panel.css", "trainer/widget.css")
