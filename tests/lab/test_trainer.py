@@ -214,9 +214,9 @@ def test_a_run_that_learned_nothing_leaves_the_adapter_as_it_was(demo, tmp_path,
     with pytest.raises(ZeroDivisionError):
         trainer.run()
     assert trainer.status == "failed" and not adapter.trained and not adapter.run
-    foreseen = trainer.estimate.total_nbytes
+    predicted = trainer.estimate.total_nbytes
     adapter.rank = 8
-    assert trainer.estimate.total_nbytes > foreseen
+    assert trainer.estimate.total_nbytes > predicted
     q.bits = 3
     assert adapter.plan.default.bits == 3
     monkeypatch.undo()

@@ -1,6 +1,6 @@
-"""What happens in a training run, as values: an event per step, and the state that a panel shows.
+"""``RunReport``: a training run when it has ended, or so far; and the figures of its events.
 
-Knows neither how a step is computed nor how it is drawn.
+``Trainer.report`` returns one; the panel, ``qlab.runs()`` and ``qlab.run`` show it.
 """
 
 from __future__ import annotations
@@ -8,18 +8,19 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import fsum, isfinite, nan
 from typing import Any
 
 from qlab.core.train.events import StepEvent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunReport:
     """A run when it has ended, or so far.
 
     Attributes:
-        name: of the run; also of its folder.
+        name: name of the run and of its folder.
         model: name of the model.
         storage: label of the base's storage, such as ``affine 4-bit g64``, or ``16-bit``.
         adapter: such as ``lora r8``.
@@ -29,14 +30,14 @@ class RunReport:
         loss: training loss, mean of the last tenth of the steps, nats per target.
         val_loss: last validation loss, or NaN.
         best_val_loss: lowest validation loss, or NaN.
-        best_step: where it was.
-        tokens: that passed the model, padding not counted.
-        tokens_per_second: over the whole run, median of steps.
-        seconds: in steps.
-        predicted_nbytes: expected peak before the run.
-        peak_nbytes: measured peak.
+        best_step: step of the lowest validation loss.
+        tokens: tokens that passed the model, padding not counted.
+        tokens_per_second: median over all steps.
+        seconds: time in steps, pauses and validations not counted.
+        predicted_nbytes: peak memory as predicted before the run.
+        peak_nbytes: measured peak memory.
         path: folder with the checkpoints.
-        notes: what to know: how the step was computed, what was skipped, why it ended.
+        notes: how the step was computed, what was skipped, why it ended.
     """
 
     name: str
@@ -58,42 +59,49 @@ class RunReport:
     path: str
     notes: tuple[str, ...] = ()
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # what a cell shows
-        lines = [
-            f"{self.name}: {self.storage}, {self.adapter}: {self.status} after {self.steps} of {self.iters} steps"
-        ]
-        lines += [
-            f"loss {self.loss:.4g}"
-            + (f", validation {self.val_loss:.4g}" if isfinite(self.val_loss) else "")
-        ]
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the report as the last line of a cell."""
+        printer.text("\n".join([*self._lines(), *self.notes]))
+
+    def _lines(self) -> list[str]:
+        losses = f"loss {self.loss:.4g}"
+        if isfinite(self.val_loss):
+            losses += f", validation {self.val_loss:.4g}"
         if isfinite(self.best_val_loss):
-            lines[-1] += f", best {self.best_val_loss:.4g} at step {self.best_step}"
-        lines += [
-            f"{self.tokens:,} tokens in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s"
-        ]
-        lines += [
-            f"peak {self.peak_nbytes / 1e9:.3g} GB, foreseen {self.predicted_nbytes / 1e9:.3g} GB",
+            losses += f", best {self.best_val_loss:.4g} at step {self.best_step}"
+        peak_gb = self.peak_nbytes / 1e9
+        predicted_gb = self.predicted_nbytes / 1e9
+        return [
+            f"{self.name}: {self.storage}, {self.adapter}: {self.status} after {self.steps} of "
+            f"{self.iters} steps",
+            losses,
+            f"{self.tokens:,} tokens in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} "
+            "tokens/s",
+            f"peak {peak_gb:.3g} GB, predicted {predicted_gb:.3g} GB",
             self.path,
         ]
-        printer.text("\n".join([*lines, *self.notes]))
 
 
 class Summary:
-    """The figures of a ``RunReport`` that follow from a run's events; takes them in one at a time.
+    """Figures of a ``RunReport`` that follow from a run's events; takes them in one at a time.
+
+    Example:
+        >>> Summary(trainer.events).fields()["best_val_loss"]
 
     Args:
         history: events to begin with.
     """
 
     def __init__(self, history: Iterable[StepEvent] = ()) -> None:
-        self._losses: list[float] = []  # those that are numbers
-        self._rates: list[float] = []  # ascending
+        self._losses: list[float] = []  # finite ones, in order
+        self._speeds: list[float] = []  # tokens per second, ascending
         self._steps = 0
         self._tokens = 0
         self._seconds = 0.0
         self._peak = 0
         self._val_loss = nan
-        self._best = (nan, 0)
+        self._best_val_loss = nan
+        self._best_step = 0
         for event in history:
             self.add(event)
 
@@ -102,27 +110,29 @@ class Summary:
         self._peak = max(self._peak, event.peak_nbytes)
         if event.val_loss is not None and isfinite(event.val_loss):
             self._val_loss = event.val_loss
-            if not self._best[0] <= event.val_loss:
-                self._best = event.val_loss, event.step
+            if not self._best_val_loss <= event.val_loss:  # true for NaN, too
+                self._best_val_loss = event.val_loss
+                self._best_step = event.step
         if event.step > 0:
             self._steps = event.step
-            self._tokens = self._tokens + event.tokens
+            self._tokens += event.tokens
             self._seconds = event.seconds
-            insort(self._rates, event.tokens_per_second)
+            insort(self._speeds, event.tokens_per_second)
             if isfinite(event.loss):
                 self._losses.append(event.loss)
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of a ``RunReport`` by name."""
-        tail = self._losses[-max(len(self._losses) // 10, 1) :]
+        last_tenth = self._losses[-max(len(self._losses) // 10, 1) :]
+        middle = len(self._speeds) // 2
         return {
             "steps": self._steps,
-            "loss": fsum(tail) / len(tail) if tail else nan,
+            "loss": fsum(last_tenth) / len(last_tenth) if last_tenth else nan,
             "val_loss": self._val_loss,
-            "best_val_loss": self._best[0],
-            "best_step": self._best[1],
+            "best_val_loss": self._best_val_loss,
+            "best_step": self._best_step,
             "tokens": self._tokens,
-            "tokens_per_second": self._rates[len(self._rates) // 2] if self._rates else nan,
+            "tokens_per_second": self._speeds[middle] if self._speeds else nan,
             "seconds": self._seconds,
             "peak_nbytes": self._peak,
         }
@@ -134,12 +144,15 @@ def summary(history: Iterable[StepEvent]) -> dict[str, Any]:
 
 
 def seconds_left(history: tuple[StepEvent, ...], iters: int) -> float:
-    """Expect the time that the rest takes from the median of the last steps.
+    """Estimate the time to the end from the median of the last 20 steps; NaN before there is one.
 
-    NaN before there is one.
+    Args:
+        history: events so far.
+        iters: optimizer steps in all.
     """
     last = history[-21:]
-    recent = [b.seconds - a.seconds for a, b in zip(last, last[1:], strict=False)]
-    if not recent:
+    durations = [after.seconds - before.seconds for before, after in pairwise(last)]
+    if not durations:
         return nan
-    return sorted(recent)[len(recent) // 2] * (iters - history[-1].step)
+    median = sorted(durations)[len(durations) // 2]
+    return median * (iters - history[-1].step)

@@ -1,8 +1,6 @@
 """Sends a run's events to an experiment tracker: callbacks for ``Trainer(callbacks=[…])``.
 
-Knows no step and no panel.
-
-Trackers are optional packages, imported when a reporter is made, so that a missing one is told
+Trackers are optional packages, imported when a reporter is made, so that a missing one is reported
 before the run.
 """
 
@@ -25,11 +23,15 @@ class Reporter:
     """Logs every event of a training run to a run of a tracker.
 
     The tracker's run begins here and not with the first event: what it prints then belongs to this
-    cell, and what it lacks (a login, a network) is told at once. Later failures never reach the
+    cell, and what it lacks (a login, a network) is reported at once. Later failures never reach the
     training: nothing more is sent, and ``error`` says why.
 
+    Example:
+        >>> reporter = qlab.reporters.trackio("house", name="rank 8")
+        >>> qlab.Trainer(a, rows, callbacks=[reporter]).run()
+
     Args:
-        run: has ``log(values, step=…)`` and ``finish()``, as the runs of W&B and trackio have; it
+        run: object that has ``log(values, step=…)`` and ``finish()``, as the runs of W&B and trackio have; it
             is used from the MLX thread.
 
     Attributes:
@@ -44,7 +46,7 @@ class Reporter:
     def __call__(self, event: StepEvent) -> None:
         """Log an event; what was not measured, or is no number, is left out. Never raises."""
         if not self._ended and not self.error:
-            values = {key: value for key, value in event.record().items() if _told(value)}
+            values = {key: value for key, value in event.record().items() if _is_loggable(value)}
             step = values.pop("step")
             self._try(lambda: self._run.log(values, step=step))
 
@@ -60,12 +62,10 @@ class Reporter:
             return
         self._ended = True
         if report is not None and hasattr(self._run, "summary"):
-            facts = {f.name: getattr(report, f.name) for f in fields(report) if f.name != "notes"}
-            self._try(
-                lambda: self._run.summary.update(
-                    {key: value for key, value in facts.items() if _told(value)}
-                )
-            )
+            names = [field.name for field in fields(report) if field.name != "notes"]
+            values = {name: getattr(report, name) for name in names}
+            loggable = {name: value for name, value in values.items() if _is_loggable(value)}
+            self._try(lambda: self._run.summary.update(loggable))
         self._try(self._run.finish)
 
     def _try(self, work: Callable[[], Any]) -> None:
@@ -110,9 +110,8 @@ def _module(name: str) -> Any:
         ) from None
 
 
-def _told(value: Any) -> bool:
-    return (
-        value is not None
-        and value != ""
-        and not (isinstance(value, float) and not math.isfinite(value))
-    )
+def _is_loggable(value: Any) -> bool:
+    """Whether a value says something: it is not None, empty, NaN or infinite."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is not None and value != ""

@@ -1,6 +1,6 @@
-"""The loss of rows held out: forward only, dropout off, a block and a chunk of logits at a time.
+"""The loss of rows held out: forward pass only, without dropout, a chunk of logits at a time.
 
-Knows no schedule.
+The loop calls ``nats`` for every batch of a validation.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _CHUNK = 512  # positions whose logits exist at once
 
 @dataclass(frozen=True)
 class Nats:
-    """A sum of losses.
+    """Losses summed over targets.
 
     Attributes:
-        total: in nats.
+        total: sum of the losses, in nats.
         count: number of targets.
     """
 
@@ -46,18 +46,19 @@ def nats(module: nn.Module, parameters: Arrays, batch: Batch) -> Nats:
     Args:
         module: what ``attach`` returned; it has these parameters afterwards.
         parameters: trainable arrays by path, evaluated.
-        batch: padded rows, not packed.
+        batch: padded rows ``(rows, length)``, not packed.
     """
     module.update(tree_unflatten(list(parameters.items())))
     tokens = mx.array(batch.tokens)
-    mask = batch.mask[:, 1:]
-    where = mx.array(mask.reshape(-1).nonzero()[0].astype("int32"))
-    targets = tokens[:, 1:].reshape(-1)[where]
+    mask = batch.mask[:, 1:]  # position i predicts token i + 1
+    positions = mx.array(mask.reshape(-1).nonzero()[0].astype("int32"))  # (targets,)
+    targets = tokens[:, 1:].reshape(-1)[positions]
     predictor = Predictor(module)
+    hidden = predictor.hidden(tokens[:, :-1], positions)  # (targets, hidden size)
     total = mx.array(0.0)
-    rows = predictor.hidden(tokens[:, :-1], where)
-    for start in range(0, where.size, _CHUNK):
-        part = slice(start, start + _CHUNK)
-        total = total + nn.losses.cross_entropy(predictor.logits(rows[part]), targets[part]).sum()
+    for start in range(0, positions.size, _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        logits = predictor.logits(hidden[chunk])
+        total = total + nn.losses.cross_entropy(logits, targets[chunk]).sum()
         mx.eval(total)
     return Nats(cast(float, total.item()), int(mask.sum()))
