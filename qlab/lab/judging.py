@@ -17,7 +17,7 @@ from qlab.deprecated import positional_arguments
 from qlab.engine.adapt.attach import twin_for_rows
 from qlab.engine.evaluate.golden import questions as check_golden
 from qlab.engine.evaluate.judge import judge
-from qlab.engine.evaluate.teacher import KEEP, remember
+from qlab.engine.evaluate.teacher import KEEP, teacher_predictions
 from qlab.errors import ConfigError
 from qlab.lab.adapter import Adapter
 from qlab.runtime.job import Job
@@ -77,7 +77,7 @@ def judged(
         if original is not None:
             teacher = original.measurements.full_model()
             if held_out:
-                predictions = yield from remember(teacher, held_out, keep)
+                predictions = yield from teacher_predictions(teacher, held_out, keep)
         students = {}
         adapted = f"{_FULL} + adapter"
         if base is not original:
@@ -88,7 +88,7 @@ def judged(
             teacher,
             students,
             held_out,
-            kept=predictions,
+            predictions=predictions,
             tokenizer=adapter.model.tokenizer,
             prompts=prompts,
             golden=questions,

@@ -21,7 +21,7 @@ from qlab.engine.adapt.attach import twin_with
 from qlab.runtime.job import Job
 from qlab.runtime.job import mlx_call
 from qlab.engine.evaluate.judge import judge
-from qlab.engine.evaluate.teacher import remember
+from qlab.engine.evaluate.teacher import teacher_predictions
 from qlab.lab.trainer import Trainer
 
 REPEATS = 3
@@ -76,8 +76,8 @@ def main() -> None:
         )
         for keep in (16, 64, 256, 512, 1024, 2048):
             place = Path(folder) / str(keep)
-            kept, first = run(lambda k=keep, at=place: remember(teacher, held, k, at))
-            report, later = median(lambda k=kept: judge(None, students, held, kept=k))
+            kept, first = run(lambda k=keep, at=place: teacher_predictions(teacher, held, k, at))
+            report, later = median(lambda k=kept: judge(None, students, held, predictions=k))
             size = sum(f.stat().st_size for f in place.iterdir()) / 1e6
             figures = " | ".join(f"{report[n].kl_nats:.4f}" for n in students)
             print(

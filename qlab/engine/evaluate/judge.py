@@ -1,9 +1,10 @@
-"""Judges models side by side.
+"""Evaluates models side by side: likelihood of targets, KL to the unquantized model, answers.
 
-Likelihood of what is right, distance from the unquantized model, answers to prompts.
+``lab.judging`` calls ``judge`` for full precision, quantized, and quantized + adapter; the report is
+``core.evaluate.judge.JudgeReport``. Only target tokens count: what a row says before them is given
+to the model, and it need not know it.
 
-Only target tokens count: what a row says before is what the model is told, not what it must know.
-Knows no scheme and no adapter: it is given models, and runs them one row at a time.
+Shapes: n targets of a row, V words in the vocabulary.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import nan
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,11 +22,16 @@ import numpy as np
 from qlab.core.config.legal import check_whole
 from qlab.core.evaluate.judge import COLUMNS, Column, JudgeReport, Sample, Scores
 from qlab.core.progress import Progress
-from qlab.engine.evaluate.generate import answer
-from qlab.engine.evaluate.golden import Match, Question, questions, score
+from qlab.engine.evaluate.answers import answers_of, asked_questions, samples_of
+from qlab.engine.evaluate.golden import Match, Question, questions
 from qlab.engine.evaluate.predict import Predictor, chunk_length
-from qlab.engine.evaluate.teacher import Kept, check_tokens, checked, rows_fingerprint, spots
-from qlab.engine.models.surgery import twin
+from qlab.engine.evaluate.teacher import (
+    TeacherPredictions,
+    check_tokens,
+    rows_fingerprint,
+    rows_with_targets,
+    target_positions,
+)
 from qlab.errors import ConfigError
 
 FULL = COLUMNS[0]
@@ -38,21 +43,21 @@ def judge(
     students: Mapping[str, nn.Module],
     rows: Sequence[Any] = (),
     *,
-    kept: Kept | None = None,
+    predictions: TeacherPredictions | None = None,
     tokenizer: Any = None,
     prompts: Iterable[str] = (),
     golden: Iterable[Mapping[str, Any]] = (),
     match: Match = "exact",
     max_tokens: int = 64,
 ) -> Generator[Progress, None, JudgeReport]:
-    """Judge models by rows held out, by a golden set, and let them answer prompts.
+    """Evaluate models on held-out rows and a golden set, and let them answer prompts.
 
     Args:
         teacher: the unquantized model, in the first column; None if it is not in memory.
         students: models by name of column, such as ``quantized`` and ``quantized + adapter``.
         rows: objects with ``tokens`` and ``mask`` (``core.train.rows``), not trained on.
-        kept: what ``engine.evaluate.teacher.remember`` returned for these rows: then the teacher
-            does not run on them.
+        predictions: the teacher's for these rows (``engine.evaluate.teacher``): then it does not
+            run on them.
         tokenizer: mlx-lm's wrapper; needed for prompts and golden sets.
         prompts: each model answers them, greedily.
         golden: prompts with expected answers, see ``engine.evaluate.golden.questions``.
@@ -63,56 +68,79 @@ def judge(
         Progress after each row and each token of an answer.
 
     Raises:
-        ConfigError: nothing to judge, or by nothing; ``kept`` belongs to other rows; vocabularies
-            differ.
+        ConfigError: nothing to evaluate, or on; ``predictions`` belong to other rows;
+            vocabularies differ.
         DataError: rows or golden set have faults.
     """
     start = time.perf_counter()
-    given = [rows] if isinstance(rows, str) else list(rows)
-    good = checked(given)
-    asked = _asked(prompts, questions(golden, match))
-    _check(teacher, students, good, kept, tokenizer, asked, max_tokens)
-    models = {**({FULL: teacher} if teacher is not None else {}), **students}
-    tallies = {name: _Tally() for name in ([FULL, *students] if kept is not None else models)}
-    if good:
-        yield from _on_rows(models, tallies, good, kept)
-    texts = yield from _answers(models, tokenizer, asked, max_tokens, tallies)
-    samples = tuple(
-        _sample(item, [texts.get((name, n)) for name in tallies], match)
-        for n, item in enumerate(asked)
+    all_rows = [rows] if isinstance(rows, str) else list(rows)
+    usable = rows_with_targets(all_rows)
+    asked = asked_questions(prompts, questions(golden, match))
+    _check(teacher, students, usable, predictions, tokenizer, asked, max_tokens)
+    models = dict(students) if teacher is None else {FULL: teacher, **students}
+    names = list(models) if predictions is None else [FULL, *students]
+    tallies = {name: _Tally() for name in names}
+    if usable:
+        yield from _on_rows(models, tallies, usable, predictions)
+    answers: dict[str, list[str]] = {}
+    if asked:
+        for name, module in models.items():
+            with tallies[name].clock():
+                answers[name] = yield from answers_of(module, name, tokenizer, asked, max_tokens)
+        yield Progress("answers", len(asked), len(asked))
+    samples = samples_of(asked, answers, tallies, match)
+    columns = _columns(tallies, samples, set(models), bool(usable))
+    return JudgeReport(
+        columns=columns,
+        samples=samples,
+        rows=len(usable),
+        targets=sum(target_positions(row).size for row in usable),
+        teacher=_teacher_in_words(predictions) if FULL in tallies and usable else "",
+        floor_nats=predictions.floor_nats if predictions else 0.0,
+        seconds=time.perf_counter() - start,
+        notes=_notes(columns, len(all_rows) - len(usable), predictions),
     )
+
+
+def _columns(
+    tallies: Mapping[str, _Tally],
+    samples: Sequence[Sample],
+    in_memory: set[str],
+    has_rows: bool,
+) -> tuple[Column, ...]:
     columns = []
     for i, (name, tally) in enumerate(tallies.items()):
-        marks = [s.scores[i] for s in samples if s.scores] if name in models else []
-        columns.append(Column.of(name, tally.scores() if good else None, marks, tally.seconds))
-    has_full = FULL in tallies and good
-    return JudgeReport(
-        columns=tuple(columns),
-        samples=samples,
-        rows=len(good),
-        targets=sum(spots(row).size for row in good),
-        teacher=(kept.words if kept else "exact") if has_full else "",
-        floor_nats=kept.floor_nats if kept else 0.0,
-        seconds=time.perf_counter() - start,
-        notes=_notes(columns, len(given) - len(good), kept),
-    )
+        golden: list[float] = []
+        if name in in_memory:
+            golden = [sample.scores[i] for sample in samples if sample.scores]
+        scores = tally.scores() if has_rows else None
+        columns.append(Column.of(name, scores, golden, tally.seconds))
+    return tuple(columns)
+
+
+def _teacher_in_words(predictions: TeacherPredictions | None) -> str:
+    return "exact" if predictions is None else predictions.description
+
+
+class _TargetScores(NamedTuple):
+    """What a model makes of some targets, ``(n,)`` each; NaN where nothing is to compare with."""
+
+    nll: Any
+    hits: Any
+    kl: Any
+    flips: Any
 
 
 @dataclass
 class _Tally:
-    """What one model collects, a list of float64 arrays each, one array a row."""
+    """Scores of one model, row by row, float64, and the time that it took."""
 
-    nll: list[np.ndarray] = field(default_factory=list)
-    hits: list[np.ndarray] = field(default_factory=list)
-    kl: list[np.ndarray] = field(default_factory=list)
-    flips: list[np.ndarray] = field(default_factory=list)
+    rows: list[_TargetScores] = field(default_factory=list)
     seconds: float = 0.0
 
-    def add(self, nll: Any, hits: Any, kl: Any, flips: Any) -> None:
-        for found, values in zip(
-            (self.nll, self.hits, self.kl, self.flips), (nll, hits, kl, flips), strict=True
-        ):
-            found.append(np.array(values, np.float64))
+    def add(self, scores: Iterable[Any]) -> None:
+        """Add the scores of a row, in the order of ``_TargetScores``."""
+        self.rows.append(_TargetScores(*(np.array(values, np.float64) for values in scores)))
 
     @contextmanager
     def clock(self) -> Iterator[None]:
@@ -122,175 +150,165 @@ class _Tally:
         self.seconds += time.perf_counter() - start
 
     def scores(self) -> Scores:
-        sums = [
-            np.array([part.sum() for part in parts])
-            for parts in (self.nll, self.hits, self.kl, self.flips)
-        ]
-        each = np.concatenate(self.kl)
-        targets = np.array([part.size for part in self.nll], np.float64)
-        return Scores(targets, *sums, kl_each=each if not np.isnan(each).all() else each[:0])
+        """Sum within rows."""
+        kl_each = np.concatenate([row.kl for row in self.rows])
+        if np.isnan(kl_each).all():
+            kl_each = kl_each[:0]
+        return Scores(
+            targets=np.array([row.nll.size for row in self.rows], np.float64),
+            nll=np.array([row.nll.sum() for row in self.rows]),
+            hits=np.array([row.hits.sum() for row in self.rows]),
+            kl_nats=np.array([row.kl.sum() for row in self.rows]),
+            flips=np.array([row.flips.sum() for row in self.rows]),
+            kl_each=kl_each,
+        )
 
 
 def _on_rows(
-    models: dict[str, nn.Module], tallies: dict[str, _Tally], rows: list[Any], kept: Kept | None
+    models: Mapping[str, nn.Module],
+    tallies: Mapping[str, _Tally],
+    rows: Sequence[Any],
+    predictions: TeacherPredictions | None,
 ) -> Generator[Progress, None, None]:
     """Fill the tallies, a row at a time; of every model one chunk of logits exists at once."""
     running = {
-        name: Predictor(module) for name, module in models.items() if kept is None or name != FULL
+        name: Predictor(module)
+        for name, module in models.items()
+        if predictions is None or name != FULL
     }
-    sizes = {
-        **({FULL: kept.vocabulary} if kept is not None else {}),
-        **{n: p.vocabulary for n, p in running.items()},
-    }
-    if len(set(sizes.values())) > 1:
-        raise ConfigError(
-            f"These models do not share a vocabulary: {', '.join(f'{n} has {s}' for n, s in sizes.items())}."
-        )
-    check_tokens(rows, min(sizes.values()))
-    before = 0
+    check_tokens(rows, _shared_vocabulary(running, predictions))
+    before = 0  # targets of the rows before
     for number, row in enumerate(rows):
-        where = spots(row)
+        where = target_positions(row)
         tokens = np.asarray(row.tokens, np.int32)
-        part = kept[before : before + where.size] if kept is not None else None
-        if part is not None:
-            none = np.zeros(where.size)
-            tallies[FULL].add(part.nll, part.tokens[:, 0] == tokens[where + 1], none, none)
-        _row(running, tallies, tokens, where, part)
+        stored = None
+        if predictions is not None:
+            stored = predictions[before : before + where.size]
+            hits = stored.tokens[:, 0] == tokens[where + 1]
+            zeros = np.zeros(where.size)
+            tallies[FULL].add(_TargetScores(nll=stored.nll, hits=hits, kl=zeros, flips=zeros))
+        _on_row(running, tallies, tokens, where, stored)
         before += where.size
         yield Progress("judging", number + 1, len(rows))
 
 
-def _row(
-    running: dict[str, Predictor],
-    tallies: dict[str, _Tally],
+def _shared_vocabulary(
+    running: Mapping[str, Predictor], predictions: TeacherPredictions | None
+) -> int:
+    """Return the size of the vocabulary that all models share.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    sizes: dict[str, int] = {}
+    if predictions is not None:
+        sizes[FULL] = predictions.vocabulary
+    for name, predictor in running.items():
+        sizes[name] = predictor.vocabulary
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+        raise ConfigError(f"These models do not share a vocabulary: {told}.")
+    return min(sizes.values())
+
+
+def _on_row(
+    running: Mapping[str, Predictor],
+    tallies: Mapping[str, _Tally],
     tokens: np.ndarray,
     where: np.ndarray,
-    kept: Kept | None,
+    stored: TeacherPredictions | None,
 ) -> None:
-    """Add what each model makes of a row to its tally."""
+    """Add what each model makes of a row to its tally.
+
+    Args:
+        running: models by name, the unquantized one first if it runs.
+        tallies: by name.
+        tokens: of the row, ``(length,)``.
+        where: positions whose next token is a target, ``(n,)``.
+        stored: the unquantized model's predictions at these targets.
+    """
+    if not running:
+        return
     inputs = mx.array(tokens[None, :-1])
     places = mx.array(where)
     targets = mx.array(tokens[where + 1])
     hidden: dict[str, mx.array] = {}
-    found: dict[str, list[list[np.ndarray]]] = {name: [] for name in running}
     for name, predictor in running.items():
         with tallies[name].clock():
             hidden[name] = predictor.hidden(inputs, places)
-    step = chunk_length(next(iter(running.values())).vocabulary) if running else where.size
+    chunks: dict[str, list[list[np.ndarray]]] = {name: [] for name in running}
+    step = chunk_length(next(iter(running.values())).vocabulary)
     for start in range(0, where.size, step):
         part = slice(start, start + step)
+        stored_part = None if stored is None else stored[part]
         full = None
         for name, predictor in running.items():
             with tallies[name].clock():
-                own = predictor.log_probs(hidden[name][part])
-                full = own if name == FULL else full
-                values = _compare(
-                    own, targets[part], full, kept[part] if kept is not None else None
-                )
-                mx.eval(values)
-                found[name].append([np.array(v, np.float64) for v in values])
-    for name, chunks in found.items():
-        tallies[name].add(*(np.concatenate(values) for values in zip(*chunks, strict=True)))
+                log_probs = predictor.log_probs(hidden[name][part])
+                if name == FULL:
+                    full = log_probs
+                scores = _compare(log_probs, targets[part], full, stored_part)
+                mx.eval(scores)
+                chunks[name].append([np.array(values, np.float64) for values in scores])
+    for name, parts in chunks.items():
+        tallies[name].add(np.concatenate(values) for values in zip(*parts, strict=True))
 
 
 def _compare(
-    own: mx.array, targets: mx.array, full: mx.array | None, kept: Kept | None
-) -> list[mx.array]:
-    """Return nll, hits, KL(full ‖ own) and flips at each position, lazily.
-
-    NaN where there is nothing to compare with.
+    log_probs: mx.array,
+    targets: mx.array,
+    full: mx.array | None,
+    stored: TeacherPredictions | None,
+) -> _TargetScores:
+    """Return the scores at some targets, lazily.
 
     Args:
-        own: log-probabilities ``(n, V)``.
+        log_probs: of the model, ``(n, V)``.
         targets: tokens ``(n,)``.
-        full: the unquantized model's log-probabilities, or None.
-        kept: or what was kept of them.
+        full: the unquantized model's log-probabilities ``(n, V)``, or None.
+        stored: or what was stored of them.
     """
-    nll = -mx.take_along_axis(own, targets[:, None], -1)[:, 0]
-    top = own.argmax(-1)
-    if kept is not None:
-        kl = _kl_to_kept(own, kept)
-        likeliest = mx.array(kept.tokens[:, 0])
-    elif full is not None:
-        kl = (mx.exp(full) * (full - own)).sum(-1)
-        likeliest = full.argmax(-1)
-    else:
-        return [nll, top == targets, nll * mx.nan, nll * mx.nan]
-    return [nll, top == targets, kl, top != likeliest]
+    nll = -mx.take_along_axis(log_probs, targets[:, None], -1)[:, 0]
+    likeliest = log_probs.argmax(-1)
+    hits = likeliest == targets
+    if stored is not None:
+        flips = likeliest != mx.array(stored.tokens[:, 0])
+        return _TargetScores(nll, hits, _kl_to_stored(log_probs, stored), flips)
+    if full is not None:
+        kl = (mx.exp(full) * (full - log_probs)).sum(-1)
+        return _TargetScores(nll, hits, kl, likeliest != full.argmax(-1))
+    unknown = nll * mx.nan
+    return _TargetScores(nll, hits, unknown, unknown)
 
 
-def _kl_to_kept(own: mx.array, kept: Kept) -> mx.array:
-    """KL between the K likeliest tokens and the rest as one, float32 ``(n,)``."""
-    tokens = mx.array(kept.tokens)
-    log_probs = mx.array(kept.log_probs)
-    tail = mx.array(kept.tail)
-    kl = (mx.exp(log_probs) * (log_probs - mx.take_along_axis(own, tokens, -1))).sum(-1)
-    if kept.tokens.shape[1] == kept.vocabulary:
+def _kl_to_stored(log_probs: mx.array, stored: TeacherPredictions) -> mx.array:
+    """KL between the K likeliest tokens and all others as one outcome, float32 ``(n,)``."""
+    tokens = mx.array(stored.tokens)  # (n, K)
+    teacher = mx.array(stored.log_probs)
+    student = mx.take_along_axis(log_probs, tokens, -1)
+    kl = (mx.exp(teacher) * (teacher - student)).sum(-1)
+    if stored.is_exact:
         return kl
-    others = mx.logsumexp(mx.put_along_axis(own, tokens, mx.array(-mx.inf), -1), -1)
-    return kl + mx.exp(tail) * (tail - others)
-
-
-def _asked(prompts: Iterable[str], golden: tuple[Question, ...]) -> list[Question]:
-    """Prompts without an expected answer, then the golden set."""
-    some = [prompts] if isinstance(prompts, str) else list(prompts)
-    for number, prompt in enumerate(some):
-        if not isinstance(prompt, str) or not prompt:
-            raise ConfigError(f"Prompt {number} is {prompt!r}; a prompt is text.")
-    return [*(Question(n, prompt, None) for n, prompt in enumerate(some)), *golden]
-
-
-def _answers(
-    models: dict[str, nn.Module],
-    tokenizer: Any,
-    asked: list[Question],
-    max_tokens: int,
-    tallies: dict[str, _Tally],
-) -> Generator[Progress, None, dict[tuple[str, int], str]]:
-    """Let every model answer every prompt; return answers by name and number."""
-    texts: dict[tuple[str, int], str] = {}
-    for name, module in models.items() if asked else ():
-        speaker = twin(module)
-        speaker.eval()
-        known = Predictor(module).vocabulary
-        for number, question in enumerate(asked):
-            with tallies[name].clock():
-                texts[name, number] = yield from _told(
-                    answer(speaker, tokenizer, question.prompt, max_tokens, known),
-                    Progress(f"{name} answers", number, len(asked)),
-                )
-    if asked:
-        yield Progress("answers", len(asked), len(asked))
-    return texts
-
-
-def _told(writing: Generator[int, None, str], progress: Progress) -> Generator[Progress, None, str]:
-    """Say how far an answer is, at each of its tokens, so that it can be stopped there."""
-    while True:
-        try:
-            next(writing)
-        except StopIteration as end:
-            return end.value
-        yield progress
-
-
-def _sample(question: Question, texts: list[str | None], match: Match) -> Sample:
-    shown = tuple(text or "" for text in texts)
-    if question.expected is None:
-        return Sample(question.prompt, shown)
-    scores = tuple(score(text, question, match) if text is not None else nan for text in texts)
-    return Sample(question.prompt, shown, str(question.expected), scores)
+    without_likeliest = mx.put_along_axis(log_probs, tokens, mx.array(-mx.inf), -1)
+    student_tail = mx.logsumexp(without_likeliest, -1)
+    teacher_tail = mx.array(stored.tail)
+    return kl + mx.exp(teacher_tail) * (teacher_tail - student_tail)
 
 
 def _check(
     teacher: nn.Module | None,
     students: Mapping[str, nn.Module],
-    rows: list[Any],
-    kept: Kept | None,
+    rows: Sequence[Any],
+    predictions: TeacherPredictions | None,
     tokenizer: Any,
-    asked: list[Question],
+    asked: Sequence[Question],
     max_tokens: int,
 ) -> None:
+    """Refuse what cannot be evaluated.
+
+    Raises:
+        ConfigError: says what is missing.
+    """
     if teacher is None and not students:
         raise ConfigError("There is no model to judge.")
     if FULL in students:
@@ -302,23 +320,34 @@ def _check(
     if asked and tokenizer is None:
         raise ConfigError("Prompts need a tokenizer.")
     check_whole("max_tokens", max_tokens, 1)
-    if kept is not None and (not rows or kept.rows != rows_fingerprint(rows)):
+    if predictions is None:
+        return
+    if not rows or predictions.rows != rows_fingerprint(rows):
         raise ConfigError(
-            "The kept predictions belong to other rows; call remember again with these."
+            "The stored predictions belong to other rows; call teacher_predictions with these."
         )
 
 
-def _notes(columns: list[Column], empty: int, kept: Kept | None) -> tuple[str, ...]:
+def _notes(
+    columns: Sequence[Column], empty: int, predictions: TeacherPredictions | None
+) -> tuple[str, ...]:
     """Say what the figures do not."""
-    found = [f"{empty} rows without a target were left out."] if empty else []
+    notes = []
+    if empty:
+        notes.append(f"{empty} rows without a target were left out.")
     for column in columns:
-        if column.scores is not None and not np.isfinite(column.scores.nll).all():
-            bad = int((~np.isfinite(column.scores.nll)).sum())
-            found.append(
-                f"{column.name} gives no numbers on {bad} rows: its weights or activations overflow."
+        failed = 0
+        if column.scores is not None:
+            failed = int((~np.isfinite(column.scores.nll)).sum())
+        if failed:
+            notes.append(
+                f"{column.name} gives no numbers on {failed} rows: "
+                "its weights or activations overflow."
             )
-        elif kept and column.name != FULL and kept.floor_nats > _FLOOR_NOTE * column.kl_nats:
-            found.append(
-                f"{column.name}: the floor is over half of the KL, which may be larger; keep more tokens (keep=)."
-            )
-    return tuple(found)
+        elif predictions is not None and column.name != FULL:
+            if predictions.floor_nats > _FLOOR_NOTE * column.kl_nats:
+                notes.append(
+                    f"{column.name}: the floor is over half of the KL, which may be larger; "
+                    "keep more tokens (keep=)."
+                )
+    return tuple(notes)

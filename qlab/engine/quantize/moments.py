@@ -1,7 +1,7 @@
 """One pass over the weights of a layer: sums from which every slider position is estimated.
 
-``table_filler`` reads each layer once with ``moments``, and once more with ``weighted_ranges`` after
-a calibration. A layer is read in blocks of rows, so that a large one is never in float32 whole.
+``table_filler`` reads each layer once with ``moments``, and once more with ``weighted_ranges``
+after a calibration. A layer is read in blocks of rows, so that a large one is never in float32 whole.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def moments(layer: LayerSpec, weight: mx.array) -> LayerMoments:
 
 
 def weighted_ranges(weight: mx.array, pairs: ImportancePairs) -> dict[int, float]:
-    """Sum (max − min)² of each weight's group, counted by the weight's importance Σ_p r_p[o]·c_p[i].
+    """Sum (max − min)² of each weight's group, counted by the weight's importance.
+
+    Importance is Σ_p r_p[o]·c_p[i].
 
     Args:
         weight: ``(out, in)``.

@@ -42,7 +42,7 @@ Events = Generator[Progress, None, None]
 
 
 def all_configs() -> tuple[QuantConfig, ...]:
-    """Every legal config of every scheme on the shelf: the rows of the table, all slider positions."""
+    """Return every legal config of every scheme: the rows of the table, all slider positions."""
     return tuple(
         QuantConfig(scheme.name, bits, group)
         for scheme in registry.shelf("schemes").values()
@@ -71,7 +71,7 @@ class TableFiller:
         self._weighted_ranges: dict[int, dict[int, float]] = {}  # by column and group size
 
     def sample(self, first: QuantConfig) -> Events:
-        """Fill the whole table from samples; ``first`` comes first, so that it can be shown at once.
+        """Fill the whole table from samples; ``first`` is done first, to be shown at once.
 
         Until all weights have been read once, errors are relative to the sample. Afterwards the sum
         of squared group ranges of the whole layer is the covariate of a ratio estimate
@@ -108,7 +108,7 @@ class TableFiller:
             yield Progress("measuring exactly", n + 1, len(todo))
 
     def predict(self, calibration: Calibration) -> Events:
-        """Turn every known error into predicted ΔKL, by the importance that a calibration measured."""
+        """Turn every known error into predicted ΔKL, by the importance that was calibrated."""
         self.calibration = calibration
         for measure in KL_MEASURES:
             self.table.measure(measure)[:] = np.nan

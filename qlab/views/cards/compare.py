@@ -1,7 +1,7 @@
 """Draws the comparison of schemes: a chart and a table.
 
-Registers the view and the figure of ``CompareReport``; sees a report, never a model. The SVG picture
-in the table's HTML is for viewers that cannot draw plotly.
+Registers the view and the figure of ``CompareReport``; sees a report, never a model. The SVG
+picture in the table's HTML is for viewers that cannot draw plotly.
 """
 
 from __future__ import annotations

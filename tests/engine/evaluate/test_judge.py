@@ -12,6 +12,7 @@ import pytest
 from qlab.core.config.quant import QuantConfig
 from qlab.core.config.lora import LoRAConfig
 from qlab.engine.evaluate import judge as judging
+from qlab.engine.evaluate import generate
 from qlab.engine.evaluate import predict
 from qlab.engine.evaluate import teacher
 from qlab.engine.evaluate.golden import questions
@@ -19,7 +20,7 @@ from qlab.engine.evaluate.golden import score
 from qlab.engine.evaluate.judge import judge
 from qlab.nn.frozen import Compute
 from qlab.engine.adapt.attach import attach
-from qlab.engine.evaluate.teacher import remember
+from qlab.engine.evaluate.teacher import teacher_predictions
 from qlab.errors import ConfigError
 from qlab.errors import DataError
 from qlab.errors import UnsupportedError
@@ -154,7 +155,7 @@ def test_a_model_that_cannot_be_taken_apart_gives_the_same_figures(pair, monkeyp
     def refuse(_):
         raise UnsupportedError("no blocks")
 
-    monkeypatch.setattr(predict, "Stack", refuse)
+    monkeypatch.setattr(predict, "BlockStack", refuse)
     other = run(judge(pair[0], {"quantized": pair[1]}, rows()))
     assert other.columns[1].kl_nats == pytest.approx(whole.columns[1].kl_nats, rel=1e-5)
 
@@ -201,8 +202,8 @@ def test_without_the_full_model_there_is_no_distance(pair):
 
 def test_predictions_kept_whole_give_the_exact_figures(pair, tmp_path):
     exact = run(judge(pair[0], {"quantized": pair[1]}, rows()))
-    kept = run(remember(pair[0], rows(), V, tmp_path))
-    report = run(judge(None, {"quantized": pair[1]}, rows(), kept=kept))
+    kept = run(teacher_predictions(pair[0], rows(), V, tmp_path))
+    report = run(judge(None, {"quantized": pair[1]}, rows(), predictions=kept))
     assert report.teacher == "exact" and report.floor_nats == 0
     for name in ("nll", "kl_nats", "flips", "token_accuracy"):
         for i in range(2):
@@ -216,8 +217,8 @@ def test_predictions_kept_in_part_give_a_lower_bound_that_lacks_what_happens_in_
     pair, tmp_path, keep
 ):
     exact, data = run(judge(pair[0], {"quantized": pair[1]}, rows())), rows()
-    kept = run(remember(pair[0], data, keep, tmp_path))
-    report = run(judge(None, {"quantized": pair[1], "same": pair[0]}, data, kept=kept))
+    kept = run(teacher_predictions(pair[0], data, keep, tmp_path))
+    report = run(judge(None, {"quantized": pair[1], "same": pair[0]}, data, predictions=kept))
     lacks = []
     for row in data:
         p, q = (log_probs(module, row.tokens)[np.flatnonzero(row.mask[1:])] for module in pair)
@@ -236,7 +237,7 @@ def test_predictions_kept_in_part_give_a_lower_bound_that_lacks_what_happens_in_
 
 
 def test_the_floor_is_the_distance_to_the_tail_spread_evenly(pair, tmp_path):
-    kept = run(remember(pair[0], rows(), 8, tmp_path))
+    kept = run(teacher_predictions(pair[0], rows(), 8, tmp_path))
     data = rows()
     p = np.concatenate(
         [log_probs(pair[0], row.tokens)[np.flatnonzero(row.mask[1:])] for row in data]
@@ -251,21 +252,25 @@ def test_the_floor_is_the_distance_to_the_tail_spread_evenly(pair, tmp_path):
 
 
 def test_kept_predictions_are_read_from_disk_and_made_again_if_broken(pair, tmp_path, monkeypatch):
-    first = run(remember(pair[0], rows(), 8, tmp_path))
+    first = run(teacher_predictions(pair[0], rows(), 8, tmp_path))
     (file,) = tmp_path.iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(teacher, "Predictor", None)  # the model must not run
-        again = run(remember(pair[0], rows(), 8, tmp_path))
-    assert (again.log_probs == first.log_probs).all() and again.words == first.words
+        again = run(teacher_predictions(pair[0], rows(), 8, tmp_path))
+    assert (again.log_probs == first.log_probs).all() and again.description == first.description
     file.write_bytes(file.read_bytes()[:100])
-    assert (run(remember(pair[0], rows(), 8, tmp_path)).log_probs == first.log_probs).all()
+    assert (
+        run(teacher_predictions(pair[0], rows(), 8, tmp_path)).log_probs == first.log_probs
+    ).all()
     file.write_bytes(b"PK nothing")
-    assert (run(remember(pair[0], rows(), 8, tmp_path)).log_probs == first.log_probs).all()
+    assert (
+        run(teacher_predictions(pair[0], rows(), 8, tmp_path)).log_probs == first.log_probs
+    ).all()
 
 
 def test_another_model_and_other_rows_have_files_of_their_own(pair, tmp_path):
     made = [
-        run(remember(m, r, 8, tmp_path))
+        run(teacher_predictions(m, r, 8, tmp_path))
         for m, r in ((pair[0], rows()), (pair[1], rows()), (pair[0], rows(5, 1)))
     ]
     assert len(list(tmp_path.iterdir())) == 3 and not (made[0].nll == made[1].nll).all()
@@ -275,7 +280,7 @@ def test_only_the_newest_eight_files_stay(pair, tmp_path):
     for n in range(9):
         (tmp_path / f"{n}.npz").write_bytes(b"")
         os.utime(tmp_path / f"{n}.npz", (n, n))
-    run(remember(pair[0], rows(1), 8, tmp_path))
+    run(teacher_predictions(pair[0], rows(1), 8, tmp_path))
     assert (
         len(list(tmp_path.iterdir())) == 8
         and not (tmp_path / "1.npz").exists()
@@ -285,7 +290,7 @@ def test_only_the_newest_eight_files_stay(pair, tmp_path):
 
 def test_a_cache_that_cannot_be_written_costs_only_time(pair, tmp_path):
     (tmp_path / "file").write_text("")
-    assert run(remember(pair[0], rows(1), 8, tmp_path / "file")).tokens.shape[1] == 8
+    assert run(teacher_predictions(pair[0], rows(1), 8, tmp_path / "file")).tokens.shape[1] == 8
 
 
 def test_broken_weights_are_named(pair):
@@ -301,7 +306,7 @@ def test_broken_weights_are_named(pair):
 
 
 def test_answers_are_what_the_model_finds_likeliest(pair, monkeypatch):
-    monkeypatch.setattr(predict, "_PREFILL", 4)
+    monkeypatch.setattr(generate, "_PREFILL", 4)
 
     @on_mlx
     def plain(prompt: str) -> str:
@@ -366,13 +371,16 @@ def test_a_golden_set_is_scored_for_every_model(pair):
 
 
 def test_a_model_that_is_not_in_memory_is_not_asked(pair, tmp_path):
-    kept, golden = run(remember(pair[0], rows(), 8, tmp_path)), [{"prompt": "a", "expected": "b"}]
+    kept, golden = (
+        run(teacher_predictions(pair[0], rows(), 8, tmp_path)),
+        [{"prompt": "a", "expected": "b"}],
+    )
     report = run(
         judge(
             None,
             {"quantized": pair[1]},
             rows(),
-            kept=kept,
+            predictions=kept,
             tokenizer=Letters(),
             golden=golden,
             max_tokens=3,
@@ -459,9 +467,9 @@ REFUSED = {
         lambda p: judge(p[0], {}, prompts=["a"], tokenizer=Letters(), max_tokens=0),
         "max_tokens=0",
     ),
-    "keep of 0": (lambda p: remember(p[0], rows(), 0), "keep=0"),
-    "keep of True": (lambda p: remember(p[0], rows(), True), "keep=True"),
-    "no rows to remember": (lambda p: remember(p[0], []), "no rows"),
+    "keep of 0": (lambda p: teacher_predictions(p[0], rows(), 0), "keep=0"),
+    "keep of True": (lambda p: teacher_predictions(p[0], rows(), True), "keep=True"),
+    "no rows to remember": (lambda p: teacher_predictions(p[0], []), "no rows"),
     "rows without tokens": (lambda p: judge(p[0], {}, ["hello"]), "Row 0 has no tokens"),
     "rows as text": (lambda p: judge(p[0], {}, "hello"), "Row 0 has no tokens"),
     "a mask of another length": (
@@ -483,7 +491,7 @@ REFUSED = {
         "Row 1 has token 97",
     ),
     "a token below 0": (
-        lambda p: remember(
+        lambda p: teacher_predictions(
             p[0], [SimpleNamespace(tokens=np.array([1, -1], np.int32), mask=np.ones(2))]
         ),
         "token -1",
@@ -503,8 +511,12 @@ def test_what_cannot_be_judged_is_refused(pair, name):
 
 
 def test_predictions_kept_for_other_rows_are_refused(pair, tmp_path):
-    kept = run(remember(pair[0], rows(), 8, tmp_path))
+    kept = run(teacher_predictions(pair[0], rows(), 8, tmp_path))
     with pytest.raises(ConfigError, match="other rows"):
-        run(judge(None, {"quantized": pair[1]}, rows(5, 1), kept=kept))
+        run(judge(None, {"quantized": pair[1]}, rows(5, 1), predictions=kept))
     with pytest.raises(ConfigError, match="other rows"):
-        run(judge(None, {"quantized": pair[1]}, prompts=["a"], tokenizer=Letters(), kept=kept))
+        run(
+            judge(
+                None, {"quantized": pair[1]}, prompts=["a"], tokenizer=Letters(), predictions=kept
+            )
+        )
