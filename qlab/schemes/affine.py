@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qlab.core.config.quant import Layout, PackedArrays, QuantConfig, Scheme
+from qlab.core.config.quant import Layout, PackedArrays, QuantConfig, Scheme, Shape
 from qlab.registry import LazyModule
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Affine(Scheme):
     default_group_size = 64
     stock_mode = "affine"
 
-    def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:
+    def layout(self, shape: Shape, config: QuantConfig, dtype: str) -> Layout:
         *rows, width = shape
         words = (*rows, width * config.bits // 32)
         groups = (*rows, width // config.group_size)

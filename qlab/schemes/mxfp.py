@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qlab.core.config.quant import Layout, PackedArrays, QuantConfig, Scheme
+from qlab.core.config.quant import Layout, PackedArrays, QuantConfig, Scheme, Shape
 from qlab.registry import LazyModule
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class MxFp(Scheme):
         # MLX's CPU reads E4M3 elements by the primitive FromFP8
         self.unreadable_on = ("cpu",) if element == "E4M3" else ()
 
-    def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:
+    def layout(self, shape: Shape, config: QuantConfig, dtype: str) -> Layout:
         *rows, width = shape
         return {
             "weight": ((*rows, width * config.bits // 32), "uint32"),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlab.core.arithmetic import ceil_div
-from qlab.core.config.quant import Layout, PackedArrays, QuantConfig, Scheme
+from qlab.core.config.quant import Layout, PackedArrays, QuantConfig, Scheme, Shape
 from qlab.ops.dynamic_map import dynamic_map
 from qlab.registry import LazyModule
 
@@ -78,7 +78,7 @@ class Nf4(Scheme):
         scales = "double-quantized scales" if double else "float32 scale per block"
         self.title = f"NormalFloat-4 of QLoRA, {scales}"
 
-    def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:
+    def layout(self, shape: Shape, config: QuantConfig, dtype: str) -> Layout:
         *rows, width = shape
         words = (*rows, width // 8)
         blocks = (*rows, width // config.group_size)

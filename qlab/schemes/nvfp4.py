@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qlab.core.config.quant import Layout, PackedArrays, QuantConfig, Scheme
+from qlab.core.config.quant import Layout, PackedArrays, QuantConfig, Scheme, Shape
 from qlab.registry import LazyModule
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class NvFp4(Scheme):
             scale = "no tensor scale (as mlx-lm stores it)"
         self.title = f"E2M1 floats, E4M3 scale per 16, {scale}"
 
-    def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:
+    def layout(self, shape: Shape, config: QuantConfig, dtype: str) -> Layout:
         *rows, width = shape
         arrays: Layout = {
             "weight": ((*rows, width // 8), "uint32"),

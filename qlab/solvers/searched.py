@@ -120,7 +120,8 @@ def _search(rows: mx.array, power: mx.array, config: QuantConfig) -> PackedArray
 def _codes(weights: mx.array, scale: mx.array, bias: mx.array, top: int) -> mx.array:
     """Nearest codes 0…top, float32 ``(rows, groups, group_size)``."""
     safe = mx.where(scale == 0, 1.0, scale)
-    return mx.clip(mx.round((weights - bias[..., None]) / safe[..., None]), 0, top)
+    steps = (weights - bias[..., None]) / safe[..., None]
+    return mx.clip(mx.round(steps), 0, top)
 
 
 def _scored(
@@ -137,7 +138,11 @@ def _scored(
 def _better(old: _Candidate, new: _Candidate) -> _Candidate:
     """Take the better of two candidates, group by group; the old one where they are equal."""
     wins = new.error < old.error
-    return _Candidate(*(mx.where(wins, n, o) for n, o in zip(new, old, strict=True)))
+    return _Candidate(
+        error=mx.where(wins, new.error, old.error),
+        scale=mx.where(wins, new.scale, old.scale),
+        bias=mx.where(wins, new.bias, old.bias),
+    )
 
 
 def _refit(weights: mx.array, importance: mx.array, codes: mx.array) -> tuple[mx.array, mx.array]:

@@ -32,7 +32,8 @@ _ITEMSIZES = {
     "int64": 8,
     "uint64": 8,
 }
-Layout = dict[str, tuple[tuple[int, ...], str]]
+Shape = tuple[int, ...]
+Layout = dict[str, tuple[Shape, str]]
 """Shape and dtype name of every stored array, by parameter name."""
 PackedArrays = dict[str, Any]
 """The stored arrays of a weight, by parameter name."""
@@ -103,7 +104,7 @@ class Scheme(ABC):
     unreadable_on: tuple[str, ...] = ()
 
     @abstractmethod
-    def layout(self, shape: tuple[int, ...], config: QuantConfig, dtype: str) -> Layout:
+    def layout(self, shape: Shape, config: QuantConfig, dtype: str) -> Layout:
         """Shape and dtype of every array that ``quantize`` returns, by parameter name.
 
         Args:
@@ -112,7 +113,7 @@ class Scheme(ABC):
             dtype: name of the weight's dtype, such as ``"bfloat16"``.
         """
 
-    def nbytes(self, shape: tuple[int, ...], config: QuantConfig, itemsize: int) -> int:
+    def nbytes(self, shape: Shape, config: QuantConfig, itemsize: int) -> int:
         """Exact bytes of a packed weight.
 
         Args:
@@ -187,9 +188,7 @@ class Scheme(ABC):
         """
         return self.dequantize(self.quantize(rows, config), config, dtype)
 
-    def bits_per_weight(
-        self, shape: tuple[int, ...], config: QuantConfig, itemsize: int = 2
-    ) -> float:
+    def bits_per_weight(self, shape: Shape, config: QuantConfig, itemsize: int = 2) -> float:
         """Stored bits per weight, scales and all, for a weight of this shape."""
         return 8 * self.nbytes(shape, config, itemsize) / prod(shape)
 

@@ -15,7 +15,7 @@ from enum import Enum, auto
 from math import prod
 from typing import NamedTuple
 
-from qlab.core.graph.graph import Graph, Node
+from qlab.core.graph.graph import Graph, Node, Shape
 from qlab.core.graph.primitives import ELEMENTWISE, IN_PLACE, PRODUCTS, SHAPES, VIEWS
 from qlab.core.graph.strides import (
     Strides,
@@ -178,7 +178,7 @@ class Buffers:
             else:
                 self.allocate(a)
 
-    def _common(self, vectors: list[int], shape: tuple[int, ...]) -> _Stored | None:
+    def _common(self, vectors: list[int], shape: Shape) -> _Stored | None:
         """How a result lies that is laid out as its operands are; None if it is laid out anew.
 
         ``get_binary_op_type``: operands agree if all are row-contiguous, or all column-contiguous.
@@ -305,7 +305,7 @@ class Buffers:
         return stored.elements == prod(shape) and is_dense(shape, stored.strides)
 
 
-def _broadcast_strides(shape: tuple[int, ...], strides: Strides, to: tuple[int, ...]) -> Strides:
+def _broadcast_strides(shape: Shape, strides: Strides, to: Shape) -> Strides:
     """Strides of an array that is broadcast: 0 along every axis that is repeated."""
     padded = [0] * (len(to) - len(shape))
     padded += [0 if s == 1 else t for s, t in zip(shape, strides, strict=True)]

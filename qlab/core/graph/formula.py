@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qlab.core.graph.graph import Array, Graph
+from qlab.core.graph.graph import Array, Graph, Shape
 from qlab.core.graph.parts import INPUTS, PARTS, ROW, Unit, labels, over_time
 from qlab.core.graph.simulate import Runahead, Usage, simulate
 from qlab.core.graph.sizes import QUANTITIES, Reference, sizes
@@ -106,7 +106,8 @@ class Formula:
                 highest = float(use[at].sum())
                 peak = use[at]
                 peak_phase = name
-        return Peak(peak_phase, dict(zip(PARTS, np.maximum(peak, 0).tolist(), strict=True)))
+        nbytes = np.maximum(peak, 0).tolist()
+        return Peak(peak_phase, dict(zip(PARTS, nbytes, strict=True)))
 
     def _of_further_blocks(
         self, phase: int, terms: np.ndarray, blocks: tuple[int, ...]
@@ -138,7 +139,7 @@ class Sample:
     references: tuple[Reference, Reference]
     blocks: tuple[int, ...]
     vocabulary: int
-    trained: tuple[tuple[int, ...], ...]
+    trained: tuple[Shape, ...]
 
 
 def formula(sample: Sample, runahead: Runahead) -> Formula:
@@ -196,10 +197,12 @@ class _Fitting:
         used = sorted({0, every.index(_RANK), *product_of.values()})
         self._products = [every[p] for p in used]
         values = _terms(sample.references[0].sizes, self._products)
-        self._units = {
-            shape: Unit(used.index(p), values[used.index(p)]) for shape, p in product_of.items()
-        }
-        self._rank = Unit(used.index(every.index(_RANK)), float(sample.references[0].rank))
+        self._units = {}
+        for shape, p in product_of.items():
+            place = used.index(p)
+            self._units[shape] = Unit(place, values[place])
+        place = used.index(every.index(_RANK))
+        self._rank = Unit(place, float(sample.references[0].rank))
 
     def formula(self) -> Formula:
         whole = self._moments(self._sample.pair[0])
@@ -347,7 +350,7 @@ def _products() -> list[Exponents]:
     return [tuple(chosen.count(i) for i in range(count)) for chosen in factors]
 
 
-def _product_by_shape(sample: Sample, products: list[Exponents]) -> dict[tuple[int, ...], int]:
+def _product_by_shape(sample: Sample, products: list[Exponents]) -> dict[Shape, int]:
     """Return which product the size of each shape is a multiple of.
 
     Returns:
@@ -370,7 +373,7 @@ def _product_by_shape(sample: Sample, products: list[Exponents]) -> dict[tuple[i
     indices = list(by_growth.values())
     rank = products.index(_RANK)
 
-    by_shape: dict[tuple[int, ...], int] = {}
+    by_shape: dict[Shape, int] = {}
     for a, array in one.arrays.items():
         if array.shape in by_shape:
             continue

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import replace
 
-from qlab.core.graph.graph import Graph, Node
+from qlab.core.graph.graph import Graph, Node, Shape
 from qlab.core.graph.primitives import FUSABLE
 
 _MAX_DEPTH = 11  # max_compile_depth
@@ -88,7 +88,7 @@ class _Fusion:
         n = self._makers.get(a, -1)
         return n, self._nodes[n] if n >= 0 else None
 
-    def shape(self, a: int) -> tuple[int, ...]:
+    def shape(self, a: int) -> Shape:
         """Shape of an array."""
         return self._arrays[a].shape
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, NamedTuple
 
+Shape = tuple[int, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Array:
@@ -23,7 +25,7 @@ class Array:
             an input; ``gradients`` for what the update makes of them; else empty.
     """
 
-    shape: tuple[int, ...]
+    shape: Shape
     itemsize: int
     role: str = ""
 

@@ -85,10 +85,11 @@ class _Rebuilding:
         self._copy = Graph()
         self._new: dict[int, int] = {}  # ids in the copy, by ids in the graph
         # calls by the arrays that end their forward and backward passes
-        self._outputs = {stand_in.output: n for n, stand_in in enumerate(self._stand_ins)}
-        self._gradients = {
-            a: n for n, stand_in in enumerate(self._stand_ins) for a in stand_in.gradients.values()
-        }
+        self._outputs: dict[int, int] = {}
+        self._gradients: dict[int, int] = {}
+        for n, stand_in in enumerate(self._stand_ins):
+            self._outputs[stand_in.output] = n
+            self._gradients |= dict.fromkeys(stand_in.gradients.values(), n)
 
     def run(self) -> Graph:
         inputs = set(self._graph.inputs)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qlab.core.graph.buffers import Change
-from qlab.core.graph.graph import Array, Graph, Node
+from qlab.core.graph.graph import Array, Graph, Node, Shape
 from qlab.core.graph.simulate import Usage
 
 PARTS = {
@@ -45,7 +45,7 @@ class Unit(NamedTuple):
 _BYTES = Unit(0, 1.0)
 
 
-def labels(graph: Graph, vocabulary: int, trained: Iterable[tuple[int, ...]]) -> dict[int, str]:
+def labels(graph: Graph, vocabulary: int, trained: Iterable[Shape]) -> dict[int, str]:
     """Return the part of every array of a step, by id, while it is needed.
 
     Args:
@@ -63,7 +63,7 @@ class _Labels:
         parts: by array id.
     """
 
-    def __init__(self, graph: Graph, vocabulary: int, trained: Iterable[tuple[int, ...]]) -> None:
+    def __init__(self, graph: Graph, vocabulary: int, trained: Iterable[Shape]) -> None:
         self._graph = graph
         self._vocabulary = vocabulary
         # a gradient may lie turned round on its way
@@ -97,7 +97,7 @@ class _Labels:
             for a in node.outputs:
                 self.parts[a] = self._part(self._graph.arrays[a].shape, sources)
 
-    def _part(self, shape: tuple[int, ...], sources: set[str]) -> str:
+    def _part(self, shape: Shape, sources: set[str]) -> str:
         if sources <= {"weights", "dequantized"}:
             return "dequantized"
         # before logits: an adapter on the embedding is as long as the vocabulary, too

@@ -170,9 +170,13 @@ class _Simulation:
         Those of its inputs and of its outputs but the first, which is not held by itself
         (``backend/cpu/eval.cpp``).
         """
-        held = {id(self._buffers[a]): self._buffers[a] for a in (*node.inputs, *node.outputs[1:])}
+        held = {}
+        for a in (*node.inputs, *node.outputs[1:]):
+            buffer = self._buffers[a]
+            held[id(buffer)] = buffer
         for a in node.outputs[:1]:
-            held.pop(id(self._buffers[a]), None)
+            buffer = self._buffers[a]
+            held.pop(id(buffer), None)
         return list(held.values())
 
     def _dispatches(self, node: Node, copies: int) -> int:

@@ -75,7 +75,10 @@ def references(chunks: int, widest: int = 7, tiles: bool = False) -> tuple[Refer
 def _reference(trace: _Trace, chunks: int, widest: int) -> Reference:
     positions = trace.batch * trace.tokens
     # whole chunks and a shorter last one
-    chunk = ceil(positions / (chunks - 1 + trace.last_chunk)) if chunks > 1 else chunks * positions
+    if chunks > 1:
+        chunk = ceil(positions / (chunks - 1 + trace.last_chunk))
+    else:
+        chunk = chunks * positions
     return Reference(trace.batch, trace.tokens, min(trace.rank, widest), chunk)
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from math import prod
 
+from qlab.core.graph.graph import Shape
+
 Strides = tuple[int, ...]
-Shape = tuple[int, ...]
 
 
 def dense_strides(shape: Shape) -> Strides:

@@ -60,8 +60,10 @@ class _Unmerging:
         numbers: set[int] = set()
         for node in self._graph.nodes:
             follows = all(a in numbers or a not in self._makers for a in node.inputs)
-            single = all(arrays[a].size == 1 for a in (*node.inputs, *node.outputs))
-            if node.inputs and follows and single and asked.isdisjoint(node.outputs):
+            sides = (*node.inputs, *node.outputs)
+            is_single = all(arrays[a].size == 1 for a in sides)
+            is_asked = not asked.isdisjoint(node.outputs)
+            if node.inputs and follows and is_single and not is_asked:
                 numbers.update(node.outputs)
         return numbers
 

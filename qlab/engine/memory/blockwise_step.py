@@ -99,7 +99,8 @@ class BlockwiseGraph:
             grads |= self._embedding_gradients(tokens, cotangent, grads)
 
         count = pieces.add_input(mx.array(0.0), "batch")
-        sums = SumIds([grads[path].id for path in model.trained], loss.total.id, count.id)
+        ordered = [grads[path].id for path in model.trained]
+        sums = SumIds(ordered, loss.total.id, count.id)
         graph = pieces.graph
         add_update(graph, self._train, model.trained, parameters, sums)
         graph.hand_over(graph.outputs, self._window)
@@ -126,7 +127,10 @@ class BlockwiseGraph:
 
         x, *others = self._pieces.add("before", run, [tokens, *model.outside_arrays])
         left = iter(others)
-        calls = [_Call(form, [next(left) for _ in _arrays_in(form)]) for form in forms]
+        calls = []
+        for form in forms:
+            arrays = [next(left) for _ in _arrays_in(form)]
+            calls.append(_Call(form, arrays))
         return x, calls
 
     def _cast_factors(self, dtype: mx.Dtype) -> None:
@@ -137,9 +141,9 @@ class BlockwiseGraph:
         for path in castable.get(dtype, ()):
             if model.trained[path].dtype == dtype:
                 continue
-            (cast,) = self._pieces.add(
-                (path, dtype), lambda array: [array.astype(dtype)], [model.placed[path]]
-            )
+            key = (path, dtype)
+            factor = model.placed[path]
+            (cast,) = self._pieces.add(key, lambda array: [array.astype(dtype)], [factor])
             model.placed[path] = cast
             model.put([path], [cast.like])
 
@@ -239,7 +243,8 @@ class BlockwiseGraph:
 
         sums = [grads[path] for path in paths]
         inputs = [tokens, cotangent, *sums, *model.outside_arrays]
-        return dict(zip(paths, self._pieces.add("into", run, inputs), strict=True))
+        summed = self._pieces.add("into", run, inputs)
+        return dict(zip(paths, summed, strict=True))
 
 
 class _Call(NamedTuple):
@@ -261,8 +266,11 @@ class _Call(NamedTuple):
     def arguments(self, arrays: Sequence[mx.array]) -> tuple[list[Any], dict[str, Any]]:
         """Positional and keyword arguments with these arrays."""
         left = iter(arrays)
-        filled = tree_map(lambda leaf: next(left) if _is_array(leaf) else leaf, self.form)
-        args, kwargs = filled
+
+        def fill(leaf: Any) -> Any:
+            return next(left) if _is_array(leaf) else leaf
+
+        args, kwargs = tree_map(fill, self.form)
         return args, kwargs
 
 
@@ -299,8 +307,9 @@ class _Block:
     @property
     def form(self) -> Hashable:
         """Equal for blocks that make the same graph."""
-        likes = [placed.like for placed in self.placed]
-        arrays = [(n, a.shape, a.dtype) for n, a in zip(self._names, likes, strict=True)]
+        arrays = []
+        for name, placed in zip(self._names, self.placed, strict=True):
+            arrays.append((name, placed.like.shape, placed.like.dtype))
         return type(self._module), tuple(arrays), tuple(self._trained)
 
     def forward(self, call: _Call, users: Any) -> Function:
@@ -354,7 +363,8 @@ class _Block:
         return self._module(x, *args, **kwargs)
 
     def _put(self, arrays: Sequence[mx.array]) -> None:
-        self._module.update(tree_unflatten(list(zip(self._names, arrays, strict=True))))
+        pairs = list(zip(self._names, arrays, strict=True))
+        self._module.update(tree_unflatten(pairs))
 
 
 def _arrays_in(tree: Any) -> Outputs:

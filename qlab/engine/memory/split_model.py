@@ -83,7 +83,8 @@ class SplitModel:
 
     def put(self, paths: Iterable[str], arrays: Sequence[mx.array]) -> None:
         """Let the model compute with other arrays from now on."""
-        self.module.update(tree_unflatten(list(zip(paths, arrays, strict=True))))
+        pairs = list(zip(paths, arrays, strict=True))
+        self.module.update(tree_unflatten(pairs))
 
     def restore(self) -> None:
         """Put back the arrays that the model had at first."""

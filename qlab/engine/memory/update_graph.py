@@ -78,8 +78,8 @@ class _Update:
             return [old + new for old, new in zip(arrays[:half], arrays[half:], strict=True)]
 
         piece = unmerged(read(plus, examples * 2))
-        added = self._graph.then(piece, [*earlier, *sums.grads, sums.loss, sums.count], {})
-        *grads, loss, count = added
+        newest = [*sums.grads, sums.loss, sums.count]
+        *grads, loss, count = self._graph.then(piece, [*earlier, *newest], {})
         return SumIds(grads, loss, count)
 
     def _gathered(self, sums: SumIds) -> tuple[list[int], Arrays]:
@@ -103,8 +103,9 @@ class _Update:
         """Lazy arrays like the gradients: in the parameters' dtypes, or in half as many bytes."""
         grads = {}
         for (path, array), a in zip(self._trained.items(), sums.grads, strict=True):
-            is_same = self._graph.arrays[a].itemsize == array.dtype.size
-            grads[path] = array.astype(array.dtype if is_same else mx.bfloat16)
+            itemsize = self._graph.arrays[a].itemsize
+            dtype = array.dtype if itemsize == array.dtype.size else mx.bfloat16
+            grads[path] = array.astype(dtype)
         return grads
 
     def _gather(self, grads: Arrays) -> FlatGradients:
@@ -135,8 +136,9 @@ class _Update:
             norm, loss, count, rate = left
             gathered = FlatGradients(grads, norm, loss, count)
             new = update(update.by_path(old), moments, gathered, rate)
-            new_arrays = [*update.flat(new.parameters).values(), *new.state.values()]
-            return [*new_arrays, new.loss, new.grad_norm, new.finite]
+            new_flat = update.flat(new.parameters)
+            reported = [new.loss, new.grad_norm, new.finite]
+            return [*new_flat.values(), *new.state.values(), *reported]
 
         states = [self._input(array, "optimizer") for array in state.values()]
         if flat is self._trained:
@@ -146,7 +148,8 @@ class _Update:
             views = [Array(array.shape, 0, "adapter") for array in flat.values()]
             current = [self._graph.add(view) for view in views]
         rate = self._input(self._number, "batch")
-        examples = [*flat.values(), *state.values(), *joined.values(), *[self._number] * 4]
+        numbers = [self._number] * 4  # norm, loss, count, learning rate
+        examples = [*flat.values(), *state.values(), *joined.values(), *numbers]
         piece = compiled(read(run, examples))
         inputs = [*current, *states, *handed_over, rate]
         return self._graph.then(piece, inputs, {}, "gradients")

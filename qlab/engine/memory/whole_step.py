@@ -44,7 +44,10 @@ def whole(module: nn.Module, train: TrainConfig) -> Graph:
         module.update(tree_unflatten(list(frozen.items())))
 
     # the CPU's step is compiled, others evaluate it operation by operation
-    graph = compiled(graph).needed() if backend() == "cpu" else unmerged(graph, graph.outputs[0])
+    if backend() == "cpu":
+        graph = compiled(graph).needed()
+    else:
+        graph = unmerged(graph, loss=graph.outputs[0])
     loss, count, *grads = graph.outputs
     trained = graph.inputs[len(frozen) : len(parameters)]
     add_update(graph, train, step.parameters, trained, SumIds(grads, loss, count))
@@ -65,14 +68,19 @@ def _read(step: WholeGraphStep, module: nn.Module, train: TrainConfig, frozen: A
         tokens, mask, key = left
         module.update(tree_unflatten(list(weights.items())))
         # ``vjp`` of mlx/transforms.cpp differentiates by copies of the arrays that it is given
-        copies = {path: mx.depends([a], [key])[0] for path, a in parameters.items()}
+        copies = {}
+        for path, array in parameters.items():
+            (copies[path],) = mx.depends([array], [key])
         segments = tokens if train.pack else None
         sums = step(copies, StepBatch(tokens, mask, key, segments))
         return [sums.loss, sums.count, *sums.grads.values()]
 
     tokens = mx.zeros((train.batch_size, train.max_seq_length), mx.int32)
-    arrays = [*frozen.values(), *step.parameters.values(), tokens, tokens, mx.random.key(0)]
-    roles = ["weights"] * len(frozen) + ["adapter"] * len(step.parameters) + ["batch"] * 3
+    batch = [tokens, tokens, mx.random.key(0)]  # the mask is as large as the tokens
+    arrays = [*frozen.values(), *step.parameters.values(), *batch]
+    roles = ["weights"] * len(frozen)
+    roles += ["adapter"] * len(step.parameters)
+    roles += ["batch"] * len(batch)
     return read(run, arrays, roles)
 
 
