@@ -290,6 +290,11 @@ def test_advice_goes_from_16_bits_to_fewer_to_a_smaller_model():
     )
 
 
+def test_the_old_name_of_asking_for_another_setup_warns(est):
+    with pytest.deprecated_call(match=r"use at\(setup\)"):
+        assert est.again(est.setup).parts == est.parts
+
+
 # --- levels ----------------------------------------------------------------------------------------------------------
 
 
