@@ -52,7 +52,8 @@ def load_gguf(path: Path) -> Loaded:
         LoadError: not GGUF, cut short, of another family or type, or without a usable tokenizer.
     """
     infos = read_header(path)  # first: MLX trusts the header, and a wrong one ends the process
-    arrays, metadata = mx.load(str(path), return_metadata=True)
+    loaded: Any = mx.load(str(path), return_metadata=True)  # a pair, which its type does not say
+    arrays, metadata = loaded
     family = metadata.get("general.architecture")
     if family not in _FAMILIES:
         known = f"{', '.join(_FAMILIES)} can be read.{nearest(str(family), _FAMILIES)}"

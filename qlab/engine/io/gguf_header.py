@@ -1,8 +1,8 @@
 """Reads the header of a GGUF file and checks it against the file's size, before MLX maps the file.
 
 ``gguf`` calls it. MLX trusts the header, so garbage would end the process. Source of the layout:
-the GGUF v3 specification (ggml docs/gguf.md): magic, version, counts; key-value pairs; tensors' names,
-shapes, types and offsets; padding to the alignment; the tensors' bytes.
+the GGUF v3 specification (ggml docs/gguf.md): magic, version, counts; key-value pairs; tensors'
+names, shapes, types and offsets; padding to the alignment; the tensors' bytes.
 """
 
 from __future__ import annotations

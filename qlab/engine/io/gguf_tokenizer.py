@@ -59,7 +59,8 @@ def tokenizer(path: Path, facts: dict[str, Any]) -> Any:
         chat_template=facts.get("tokenizer.chat_template"),
         **named,
     )
-    return TokenizerWrapper(fast, BPEStreamingDetokenizer)
+    detokenizer: Any = BPEStreamingDetokenizer  # mlx-lm's type is that of its default alone
+    return TokenizerWrapper(fast, detokenizer)
 
 
 def _refuse_unknown(path: Path, facts: dict[str, Any]) -> None:
@@ -94,7 +95,7 @@ def _byte_level_bpe(facts: dict[str, Any]) -> Any:
 
 def _special_tokens(facts: dict[str, Any], tokens: list[str]) -> list[str]:
     types = facts.get("tokenizer.ggml.token_type")
-    kinds = [_NORMAL] * len(tokens)
+    kinds: Any = [_NORMAL] * len(tokens)
     if isinstance(types, mx.array):
         kinds = types.tolist()
     return [token for token, kind in zip(tokens, kinds, strict=True) if kind in _SPECIAL]

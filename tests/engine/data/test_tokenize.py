@@ -11,10 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from qlab.core.train.rows import Rows
 from qlab.core.config.train import TrainConfig
-from qlab.engine.data.preview import pieces
 from qlab.engine.data.tokenize import read
-from qlab.engine.data.preview import report
-from qlab.engine.data.batches import Feed
 from tests import templates as t
 
 CONFIG = TrainConfig(max_seq_length=64)
@@ -209,21 +206,6 @@ def test_fingerprint_sees_tokens_masks_and_order(tokenizer):
     pair = [{"prompt": "a question", "completion": " b"}]
     masked, whole = (read(pair, tokenizer, TrainConfig(mask_prompt=mask)) for mask in (True, False))
     assert masked.fingerprint == read(pair, tokenizer, CONFIG).fingerprint != whole.fingerprint
-
-
-def test_pieces_join_to_the_text(tokenizer, smollm2_path):
-    text = " a\n\nb  c é 👍🏽\n\n\n d — “quoted” \t end "
-    for made in (tokenizer, t.of_gguf(smollm2_path)):
-        (row,) = read([text], made, CONFIG)
-        found = pieces(row, made)
-        assert len(found) == row.tokens.size and "".join(found) == made.decode(row.tokens.tolist())
-
-
-def test_report_holds_what_a_person_checks(tokenizer):
-    rows = read([*TEXTS, "word " * 80], tokenizer, CONFIG)
-    made = report(Feed(rows, CONFIG), tokenizer, held=Rows(rows.rows[:1]), first=4)
-    assert made.shown[3].beyond.startswith(" word") and made.shown[0].beyond == ""
-    assert (made.held, made.held_shared, made.per_epoch) == (1, 1, 1)
 
 
 def test_a_wrapper_is_what_mlx_lm_gives(tokenizer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 
 import mlx.core as mx
 import numpy as np
@@ -25,22 +24,6 @@ def test_smollm2_knows_the_capital_of_france(smollm2_path):
 
     answer = mlx_call(reply, dense, model.tokenizer, "What is the capital of France?", 12)
     assert answer.startswith("The capital of France is Paris.")
-
-
-def test_damaged_files_are_refused(smollm2_path, tmp_path):
-    whole = smollm2_path.read_bytes()[:4_000_000]
-    for name, data, words in (
-        ("magic", b"GGML" + whole[4:], "not a GGUF file"),
-        ("version", whole[:4] + struct.pack("<I", 9) + whole[8:], "version 9"),
-        ("header", whole[:3000], "cut short or damaged"),
-        ("counts", whole[:8] + b"\xff" * 16 + whole[24:], "cut short or damaged"),
-        ("data", whole, "cut short"),
-        ("empty", b"", "not a GGUF file"),
-    ):
-        path = tmp_path / f"{name}.gguf"
-        path.write_bytes(data)
-        with pytest.raises(LoadError, match=words):
-            qlab.load(path)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0"])

@@ -5,13 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import pytest
 
 from qlab.engine.quantize.fisher import calibrate
 from qlab.runtime.job import Job
 from qlab.runtime.job import mlx_call
-from qlab.engine.data.text import read_text
-from qlab.errors import DataError
 
 
 class Tiny(nn.Module):
@@ -59,18 +56,3 @@ def test_margins_are_those_of_the_squared_weight_gradient():
     lookup, _ = found.pairs["embed"][1]
     assert set(np.flatnonzero(lookup)) <= {1, 2, 4, 7}
     assert "inner" not in model.middle and "weight" in model.middle
-
-
-def test_texts_come_from_files_of_rows_and_of_any_other_kind(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": "One."}\n{"text": "Two."}\n')
-    (tmp_path / "notes.md").write_text("# Three.")
-    assert read_text(str(tmp_path / "rows.jsonl"), "", 99) == ("One.\n\nTwo.", "rows.jsonl")
-    assert read_text(tmp_path / "notes.md", "", 99) == ("# Three.", "notes.md")
-    assert read_text("A text. Of two sentences.", "", 6) == ("A text", "your text")
-    (tmp_path / "rows.jsonl").write_text('{"text": "One."}\n{"text"\n')
-    for source, words in (
-        (tmp_path / "rows.jsonl", "Row 1 cannot be used: line 2 of rows.jsonl"),
-        ([3], "Row 0 has no text.*an int"),
-    ):
-        with pytest.raises(DataError, match=words):
-            read_text(source, "", 99)
