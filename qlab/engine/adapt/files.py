@@ -78,12 +78,7 @@ def save_adapter(
     check_choice("format", format, FORMATS)
     arrays = checked(parameters, expected(spec, lora))
     trained_on, base_code = unsaved
-    block = {
-        "adapter": asdict(lora),
-        "base": base_name,
-        "model": spec.name,
-        "trained_on": trained_on,
-    }
+    block = _qlab_block(lora, spec, base_name, trained_on)
     if format == "mlx":
         settings, note = to_mlx(lora, spec, base_name, trained_on)
         settings["qlab"] = block
@@ -92,11 +87,7 @@ def save_adapter(
         settings, arrays, note = to_peft(arrays, lora, spec, base_name, model_type)
         # PEFT warns of settings that it does not know, so the block stands beside the arrays
         header = {"format": "pt", "qlab": json.dumps(block)}
-        if trained_on:
-            note += (
-                f" It was trained on {trained_on}; "
-                "a.fuse(rest=16).save('model') writes what was trained as one model."
-            )
+        note += _about_base(trained_on)
 
     def fill(folder: Path) -> None:
         mx.save_safetensors(str(folder / _WEIGHTS[format]), arrays, header)
@@ -107,6 +98,28 @@ def save_adapter(
 
     written = write_folder(path, fill, _OURS)
     return Saved(note, path=written, opens_in=_opens_in(format, lora, spec))
+
+
+def _qlab_block(
+    lora: LoRAConfig, spec: ModelSpec, base_name: str, trained_on: str
+) -> dict[str, Any]:
+    """Return what only qlab knows about an adapter, as it stands in the file."""
+    return {
+        "adapter": asdict(lora),
+        "base": base_name,
+        "model": spec.name,
+        "trained_on": trained_on,
+    }
+
+
+def _about_base(trained_on: str) -> str:
+    """Say what to do about a base that PEFT cannot open; empty if it can."""
+    if not trained_on:
+        return ""
+    return (
+        f" It was trained on {trained_on}; "
+        "a.fuse(rest=16).save('model') writes what was trained as one model."
+    )
 
 
 def _readme(base_name: str, note: str, base_code: str) -> str:

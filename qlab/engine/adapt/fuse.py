@@ -70,11 +70,10 @@ def fuse(
         parameters: trainable arrays by path.
         lora: what they are.
         bits: of the adapted layers: 16 (dense, in the model's own dtype), 8 (affine, groups of 64)
-            or ``"base"`` (stored as the base stores them; a small change is rounded away, see
-            ``preview``).
-        onto: what the change is added to: ``"base"`` (the weights that were trained with: the same
-            function) or ``"original"`` (the weights before quantization: without its error, but not
-            what was trained).
+            or ``"base"`` (as the base stores them; a small change is rounded away).
+        onto: what the change is added to: ``"base"`` (weights that were trained with: the same
+            function) or ``"original"`` (before quantization: without its error, but not what was
+            trained).
         original: the model before quantization; needed for ``"original"``.
         rest: layers without adapter: ``"base"`` (as they are) or 16 (dense too; from the original
             with ``onto="original"``).
@@ -91,21 +90,15 @@ def fuse(
         UnsupportedError: the kind of adapter cannot be fused.
     """
     _check_option("bits", bits, BITS)
-    _check_option("onto", onto, ONTO)
     _check_option("rest", rest, REST)
-    if onto == "original" and original is None:
-        raise ConfigError(
-            "onto='original' needs the model before quantization, and it is not known; "
-            "use onto='base'."
-        )
+    weights = _merged_into(onto, module, original)
     arrays = checked(parameters, expected(spec, lora))
-    weights = original if onto == "original" and original is not None else module
     targets = {layer.path for layer in lora.targets(spec)}
-    work = [
-        layer
-        for layer in spec.layers
-        if layer.path in targets or (rest == 16 and is_quantized(module_at(module, layer.path)))
-    ]
+    work = []
+    for layer in spec.layers:
+        becomes_dense = rest == 16 and is_quantized(module_at(module, layer.path))
+        if layer.path in targets or becomes_dense:
+            work.append(layer)
     fused = twin(module)
     for number, layer in enumerate(work, 1):
         base = module_at(module, layer.path)
@@ -117,6 +110,19 @@ def fuse(
         put_module(fused, layer.path, _merged(base, layer.path, weight, storage))
         yield Progress("merging the adapter", number, len(work))
     return fused
+
+
+def _merged_into(onto: str, base: nn.Module, original: nn.Module | None) -> nn.Module:
+    """Return the model whose weights the change is added to."""
+    _check_option("onto", onto, ONTO)
+    if onto == "base":
+        return base
+    if original is None:
+        raise ConfigError(
+            "onto='original' needs the model before quantization, and it is not known; "
+            "use onto='base'."
+        )
+    return original
 
 
 def fused_storage(base: Any, layer: LayerSpec, bits: int | str) -> QuantConfig | None:
