@@ -39,15 +39,21 @@ class DoRALayer(LowRank):
         self.freeze(recurse=False, keys=["base_square"])
 
     def __call__(self, x: mx.array) -> mx.array:
+        gain = self._gain_of_rows().astype(x.dtype)
+        y = self.base(x)
+        plain = self._without_bias(y)
+        added = self.inner(x) @ self.lora_b.astype(x.dtype)
+        return _lengthened(y, plain, added, gain)
+
+    def _gain_of_rows(self) -> mx.array:
+        """Return m divided by the norms of the rows, float32 ``(out,)``."""
         a = _constant(self.lora_a)  # (in, rank)
         b = _constant(self.lora_b)  # (rank, out)
-        base_of_a = self._without_bias(self.base(a.T))  # AᵀW0ᵀ, (rank, out)
-        crossed = (base_of_a * b).sum(0)
-        squared = ((a.T @ a) @ b * b).sum(0)
-        gain = self._gain(self.base_square, self.m, crossed, squared).astype(x.dtype)
-        y = self.base(x)
-        added = self.inner(x) @ self.lora_b.astype(x.dtype)
-        return _lengthened(y, self._without_bias(y), added, gain)
+        base_of_a = self.base(a.T)  # AᵀW0ᵀ and the bias, (rank, out)
+        crossed = self._without_bias(base_of_a) * b
+        inner = a.T @ a  # (rank, rank)
+        squared = inner @ b * b
+        return self._gain(self.base_square, self.m, crossed.sum(0), squared.sum(0))
 
     def _gain(self, start: mx.array, m: mx.array, crossed: mx.array, squared: mx.array) -> mx.array:
         """Return m divided by the norms of the rows, float32 ``(…, out)``.
@@ -77,20 +83,24 @@ class DoRAEmbedding(DoRALayer):
     def __call__(self, tokens: mx.array) -> mx.array:
         y = self.base(tokens)  # (…, width)
         added = self.added_rows(tokens, y.dtype)
-        square = mx.square((y + added).astype(mx.float32)).sum(-1)
-        start = mx.square(y.astype(mx.float32)).sum(-1)
+        start = _squared_length(y)
         # relative to the base's output here, so that its rounding is no change of length
-        square = self.base_square[tokens] + (square - start)
-        gain = self.m[tokens].astype(mx.float32) / _norm(square)
-        return _lengthened(y, y, self.dropped(added), gain[..., None].astype(y.dtype))
+        longer = _squared_length(y + added) - start
+        square = self.base_square[tokens] + longer
+        length = self.m[tokens].astype(mx.float32)
+        gain = length / _norm(square)
+        gain = gain[..., None].astype(y.dtype)
+        return _lengthened(y, y, self.dropped(added), gain)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Multiply by the transposed embedding: ``(…, width)`` → ``(…, tokens)``."""
         a = _constant(self.lora_a)  # (tokens, rank)
         b = _constant(self.lora_b)  # (rank, width)
-        crossed = (self.base.as_linear(b) * a.T).sum(0)
-        squared = (a @ (b @ b.T) * a).sum(-1)
-        gain = self._gain(self.base_square, self.m, crossed, squared).astype(x.dtype)
+        crossed = self.base.as_linear(b) * a.T  # (rank, tokens)
+        inner = b @ b.T  # (rank, rank)
+        squared = a @ inner * a  # (tokens, rank)
+        gain = self._gain(self.base_square, self.m, crossed.sum(0), squared.sum(-1))
+        gain = gain.astype(x.dtype)
         y = self.base.as_linear(x)
         added = self.inner_head(x) @ self.lora_a.T.astype(x.dtype)
         return _lengthened(y, y, added, gain)
@@ -104,24 +114,34 @@ class DoRAExperts(DoRALayer):
         # a single token reaches few experts: then the norms of these alone are computed
         is_few = indices.size < count
         experts = indices.flatten() if is_few else mx.arange(count)
-        gain = self._gain_of(experts, is_sorted=not is_few).astype(x.dtype)  # (experts, out)
+        gain = self._gain_of(experts, is_sorted=not is_few)  # (experts, out)
+        gain = gain.astype(x.dtype)
         gain = gain.reshape(*indices.shape, -1) if is_few else gain[indices]
+        gain = gain[..., None, :]  # (…, 1, out)
         y = self.base(x, indices, sorted_indices=sorted_indices)  # (…, 1, out)
+        plain = self._without_bias(y, indices)
         added = self.added_experts(x, indices, sorted_indices)
-        return _lengthened(y, self._without_bias(y, indices), added, gain[..., None, :])
+        return _lengthened(y, plain, added, gain)
 
     def _gain_of(self, experts: mx.array, is_sorted: bool) -> mx.array:
         a = _constant(self.lora_a)[experts]  # (experts, rank, in)
         b = _constant(self.lora_b)[experts].swapaxes(-1, -2)  # (experts, rank, out)
         base_of_a = self.base(a, experts, sorted_indices=is_sorted)
-        crossed = (self._without_bias(base_of_a, experts) * b).sum(-2)
-        squared = ((a @ a.swapaxes(-1, -2)) @ b * b).sum(-2)
-        return self._gain(self.base_square[experts], self.m[experts], crossed, squared)
+        crossed = self._without_bias(base_of_a, experts) * b
+        inner = a @ a.swapaxes(-1, -2)  # (experts, rank, rank)
+        squared = inner @ b * b
+        start = self.base_square[experts]
+        return self._gain(start, self.m[experts], crossed.sum(-2), squared.sum(-2))
 
 
 def _constant(factor: mx.array) -> mx.array:
     """Return a factor for the norm, which gets no gradient."""
     return mx.stop_gradient(factor.astype(mx.float32))
+
+
+def _squared_length(rows: mx.array) -> mx.array:
+    """Return the squared length of every row, float32: ``(…, width)`` → ``(…)``."""
+    return mx.square(rows.astype(mx.float32)).sum(-1)
 
 
 def _norm(square: mx.array) -> mx.array:
