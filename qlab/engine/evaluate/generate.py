@@ -1,4 +1,8 @@
-"""Prompts → tokens → answers."""
+"""Prompts → tokens → answers: greedy generation, a token at a time.
+
+``Model.generate``, ``Adapter.generate``, ``Trainer.generate`` and the evaluation of models side by
+side use it.
+"""
 
 from __future__ import annotations
 
@@ -30,37 +34,33 @@ def prompt_tokens(tokenizer: Any, prompt: str, vocabulary: int | None = None) ->
     """
     if not isinstance(prompt, str):
         raise ConfigError(f"prompt={prompt!r} is not legal; it is text.")
-    if tokenizer.chat_template is not None:
-        tokens = list(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True
-            )
-        )
-    else:
+    if tokenizer.chat_template is None:
         tokens = list(tokenizer.encode(prompt))
+    else:
+        turn = {"role": "user", "content": prompt}
+        tokens = list(tokenizer.apply_chat_template([turn], add_generation_prompt=True))
     if not tokens:
         raise ConfigError(
             "The prompt is empty, and an answer needs a token to begin with; give a word at least."
         )
-    if fault := outside_vocabulary(tokens, vocabulary):
+    fault = outside_vocabulary(tokens, vocabulary)
+    if fault:
         raise ConfigError(f"The prompt cannot be used: {fault}.")
     return tokens
 
 
 def checked_prompts(tokenizer: Any, prompts: Any, vocabulary: int | None) -> tuple[str, ...]:
-    """Return one prompt or several, if a model can answer them.
+    """Return one prompt or several as a tuple, if a model can answer them.
 
     Raises:
         ConfigError: see ``prompt_tokens``.
     """
-    found = (
-        (prompts,)
-        if isinstance(prompts, str) or not isinstance(prompts, Iterable)
-        else tuple(prompts)
-    )
-    for prompt in found:
+    several: tuple[Any, ...] = (prompts,)
+    if isinstance(prompts, Iterable) and not isinstance(prompts, str):
+        several = tuple(prompts)
+    for prompt in several:
         prompt_tokens(tokenizer, prompt, vocabulary)
-    return found
+    return several
 
 
 def answer(
@@ -83,15 +83,17 @@ def answer(
     """
     from mlx_lm.models.cache import make_prompt_cache
 
-    tokens = prompt_tokens(tokenizer, prompt, vocabulary)
+    model: Any = module
+    *prefix, last = prompt_tokens(tokenizer, prompt, vocabulary)
     cache = make_prompt_cache(module)
-    for start in range(0, len(tokens) - 1, _PREFILL):
-        module(mx.array([tokens[start : min(start + _PREFILL, len(tokens) - 1)]]), cache=cache)
+    for start in range(0, len(prefix), _PREFILL):
+        part = prefix[start : start + _PREFILL]
+        model(mx.array([part]), cache=cache)
         mx.eval([layer.state for layer in cache])  # the logits are never computed
-    last = tokens[-1]
-    written = []
+    written: list[int] = []
     while len(written) < max_tokens:
-        last = module(mx.array([[last]]), cache=cache)[0, -1].argmax().item()
+        logits = model(mx.array([[last]]), cache=cache)[0, -1]  # (vocabulary,)
+        last = int(logits.argmax().item())
         if last in tokenizer.eos_token_ids:
             break
         written.append(last)
@@ -105,7 +107,7 @@ def reply(
     """Return what ``answer`` writes.
 
     Raises:
-        ConfigError: see ``prompt_tokens``; or ``max_tokens`` is no number above 0.
+        ConfigError: see ``prompt_tokens``; or ``max_tokens`` is no whole number above 0.
     """
     check_whole("max_tokens", max_tokens, 1)
     return finished(answer(module, tokenizer, prompt, max_tokens, vocabulary))

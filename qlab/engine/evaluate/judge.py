@@ -1,14 +1,15 @@
 """Evaluates models side by side: likelihood of targets, KL to the unquantized model, answers.
 
-``lab.judging`` calls ``judge`` for full precision, quantized, and quantized + adapter; the report is
-``core.evaluate.judge.JudgeReport``. Only target tokens count: what a row says before them is given
-to the model, and it need not know it.
+``lab.judging`` calls ``judge`` for full precision, quantized, and quantized + adapter; the report
+is ``core.evaluate.judge.JudgeReport``. Only target tokens count: what a row says before them is
+given to the model, and it need not know it.
 
 Shapes: n targets of a row, V words in the vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -333,6 +334,7 @@ def _notes(
 ) -> tuple[str, ...]:
     """Say what the figures do not."""
     notes = []
+    floor = -math.inf if predictions is None else predictions.floor_nats
     if empty:
         notes.append(f"{empty} rows without a target were left out.")
     for column in columns:
@@ -344,10 +346,9 @@ def _notes(
                 f"{column.name} gives no numbers on {failed} rows: "
                 "its weights or activations overflow."
             )
-        elif predictions is not None and column.name != FULL:
-            if predictions.floor_nats > _FLOOR_NOTE * column.kl_nats:
-                notes.append(
-                    f"{column.name}: the floor is over half of the KL, which may be larger; "
-                    "keep more tokens (keep=)."
-                )
+        elif column.name != FULL and floor > _FLOOR_NOTE * column.kl_nats:
+            notes.append(
+                f"{column.name}: the floor is over half of the KL, which may be larger; "
+                "keep more tokens (keep=)."
+            )
     return tuple(notes)

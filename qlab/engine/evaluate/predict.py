@@ -7,6 +7,7 @@ use it. It knows neither what is right nor any other model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -35,10 +36,8 @@ class Predictor:
         self._module: Any = twin(module)
         self._module.eval()
         self._stack: BlockStack | None = None
-        try:
+        with suppress(UnsupportedError):
             self._stack = BlockStack(self._module)
-        except UnsupportedError:
-            pass
 
     @cached_property
     def vocabulary(self) -> int:
@@ -70,7 +69,7 @@ class Predictor:
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
     def _rows(self, tokens: mx.array, after_block: Callable[[mx.array], None]) -> mx.array:
-        """Return hidden states ``(batch · length, features)``, or logits where blocks are unknown."""
+        """Return hidden states ``(batch · length, …)``, or logits where blocks are unknown."""
         blockwise = self._before_blocks(tokens)
         if blockwise is None:
             return self._module(tokens).reshape(tokens.size, -1)

@@ -4,8 +4,8 @@
 
 At each target the K most likely tokens are stored with their log-probabilities, and the mass of all
 others as one number. The KL between what two models make of these K+1 outcomes is a lower bound of
-their KL (data processing inequality): what happens inside the tail is not seen. How much there is to
-see is reported as the floor.
+their KL (data processing inequality): what happens inside the tail is not seen. How much there is
+to see is reported as the floor.
 
 Shapes: T targets of all rows together, one row after the other; V words in the vocabulary.
 """

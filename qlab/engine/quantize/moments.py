@@ -1,7 +1,8 @@
 """One pass over the weights of a layer: sums from which every slider position is estimated.
 
 ``table_filler`` reads each layer once with ``moments``, and once more with ``weighted_ranges``
-after a calibration. A layer is read in blocks of rows, so that a large one is never in float32 whole.
+after a calibration. A layer is read in blocks of rows, so that a large one is never in float32
+whole.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ def test_an_answer_is_the_one_that_stock_mlx_lm_gives(demo, prompt):
 def test_limits_stay_as_they_are_while_a_model_answers(demo, monkeypatch):
     for name in ("set_wired_limit", "set_memory_limit", "set_cache_limit"):
         monkeypatch.setattr(mx, name, lambda *_: pytest.fail("a limit was set"))
-    assert mlx_call(reply, demo.module, demo.tokenizer, "The", 3)
+    text = mlx_call(reply, demo.module, demo.tokenizer, "The", 3)
+    assert len(demo.tokenizer.encode(text)) == 3 and demo.generate("The", 6).startswith(text)
 
 
 @pytest.mark.parametrize(
