@@ -35,13 +35,16 @@ def whole_tiles(
     length = queries.shape[2]
     padding = -length % TILE
     widest = max(queries.shape[-1], values.shape[-1])
-    pays = padding and length >= _WORTH and widest <= _WIDEST and keys.shape[2] == length
-    if not pays or not _is_mask(mask, length):
+    takes_it = widest <= _WIDEST and keys.shape[2] == length and _is_mask(mask, length)
+    if not padding or length < _WORTH or not takes_it:
         return queries, keys, values, mask
     pad = [(0, 0), (0, 0), (0, padding), (0, 0)]
+    queries = mx.pad(queries, pad)
+    keys = mx.pad(keys, pad)
+    values = mx.pad(values, pad)
     if isinstance(mask, mx.array):
         mask = _padded_mask(mask, padding)
-    return mx.pad(queries, pad), mx.pad(keys, pad), mx.pad(values, pad), mask
+    return queries, keys, values, mask
 
 
 def _is_mask(mask: Any, length: int) -> bool:
@@ -59,6 +62,9 @@ def _padded_mask(mask: mx.array, padding: int) -> mx.array:
     is_bool = mask.dtype == mx.bool_
     seen = mx.array(True if is_bool else 0.0, mask.dtype)
     unseen = mx.array(False if is_bool else -mx.inf, mask.dtype)
-    others = [(0, 0)] * (mask.ndim - 2)
-    mask = mx.pad(mask, [*others, (0, 0), (0, padding)], "constant", unseen)
-    return mx.pad(mask, [*others, (0, padding), (0, 0)], "constant", seen)
+    nothing = (0, 0)
+    others = [nothing] * (mask.ndim - 2)
+    columns = [*others, nothing, (0, padding)]
+    rows = [*others, (0, padding), nothing]
+    mask = mx.pad(mask, columns, "constant", unseen)
+    return mx.pad(mask, rows, "constant", seen)

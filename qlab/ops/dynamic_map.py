@@ -27,7 +27,8 @@ def dynamic_map(signed: bool) -> np.ndarray:
     values = [np.float32(0), np.float32(1)]
     for decade in range(_DECADES):
         count = 2 ** (decade if signed else decade + 1)
-        fractions = _middles(count) * np.float32(10.0 ** (decade + 1 - _DECADES))
+        scale = np.float32(10.0 ** (decade + 1 - _DECADES))
+        fractions = _middles(count) * scale
         values.extend(fractions)
         if signed:
             values.extend(-fractions)
@@ -48,11 +49,14 @@ def search_table(signed: bool) -> tuple[np.ndarray, np.ndarray]:
     values = dynamic_map(signed)
     borders = (values[1:] + values[:-1]) / np.float32(2)  # (255,)
     bits = np.arange(1 << 16, dtype=np.uint32) << 16
-    # the numbers of least and of greatest magnitude in each bucket, (2, 65536)
-    ends = np.stack([bits.view(np.float32), (bits | 0xFFFF).view(np.float32)])
+    # the numbers of least and of greatest magnitude in each bucket, (65536,)
+    least = bits.view(np.float32)
+    greatest = (bits | 0xFFFF).view(np.float32)
+    ends = np.stack([least, greatest])
     ends = np.nan_to_num(ends, nan=0.0)  # buckets of what is no number: any code will do
     base = np.searchsorted(borders, ends.min(0))
-    edge = np.append(borders, np.float32(np.inf))[base]
+    upper_borders = np.append(borders, np.float32(np.inf))  # (256,)
+    edge = upper_borders[base]
     return base.astype(np.uint8), edge
 
 
@@ -64,8 +68,10 @@ def _middles(count: int) -> np.ndarray:
     """
     k = np.arange(count + 1)
     step = np.float64(np.float32(0.9) / np.float32(count))
-    from_below = np.float64(np.float32(0.1)) + step * k
+    start = np.float64(np.float32(0.1))
+    from_below = start + step * k
     from_above = 1 - step * (count - k)
     lower_half = k < (count + 1) // 2
-    ends = np.where(lower_half, from_below, from_above).astype(np.float32)
+    ends = np.where(lower_half, from_below, from_above)
+    ends = ends.astype(np.float32)
     return (ends[1:] + ends[:-1]) / np.float32(2)

@@ -6,7 +6,7 @@ its graph.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,6 +15,9 @@ import mlx.nn as nn
 
 # attributes that, as a rule, only say where a block stands
 _NUMBERS = ("layer_idx", "layer_id", "layer_number")
+
+
+ArrayValues = list[mx.array]  # the arrays of a ``Functional``, in the order of its places
 
 
 class ArrayPlace(NamedTuple):
@@ -58,7 +61,7 @@ class Functional:
         self.form = self._form(root, "")
 
     @property
-    def arrays(self) -> list[mx.array]:
+    def arrays(self) -> ArrayValues:
         """The arrays that it holds now."""
         return [place.holder[place.key] for place in self.places]
 
@@ -81,7 +84,9 @@ class Functional:
         if not isinstance(node, (dict, list)):
             return hashable(node)
         form: list[Hashable] = [type(node)]
-        items = sorted(node.items()) if isinstance(node, dict) else enumerate(node)
+        items: Iterable[tuple[Any, Any]] = enumerate(node)
+        if isinstance(node, dict):
+            items = sorted(node.items())
         for key, value in items:
             if isinstance(value, mx.array):
                 self.places.append(ArrayPlace(f"{path}{key}", node, key))

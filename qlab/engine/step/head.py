@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qlab.engine.models.blocks import BlockStack
-from qlab.engine.models.functional import Functional
+from qlab.engine.models.functional import ArrayValues, Functional
 from qlab.engine.models.surgery import module_at
 from qlab.engine.step.loss import nats_and_slope
 from qlab.nn.frozen import Frozen
@@ -101,7 +101,7 @@ class Head:
         rows: mx.array,
         labels: mx.array,
         weights: mx.array,
-        arrays: list[mx.array],
+        arrays: ArrayValues,
         dense_weights: list[mx.array],
     ) -> list[mx.array]:
         """What ``loss_and_gradients`` compiles: all arrays are arguments."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from qlab.engine.models.functional import Functional
+from qlab.engine.models.functional import ArrayValues, Functional
 from qlab.engine.step.block import Block
 from qlab.engine.step.patches import Users, patched
 
@@ -76,14 +76,14 @@ class BlockProgram:
         expected = theirs.root(x, *args, **kwargs)
         return bool(mx.array_equal(result, expected).item())
 
-    def _run(self, x: mx.array, arrays: list[mx.array], others: list[mx.array]) -> mx.array:
+    def _run(self, x: mx.array, arrays: ArrayValues, others: ArrayValues) -> mx.array:
         """What ``forward`` compiles: all arrays are arguments."""
         self._on_trace()
         with patched(self._users, forward=True):
             return self._apply(x, arrays, others)
 
     def _run_backward(
-        self, x: mx.array, cotangent: mx.array, arrays: list[mx.array], others: list[mx.array]
+        self, x: mx.array, cotangent: mx.array, arrays: ArrayValues, others: ArrayValues
     ) -> list[mx.array]:
         """What ``backward`` compiles: all arrays are arguments."""
         self._on_trace()
@@ -100,7 +100,7 @@ class BlockProgram:
             _, gradients = mx.vjp(run, primals, [cotangent])
         return gradients
 
-    def _apply(self, x: mx.array, arrays: list[mx.array], others: list[mx.array]) -> mx.array:
+    def _apply(self, x: mx.array, arrays: ArrayValues, others: ArrayValues) -> mx.array:
         """Run the block with some arrays of its own and some in its other arguments."""
         function = self.block.functional
         with function.using(arrays), self._call.using(others):
