@@ -22,6 +22,12 @@ MODULES = sorted(
 
 # Modules without a test file of their own, and the file that tests them.
 TESTED_BY: dict[str, str] = {
+    "core/graph/primitives": "core/graph/test_simulate.py",
+    "engine/memory/blockwise_loss": "engine/memory/test_whole_step.py",
+    "engine/memory/blockwise_step": "engine/memory/test_whole_step.py",
+    "engine/memory/graph_pieces": "engine/memory/test_whole_step.py",
+    "engine/memory/split_model": "engine/memory/test_whole_step.py",
+    "engine/memory/update_graph": "engine/memory/test_whole_step.py",
     "engine/models/fingerprint": "engine/train/test_run_folder.py",
     "engine/models/functional": "engine/step/test_blockwise.py",
     "engine/models/surgery": "engine/models/test_blocks.py",
@@ -34,10 +40,17 @@ TESTED_BY: dict[str, str] = {
     "nn/frozen": "nn/test_linear.py",
     "nn/low_rank": "adapters/test_contract.py",
     "nn/stored": "nn/test_kinds.py",
-    "ops/custom_gradient": "core/graph/test_handwritten.py",
+    "ops/custom_gradient": "engine/memory/test_custom_gradients.py",
     "ops/dynamic_map": "optimizers/test_adamw8bit.py",
     "ops/matmul": "nn/test_experts.py",
     "ops/packing": "schemes/test_contract.py",
+    "schemes/affine": "schemes/test_reference.py",
+    "schemes/mxfp": "schemes/test_reference.py",
+    "schemes/nf4": "schemes/test_reference.py",
+    "schemes/nvfp4": "schemes/test_reference.py",
+    "schemes/symmetric": "schemes/test_reference.py",
+    "solvers/rtn": "solvers/test_contract.py",
+    "solvers/searched": "solvers/test_contract.py",
 }
 
 

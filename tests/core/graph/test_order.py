@@ -7,7 +7,7 @@ from qlab.core.graph.graph import Node
 from qlab.core.graph.graph import Round
 from tests.core.graph.test_graph import graph
 
-# 0 is given; 1 and 2 follow from it, 3 from both, 4 is asked for by nobody
+# 0 is given; 1 and 2 follow from it, 3 from both, 4 is not asked for
 NODES = [
     Node("Exp", (0,), (1,)),
     Node("Sin", (0,), (2,)),

@@ -20,7 +20,7 @@ def chain(count: int, name: str = "Matmul") -> Graph:
     return graph([SIZE] * (count + 1), nodes, [count])
 
 
-def test_what_nobody_reads_any_more_is_free_at_once_without_run_ahead():
+def test_what_is_not_read_any_more_is_free_at_once_without_run_ahead():
     assert (
         simulate(chain(10)).peak_nbytes == 3 * BYTES
     )  # the input stays; one is read while the next is made

@@ -12,7 +12,7 @@ def names(found) -> list[str]:
     return [node.name for node in found.nodes]
 
 
-def test_on_the_way_forward_every_operation_has_its_own_broadcast_and_its_gradient_reads_the_same():
+def test_in_the_forward_pass_every_operation_has_its_own_broadcast_and_its_gradient_reads_the_same():
     # 0 → broadcast 1, read by two operations (3, 5); loss 6; the gradient of the first (7) reads the broadcast, too
     nodes = [
         Node("Broadcast", (0,), (1,)),
@@ -26,7 +26,7 @@ def test_on_the_way_forward_every_operation_has_its_own_broadcast_and_its_gradie
     assert names(forward).count("Broadcast") == 2 and gradient.inputs == (6, 1)
     assert (
         names(unmerged(made)).count("Broadcast") == 3
-    )  # without a way back everything is a way forward
+    )  # without a backward pass everything is a forward pass
 
 
 def test_numbers_that_follow_from_numbers_are_computed_by_every_reader():
@@ -42,7 +42,7 @@ def test_numbers_that_follow_from_numbers_are_computed_by_every_reader():
     assert names(unmerged(made)).count("Sqrt") == 1
 
 
-def test_on_the_way_forward_every_product_flattens_for_itself():
+def test_in_the_forward_pass_every_product_flattens_for_itself():
     # x 0 is flattened → 1, multiplied by 2 → 3 and by 4 → 5; loss 6; the gradient of the first (7) reads what was flattened
     nodes = [
         Node("Flatten", (0,), (1,)),

@@ -1,4 +1,4 @@
-"""Functions with a gradient of their own are put back into graphs that were read with stand-ins in their places."""
+"""Functions with custom gradients are put back into graphs that were read with stand-ins in their places."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def test_both_halves_are_put_where_the_function_was():
     assert all(len(array.shape) < AXES for array in found.arrays.values())
     assert len(found.arrays) == sum(len(n.outputs) for n in found.nodes) + len(
         [a for a, array in found.arrays.items() if a in found.inputs or array.role == "constant"]
-    )  # none that nobody makes
+    )  # none without an operation that makes it
 
 
 @on_mlx
-def test_what_nobody_needs_is_left_out_on_both_ways():
+def test_what_is_not_needed_is_left_out_in_both_passes():
     def run(x, y, w):
         return mx.vjp(lambda x, y: [own(x, y, w)], [x, y], [mx.ones((3, 5))])[1][1:]
 
@@ -64,7 +64,7 @@ def test_what_nobody_needs_is_left_out_on_both_ways():
 
 
 @on_mlx
-def test_what_it_reads_on_the_way_back_is_computed_even_if_nothing_else_asks_for_it():
+def test_what_it_reads_in_the_backward_pass_is_computed_even_if_nothing_else_asks_for_it():
     def run(x, y, w):
         return mx.vjp(lambda x: [own(x, mx.tanh(y), mx.square(w))], [x], [mx.ones((3, 5))])[1]
 

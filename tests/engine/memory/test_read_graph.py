@@ -59,13 +59,13 @@ def test_fused_attention_that_cannot_be_read_is_stood_in_for(monkeypatch):
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", refuse)
     q, k = mx.zeros((2, 4, 64, 8)), mx.zeros((2, 2, 64, 8))
 
-    def way_back(q, k, v):
+    def backward(q, k, v):
         return mx.grad(
             lambda *a: mx.fast.scaled_dot_product_attention(*a, scale=1.0, mask="causal").sum(),
             [0, 1, 2],
         )(q, k, v)
 
-    made = read(lambda *a: list(way_back(*a)), [q, k, k])
+    made = read(lambda *a: list(backward(*a)), [q, k, k])
     assert [made.arrays[a].shape for a in made.outputs] == [q.shape, k.shape, k.shape]
     assert max(array.size for array in made.arrays.values()) <= q.size  # none of the length squared
     assert mx.fast.scaled_dot_product_attention is refuse and fused is not refuse
@@ -77,12 +77,12 @@ def test_the_gradient_by_the_factors_of_experts_is_stood_in_for(sorted_indices):
     x, weights, indices = mx.zeros((96, 1, 8)), mx.zeros((4, 5, 8)), mx.zeros(96, mx.int32)
     real = low_rank.routed
 
-    def way_back(x, weights):
+    def backward(x, weights):
         return mx.grad(lambda *a: low_rank.routed(*a, indices, sorted_indices).sum(), [0, 1])(
             x, weights
         )
 
-    made = read(lambda *a: list(way_back(*a)), [x, weights])
+    made = read(lambda *a: list(backward(*a)), [x, weights])
     assert [made.arrays[a].shape for a in made.outputs] == [x.shape, weights.shape]
     if sorted_indices:
         assert (
