@@ -101,11 +101,13 @@ def reject_unknown_attributes(cls: type[T]) -> type[T]:
     """
     make = cls.__init__
     set_any = cls.__setattr__
-    # a class's methods are called, not set; what it inherits may be set, for traitlets does
+    # methods of qlab's classes are called, not set; traitlets does set what it inherits
+    own_classes = [kind for kind in cls.__mro__ if kind is cls or _is_of_qlab(kind)]
+    own = {name for kind in own_classes for name in vars(kind)}
     legal = {
         name
         for name in dir(cls)
-        if name not in vars(cls) or hasattr(getattr_static(cls, name), "__set__")
+        if name not in own or hasattr(getattr_static(cls, name), "__set__")
     }
 
     @wraps(make)
@@ -130,3 +132,7 @@ def reject_unknown_attributes(cls: type[T]) -> type[T]:
     cls.__init__ = init
     cls.__setattr__ = set_attribute
     return cls
+
+
+def _is_of_qlab(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == "qlab"

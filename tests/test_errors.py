@@ -20,7 +20,7 @@ def held(demo, tmp_path_factory):
     trainer = qlab.Trainer(
         adapter, ["A row of text."] * 4, val=0, path=tmp_path_factory.mktemp("runs") / "run"
     )
-    live = qlab.estimate(quantizer)._panel(qlab.estimate(quantizer))
+    live = qlab.estimate(quantizer).panel
     yield {
         "quantizer": quantizer,
         "adapter": adapter,

@@ -111,3 +111,11 @@ def test_a_report_says_which_columns_it_has(name):
         report[name]
     with pytest.raises(ConfigError, match="choose one of nll"):
         report.change(name, "quantized", "quantized")
+
+
+@pytest.mark.parametrize("name", ["set", "unset", "state", "close", "to_html"])
+def test_a_method_that_is_inherited_is_called_not_set(demo, name):
+    q = qlab.Quantizer(demo)
+    with pytest.raises(AttributeError, match="It is a method: call it"):
+        setattr(q, name, 3)
+    q.close()
