@@ -91,11 +91,11 @@ def _ratio(line: dict[str, Any]) -> float | None:
 
     None if the line says nothing.
     """
-    predicted = line.get("foreseen")
-    exact = line.get("exact")
-    measured = line.get("measured")
-    if not (is_whole(predicted) and is_whole(exact) and is_whole(measured)):
+    if not all(is_whole(line.get(name)) for name in ("foreseen", "exact", "measured")):
         return None
+    predicted = line["foreseen"]
+    exact = line["exact"]
+    measured = line["measured"]
     if not 0 <= exact < min(predicted, measured):
         return None
     return (measured - exact) / (predicted - exact)
