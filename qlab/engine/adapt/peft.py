@@ -1,6 +1,6 @@
 """An adapter in PEFT's words: names, transposes, alpha for scale, targets by name.
 
-``peft_read.py`` is the way back. Sources: PEFT 0.21 ``tuners/lora/config.py`` (options),
+``peft_read.py`` reads it again. Sources: PEFT 0.21 ``tuners/lora/config.py`` (options),
 ``tuners/lora/layer.py`` (forward, shapes) and ``utils/save_and_load.py`` (names in the file).
 Touches no disk. Knows no base weights.
 """

@@ -1,4 +1,4 @@
-"""An adapter from PEFT's words: the way back from ``peft.py``.
+"""Reads an adapter from PEFT's words, which ``peft.py`` writes.
 
 Ranks and alphas may differ by layer there; here an adapter has one rank and one scale. Touches no
 disk. Knows no base weights.
