@@ -124,8 +124,6 @@ class Model:
                 self._measurements = ModelMeasurements(self.module, self.tokenizer, self.spec)
             return self._measurements
 
-    study = measurements  # the old spelling, until every caller has moved
-
     @property
     def unsaved(self) -> tuple[str, str]:
         """For a model that mlx-lm cannot open anywhere: what it is, and the Python that saves it.

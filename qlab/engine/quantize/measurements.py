@@ -201,9 +201,3 @@ class ModelMeasurements:
             return
         if self.calibration is None or text is not None:
             yield from self.predict(text)
-
-    # Old spellings, until every caller has moved.
-    look = sample
-    exact = measure_exactly
-    judge = evaluate
-    judge_layers = evaluate_layers

@@ -14,6 +14,7 @@ from qlab.core.evaluate.text import EvalReport
 from qlab.views.shared.markup import scrollable, table
 
 _BAR = 90  # pixels
+_COLOUR = "#4c78a8"
 _LEFT = "style='text-align:left;vertical-align:top'"
 _TEXT = "style='text-align:left;vertical-align:top;white-space:pre-wrap;max-width:320px'"
 # measures with a bar under the number, so that three columns are compared at a glance: (line of the
@@ -61,11 +62,12 @@ def _bar(share: float, error: float) -> str:
     Its paler end is one standard error wide.
     """
     width = max(1, round(_BAR * share))
-    spread = 0 if not math.isfinite(error) else round(_BAR * error)
-    return (
-        f"<div style='display:flex;height:6px'><div style='background:#4c78a8;width:{width}px'></div>"
-        f"<div style='background:#4c78a8;opacity:.35;width:{min(spread, _BAR)}px'></div></div>"
-    )
+    error_width = 0
+    if math.isfinite(error):
+        error_width = min(round(_BAR * error), _BAR)
+    value_bar = f"<div style='background:{_COLOUR};width:{width}px'></div>"
+    error_bar = f"<div style='background:{_COLOUR};opacity:.35;width:{error_width}px'></div>"
+    return f"<div style='display:flex;height:6px'>{value_bar}{error_bar}</div>"
 
 
 def _samples(report: JudgeReport) -> str:
@@ -75,15 +77,12 @@ def _samples(report: JudgeReport) -> str:
     expected = any(sample.expected is not None for sample in report.samples)
     rows = "".join(_sample(sample, expected) for sample in report.samples)
     right = f"<th {_LEFT}>expected</th>" if expected else ""
-    return scrollable(
-        f"<table><thead><tr><th {_LEFT}>prompt</th>{head}{right}</tr></thead><tbody>{rows}</tbody></table>"
-    )
+    header = f"<tr><th {_LEFT}>prompt</th>{head}{right}</tr>"
+    return scrollable(f"<table><thead>{header}</thead><tbody>{rows}</tbody></table>")
 
 
 def _sample(sample: Sample, expected: bool) -> str:
-    marks = [
-        f"<b>{'✓' if s == 1 else '✕' if s == 0 else f'{s:.0%}'}</b> " for s in sample.scores
-    ] or [""] * len(sample.texts)
+    marks = [_mark(score) for score in sample.scores] or [""] * len(sample.texts)
     answers = "".join(
         f"<td {_TEXT}>{mark}{_html.escape(text)}</td>"
         for mark, text in zip(marks, sample.texts, strict=True)
@@ -92,20 +91,18 @@ def _sample(sample: Sample, expected: bool) -> str:
     return f"<tr><td {_TEXT}>{_html.escape(sample.prompt)}</td>{answers}{right}</tr>"
 
 
+def _mark(score: float) -> str:
+    """Write whether an answer is right, or how much of it."""
+    marks = {1.0: "✓", 0.0: "✕"}
+    text = marks.get(score) or f"{score:.0%}"
+    return f"<b>{text}</b> "
+
+
 def _small_print(report: JudgeReport) -> str:
-    lines = []
+    lines = [*report.small_print(), *report.notes]
     if report.rows:
-        rows = f"{report.targets} target tokens in {report.rows} rows"
-        lines.append(
-            f"{rows}; ± and the pale end of a bar are one standard error, a row being one draw."
-        )
-    if report.teacher:
-        lines.append(
-            f"Predictions at full precision: {report.teacher}; floor of the KL {report.floor_nats:.2g} nats."
-        )
-    return "".join(
-        f"<p><small>{_html.escape(line)}</small></p>" for line in [*lines, *report.notes]
-    )
+        lines.insert(1, "The paler end of a bar is one standard error wide.")
+    return "".join(f"<p><small>{_html.escape(line)}</small></p>" for line in lines)
 
 
 @view_of(EvalReport)
