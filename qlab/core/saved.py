@@ -1,4 +1,4 @@
-"""``Saved``: what every ``save`` returns. It prints as a sentence, and a script can ask it for facts."""
+"""``Saved``: what every ``save`` returns; prints as a sentence, and holds facts for a script."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Saved(str):
-    """What was written where, and what opens it. Prints as a sentence; is that sentence, as a string.
+    """What was written where, and what opens it: a string that prints as a sentence.
 
     Args:
         note: the sentence that says who can open it.
