@@ -18,7 +18,7 @@ from qlab.lab.model import Model, load
 from qlab.lab.quantizer import Quantizer
 from qlab.runtime.job import mlx_call
 
-# LoRAConfig fields that must match the stored run (``init`` need not: the adapter is trained by now)
+# LoRAConfig fields that must match the stored run (``init`` need not: the adapter is trained)
 _MUST_MATCH = ("kind", "rank", "scale", "dropout", "num_layers", "keys", "dtype", "rslora")
 
 

@@ -234,7 +234,7 @@ class Trainer(HasPanel):
 
     @property
     def data(self) -> DataReport:
-        """What is trained on, token by token: targets, masked and cut tokens, padding, duplicates."""
+        """What is trained on, token by token: targets, masked, cut, padding, duplicates."""
         return report(self.feed, self.adapter.model.tokenizer, self.held_out)
 
     @property

@@ -1,9 +1,7 @@
-"""The processes of one run, joined by ``mx.distributed``. A single process is a run like any other.
-
-Nothing is sent.
+"""The processes of one run, joined by ``mx.distributed``; a single process sends nothing.
 
 What is sent is computed first and awaited at once, so that every process sends in the same order,
-whatever graph it built. Knows no model and no file.
+whatever graph it built. The loop and ``qlab.run`` use it.
 """
 
 from __future__ import annotations
@@ -24,10 +22,8 @@ from qlab.errors import RankError
 
 _BUNDLE = 1 << 23  # numbers sent at once: few messages, and little memory beside the gradients
 _LONGEST = 1024  # bytes of a text
-_WORLDS = (
-    "MLX_WORLD_SIZE",
-    "OMPI_COMM_WORLD_SIZE",
-)  # where a launcher says how many processes it started
+# where a launcher says how many processes it started
+_WORLDS = ("MLX_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
 class Ranks:
@@ -43,7 +39,8 @@ class Ranks:
 
     def __init__(self, group: mx.distributed.Group | None = None) -> None:
         self._group = group
-        self.rank, self.size = (group.rank(), group.size()) if group else (0, 1)
+        self.rank = group.rank() if group else 0
+        self.size = group.size() if group else 1
 
     @property
     def first(self) -> bool:
@@ -55,11 +52,11 @@ class Ranks:
         return batch if self.size == 1 else part(batch, self.rank, self.size)
 
     def key(self, key: mx.array) -> mx.array:
-        """Return this process's key of a batch: each drops inputs of its own."""
+        """Return this process's random key of a batch: each process drops other inputs."""
         return key if self.size == 1 else mx.random.split(key, self.size)[self.rank]
 
     def total(self, sums: LossAndGradients) -> LossAndGradients:
-        """Add what every process's rows add up to; the result is the same everywhere, bit for bit.
+        """Sum loss, gradients and counts over all processes; equal everywhere, bit for bit.
 
         Raises:
             RankError: another process is gone.
@@ -69,34 +66,36 @@ class Ranks:
         loss, count, *grads = self._added([sums.loss, sums.count, *sums.grads.values()])
         return LossAndGradients(loss, dict(zip(sums.grads, grads, strict=True)), count)
 
-    def all_nats(self, own: Nats) -> Nats:
-        """Add the losses of every process's rows held out."""
+    def all_nats(self, share: Nats) -> Nats:
+        """Sum the validation losses of all processes."""
         if self.size == 1:
-            return own
-        found = [text.split() for text in self.gather(f"{own.total!r} {own.count}")]
-        return sum((Nats(float(total), int(count)) for total, count in found), Nats())
+            return share
+        texts = self.gather(f"{share.total!r} {share.count}")
+        pairs = [text.split() for text in texts]
+        return sum((Nats(float(total), int(count)) for total, count in pairs), Nats())
 
     def from_first(self, arrays: Arrays) -> Arrays:
         """Return the first process's arrays."""
         if self.size == 1:
             return arrays
-        given = arrays.values() if self.first else map(mx.zeros_like, arrays.values())
-        return dict(zip(arrays, self._added(list(given)), strict=True))
+        values = list(arrays.values())
+        if not self.first:
+            values = [mx.zeros_like(array) for array in values]
+        return dict(zip(arrays, self._added(values), strict=True))
 
     def gather(self, text: str) -> list[str]:
         """Return every process's text, cut to 1024 bytes, by rank."""
         if self.size == 1:
             return [text]
-        said = np.zeros(
-            (self.size, _LONGEST), np.int32
-        )  # each fills a row of its own, so that the sum has all of them
-        own = np.frombuffer(text.encode()[:_LONGEST], np.uint8)
-        said[self.rank, : own.size] = own
-        found = np.array(self._sum(mx.array(said))).astype(np.uint8)
-        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in found]
+        # each process fills its row of (size, 1024), so that the sum has the texts of all
+        table = np.zeros((self.size, _LONGEST), np.int32)
+        encoded = np.frombuffer(text.encode()[:_LONGEST], np.uint8)
+        table[self.rank, : encoded.size] = encoded
+        texts = np.array(self._sum(mx.array(table))).astype(np.uint8)
+        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in texts]
 
     def agreed(self, text: str) -> str:
-        """Return the first text that any process has to say, or an empty one: the same everywhere."""
+        """Return the first text that is not empty of any process; the same everywhere."""
         return next(filter(None, self.gather(text)), "")
 
     def check_same(self, facts: Mapping[str, str]) -> None:
@@ -108,24 +107,18 @@ class Ranks:
         Raises:
             RankError: names what differs, and where.
         """
-        digests = [
-            text.split()
-            for text in self.gather(
-                " ".join(sha256(x.encode()).hexdigest()[:16] for x in facts.values())
-            )
-        ]
-        differ = {
-            name: [rank for rank, own in enumerate(digests) if own[n] != digests[0][n]]
-            for n, name in enumerate(facts)
-        }
-        told = [
-            f"{name} ({', '.join(f'rank {rank}' for rank in ranks)})"
-            for name, ranks in differ.items()
-            if ranks
-        ]
-        if told:
+        hashes = [sha256(fact.encode()).hexdigest()[:16] for fact in facts.values()]
+        by_rank = [text.split() for text in self.gather(" ".join(hashes))]
+        differences = []
+        for n, name in enumerate(facts):
+            others = [rank for rank, hashes in enumerate(by_rank) if hashes[n] != by_rank[0][n]]
+            if others:
+                ranks = ", ".join(f"rank {rank}" for rank in others)
+                differences.append(f"{name} ({ranks})")
+        if differences:
             raise RankError(
-                f"These differ from rank 0, so the processes cannot train together: {'; '.join(told)}."
+                "These differ from rank 0, so the processes cannot train together: "
+                f"{'; '.join(differences)}."
             )
 
     def _added(self, arrays: list[mx.array]) -> list[mx.array]:
@@ -139,21 +132,21 @@ class Ranks:
             bundles[-1].append(array)
             room -= array.size
         mx.eval(arrays)
-        return [made for bundle in bundles for made in self._sent(bundle)]
+        return [total for bundle in bundles for total in self._sent(bundle)]
 
     def _sent(self, bundle: list[mx.array]) -> list[mx.array]:
         flat = mx.concatenate([array.reshape(-1).astype(mx.float32) for array in bundle])
         total = self._sum(flat)
         ends = np.cumsum([array.size for array in bundle])[:-1].tolist()
         parts = zip(mx.split(total, ends), bundle, strict=True)
-        return [own.reshape(array.shape).astype(array.dtype) for own, array in parts]
+        return [part.reshape(array.shape).astype(array.dtype) for part, array in parts]
 
     def _sum(self, array: mx.array) -> mx.array:
-        """The one thing that is sent: every back end of MLX has it, NCCL nothing else."""
+        """Sum over all processes: the one operation that every backend has (NCCL has no other)."""
         try:
-            made = mx.distributed.all_sum(array, group=self._group)
-            mx.eval(made)
-            return made
+            total = mx.distributed.all_sum(array, group=self._group)
+            mx.eval(total)
+            return total
         except RuntimeError as error:
             raise RankError(
                 f"Rank {self.rank} of {self.size} lost another process: {error}."

@@ -207,7 +207,7 @@ def new_run_path(model: str) -> Path:
 
 
 def _numbered(path: Path) -> Iterator[Path]:
-    """Yield ``path``, ``path-2``, ``path-3``, …"""
+    """Yield ``path``, ``path-2``, ``path-3`` and so on."""
     yield path
     for n in count(2):
         yield Path(f"{path}-{n}")

@@ -1,7 +1,4 @@
-"""Runs side by side: a table, and their curves over one another.
-
-Sees reports and events, never a trainer.
-"""
+"""Runs side by side: a table, and their curves over one another; what ``qlab.runs()`` returns."""
 
 from __future__ import annotations
 
@@ -39,9 +36,14 @@ _HEAD = (
 class Runs:
     """Runs as a cell shows them.
 
+    Example:
+        >>> runs = qlab.runs()
+        >>> runs.reports[runs.best].name
+        >>> runs.to_pandas()
+
     Attributes:
-        reports: one a run.
-        histories: every event of each, in the same order.
+        reports: one report for each run.
+        histories: every event of each run, in the same order.
 
     Raises:
         ConfigError: not one history for each report.
@@ -84,18 +86,18 @@ class Runs:
         """
         import plotly.graph_objects as go
 
-        made = go.Figure()
+        figure = go.Figure()
         for n, (name, history) in enumerate(zip(self._labels(), self.histories, strict=True)):
             color = PALETTE[n % len(PALETTE)]
             rows = _rows(history, 2000)
             validated = np.isfinite(rows[:, VAL])
             common = {"legendgroup": name, "name": name}
-            made.add_trace(
+            figure.add_trace(
                 go.Scatter(
                     x=rows[:, 0], y=rows[:, SMOOTH], mode="lines", line={"color": color}, **common
                 )
             )
-            made.add_trace(
+            figure.add_trace(
                 go.Scatter(
                     x=rows[validated, 0],
                     y=rows[validated, VAL],
@@ -106,7 +108,7 @@ class Runs:
                     marker={"symbol": "diamond", "size": 7},
                 )
             )
-        made.update_layout(
+        figure.update_layout(
             title="training (smoothed) and validation (dashed) loss",
             xaxis_title="step",
             yaxis_title="nats per target token",
@@ -114,7 +116,7 @@ class Runs:
             width=820,
             height=480,
         )
-        return made
+        return figure
 
     def __repr__(self) -> str:
         if not self.reports:
@@ -142,9 +144,9 @@ class Runs:
             shown = "".join(
                 f"<td style='text-align:left'>{_unbroken(cell)}</td>" for cell in cells[1:]
             )
-            rows.append(
-                f"<tr title='{_html.escape(self.reports[n].path)}'><td style='text-align:left'>{swatch}</td>{shown}</tr>"
-            )
+            path = _html.escape(self.reports[n].path)
+            first = f"<td style='text-align:left'>{swatch}</td>"
+            rows.append(f"<tr title='{path}'>{first}{shown}</tr>")
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
         return f"<div>{self._picture()}{scrollable(table)}</div>"
 
@@ -157,8 +159,8 @@ class Runs:
         names = []
         for n, report in enumerate(self.reports, 1):
             parts = (report.model, report.storage, report.adapter)
-            own = [part for part, kind in zip(parts, kinds, strict=True) if len(kind) > 1]
-            names.append(" ".join([f"#{n}", *own]))
+            distinct = [part for part, kind in zip(parts, kinds, strict=True) if len(kind) > 1]
+            names.append(" ".join([f"#{n}", *distinct]))
         return names
 
     def _named(self) -> list[tuple[str, RunReport]]:

@@ -176,7 +176,7 @@ def thinned(rows: np.ndarray, stride: int, pinned: np.ndarray, crowded: bool = F
     stretches = ceil_div(len(rows), stride)
 
     def extremes(column: int, sign: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the row with the largest ``sign · value`` of every stretch, and if it is finite."""
+        """Return the row with the largest ``sign · value`` of every stretch; is it finite?"""
         padded = np.full(stretches * stride, -np.inf)
         values = sign * rows[:, column]
         padded[: len(rows)] = np.where(np.isfinite(values), values, -np.inf)

@@ -66,7 +66,7 @@ def speed_text(tokens_per_second: float) -> str:
 
 
 def losses(report: RunReport) -> str:
-    """Write training and validation loss, such as ``loss 2.31 (val 2.40)``; empty without either."""
+    """Write training and validation loss, such as ``loss 2.31 (val 2.40)``; may be empty."""
     loss = f"loss {loss_text(report.loss)}" if math.isfinite(report.loss) else ""
     val = f"val {loss_text(report.val_loss)}" if math.isfinite(report.val_loss) else ""
     return f"{loss} ({val})" if loss and val else loss or val
