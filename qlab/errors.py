@@ -6,12 +6,13 @@ Knows nothing of models, widgets or MLX.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from inspect import getattr_static, signature
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class QlabError(Exception):
@@ -73,22 +74,45 @@ def reject_unknown_arguments(cls: type[T]) -> type[T]:
         ConfigError: from the class's constructor; names every unknown argument.
     """
     make = cls.__init__
-    legal = [
-        name for name in signature(make).parameters if name != "self" and not name.startswith("_")
-    ]
+    legal = _settings_of(make)
 
     @wraps(make)
     def init(self: Any, *args: Any, **settings: Any) -> None:
-        unknown = [name for name in settings if name not in legal and not name.startswith("_")]
-        if unknown:
-            refusals = [f"{name!r} is no setting.{nearest(name, legal)}" for name in unknown]
-            raise ConfigError(
-                f"{cls.__name__}: {' '.join(refusals)} The settings are {', '.join(legal)}."
-            )
+        _check_known(cls.__name__, settings, legal)
         make(self, *args, **settings)
 
     cls.__init__ = init
     return cls
+
+
+def reject_unknown_settings(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function or method so that it answers as ``reject_unknown_arguments`` does.
+
+    Raises:
+        ConfigError: from the function; names every unknown argument and the nearest known one.
+    """
+    legal = _settings_of(function)
+
+    @wraps(function)
+    def call(*args: P.args, **settings: P.kwargs) -> T:
+        _check_known(function.__qualname__, settings, legal)
+        return function(*args, **settings)
+
+    return call
+
+
+def _settings_of(function: Callable[..., Any]) -> list[str]:
+    """Return the public arguments of a function by name, without ``self``."""
+    names = signature(function).parameters
+    return [name for name in names if name != "self" and not name.startswith("_")]
+
+
+def _check_known(owner: str, settings: Iterable[str], legal: list[str]) -> None:
+    """Refuse names that are no settings; those with an underscore are private and pass."""
+    unknown = [name for name in settings if name not in legal and not name.startswith("_")]
+    if unknown:
+        refusals = [f"{name!r} is no setting.{nearest(name, legal)}" for name in unknown]
+        raise ConfigError(f"{owner}: {' '.join(refusals)} The settings are {', '.join(legal)}.")
 
 
 def reject_unknown_attributes(cls: type[T]) -> type[T]:

@@ -7,7 +7,7 @@ notebook sees: it connects the two with the panel.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,24 @@ from qlab.core.panels.trainer import RunState
 from qlab.core.train.data_report import DataReport
 from qlab.core.train.events import StepEvent
 from qlab.core.train.report import RunReport, seconds_left
+from qlab.core.train.rows import Rows
 from qlab.deprecated import deprecated_name
 from qlab.engine.data.batches import Feed
 from qlab.engine.data.preview import report
 from qlab.engine.evaluate.generate import checked_prompts
+from qlab.engine.evaluate.teacher import KEEP
 from qlab.engine.train import checkpoint, run_folder
 from qlab.engine.train.session import Session
 from qlab.engine.train.setup import describe
-from qlab.errors import ConfigError, reject_unknown_arguments, reject_unknown_attributes
+from qlab.errors import (
+    ConfigError,
+    reject_unknown_arguments,
+    reject_unknown_attributes,
+    reject_unknown_settings,
+)
 from qlab.lab import run_setup
 from qlab.lab.adapter import Adapter
-from qlab.lab.judging import judged
+from qlab.lab.evaluation import evaluate_adapter
 from qlab.lab.panel import HasPanel, PanelViews
 from qlab.lab.resume import stored_run
 from qlab.lab.training_run import TrainingRun
@@ -206,6 +213,12 @@ class Trainer(HasPanel):
         self._show()
 
     @property
+    def held(self) -> Rows | None:
+        """Deprecated: the same as ``held_out``."""
+        deprecated_name("Trainer.held", "held_out")
+        return self.held_out
+
+    @property
     def path(self) -> Path:
         """Folder of the run."""
         return self._training.folder
@@ -276,24 +289,51 @@ class Trainer(HasPanel):
         self._show()
         return text
 
+    @reject_unknown_settings
     def evaluate(
-        self, rows: Any = None, golden: Iterable[Any] = (), **settings: Any
+        self,
+        rows: Any = None,
+        golden: Iterable[Mapping[str, Any]] = (),
+        *,
+        match: str | Callable[[str, str], float] = "exact",
+        max_tokens: int = 64,
+        keep: int = KEEP,
     ) -> JudgeReport:
         """Evaluate the adapter as it is now beside its base and the unquantized model; blocks.
 
+        The trainer's prompts are answered too.
+
+        Example:
+            >>> golden = [{"prompt": "Which keyword leaves a loop?", "expected": "break"}]
+            >>> report = t.evaluate(golden=golden, match="contains")
+            >>> report["quantized + adapter"].perplexity
+
         Args:
             rows: rows that were not trained on; None takes those held out.
-            golden: dicts with ``prompt`` and ``expected``.
-            settings: ``match``, ``max_tokens`` and ``keep``, see ``qlab.lab.judging.judged``.
+            golden: questions with expected answers: dicts with ``prompt`` and ``expected``.
+            match: ``exact``, ``contains``, or a function of answer and expected answer that
+                returns True, False or a number from 0 to 1.
+            max_tokens: tokens of the longest answer.
+            keep: number of the unquantized model's predictions cached for each target, the
+                likeliest; the whole vocabulary is exact.
 
         Raises:
-            ConfigError, DataError: there is nothing to evaluate on, or it has faults.
+            ConfigError: there is nothing to evaluate on, or a setting is unknown or not legal.
+            DataError: rows or golden set have faults.
         """
         mlx_call(self._training.hand_over)
         held_out = self.held_out
         if rows is not None:
             held_out = run_setup.read_rows(rows, self.adapter, self.config)
-        return judged(self.adapter, held_out, golden, prompts=self.prompts, **settings)
+        return evaluate_adapter(
+            self.adapter,
+            held_out,
+            golden,
+            match=match,
+            prompts=self.prompts,
+            max_tokens=max_tokens,
+            keep=keep,
+        )
 
     def to_yaml(self, data: str | None = None, model: str | None = None) -> str:
         """Return the run as a file for ``python -m qlab.run`` or for ``mlx_lm.lora --config``.

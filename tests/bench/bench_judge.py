@@ -53,7 +53,7 @@ def main() -> None:
         config = TrainConfig(iters=80, batch_size=4, max_seq_length=256, learning_rate=2e-3)
         trainer = Trainer(adapter, rows, config, val=0.2, path=f"{folder}/run")
         trainer.run()
-        held, base = trainer.held, adapter.base
+        held, base = trainer.held_out, adapter.base
         teacher, quantized = (
             mlx_call(model.measurements.full_model),
             mlx_call(base.measurements.full_model),

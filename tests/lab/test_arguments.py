@@ -82,6 +82,7 @@ def test_other_wrong_kinds_are_refused(quantizer, call, says):
         ({"keep": None}, ConfigError, "keep=None is not legal"),
         ({"match": 5}, ConfigError, "match=5|Unknown match 5"),
         ({"match": "exct"}, ConfigError, "Did you mean 'exact'"),
+        ({"max_token": 5}, ConfigError, "Trainer.evaluate: 'max_token' is no .* 'max_tokens'"),
         ({"golden": 5}, DataError, "A golden set is a list of rows"),
         ({"golden": "questions"}, DataError, "A golden set is a list of rows"),
         ({"golden": [5]}, DataError, "row 0: it is int, not a dict"),

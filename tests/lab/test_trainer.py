@@ -493,12 +493,14 @@ def test_the_run_for_stock_mlx_lm_names_a_saved_base(adapter, base, demo, tmp_pa
 def test_rows_held_out_by_the_user_and_none_at_all(adapter, tmp_path):
     none = qlab.Trainer(adapter, ROWS, CONFIG, val=0, path=tmp_path)
     assert none.held_out is None and len(none.rows) == 30
-    with pytest.raises(ConfigError, match="nothing to judge by"):
+    with pytest.raises(ConfigError, match="nothing to evaluate on"):
         none.evaluate()
     own = qlab.Trainer(adapter, ROWS, CONFIG, val=ROWS[:3], path=tmp_path)
     assert len(own.held_out) == 3 and len(own.rows) == 30
     counted = qlab.Trainer(adapter, ROWS, CONFIG, val=4, path=tmp_path)
     assert len(counted.held_out) == 4 and len(counted.rows) == 26
+    with pytest.warns(DeprecationWarning, match="use held_out"):
+        assert counted.held is counted.held_out
     assert "<ins" in counted.data._repr_html_() and "26" in repr(counted.data)
 
 

@@ -176,7 +176,7 @@ class JudgeReport(Displayed):
 
     Example::
 
-        report = trainer.evaluate(prompts=["Who are you?"])
+        report = trainer.evaluate()     # rows held out, and the prompts of the trainer
         report["quantized + adapter"].perplexity
         report.change("nll", "quantized + adapter", "quantized")     # (difference, its error)
         report.to_pandas()

@@ -1,6 +1,6 @@
 """Evaluates models side by side: likelihood of targets, KL to the unquantized model, answers.
 
-``lab.judging`` calls ``judge`` for full precision, quantized, and quantized + adapter; the report
+``lab.evaluation`` calls ``judge`` for full precision, quantized, and quantized + adapter; the report
 is ``core.evaluate.judge.JudgeReport``. Only target tokens count: what a row says before them is
 given to the model, and it need not know it.
 

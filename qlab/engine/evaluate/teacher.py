@@ -1,6 +1,6 @@
 """What the unquantized model predicts, stored so that it need not run when others are evaluated.
 
-``lab.judging`` calls ``teacher_predictions`` and gives the result to ``engine.evaluate.judge``.
+``lab.evaluation`` calls ``teacher_predictions`` and gives the result to ``engine.evaluate.judge``.
 
 At each target the K most likely tokens are stored with their log-probabilities, and the mass of all
 others as one number. The KL between what two models make of these K+1 outcomes is a lower bound of

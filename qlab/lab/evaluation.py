@@ -1,7 +1,7 @@
-"""Evaluates an adapter against the model before it was quantized.
+"""Evaluates an adapter beside its base and the model before it was quantized.
 
-Three models side by side: full precision, quantized, quantized + adapter. ``Trainer.evaluate`` is
-the public door to it.
+Three models side by side: full precision, quantized, quantized + adapter. ``Trainer.evaluate``
+calls it; it runs as a job on the MLX thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FULL, _QUANTIZED, _ADAPTED = COLUMNS
 
 
 @positional_arguments
-def judged(
+def evaluate_adapter(
     adapter: Adapter,
     rows: Rows | None,
     golden: Iterable[Mapping[str, Any]] = (),
@@ -47,7 +47,7 @@ def judged(
         golden: questions with expected answers: dicts with ``prompt`` and ``expected``.
         match: ``exact``, ``contains`` or a function of answer and expected answer.
         prompts: answered by every model.
-        max_tokens: longest answer.
+        max_tokens: tokens of the longest answer.
         keep: number of the unquantized model's predictions stored for each target, the likeliest;
             the whole vocabulary is exact.
 
@@ -62,7 +62,7 @@ def judged(
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not held_out and not questions and not prompts:
         raise ConfigError(
-            "There is nothing to judge by: no rows are held out. "
+            "There is nothing to evaluate on: no rows are held out. "
             "Give rows, a golden set or prompts."
         )
     # the adapter's sliders may move while the job runs
