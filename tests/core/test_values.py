@@ -31,7 +31,7 @@ PATH = "model.layers.0.mlp.down_proj"
 PLAN = QuantPlan(QuantConfig("affine", 3, 32), {PATH: QuantConfig("mxfp4"), "lm_head": None})
 LORA = LoRAConfig(rank=4, keys=["q_proj"])
 TRAIN = TrainConfig(iters=10, batch_size=2)
-SPEC = ModelSpec("tiny", (LayerSpec(PATH, "linear", (64, 128), nbytes=16384),))
+SPEC = ModelSpec("tiny", (LayerSpec(path=PATH, kind="linear", shape=(64, 128), nbytes=16384),))
 
 VALUES = {
     "QuantConfig": PLAN.default,
@@ -81,7 +81,10 @@ VALUES = {
         tokens=100,
     ),
     "JudgeReport": JudgeReport(
-        columns=(Column("full precision", nll=1.0), Column("quantized", nll=1.5, kl_nats=0.1)),
+        columns=(
+            Column(name="full precision", nll=1.0),
+            Column(name="quantized", nll=1.5, kl_nats=0.1),
+        ),
         samples=(Sample("2 + 2 =", ("4", "5")),),
         teacher="exact",
     ),

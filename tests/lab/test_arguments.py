@@ -107,7 +107,7 @@ def test_a_report_says_which_columns_it_has(name):
     from qlab.core.evaluate.judge import Column
     from qlab.core.evaluate.judge import JudgeReport
 
-    report = JudgeReport((Column("quantized"),))
+    report = JudgeReport(columns=(Column(name="quantized"),))
     with pytest.raises(ConfigError, match="there are quantized"):
         report[name]
     with pytest.raises(ConfigError, match="choose one of nll"):

@@ -15,7 +15,7 @@ from qlab.core.config.quant import QuantConfig
 from qlab.errors import LayerNotFoundError, nearest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """One weight matrix that a scheme might store.
 

@@ -29,7 +29,7 @@ _MEANS = {"nll": "nll", "token_accuracy": "hits", "kl_nats": "kl_nats", "flips":
 _LARGEST_EXPONENT = 700  # of a float64, a little less
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Scores:
     """Sums over the target tokens of each row, float64 ``(R,)`` each.
 
@@ -52,7 +52,7 @@ class Scores:
     kl_each: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Column:
     """One model. All figures are over target tokens alone.
 
@@ -125,7 +125,7 @@ class Column:
             figures |= _row_figures(scores)
         if golden:
             figures |= _golden_figures(golden)
-        return cls(name, **figures, seconds=seconds, scores=scores)
+        return cls(name=name, **figures, seconds=seconds, scores=scores)
 
 
 def _row_figures(scores: Scores) -> dict[str, float]:
@@ -170,7 +170,7 @@ class Sample:
     scores: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JudgeReport(Displayed):
     """Models side by side, on the same rows and the same prompts.
 

@@ -80,7 +80,7 @@ class Round(NamedTuple):
     window: int = 1
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Graph:
     """A computation.
 

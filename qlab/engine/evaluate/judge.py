@@ -83,12 +83,7 @@ def judge(
     tallies = {name: _Tally() for name in names}
     if usable:
         yield from _on_rows(models, tallies, usable, predictions)
-    answers: dict[str, list[str]] = {}
-    if asked:
-        for name, module in models.items():
-            with tallies[name].clock():
-                answers[name] = yield from answers_of(module, name, tokenizer, asked, max_tokens)
-        yield Progress("answers", len(asked), len(asked))
+    answers = yield from _answers(models, tallies, tokenizer, asked, max_tokens)
     samples = samples_of(asked, answers, tallies, match)
     columns = _columns(tallies, samples, set(models), bool(usable))
     return JudgeReport(
@@ -101,6 +96,24 @@ def judge(
         seconds=time.perf_counter() - start,
         notes=_notes(columns, len(all_rows) - len(usable), predictions),
     )
+
+
+def _answers(
+    models: Mapping[str, nn.Module],
+    tallies: Mapping[str, _Tally],
+    tokenizer: Any,
+    asked: Sequence[Question],
+    max_tokens: int,
+) -> Generator[Progress, None, dict[str, list[str]]]:
+    """Let every model answer every question; return the answers by name of column."""
+    answers: dict[str, list[str]] = {}
+    if not asked:
+        return answers
+    for name, module in models.items():
+        with tallies[name].clock():
+            answers[name] = yield from answers_of(module, name, tokenizer, asked, max_tokens)
+    yield Progress("answers", len(asked), len(asked))
+    return answers
 
 
 def _columns(

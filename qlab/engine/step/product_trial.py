@@ -120,9 +120,10 @@ def _note(
     tokens: int,
     tried: int,
 ) -> str:
-    faster, slower = "by kernel", "dequantized"
+    names = ["by kernel", "dequantized"]
     if dequantize:
-        faster, slower = slower, faster
+        names.reverse()
+    faster, slower = names
     width = f", in {str(dtype).removeprefix('mlx.core.')}" if dtype else ""
     more = "at least " if at_least else ""
     how = f"{tried} tried now" if tried else "remembered"

@@ -28,7 +28,7 @@ from qlab.runtime.atomic import write_folder
 _KEPT = 2  # of the checkpoints to go on from; the best one is kept besides
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainState:
     """Where a run stands.
 
@@ -185,7 +185,7 @@ def load(path: Path, parameters: Arrays) -> TrainState:
             parameters.
     """
     facts, optimizer = _read(path)
-    state = TrainState(parameters, optimizer, **facts)
+    state = TrainState(parameters=parameters, optimizer=optimizer, **facts)
     mx.eval(state.parameters, state.optimizer)
     return state
 

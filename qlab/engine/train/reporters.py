@@ -31,8 +31,8 @@ class Reporter:
         >>> qlab.Trainer(a, rows, callbacks=[reporter]).run()
 
     Args:
-        run: object that has ``log(values, step=…)`` and ``finish()``, as the runs of W&B and trackio
-            have; it is used from the MLX thread.
+        run: object that has ``log(values, step=…)`` and ``finish()``, as the runs of W&B and
+            trackio have; it is used from the MLX thread.
 
     Attributes:
         error: what the tracker failed with, in words, or an empty string.

@@ -167,7 +167,9 @@ def prepare_run(inputs: RunInputs, on_good: Callable[[TrainState], None]) -> Pre
     )
     if inputs.start_from is None:
         parameters = update.by_path(update.flat(parameters))
-        state = TrainState(parameters, update.state, config.learning_rate)
+        state = TrainState(
+            parameters=parameters, optimizer=update.state, learning_rate=config.learning_rate
+        )
         mx.eval(state.parameters, state.optimizer)
     else:
         state = resumed(inputs.start_from, parameters, update)

@@ -27,13 +27,13 @@ SHAPES = {
 SPEC = ModelSpec(
     "toy",
     (
-        LayerSpec("model.embed_tokens", "embedding", (97, WIDTH)),
+        LayerSpec(path="model.embed_tokens", kind="embedding", shape=(97, WIDTH)),
         *(
-            LayerSpec(f"model.layers.{i}.{role}", "linear", shape)
+            LayerSpec(path=f"model.layers.{i}.{role}", kind="linear", shape=shape)
             for i in range(BLOCKS)
             for role, shape in SHAPES.items()
         ),
-        LayerSpec("lm_head", "linear", (97, WIDTH)),
+        LayerSpec(path="lm_head", kind="linear", shape=(97, WIDTH)),
     ),
 )
 
@@ -288,9 +288,9 @@ def test_derived_numbers():
 MIXED = ModelSpec(
     "mixed",
     (
-        LayerSpec("model.embed_tokens", "embedding", (97, WIDTH)),
-        LayerSpec("model.layers.0.mlp.router", "linear", (4, WIDTH)),
-        LayerSpec("model.layers.0.mlp.experts.up_proj", "switch", (4, 32, WIDTH)),
+        LayerSpec(path="model.embed_tokens", kind="embedding", shape=(97, WIDTH)),
+        LayerSpec(path="model.layers.0.mlp.router", kind="linear", shape=(4, WIDTH)),
+        LayerSpec(path="model.layers.0.mlp.experts.up_proj", kind="switch", shape=(4, 32, WIDTH)),
     ),
 )
 

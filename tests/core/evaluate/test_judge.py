@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 import re
 
 import numpy as np
@@ -22,7 +23,14 @@ def drawn(rng: np.random.Generator, level: float, rows: np.ndarray, counts: np.n
     each = [level + row + rng.normal(0, 0.3, n) for row, n in zip(rows, counts, strict=True)]
     sums = np.array([part.sum() for part in each])
     hits = np.array([(part < 2).sum() for part in each], float)
-    return Scores(counts.astype(float), sums, hits, sums / 10, hits / 2, np.concatenate(each) / 10)
+    return Scores(
+        targets=counts.astype(float),
+        nll=sums,
+        hits=hits,
+        kl_nats=sums / 10,
+        flips=hits / 2,
+        kl_each=np.concatenate(each) / 10,
+    )
 
 
 def made(rows: int = 60) -> JudgeReport:
@@ -33,7 +41,13 @@ def made(rows: int = 60) -> JudgeReport:
         for n, x in zip(COLUMNS, (2.0, 2.3, 2.1), strict=True)
     ]
     sample = Sample("Who?", ("a", "b", "a"), "a", (1.0, 0.0, 1.0))
-    return JudgeReport(tuple(columns), (sample,), rows, int(counts.sum()), "exact")
+    return JudgeReport(
+        columns=tuple(columns),
+        samples=(sample,),
+        rows=rows,
+        targets=int(counts.sum()),
+        teacher="exact",
+    )
 
 
 def test_the_standard_error_is_that_of_a_bootstrap_over_rows():
@@ -66,7 +80,7 @@ def test_figures_of_a_column_are_means_over_targets():
     assert column.kl_nats_p99 == np.quantile(scores.kl_each, 0.99)
     assert column.golden_score == pytest.approx(2 / 3)
     assert column.golden_se == pytest.approx(math.sqrt(2 / 9 / 3))  # √(p(1−p)/n)
-    assert math.isinf(Column("x", nll=1e4).perplexity)
+    assert math.isinf(Column(name="x", nll=1e4).perplexity)
 
 
 def test_the_report_reads_as_a_table_and_says_what_changed():
@@ -88,17 +102,15 @@ def test_the_report_reads_as_a_table_and_says_what_changed():
 def test_a_change_within_its_error_is_called_so():
     scores = made()["quantized"].scores
     noise = np.random.default_rng(3).normal(0, 0.1, 60)
-    other = Scores(
-        scores.targets,
-        scores.nll + noise - noise.mean(),
-        *(getattr(scores, n) for n in ("hits", "kl_nats", "flips", "kl_each")),
+    other = replace(scores, nll=scores.nll + noise - noise.mean())
+    report = JudgeReport(
+        columns=(Column.of("a", scores), Column.of("b", other)), rows=60, targets=9
     )
-    report = JudgeReport((Column.of("a", scores), Column.of("b", other)), rows=60, targets=9)
     assert "within the error" in report.verdict[0]
 
 
 def test_what_was_not_measured_is_left_out():
-    report = JudgeReport((Column.of("quantized", None, [1.0, 1.0]),))
+    report = JudgeReport(columns=(Column.of("quantized", None, [1.0, 1.0]),))
     text = repr(report)
     assert "perplexity" not in text and "100.0% (34% to 100%)" in text and report.verdict == ()
     with pytest.raises(ConfigError, match="only on prompts"):

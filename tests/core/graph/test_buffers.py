@@ -10,7 +10,7 @@ from qlab.core.graph.graph import Array, Graph, Node
 
 def run(shapes: list[tuple[int, ...]], node: Node, readers: dict[int, int]):
     """Evaluate one operation of float32 arrays; inputs are those that it does not make."""
-    graph = Graph({a: Array(shape, 4) for a, shape in enumerate(shapes)}, [node])
+    graph = Graph(arrays={a: Array(shape, 4) for a, shape in enumerate(shapes)}, nodes=[node])
     changes: list[tuple[int, Change]] = []
     record = lambda buffer, change: changes.append((buffer.array, change))  # noqa: E731
     buffers = Buffers(graph, dict(readers), False, record)

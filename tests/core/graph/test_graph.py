@@ -15,7 +15,7 @@ def graph(
     arrays = {a: Array((size,), 4, roles.get(a, "")) for a, size in enumerate(sizes)}
     made = {a for node in nodes for a in node.outputs}
     inputs = [a for a in arrays if a not in made and roles.get(a) != "constant"]
-    return Graph(arrays, nodes, inputs, outputs)
+    return Graph(arrays=arrays, nodes=nodes, inputs=inputs, outputs=outputs)
 
 
 def test_a_piece_goes_on_from_what_it_is_given():

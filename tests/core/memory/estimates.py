@@ -15,7 +15,9 @@ MACHINE = budget(1e9)
 SPEC = ModelSpec(
     "toy",
     tuple(
-        LayerSpec(f"model.layers.{block}.mlp.up_proj", "linear", (64, 128), nbytes=16384)
+        LayerSpec(
+            path=f"model.layers.{block}.mlp.up_proj", kind="linear", shape=(64, 128), nbytes=16384
+        )
         for block in range(4)
     ),
 )

@@ -10,7 +10,9 @@ from qlab.core.quantize.table import ErrorTable
 
 
 def test_front_holds_what_nothing_beats():
-    layers = tuple(LayerSpec(f"l.{i}.w", "linear", (128, 128), nbytes=32768) for i in range(3))
+    layers = tuple(
+        LayerSpec(path=f"l.{i}.w", kind="linear", shape=(128, 128), nbytes=32768) for i in range(3)
+    )
     configs = (
         QuantConfig("affine", 4, 64),
         QuantConfig("affine", 5, 64),

@@ -11,13 +11,15 @@ from qlab.engine.memory.step_graphs import _moved_paths
 from qlab.engine.memory.step_kind import step_kind
 
 LAYERS = [
-    LayerSpec("model.embed_tokens", "embedding", (256, 64), nbytes=32768),
+    LayerSpec(path="model.embed_tokens", kind="embedding", shape=(256, 64), nbytes=32768),
     *(
-        LayerSpec(f"model.layers.{block}.mlp.{name}", "linear", (64, 64), nbytes=8192)
+        LayerSpec(
+            path=f"model.layers.{block}.mlp.{name}", kind="linear", shape=(64, 64), nbytes=8192
+        )
         for block in range(6)
         for name in ("up_proj", "down_proj")
     ),
-    LayerSpec("lm_head", "linear", (256, 64), nbytes=32768),
+    LayerSpec(path="lm_head", kind="linear", shape=(256, 64), nbytes=32768),
 ]
 SPEC = ModelSpec("toy", tuple(LAYERS))
 

@@ -13,7 +13,7 @@ from qlab.engine.quantize.moments import weighted_ranges
 from qlab.errors import WeightsError
 from tests.tiny import on_mlx
 
-LAYER = LayerSpec("head", "linear", (6, 192))
+LAYER = LayerSpec(path="head", kind="linear", shape=(6, 192))
 WEIGHT = np.random.default_rng(0).standard_normal((6, 192)).astype(np.float32)
 
 

@@ -29,9 +29,9 @@ WIDTH, OUT = 64, 32
 SPEC = ModelSpec(
     "tiny",
     (
-        LayerSpec("model.embed_tokens", "embedding", (97, WIDTH), tied=True),
+        LayerSpec(path="model.embed_tokens", kind="embedding", shape=(97, WIDTH), tied=True),
         *(
-            LayerSpec(f"model.layers.{i}.{role}", "linear", (OUT, WIDTH))
+            LayerSpec(path=f"model.layers.{i}.{role}", kind="linear", shape=(OUT, WIDTH))
             for i in range(3)
             for role in ("self_attn.q_proj", "mlp.up_proj")
         ),
@@ -105,7 +105,9 @@ def test_sizes_are_those_of_the_kinds():
 
 
 def test_experts_are_sent_with_their_sizes_and_the_noise_of_one_of_them():
-    experts = LayerSpec("model.layers.0.mlp.experts.up_proj", "switch", (4, OUT, WIDTH))
+    experts = LayerSpec(
+        path="model.layers.0.mlp.experts.up_proj", kind="switch", shape=(4, OUT, WIDTH)
+    )
     kinds = tuple((name, title, (*adapts, "switch")) for name, title, adapts in KINDS)
     mixture = replace(SPEC, layers=(*SPEC.layers, experts))
     sent = view.payload(state(spec=mixture, kinds=kinds))

@@ -136,12 +136,12 @@ def judged(**more) -> JudgeReport:
     for n, name in enumerate(COLUMNS):
         level = (2.0, 2.4, 1.7)[n]
         scores = Scores(
-            targets,
-            level * targets + rng.standard_normal(12),
-            0.5 * targets,
-            0.1 * n * targets,
-            0.05 * n * targets,
-            rng.random(50) * 0.2 * n,
+            targets=targets,
+            nll=level * targets + rng.standard_normal(12),
+            hits=0.5 * targets,
+            kl_nats=0.1 * n * targets,
+            flips=0.05 * n * targets,
+            kl_each=rng.random(50) * 0.2 * n,
         )
         columns.append(Column.of(name, scores, golden=[1.0, 0.0, 1.0, 1.0][: 4 if n else 3]))
     samples = (
@@ -149,7 +149,12 @@ def judged(**more) -> JudgeReport:
         Sample("Hello", ("Hi", "<b>Hi</b>", "Hi!")),
     )
     return JudgeReport(
-        tuple(columns), samples, rows=12, targets=int(targets.sum()), teacher="exact", **more
+        columns=tuple(columns),
+        samples=samples,
+        rows=12,
+        targets=int(targets.sum()),
+        teacher="exact",
+        **more,
     )
 
 
@@ -186,7 +191,7 @@ def test_a_card_with_prompts_alone_and_one_with_two_models_are_drawn():
     assert (
         "perplexity"
         not in replace(
-            report, columns=tuple(Column(n) for n in COLUMNS), rows=0, teacher=""
+            report, columns=tuple(Column(name=n) for n in COLUMNS), rows=0, teacher=""
         )._repr_html_()
     )
     two = replace(report, columns=report.columns[1:], samples=())
