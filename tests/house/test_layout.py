@@ -58,6 +58,7 @@ TESTED_BY: dict[str, str] = {
     "engine/evaluate/generate": "engine/evaluate/test_predict.py",
     "engine/evaluate/golden": "engine/evaluate/test_judge.py",
     "engine/evaluate/teacher": "engine/evaluate/test_judge.py",
+    "engine/memory/block_passes": "engine/memory/test_whole_step.py",
     "engine/memory/blockwise_loss": "engine/memory/test_whole_step.py",
     "engine/memory/blockwise_step": "engine/memory/test_whole_step.py",
     "engine/memory/graph_pieces": "engine/memory/test_whole_step.py",

@@ -33,18 +33,25 @@ def _merged(graph: Graph) -> Graph:
     new: dict[int, int] = {}  # the array that stays, by the id of one that is equal
     known: dict[Hashable, Node] = {}
     for node in graph.nodes:
-        node = replace(node, inputs=tuple(new.get(a, a) for a in node.inputs))
-        shapes = tuple(graph.arrays[a].shape for a in node.outputs)
-        form = (node.name, node.inputs, repr(node.arguments), shapes)
-        may_be_equal = bool(node.inputs) and node.name not in _NEVER_EQUAL
-        if may_be_equal and form in known:
-            new.update(zip(node.outputs, known[form].outputs, strict=True))
-            continue
-        if may_be_equal:
-            known[form] = node
+        inputs = tuple(new.get(a, a) for a in node.inputs)
+        node = replace(node, inputs=inputs)
+        if inputs and node.name not in _NEVER_EQUAL:
+            form = _form(graph, node)
+            equal = known.setdefault(form, node)
+            if equal is not node:
+                pairs = zip(node.outputs, equal.outputs, strict=True)
+                new.update(pairs)
+                continue
         merged.nodes.append(node)
     merged.outputs = [new.get(a, a) for a in graph.outputs]
     return merged
+
+
+def _form(graph: Graph, node: Node) -> Hashable:
+    """Equal for nodes that compute the same."""
+    arguments = repr(node.arguments)
+    shapes = tuple(graph.arrays[a].shape for a in node.outputs)
+    return node.name, node.inputs, arguments, shapes
 
 
 class _Fusion:
@@ -60,12 +67,15 @@ class _Fusion:
         self._readers: dict[int, list[int]] = {}  # nodes that read an array, by its id
         for n, node in enumerate(graph.nodes):
             for a in node.inputs:
-                self._readers.setdefault(a, []).append(n)
+                readers = self._readers.setdefault(a, [])
+                readers.append(n)
 
     def run(self) -> Graph:
         for n in reversed(range(len(self._graph.nodes))):
             node = self._nodes[n]
-            if node is not None and node.name in FUSABLE and node.name != "Broadcast":
+            if node is None or node.name == "Broadcast":
+                continue
+            if node.name in FUSABLE:
                 self._fuse(n)
         nodes = [node for node in self._nodes if node is not None]
         return replace(self._graph, arrays=self._arrays, nodes=nodes)
@@ -73,7 +83,8 @@ class _Fusion:
     def _fuse(self, root: int) -> None:
         """Let a node take in what it is made from, as far as no other node reads that."""
         run = _Run(self, root)
-        run.search(self.node(root).outputs[0], 0)
+        result = self.node(root).outputs[0]
+        run.search(result, 0)
         if len(run.nodes) > 1:
             self._replace(root, run.nodes)
 
@@ -85,8 +96,10 @@ class _Fusion:
 
     def maker(self, a: int) -> tuple[int, Node | None]:
         """Index of the node that makes an array, and that node; −1 and None for an input."""
-        n = self._makers.get(a, -1)
-        return n, self._nodes[n] if n >= 0 else None
+        n = self._makers.get(a)
+        if n is None:
+            return -1, None
+        return n, self._nodes[n]
 
     def shape(self, a: int) -> Shape:
         """Shape of an array."""
@@ -98,7 +111,8 @@ class _Fusion:
 
     def is_read_outside(self, a: int, nodes: set[int]) -> bool:
         """Whether any other node than these reads an array."""
-        return any(reader not in nodes for reader in self._readers.get(a, ()))
+        readers = self._readers.get(a, ())
+        return any(reader not in nodes for reader in readers)
 
     def split(self, a: int, inside: set[int]) -> int:
         """Give the readers inside a run a copy of a broadcast array; return its id."""
@@ -106,10 +120,12 @@ class _Fusion:
         copy = len(self._arrays)
         maker = len(self._nodes)
         self._arrays[copy] = self._arrays[a]
-        self._nodes.append(replace(original, outputs=(copy,)))
+        copy_node = replace(original, outputs=(copy,))
+        self._nodes.append(copy_node)
         self._makers[copy] = maker
         for x in original.inputs:
-            self._readers.setdefault(x, []).append(maker)
+            readers = self._readers.setdefault(x, [])
+            readers.append(maker)
         readers = self._readers[a]
         self._readers[copy] = [reader for reader in readers if reader in inside]
         self._readers[a] = [reader for reader in readers if reader not in inside]
@@ -140,7 +156,8 @@ class _Fusion:
         collect(result)
         outputs.append(result)
         for a in inputs:
-            others = [reader for reader in self._readers.get(a, ()) if reader not in nodes]
+            readers = self._readers.get(a, ())
+            others = [reader for reader in readers if reader not in nodes]
             self._readers[a] = [*others, root]
         for n in nodes - {root}:
             self._nodes[n] = None
@@ -164,7 +181,8 @@ class _Run:
 
     def __init__(self, fusion: _Fusion, root: int) -> None:
         self._fusion = fusion
-        self._shape = fusion.shape(fusion.node(root).outputs[0])
+        result = fusion.node(root).outputs[0]
+        self._shape = fusion.shape(result)
         self._edge: set[int] = set()  # arrays that the run reads from outside, or gives outside
         self.nodes: set[int] = set()
 
@@ -179,7 +197,8 @@ class _Run:
         if depth and self._fusion.is_read_outside(a, self.nodes):
             # a broadcast costs nothing, so each reader may have a copy
             if node.name == "Broadcast" and len(self._edge) < _MAX_ARRAYS:
-                self.search(self._fusion.split(a, self.nodes), depth)
+                copy = self._fusion.split(a, self.nodes)
+                self.search(copy, depth)
             else:
                 self._edge.add(a)
             return
@@ -194,5 +213,9 @@ class _Run:
             self.search(x, depth + 1)
 
     def _may_fuse(self, node: Node, a: int, depth: int) -> bool:
-        is_other_output = self._fusion.is_output(a) and self._fusion.shape(a) != self._shape
-        return depth < _MAX_DEPTH and node.name in FUSABLE and not is_other_output
+        if depth >= _MAX_DEPTH or node.name not in FUSABLE:
+            return False
+        if not self._fusion.is_output(a):
+            return True
+        shape = self._fusion.shape(a)
+        return shape == self._shape

@@ -89,7 +89,8 @@ class _Rebuilding:
         self._gradients: dict[int, int] = {}
         for n, stand_in in enumerate(self._stand_ins):
             self._outputs[stand_in.output] = n
-            self._gradients |= dict.fromkeys(stand_in.gradients.values(), n)
+            for gradient in stand_in.gradients.values():
+                self._gradients[gradient] = n
 
     def run(self) -> Graph:
         inputs = set(self._graph.inputs)
@@ -110,27 +111,41 @@ class _Rebuilding:
             self._backward(self._gradients[output])
         elif output in self._outputs:
             self._forward(self._outputs[output])
-        elif not any(_is_marked(self._graph, a) for a in (*node.inputs, *node.outputs)):
-            for a in node.outputs:
-                self._new[a] = self._copy.add(self._graph.arrays[a])
-            self._copy.nodes.append(node.renamed(self._new))
+        elif not self._touches_marked(node):
+            self._ordinary(node)
+
+    def _touches_marked(self, node: Node) -> bool:
+        sides = (*node.inputs, *node.outputs)
+        return any(_is_marked(self._graph, a) for a in sides)
+
+    def _ordinary(self, node: Node) -> None:
+        for a in node.outputs:
+            array = self._graph.arrays[a]
+            self._new[a] = self._copy.add(array)
+        renamed = node.renamed(self._new)
+        self._copy.nodes.append(renamed)
 
     def _forward(self, n: int) -> None:
         call = self._calls[n]
         reads = self._reads(n)
         (last,) = self._copy.then(call.forward, reads, {})
-        self._new[self._stand_ins[n].output] = self._held(last, reads[: call.differentiable])
+        differentiable = reads[: call.differentiable]
+        output = self._stand_ins[n].output
+        self._new[output] = self._held(last, differentiable)
 
     def _backward(self, n: int) -> None:
         stand_in = self._stand_ins[n]
-        inputs = [self._new[stand_in.slope], *self._reads(n)]
-        gradients = self._copy.then(self._calls[n].backward, inputs, {})
+        slope = self._new[stand_in.slope]
+        inputs = [slope, *self._reads(n)]
+        backward = self._calls[n].backward
+        gradients = self._copy.then(backward, inputs, {})
         for number, a in stand_in.gradients.items():
             self._new[a] = gradients[number]
 
     def _reads(self, n: int) -> list[int]:
         reads = self._stand_ins[n].reads
-        return [self._new[reads[number]] for number in sorted(reads)]
+        in_order = [reads[number] for number in sorted(reads)]
+        return [self._new[a] for a in in_order]
 
     def _held(self, last: int, reads: Sequence[int]) -> int:
         """Add what MLX puts behind such a function; return the id of its output.
@@ -138,17 +153,20 @@ class _Rebuilding:
         ``custom_function`` of ``mlx/transforms.cpp``: a ``CustomTransforms`` of all inputs and of
         the outputs, whose gradients are stopped.
         """
-        stopped = self._copy.add(self._copy.arrays[last])
-        output = self._copy.add(self._copy.arrays[last])
-        self._copy.nodes += [
-            Node("StopGradient", (last,), (stopped,)),
-            Node("CustomTransforms", (*reads, stopped), (output,)),
-        ]
+        array = self._copy.arrays[last]
+        stopped = self._copy.add(array)
+        output = self._copy.add(array)
+        stop = Node("StopGradient", (last,), (stopped,))
+        self._copy.nodes.append(stop)
+        inputs = (*reads, stopped)
+        transforms = Node("CustomTransforms", inputs, (output,))
+        self._copy.nodes.append(transforms)
         return output
 
 
 def _is_marked(graph: Graph, a: int) -> bool:
-    return len(graph.arrays[a].shape) == AXES
+    shape = graph.arrays[a].shape
+    return len(shape) == AXES
 
 
 class _Turn(NamedTuple):
@@ -178,11 +196,16 @@ class _Search:
         self._readers: dict[int, list[int]] = {}  # first outputs of an array's readers
         turns = []
         for node in graph.nodes:
+            output = node.outputs[0]
             for a in node.inputs:
-                self._readers.setdefault(a, []).append(node.outputs[0])
-            if node.name == "Transpose" and _is_marked(graph, node.inputs[0]):
-                before = node.inputs[0]
-                turns.append(_Turn(graph.arrays[before].shape, before, node.outputs[0]))
+                readers = self._readers.setdefault(a, [])
+                readers.append(output)
+            if node.name != "Transpose":
+                continue
+            before = node.inputs[0]
+            if _is_marked(graph, before):
+                shape = graph.arrays[before].shape
+                turns.append(_Turn(shape, before, output))
         self._turned_forward = {turn.after for turn in turns if turn.is_forward}
         self._turned_back = {turn.before for turn in turns if not turn.is_forward}
         self.stand_ins = [_StandIn() for _ in range(calls)]
@@ -190,16 +213,20 @@ class _Search:
             self._note(turn)
 
     def _note(self, turn: _Turn) -> None:
-        (source,) = set(self._sources(turn.before))
-        end = max(self._ends(turn.after), default=-1)
+        sources = set(self._sources(turn.before))
+        (source,) = sources
+        ends = self._ends(turn.after)
+        end = max(ends, default=-1)
         if turn.is_forward:
-            stand_in = self.stand_ins[turn.shape[0] - FIRST]
-            stand_in.reads[turn.shape[1] - FIRST] = source
+            call, number, *_ = turn.shape
+            stand_in = self.stand_ins[call - FIRST]
+            stand_in.reads[number - FIRST] = source
             stand_in.output = end
         else:
-            stand_in = self.stand_ins[turn.shape[-1] - FIRST]
+            *_, number, call = turn.shape
+            stand_in = self.stand_ins[call - FIRST]
             stand_in.slope = source
-            stand_in.gradients[turn.shape[-2] - FIRST] = end
+            stand_in.gradients[number - FIRST] = end
 
     def _sources(self, a: int) -> Iterator[int]:
         """Unmarked arrays that a marked one follows from.
@@ -211,7 +238,9 @@ class _Search:
             if self._graph.arrays[a].role != "constant":
                 yield a
         elif a not in self._turned_forward and a in self._makers:
-            for x in self._graph.nodes[self._makers[a]].inputs:
+            maker = self._makers[a]
+            node = self._graph.nodes[maker]
+            for x in node.inputs:
                 yield from self._sources(x)
 
     def _ends(self, a: int) -> Iterator[int]:

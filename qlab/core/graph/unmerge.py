@@ -32,22 +32,30 @@ class _Unmerging:
     def __init__(self, graph: Graph, loss: int | None) -> None:
         self._graph = graph
         self._makers = graph.makers()
-        self._new = replace(graph, arrays=dict(graph.arrays), nodes=[])
-        every_node = set(range(len(graph.nodes)))
-        self._forward = every_node if loss is None else self._nodes_behind(loss)
+        arrays = dict(graph.arrays)
+        self._new = replace(graph, arrays=arrays, nodes=[])
+        if loss is None:
+            self._forward = set(range(len(graph.nodes)))
+        else:
+            self._forward = self._nodes_behind(loss)
         self._constant = self._constants()
         self._numbers = self._single_numbers()
         self._taken: set[int] = set()  # arrays whose first reader has them
 
     def run(self) -> Graph:
+        nodes = self._new.nodes
         for n, node in enumerate(self._graph.nodes):
             inputs = tuple(self._input(n, node, a) for a in node.inputs)
-            self._new.nodes.append(replace(node, inputs=inputs))
+            unshared = replace(node, inputs=inputs)
+            nodes.append(unshared)
         return self._new
 
     def _constants(self) -> set[int]:
         """Arrays that follow from constants alone."""
-        constant = {a for a, array in self._graph.arrays.items() if array.role == "constant"}
+        constant = set()
+        for a, array in self._graph.arrays.items():
+            if array.role == "constant":
+                constant.add(a)
         for node in self._graph.nodes:
             if all(a in constant for a in node.inputs):
                 constant.update(node.outputs)
@@ -59,11 +67,13 @@ class _Unmerging:
         asked = {*self._graph.outputs, *self._graph.held}
         numbers: set[int] = set()
         for node in self._graph.nodes:
-            follows = all(a in numbers or a not in self._makers for a in node.inputs)
+            if not node.inputs:
+                continue
             sides = (*node.inputs, *node.outputs)
-            is_single = all(arrays[a].size == 1 for a in sides)
-            is_asked = not asked.isdisjoint(node.outputs)
-            if node.inputs and follows and is_single and not is_asked:
+            if any(arrays[a].size != 1 for a in sides):
+                continue
+            follows = all(a in numbers or a not in self._makers for a in node.inputs)
+            if follows and asked.isdisjoint(node.outputs):
                 numbers.update(node.outputs)
         return numbers
 
@@ -77,9 +87,11 @@ class _Unmerging:
         """Whether a reader of an array has made it for itself."""
         maker = self._graph.nodes[self._makers[a]]
         if maker.name == "Broadcast":
-            of_number = self._graph.arrays[maker.inputs[0]].size == 1
+            if n in self._forward:
+                return True
+            source = self._graph.arrays[maker.inputs[0]]
             made_by_backward = self._makers[a] not in self._forward
-            return n in self._forward or (made_by_backward and of_number)
+            return made_by_backward and source.size == 1
         if maker.name == "Flatten":
             return n in self._forward and node.name == "Matmul"
         if maker.name == "Full":
@@ -94,17 +106,21 @@ class _Unmerging:
         maker = self._graph.nodes[self._makers[a]]
         inputs = tuple(self._input(n, maker, x) for x in maker.inputs)
         array = self._graph.arrays[a]
-        copy = self._new.add(Array(array.shape, array.itemsize))
-        self._new.nodes.append(replace(maker, inputs=inputs, outputs=(copy,)))
-        return copy
+        copy = Array(array.shape, array.itemsize)
+        copy_id = self._new.add(copy)
+        node = replace(maker, inputs=inputs, outputs=(copy_id,))
+        self._new.nodes.append(node)
+        return copy_id
 
     def _nodes_behind(self, a: int) -> set[int]:
         """Nodes that an array follows from."""
         behind: set[int] = set()
         waiting = [a]
         while waiting:
-            n = self._makers.get(waiting.pop())
+            made = waiting.pop()
+            n = self._makers.get(made)
             if n is not None and n not in behind:
                 behind.add(n)
-                waiting.extend(self._graph.nodes[n].inputs)
+                node = self._graph.nodes[n]
+                waiting.extend(node.inputs)
         return behind

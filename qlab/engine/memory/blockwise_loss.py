@@ -71,20 +71,32 @@ class LossGraph:
 
     def add(self) -> LossSums:
         """Add the loss and return its sum and gradients."""
-        size = min(self._model.train.loss_chunk or self._positions, self._positions)
+        positions = self._positions
+        loss_chunk = self._model.train.loss_chunk or positions
+        size = min(loss_chunk, positions)
         sums, weights = self._start()
         # a head may be large: no block is in flight beside it
         self._pieces.hand_over(weights, window=1)
-        for start in range(0, self._positions, size):
+        for start in range(0, positions, size):
             # the step pads a short last chunk a little; it is never the peak
-            count = min(size, self._positions - start)
+            left = positions - start
+            count = min(size, left)
             sums = self._chunk(count, sums, weights)
-            is_last = start + size >= self._positions
-            self._pieces.hand_over(sums.arrays, 1 if is_last else min(self._window, CHUNKS))
+            window = min(self._window, CHUNKS)
+            if left <= size:
+                window = 1
+            self._pieces.hand_over(sums.arrays, window)
+        return self._in_rows(sums)
+
+    def _in_rows(self, sums: LossSums) -> LossSums:
+        """Give the gradient by the hidden state the shape of the hidden state."""
         shape = self._hidden.like.shape
-        (cotangent,) = self._pieces.add(
-            "cotangent", lambda flat: [flat.reshape(shape)], [sums.cotangent]
-        )
+
+        def in_rows(flat: mx.array) -> Outputs:
+            return [flat.reshape(shape)]
+
+        inputs = [sums.cotangent]
+        (cotangent,) = self._pieces.add("cotangent", in_rows, inputs)
         return sums._replace(cotangent=cotangent)
 
     def _start(self) -> tuple[LossSums, list[Placed]]:
@@ -94,13 +106,20 @@ class LossGraph:
 
         def start(*outside: mx.array) -> Outputs:
             model.put(model.outside, outside)
-            dense = [(head, head.dense_if_needed(self._dtype)) for head in heads]
-            self._dense_heads = [head for head, weight in dense if weight is not None]
-            weights = [weight for _, weight in dense if weight is not None]
-            cotangent = mx.zeros((self._positions, self._width), self._dtype)
-            return [cotangent, mx.zeros(()), *weights]
+            weights = []
+            self._dense_heads = []
+            for head in heads:
+                weight = head.dense_if_needed(self._dtype)
+                if weight is not None:
+                    self._dense_heads.append(head)
+                    weights.append(weight)
+            shape = (self._positions, self._width)
+            cotangent = mx.zeros(shape, self._dtype)
+            total = mx.zeros(())
+            return [cotangent, total, *weights]
 
-        cotangent, total, *weights = self._pieces.add("dense", start, model.outside_arrays)
+        outputs = self._pieces.add("dense", start, model.outside_arrays)
+        cotangent, total, *weights = outputs
         grads = []
         for path in model.trained_outside:
             grads += self._zeros(path)
@@ -108,19 +127,30 @@ class LossGraph:
 
     def _zeros(self, path: str) -> list[Placed]:
         like = self._model.trained[path]
-        return self._pieces.add(("zeros", path), lambda: [mx.zeros_like(like)], [])
+
+        def zeros() -> Outputs:
+            return [mx.zeros_like(like)]
+
+        key = ("zeros", path)
+        return self._pieces.add(key, zeros, [])
 
     def _chunk(self, count: int, sums: LossSums, weights: list[Placed]) -> LossSums:
         """Add the loss of ``count`` positions and its gradients to the sums so far."""
         # which positions they are, the step picks on the host
-        where = self._pieces.add_input(mx.zeros(count, mx.int32), "batch")
-        rows = self._pieces.add(
-            ("gather", count), self._gather, [self._hidden, self._tokens, where]
-        )
+        positions = mx.zeros(count, mx.int32)
+        where = self._pieces.add_input(positions, "batch")
+        key = ("gather", count)
+        inputs = [self._hidden, self._tokens, where]
+        rows = self._pieces.add(key, self._gather, inputs)
+
+        key = ("chunk", count)
         inputs = [*rows, *weights, *self._model.outside_arrays]
-        loss, slope, *grads = self._pieces.add_compiled(("chunk", count), self._slope, inputs)
+        outputs = self._pieces.add_compiled(key, self._slope, inputs)
+        loss, slope, *grads = outputs
+
+        key = ("add", count)
         inputs = [loss, slope, sums.total, sums.cotangent, where, *sums.grads, *grads]
-        total, cotangent, *grads = self._pieces.add(("add", count), _add, inputs)
+        total, cotangent, *grads = self._pieces.add(key, _add, inputs)
         return LossSums(total, cotangent, grads)
 
     def _gather(self, hidden: mx.array, tokens: mx.array, where: mx.array) -> Outputs:
@@ -128,10 +158,13 @@ class LossGraph:
 
         Shapes: ``(1, n, width)``, ``(1, n)`` and ``(1, n)``.
         """
-        counted = tokens[:, 1:].astype(mx.float32).reshape(-1)
+        targets = tokens[:, 1:]
+        counted = targets.astype(mx.float32).reshape(-1)
+        flat_hidden = hidden.reshape(-1, self._width)
+        flat_targets = targets.reshape(-1)
         return [
-            hidden.reshape(-1, self._width)[where][None],
-            tokens[:, 1:].reshape(-1)[where][None],
+            flat_hidden[where][None],
+            flat_targets[where][None],
             counted[where][None],
         ]
 
@@ -149,20 +182,28 @@ class LossGraph:
         model = self._model
         count = len(self._dense_heads)
         weights = arrays[:count]
-        outside = dict(zip(model.outside, arrays[count:], strict=True))
+        others = arrays[count:]
+        outside = dict(zip(model.outside, others, strict=True))
 
         def logits(rows: mx.array, *trained: mx.array) -> mx.array:
             changed = dict(zip(model.trained_outside, trained, strict=True))
             arrays = outside | changed
             with ExitStack() as stack:
                 model.put(arrays, list(arrays.values()))
-                for head, weight in zip(self._dense_heads, weights, strict=True):
-                    stack.enter_context(head.using_dense(weight))
+                pairs = zip(self._dense_heads, weights, strict=True)
+                for head, weight in pairs:
+                    dense = head.using_dense(weight)
+                    stack.enter_context(dense)
                 return model.stack.after(rows)
 
-        primals = [rows, *(outside[path] for path in model.trained_outside)]
-        loss, slope = nats_and_slope(logits(*primals), targets, share)
-        _, grads = mx.vjp(lambda *arrays: [logits(*arrays)], primals, [slope])
+        def outputs(rows: mx.array, *trained: mx.array) -> Outputs:
+            return [logits(rows, *trained)]
+
+        trained = [outside[path] for path in model.trained_outside]
+        primals = [rows, *trained]
+        values = logits(*primals)
+        loss, slope = nats_and_slope(values, targets, share)
+        _, grads = mx.vjp(outputs, primals, [slope])
         return [loss, *grads]
 
 
@@ -176,5 +217,8 @@ def _add(
 ) -> Outputs:
     """Add a chunk to the sums; the first half of ``grads`` are the sums, the second the chunk's."""
     half = len(grads) // 2
-    summed = [old + new for old, new in zip(grads[:half], grads[half:], strict=True)]
-    return [total + loss, cotangent.at[where].add(slope[0]), *summed]
+    pairs = zip(grads[:half], grads[half:], strict=True)
+    summed = [old + new for old, new in pairs]
+    total = total + loss
+    cotangent = cotangent.at[where].add(slope[0])
+    return [total, cotangent, *summed]

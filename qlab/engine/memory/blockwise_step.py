@@ -9,9 +9,9 @@ graph of everything that the step computes. What mirrors what:
 | | ``SplitModel(…)`` | ``__init__``: dense weights live through a block; what is trained outside |
 | 1 | ``_before`` | ``self._stack.before`` |
 | 2 | ``_cast_factors`` | ``_cast_factors``: factors cast once, not in every pass |
-| 3 | ``_forward``, ``_Block.forward`` | ``_forward``, ``BlockProgram.forward`` |
+| 3 | ``_forward``, ``BlockPasses.forward`` | ``_forward``, ``BlockProgram.forward`` |
 | 4 | ``LossGraph`` (``blockwise_loss.py``) | ``_loss``, ``Head`` |
-| 5 | ``_backward``, ``_Block.backward`` | blocks in reverse, ``BlockProgram.backward`` |
+| 5 | ``_backward``, ``BlockPasses.backward`` | blocks in reverse, ``BlockProgram.backward`` |
 | 6 | ``_embedding_gradients`` | the end of ``_compute``, where what is trained embeds |
 | | ``hand_over(…, window)`` | ``flight.add(window, …)`` |
 | | ``add_update`` (``update_graph.py``) | what the training loop does with the gradients |
@@ -23,22 +23,23 @@ peak of both. Runs on the MLX thread. Knows no budget.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map
 
 from qlab.core.config.train import TrainConfig
 from qlab.core.graph.graph import Graph
+from qlab.engine.memory.block_passes import BlockCall, BlockPasses, arrays_in, lazy_like
 from qlab.engine.memory.blockwise_loss import LossGraph
 from qlab.engine.memory.graph_pieces import Function, Outputs, PieceGraph, Placed
 from qlab.engine.memory.split_model import SplitModel
 from qlab.engine.memory.update_graph import SumIds, add_update
-from qlab.engine.step.block import array_places, castable_parameters, half_step_parameters
+from qlab.engine.step.block import array_places, castable_parameters
 from qlab.engine.step.blockwise import half_step_window
-from qlab.engine.step.patches import patched, users
+from qlab.engine.step.patches import users
 
 
 class BlockwiseGraph:
@@ -65,10 +66,12 @@ class BlockwiseGraph:
         self._pieces = PieceGraph()
         self._model = SplitModel(module, train, self._pieces)
         self._users = users(module)
-        self._blocks = [
-            _Block(block, f"{self._model.stack.path}.{i}", self._model)
-            for i, block in enumerate(self._model.stack.blocks)
-        ]
+        self._blocks = []
+        stack = self._model.stack
+        for i, module_of_block in enumerate(stack.blocks):
+            path = f"{stack.path}.{i}"
+            block = BlockPasses(module_of_block, path, self._model)
+            self._blocks.append(block)
 
     def read(self) -> Graph:
         """Return the graph of the whole step; the module is left as it was.
@@ -85,20 +88,23 @@ class BlockwiseGraph:
         model = self._model
         pieces = self._pieces
         shape = (self._train.batch_size, self._train.max_seq_length)
-        tokens = pieces.add_input(mx.zeros(shape, mx.int32), "batch")
+        lazy_tokens = mx.zeros(shape, mx.int32)
+        tokens = pieces.add_input(lazy_tokens, "batch")
         parameters = [model.placed[path].id for path in model.trained]
 
         x, calls = self._before(tokens)  # 1
         self._cast_factors(x.like.dtype)  # 2
         inputs, x = self._forward(x, calls)  # 3
-        loss = LossGraph(model, pieces, tokens, x, self._window).add()  # 4
+        loss_graph = LossGraph(model, pieces, tokens, x, self._window)  # 4
+        loss = loss_graph.add()
         grads = dict(zip(model.trained_outside, loss.grads, strict=True))
         cotangent, block_grads = self._backward(loss.cotangent, inputs, calls)  # 5
         grads |= block_grads
         if model.trains_embedding:  # 6
             grads |= self._embedding_gradients(tokens, cotangent, grads)
 
-        count = pieces.add_input(mx.array(0.0), "batch")
+        number = mx.array(0.0)
+        count = pieces.add_input(number, "batch")
         ordered = [grads[path].id for path in model.trained]
         sums = SumIds(ordered, loss.total.id, count.id)
         graph = pieces.graph
@@ -108,7 +114,7 @@ class BlockwiseGraph:
 
     # --- the passes -------------------------------------------------------------------------------
 
-    def _before(self, tokens: Placed) -> tuple[Placed, list[_Call]]:
+    def _before(self, tokens: Placed) -> tuple[Placed, list[BlockCall]]:
         """Add what comes before the blocks.
 
         Returns:
@@ -120,34 +126,46 @@ class BlockwiseGraph:
 
         def run(tokens: mx.array, *outside: mx.array) -> Outputs:
             model.put(model.outside, outside)
-            x, calls = model.stack.before(tokens[:, :-1], model.segments(tokens))
-            trees = [[list(args), kwargs] for args, kwargs in calls]
-            forms[:] = [tree_map(_lazy_like, tree) for tree in trees]
-            return [x, *(array for tree in trees for array in _arrays_in(tree))]
+            inputs = tokens[:, :-1]
+            segments = model.segments(tokens)
+            x, calls = model.stack.before(inputs, segments)
+            outputs = [x]
+            forms.clear()
+            for args, kwargs in calls:
+                tree = [list(args), kwargs]
+                forms.append(tree_map(lazy_like, tree))
+                outputs += arrays_in(tree)
+            return outputs
 
-        x, *others = self._pieces.add("before", run, [tokens, *model.outside_arrays])
+        inputs = [tokens, *model.outside_arrays]
+        x, *others = self._pieces.add("before", run, inputs)
         left = iter(others)
         calls = []
         for form in forms:
-            arrays = [next(left) for _ in _arrays_in(form)]
-            calls.append(_Call(form, arrays))
+            arrays = [next(left) for _ in arrays_in(form)]
+            calls.append(BlockCall(form, arrays))
         return x, calls
 
     def _cast_factors(self, dtype: mx.Dtype) -> None:
         """Go on with the blocks' trained factors in the dtype in which products take them."""
         model = self._model
         places = array_places(model.module)
-        castable = castable_parameters(places, f"{model.stack.path}.", model.trained)
+        prefix = f"{model.stack.path}."
+        castable = castable_parameters(places, prefix, model.trained)
+
+        def as_cast(array: mx.array) -> Outputs:
+            return [array.astype(dtype)]
+
         for path in castable.get(dtype, ()):
             if model.trained[path].dtype == dtype:
                 continue
             key = (path, dtype)
             factor = model.placed[path]
-            (cast,) = self._pieces.add(key, lambda array: [array.astype(dtype)], [factor])
+            (cast,) = self._pieces.add(key, as_cast, [factor])
             model.placed[path] = cast
             model.put([path], [cast.like])
 
-    def _forward(self, x: Placed, calls: list[_Call]) -> tuple[list[Placed], Placed]:
+    def _forward(self, x: Placed, calls: list[BlockCall]) -> tuple[list[Placed], Placed]:
         """Add the blocks' forward passes.
 
         Returns:
@@ -155,7 +173,8 @@ class BlockwiseGraph:
         """
         first = self._first_reached()
         inputs = []
-        for i, (block, call) in enumerate(zip(self._blocks, calls, strict=True)):
+        pairs = zip(self._blocks, calls, strict=True)
+        for i, (block, call) in enumerate(pairs):
             if i >= first:
                 inputs.append(x)
             function = block.forward(call, self._users)
@@ -165,7 +184,7 @@ class BlockwiseGraph:
         return inputs, x
 
     def _backward(
-        self, cotangent: Placed, inputs: list[Placed], calls: list[_Call]
+        self, cotangent: Placed, inputs: list[Placed], calls: list[BlockCall]
     ) -> tuple[Placed, dict[str, Placed]]:
         """Add the blocks' backward passes, from the last block to the first that is reached.
 
@@ -179,19 +198,23 @@ class BlockwiseGraph:
             trained arrays of the blocks, by path.
         """
         grads: dict[str, Placed] = {}
-        for i in reversed(range(self._first_reached(), len(self._blocks))):
+        reached = range(self._first_reached(), len(self._blocks))
+        for i in reversed(reached):
             block = self._blocks[i]
             call = calls[i]
             function = block.backward(call, self._users)
             key = ("backward", block.form, call.form_of_arrays)
             x = inputs.pop()
-            cotangent, *trained_grads = self._add_block(key, function, [x, cotangent], block, call)
+            outputs = self._add_block(key, function, [x, cotangent], block, call)
+            cotangent, *trained_grads = outputs
             block_grads = dict(zip(block.trained_paths, trained_grads, strict=True))
             grads |= block_grads
             half = [block_grads.pop(path) for path in block.half_step]
             if half:
-                self._pieces.hand_over(half, half_step_window(self._window))
-            self._pieces.hand_over([cotangent, *block_grads.values()], self._window)
+                window = half_step_window(self._window)
+                self._pieces.hand_over(half, window)
+            whole = [cotangent, *block_grads.values()]
+            self._pieces.hand_over(whole, self._window)
         return cotangent, grads
 
     def _first_reached(self) -> int:
@@ -206,12 +229,13 @@ class BlockwiseGraph:
         key: Hashable,
         function: Function,
         inputs: list[Placed],
-        block: _Block,
-        call: _Call,
+        block: BlockPasses,
+        call: BlockCall,
     ) -> list[Placed]:
         """Add a pass through a block, of its inputs, its arrays and its other arguments."""
+        all_inputs = [*inputs, *block.placed, *call.arrays]
         try:
-            return self._pieces.add_compiled(key, function, [*inputs, *block.placed, *call.arrays])
+            return self._pieces.add_compiled(key, function, all_inputs)
         finally:
             block.restore()
 
@@ -229,153 +253,26 @@ class BlockwiseGraph:
         paths = model.trained_outside
 
         def run(tokens: mx.array, slope: mx.array, *arrays: mx.array) -> Outputs:
-            sums = arrays[: len(paths)]
-            outside = dict(zip(model.outside, arrays[len(paths) :], strict=True))
+            count = len(paths)
+            sums = arrays[:count]
+            others = arrays[count:]
+            outside = dict(zip(model.outside, others, strict=True))
 
             def before(*trained: mx.array) -> Outputs:
-                changed = outside | dict(zip(paths, trained, strict=True))
-                model.put(changed, list(changed.values()))
-                x, _ = model.stack.before(tokens[:, :-1], model.segments(tokens))
+                changed = dict(zip(paths, trained, strict=True))
+                arrays = outside | changed
+                model.put(arrays, list(arrays.values()))
+                inputs = tokens[:, :-1]
+                segments = model.segments(tokens)
+                x, _ = model.stack.before(inputs, segments)
                 return [x]
 
-            _, more = mx.vjp(before, [outside[path] for path in paths], [slope])
-            return [old + new for old, new in zip(sums, more, strict=True)]
+            primals = [outside[path] for path in paths]
+            _, more = mx.vjp(before, primals, [slope])
+            pairs = zip(sums, more, strict=True)
+            return [old + new for old, new in pairs]
 
         sums = [grads[path] for path in paths]
         inputs = [tokens, cotangent, *sums, *model.outside_arrays]
         summed = self._pieces.add("into", run, inputs)
         return dict(zip(paths, summed, strict=True))
-
-
-class _Call(NamedTuple):
-    """What a block is given besides the hidden state.
-
-    Attributes:
-        form: its positional and keyword arguments, a lazy array in the place of each array.
-        arrays: the arrays, in the order in which ``form`` has them.
-    """
-
-    form: Any
-    arrays: list[Placed]
-
-    @property
-    def form_of_arrays(self) -> Hashable:
-        """Equal for calls that make the same graph."""
-        return tuple((array.like.shape, array.like.dtype) for array in self.arrays)
-
-    def arguments(self, arrays: Sequence[mx.array]) -> tuple[list[Any], dict[str, Any]]:
-        """Positional and keyword arguments with these arrays."""
-        left = iter(arrays)
-
-        def fill(leaf: Any) -> Any:
-            return next(left) if _is_array(leaf) else leaf
-
-        args, kwargs = tree_map(fill, self.form)
-        return args, kwargs
-
-
-class _Block:
-    """One block: its arrays, and its passes as functions of them.
-
-    Args:
-        module: the block.
-        path: of the block, such as ``model.layers.0``.
-        model: the model that it belongs to.
-
-    Attributes:
-        trained_paths: paths of its trained arrays, in the order in which gradients come.
-        half_step: those whose gradients are there when half of the backward pass is done.
-    """
-
-    def __init__(self, module: nn.Module, path: str, model: SplitModel) -> None:
-        self._module = module
-        self._model = model
-        parameters = dict(tree_flatten(module.parameters()))
-        # the order of the step's ``Functional``, in which its results are evaluated
-        self._names = [name for name, *_ in array_places(module) if name in parameters]
-        self._paths = [f"{path}.{name}" for name in self._names]
-        trained = [n for n, path in enumerate(self._paths) if path in model.trained]
-        self._trained = trained
-        self.trained_paths = [self._paths[n] for n in trained]
-        self.half_step = half_step_parameters(module, path, self.trained_paths)
-
-    @property
-    def placed(self) -> list[Placed]:
-        """Its arrays."""
-        return [self._model.placed[path] for path in self._paths]
-
-    @property
-    def form(self) -> Hashable:
-        """Equal for blocks that make the same graph."""
-        arrays = []
-        for name, placed in zip(self._names, self.placed, strict=True):
-            arrays.append((name, placed.like.shape, placed.like.dtype))
-        return type(self._module), tuple(arrays), tuple(self._trained)
-
-    def forward(self, call: _Call, users: Any) -> Function:
-        """Return the forward pass: ``(x, *arrays, *other arguments)`` → output.
-
-        x and output are ``(batch, length − 1, width)``.
-        """
-
-        def run(x: mx.array, *arrays: mx.array) -> Outputs:
-            weights, others = self._split(arrays)
-            with patched(users, forward=True):
-                return [self._apply(call, x, weights, others)]
-
-        return run
-
-    def backward(self, call: _Call, users: Any) -> Function:
-        """Return the backward pass: ``(x, slope, *arrays, *other arguments)`` → gradients.
-
-        The output is computed again from the block's input x. Gradients are those by x and by the
-        block's trained arrays.
-        """
-
-        def run(x: mx.array, slope: mx.array, *arrays: mx.array) -> Outputs:
-            weights, others = self._split(arrays)
-
-            def forward(x: mx.array, *trained: mx.array) -> Outputs:
-                replaced = list(weights)
-                for n, array in zip(self._trained, trained, strict=True):
-                    replaced[n] = array
-                return [self._apply(call, x, replaced, others)]
-
-            primals = [x, *(weights[n] for n in self._trained)]
-            with patched(users):
-                _, grads = mx.vjp(forward, primals, [slope])
-            return grads
-
-        return run
-
-    def restore(self) -> None:
-        """Put lazy arrays back in the place of those that were read."""
-        self._put([placed.like for placed in self.placed])
-
-    def _split(self, arrays: Sequence[mx.array]) -> tuple[Outputs, Outputs]:
-        """Part the block's arrays from its other arguments."""
-        count = len(self._names)
-        return list(arrays[:count]), list(arrays[count:])
-
-    def _apply(self, call: _Call, x: mx.array, weights: Outputs, others: Outputs) -> mx.array:
-        args, kwargs = call.arguments(others)
-        self._put(weights)
-        return self._module(x, *args, **kwargs)
-
-    def _put(self, arrays: Sequence[mx.array]) -> None:
-        pairs = list(zip(self._names, arrays, strict=True))
-        self._module.update(tree_unflatten(pairs))
-
-
-def _arrays_in(tree: Any) -> Outputs:
-    """Arrays in a tree of arguments."""
-    leaves: Any = tree_flatten(tree)  # the stub allows a dict, which is another mode
-    return [leaf for _, leaf in leaves if _is_array(leaf)]
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, mx.array)
-
-
-def _lazy_like(leaf: Any) -> Any:
-    return mx.zeros(leaf.shape, leaf.dtype) if _is_array(leaf) else leaf

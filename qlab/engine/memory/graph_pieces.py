@@ -67,8 +67,10 @@ class PieceGraph:
             array: of its shape and dtype; may be lazy, and stays so.
             role: what it is for; see ``Array``.
         """
-        node = Array(array.shape, array.dtype.size, role)
-        return Placed(self.graph.add(node), array)
+        itemsize = array.dtype.size
+        node = Array(array.shape, itemsize, role)
+        node_id = self.graph.add(node)
+        return Placed(node_id, array)
 
     def add(self, key: Hashable, function: Function, inputs: Sequence[Placed]) -> list[Placed]:
         """Add a function that the step runs operation by operation; return its outputs.
@@ -95,10 +97,13 @@ class PieceGraph:
         as_run: AsRun,
     ) -> list[Placed]:
         if key not in self._pieces:
-            self._pieces[key] = _read(function, [placed.like for placed in inputs], as_run)
+            examples = [placed.like for placed in inputs]
+            self._pieces[key] = _read(function, examples, as_run)
         piece = self._pieces[key]
-        ids = self.graph.then(piece.graph, [placed.id for placed in inputs], piece.constants)
-        return [Placed(*pair) for pair in zip(ids, piece.outputs, strict=True)]
+        input_ids = [placed.id for placed in inputs]
+        output_ids = self.graph.then(piece.graph, input_ids, piece.constants)
+        pairs = zip(output_ids, piece.outputs, strict=True)
+        return [Placed(*pair) for pair in pairs]
 
     def hand_over(self, arrays: Iterable[Placed], window: int) -> None:
         """Hand arrays over to be computed, as ``_InFlight.add`` of the blockwise step does.
@@ -107,7 +112,8 @@ class PieceGraph:
             arrays: what is asked for together.
             window: the host goes on once fewer than so many handovers are unfinished.
         """
-        self.graph.hand_over([placed.id for placed in arrays], window)
+        ids = [placed.id for placed in arrays]
+        self.graph.hand_over(ids, window)
 
 
 def _read(function: Function, examples: Sequence[mx.array], as_run: AsRun) -> _Piece:
@@ -118,5 +124,6 @@ def _read(function: Function, examples: Sequence[mx.array], as_run: AsRun) -> _P
         likes[:] = [mx.zeros(output.shape, output.dtype) for output in outputs]
         return outputs
 
-    graph = as_run(read(run, examples))
+    as_read = read(run, examples)
+    graph = as_run(as_read)
     return _Piece(graph, {}, likes)

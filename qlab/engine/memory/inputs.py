@@ -16,14 +16,17 @@ from qlab.engine.quantize.quantize import chosen
 
 def chosen_storage(spec: ModelSpec, setup: Setup) -> dict[str, QuantConfig]:
     """Return how the layers that a setup quantizes are stored, by path."""
-    return chosen(spec, setup.plan) if setup.plan else {}
+    if setup.plan is None:
+        return {}
+    return chosen(spec, setup.plan)
 
 
 def trained_shapes(lora: LoRAConfig, spec: ModelSpec) -> list[tuple[int, ...]]:
     """Return the shapes of all arrays that an adapter trains."""
+    adapter_kind = lora.adapter_kind
     shapes: list[tuple[int, ...]] = []
     for layer in lora.targets(spec):
-        arrays = lora.adapter_kind.shapes(layer.shape, lora.rank, layer.kind)
+        arrays = adapter_kind.shapes(layer.shape, lora.rank, layer.kind)
         shapes.extend(arrays.values())
     return shapes
 
@@ -31,12 +34,19 @@ def trained_shapes(lora: LoRAConfig, spec: ModelSpec) -> list[tuple[int, ...]]:
 def input_nbytes(spec: ModelSpec, setup: Setup) -> dict[str, int]:
     """Return the bytes of the parts ``weights``, ``adapter`` and ``optimizer``."""
     storage = chosen_storage(spec, setup)
-    layers = sum(layer.nbytes_as(storage.get(layer.path)) for layer in spec.layers)
-    shapes = trained_shapes(setup.adapter, spec)
+    weights = spec.other_nbytes
+    for layer in spec.layers:
+        config = storage.get(layer.path)
+        weights += layer.nbytes_as(config)
     itemsize = setup.adapter.itemsize
-    optimizer = setup.train.optimizer_kind
+    optimizer_kind = setup.train.optimizer_kind
+    numbers = 0
+    states = 0
+    for shape in trained_shapes(setup.adapter, spec):
+        numbers += prod(shape)
+        states += optimizer_kind.state_nbytes(shape, itemsize)
     return {
-        "weights": spec.other_nbytes + layers,
-        "adapter": itemsize * sum(prod(shape) for shape in shapes),
-        "optimizer": sum(optimizer.state_nbytes(shape, itemsize) for shape in shapes),
+        "weights": weights,
+        "adapter": itemsize * numbers,
+        "optimizer": states,
     }

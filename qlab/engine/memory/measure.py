@@ -11,7 +11,7 @@ from qlab.core.memory.setup import Setup
 from qlab.engine.adapt.attach import attach
 from qlab.engine.models.skeleton import describe
 from qlab.engine.step.choose import make_step
-from qlab.engine.step.protocol import LossAndGradients, StepBatch
+from qlab.engine.step.protocol import Arrays, LossAndGradients, StepBatch
 from qlab.engine.train.update import Update
 from qlab.nn.frozen import usual_compute
 
@@ -37,11 +37,12 @@ def measured_peak(module: nn.Module, setup: Setup) -> int:
     # sums of earlier batches, which a step that accumulates adds to
     earlier = None
     if train.grad_accumulation_steps > 1:
-        zeros = {path: mx.zeros_like(array) for path, array in parameters.items()}
-        earlier = LossAndGradients(mx.array(0.0), zeros, mx.array(0.0))
+        earlier = _zero_sums(parameters)
 
-    inputs: list[mx.array] = list(dict(tree_flatten(adapted.parameters())).values())
-    inputs += [*state.values(), batch.tokens, batch.mask]
+    weights: Arrays = dict(tree_flatten(adapted.parameters()))
+    inputs = list(weights.values())
+    inputs += state.values()
+    inputs += [batch.tokens, batch.mask]
     if earlier is not None:
         inputs += earlier.grads.values()
     if batch.segments is not None:
@@ -58,13 +59,28 @@ def measured_peak(module: nn.Module, setup: Setup) -> int:
     gathered = update.gather(sums)
     del sums  # as in the loop, so that the update does not find the gradients still in use
     mx.eval(gathered)
-    mx.eval(update(parameters, state, gathered, rate))
-    return mx.get_peak_memory() - before + input_nbytes
+    updated = update(parameters, state, gathered, rate)
+    mx.eval(updated)
+    rise = mx.get_peak_memory() - before
+    return rise + input_nbytes
+
+
+def _zero_sums(parameters: Arrays) -> LossAndGradients:
+    zeros = {}
+    for path, array in parameters.items():
+        zeros[path] = mx.zeros_like(array)
+    loss = mx.array(0.0)
+    count = mx.array(0.0)
+    return LossAndGradients(loss, zeros, count)
 
 
 def _random_batch(train: TrainConfig) -> StepBatch:
     """Return a batch of the largest shape; which tokens it has changes no memory."""
     shape = (train.batch_size, train.max_seq_length)
     tokens = mx.random.randint(0, 2, shape)
-    segments = mx.ones(shape, mx.int32) if train.pack else None
-    return StepBatch(tokens, mx.ones(shape, mx.int32), mx.random.key(0), segments)
+    mask = mx.ones(shape, mx.int32)
+    key = mx.random.key(0)
+    segments = None
+    if train.pack:
+        segments = mx.ones(shape, mx.int32)
+    return StepBatch(tokens, mask, key, segments)

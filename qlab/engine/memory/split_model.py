@@ -42,17 +42,17 @@ class SplitModel:
         self.module = module
         self.train = train
         self.stack = BlockStack(module)
-        for frozen in self._frozen():
-            frozen.keep_dense()
+        for layer in module.modules():
+            if isinstance(layer, Frozen):
+                layer.keep_dense()
         self._original: Arrays = dict(tree_flatten(module.parameters()))
         self.trained: Arrays = dict(tree_flatten(module.trainable_parameters()))
         self.placed: dict[str, Placed] = {}
         for path, array in self._original.items():
             role = "adapter" if path in self.trained else "weights"
             self.placed[path] = pieces.add_input(array, role)
-        prefix = f"{self.stack.path}."
-        self.outside = [path for path in self._original if not path.startswith(prefix)]
-        self.trained_outside = [path for path in self.trained if not path.startswith(prefix)]
+        self.outside = self._outside_blocks(self._original)
+        self.trained_outside = self._outside_blocks(self.trained)
 
     @property
     def outside_arrays(self) -> list[Placed]:
@@ -62,24 +62,31 @@ class SplitModel:
     @property
     def trains_embedding(self) -> bool:
         """Whether a trained array is needed before the blocks, so that gradients go that far."""
-        owners: dict[str, Any] = dict(self.module.named_modules())
-        layers = [owners[path.rpartition(".")[0]] for path in self.trained_outside]
-        return any(layer.base.embeds for layer in layers)
+        layers: dict[str, Any] = dict(self.module.named_modules())
+        for array_path in self.trained_outside:
+            layer_path, _, _ = array_path.rpartition(".")
+            layer = layers[layer_path]
+            if layer.base.embeds:
+                return True
+        return False
 
     @property
     def heads(self) -> list[Frozen]:
         """Frozen layers behind the blocks; the embedding where it serves as head (tied)."""
-        prefix = f"{self.stack.path}."
-        outside = [
-            layer
-            for path, layer in self.module.named_modules()
-            if isinstance(layer, Frozen) and not path.startswith(prefix)
-        ]
-        return [layer for layer in outside if not layer.embeds] or outside
+        layers = dict(self.module.named_modules())
+        outside = []
+        for path in self._outside_blocks(layers):
+            layer = layers[path]
+            if isinstance(layer, Frozen):
+                outside.append(layer)
+        heads = [layer for layer in outside if not layer.embeds]
+        return heads or outside
 
     def segments(self, tokens: mx.array) -> mx.array | None:
         """What stands for the numbers of packed rows: integers like the inputs, or None."""
-        return tokens[:, 1:] if self.train.pack else None
+        if not self.train.pack:
+            return None
+        return tokens[:, 1:]
 
     def put(self, paths: Iterable[str], arrays: Sequence[mx.array]) -> None:
         """Let the model compute with other arrays from now on."""
@@ -88,7 +95,9 @@ class SplitModel:
 
     def restore(self) -> None:
         """Put back the arrays that the model had at first."""
-        self.put(self._original, list(self._original.values()))
+        arrays = list(self._original.values())
+        self.put(self._original, arrays)
 
-    def _frozen(self) -> list[Frozen]:
-        return [layer for layer in self.module.modules() if isinstance(layer, Frozen)]
+    def _outside_blocks(self, paths: Iterable[str]) -> list[str]:
+        prefix = f"{self.stack.path}."
+        return [path for path in paths if not path.startswith(prefix)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -58,8 +59,7 @@ class Sweep:
         self._forecast = forecast
         self._spec: ModelSpec = forecast.spec
         self._numbers: dict[Hashable, int] = {}  # kinds of step, counted from 0
-        overrides = tuple(setup.plan.overrides.items()) if setup.plan else ()
-        self._shared = _shared(setup, overrides)
+        self._shared = _shared(setup, ())
         self._take_up(setup, formulas={})
 
     def follow(self, setup: Setup) -> None:
@@ -70,16 +70,14 @@ class Sweep:
     def _take_up(self, setup: Setup, formulas: Mapping[str, Formula]) -> None:
         lora = setup.adapter
         configs = _storages(self._spec, setup)
-        overrides = setup.plan.overrides if setup.plan else {}
-        weights = []
-        for config in configs:
-            plan = QuantPlan(config, overrides) if config else None
-            weights.append(self._forecast.inputs(replace(setup, plan=plan))["weights"])
-        targets = replace(lora, rank=1, num_layers=-1).targets(self._spec)
+        weights = [self._weights_nbytes(setup, config) for config in configs]
+        everywhere = replace(lora, rank=1, num_layers=-1)
+        targets = everywhere.targets(self._spec)
         largest_rank = min(min(layer.shape[-2:]) for layer in targets)
         ranks = rank_stops(largest_rank, lora.rank)
         optimizers = tuple(registry.shelf("optimizers"))
-        adapter, states = _trained_nbytes(setup, targets, ranks, optimizers, self._spec.blocks)
+        blocks = self._spec.blocks
+        adapter, states = _trained_nbytes(setup, targets, ranks, optimizers, blocks)
         self.reach = Reach(
             configs=configs,
             weights_nbytes=np.array(weights, float),
@@ -91,6 +89,13 @@ class Sweep:
             formulas=formulas,
         )
 
+    def _weights_nbytes(self, setup: Setup, config: QuantConfig | None) -> int:
+        stored = replace(setup, plan=None)
+        if config is not None:
+            stored = _stored(setup, config)
+        inputs = self._forecast.inputs(stored)
+        return inputs["weights"]
+
     def read(self, setup: Setup) -> None:
         """Add the formula of a setup's kind of step, and the kinds of its storage.
 
@@ -100,7 +105,8 @@ class Sweep:
         is_outdated = _shared(setup, self._shared.overrides) != self._shared
         if is_outdated or setup.adapter.rank not in self.reach.ranks:
             self.follow(setup)
-        row = self.reach.configs.index(setup.plan.default if setup.plan else None)
+        config = setup.plan.default if setup.plan else None
+        row = self.reach.configs.index(config)
         if row not in self.reach.kinds:
             kinds = {**self.reach.kinds, row: self._kinds(setup)}
             self.reach = replace(self.reach, kinds=kinds)
@@ -113,23 +119,31 @@ class Sweep:
             return
         name = step_name(kind[0], setup.train)
         # the one read last stands last, so that the oldest is forgotten first
-        formulas = {other: f for other, f in self.reach.formulas.items() if other != name}
+        formulas = dict(self.reach.formulas)
+        formulas.pop(name, None)
         formulas[name] = self._forecast.formula(setup)
-        for oldest in list(formulas)[:-_MOST_FORMULAS]:
+        surplus = list(formulas)[:-_MOST_FORMULAS]
+        for oldest in surplus:
             del formulas[oldest]
         self.reach = replace(self.reach, formulas=formulas)
 
     def _kinds(self, setup: Setup) -> tuple[tuple[int, tuple[int, ...]] | None, ...]:
         """Return the kind of step for each number of adapted blocks, as in ``Reach.kinds``."""
-        counts = range(1, len(self._spec.blocks) + 1)
-        return tuple(self._kind(setup.with_value("num_layers", count)) for count in counts)
+        most = len(self._spec.blocks)
+        kinds = []
+        for count in range(1, most + 1):
+            other = setup.with_value("num_layers", count)
+            kinds.append(self._kind(other))
+        return tuple(kinds)
 
     def _kind(self, setup: Setup) -> tuple[int, tuple[int, ...]] | None:
         try:
             kind = self._forecast.kind(setup)
         except ConfigError:
             return None
-        number = self._numbers.setdefault(kind.key(_SAMPLE), len(self._numbers))
+        key = kind.key(_SAMPLE)
+        newest = len(self._numbers)
+        number = self._numbers.setdefault(key, newest)
         return number, kind.counts
 
     # --- what a user is likely to reach next ------------------------------------------------------
@@ -153,17 +167,21 @@ class Sweep:
         if plan is None or plan.default not in self.reach.configs:
             return
         default = plan.default
-        for bits in default.scheme.bits:
-            yield _stored(setup, QuantConfig(default.mode, bits, default.group_size))
-        for group_size in default.scheme.group_sizes:
-            yield _stored(setup, QuantConfig(default.mode, default.bits, group_size))
+        scheme = default.scheme
+        for bits in scheme.bits:
+            config = QuantConfig(default.mode, bits, default.group_size)
+            yield _stored(setup, config)
+        for group_size in scheme.group_sizes:
+            config = QuantConfig(default.mode, default.bits, group_size)
+            yield _stored(setup, config)
 
     def _other_modes(self, setup: Setup) -> Iterator[Setup]:
         now = setup.plan.default.mode if setup.plan else None
         modes = dict.fromkeys(config.mode for config in self.reach.configs if config)
         for mode in modes:
             if mode != now:
-                yield _stored(setup, QuantConfig(mode))
+                config = QuantConfig(mode)
+                yield _stored(setup, config)
 
 
 def _shared(setup: Setup, overrides: tuple[tuple[str, QuantConfig | None], ...]) -> _Shared:
@@ -184,9 +202,11 @@ def _storages(spec: ModelSpec, setup: Setup) -> tuple[QuantConfig | None, ...]:
     """Return the storages that the controls can choose; None leaves the weights as they are."""
     configs: list[QuantConfig | None] = [None]
     if spec.storage is None:  # weights that came quantized are not quantized again
-        for scheme in registry.shelf("schemes").values():
-            for bits in scheme.bits:
-                configs += [QuantConfig(scheme.name, bits, size) for size in scheme.group_sizes]
+        schemes = registry.shelf("schemes")
+        for scheme in schemes.values():
+            for bits, group_size in product(scheme.bits, scheme.group_sizes):
+                config = QuantConfig(scheme.name, bits, group_size)
+                configs.append(config)
     if setup.plan and setup.plan.default not in configs:
         configs.append(setup.plan.default)
     return tuple(configs)
@@ -195,7 +215,8 @@ def _storages(spec: ModelSpec, setup: Setup) -> tuple[QuantConfig | None, ...]:
 def _stored(setup: Setup, config: QuantConfig) -> Setup:
     """Return a setup with another default storage; overrides stay."""
     overrides = setup.plan.overrides if setup.plan else {}
-    return replace(setup, plan=QuantPlan(config, overrides))
+    plan = QuantPlan(config, overrides)
+    return replace(setup, plan=plan)
 
 
 def _other_numbers_of_chunks(setup: Setup) -> Iterator[Setup]:
@@ -204,8 +225,10 @@ def _other_numbers_of_chunks(setup: Setup) -> Iterator[Setup]:
     if not chunk:
         return
     for number in range(1, CHUNKS + 1):
-        length = max(number * chunk + 1, 2)  # the last position of a row has no target
-        yield replace(setup, train=replace(setup.train, batch_size=1, max_seq_length=length))
+        length = number * chunk + 1  # the last position of a row has no target
+        length = max(length, 2)
+        train = replace(setup.train, batch_size=1, max_seq_length=length)
+        yield replace(setup, train=train)
 
 
 def _trained_nbytes(
@@ -227,19 +250,20 @@ def _trained_nbytes(
     Returns:
         Adapter ``(ranks, blocks)`` and optimizer state ``(optimizers, ranks, blocks)``, float64.
     """
-    by_shape = {
-        shape: _layer_nbytes(setup, shape, ranks, optimizers)
-        for shape in {layer.shape for layer in targets}
-    }
+    by_shape = {}
+    for shape in {layer.shape for layer in targets}:
+        by_shape[shape] = _layer_nbytes(setup, shape, ranks, optimizers)
     rows = 1 + len(optimizers)  # the adapter, then each optimizer's state
     outside = np.zeros((rows, len(ranks), 1))
     by_block = np.zeros((rows, len(ranks), len(blocks)))  # the last block first
+    last = len(blocks) - 1
     for layer in targets:
+        nbytes = by_shape[layer.shape]
         if layer.block is None:
-            outside[..., 0] += by_shape[layer.shape]
+            outside[..., 0] += nbytes
         else:
-            place = len(blocks) - 1 - blocks.index(layer.block)
-            by_block[..., place] += by_shape[layer.shape]
+            place = last - blocks.index(layer.block)
+            by_block[..., place] += nbytes
     total = outside + np.cumsum(by_block, axis=2)
     return total[0], total[1:]
 
@@ -249,12 +273,16 @@ def _layer_nbytes(
 ) -> np.ndarray:
     """Return the bytes for one layer: float64 ``(1 + optimizers, ranks)``, the adapter first."""
     lora = setup.adapter
-    nbytes = np.zeros((1 + len(optimizers), len(ranks)))
+    itemsize = lora.itemsize
+    kinds = [registry.get("optimizers", name) for name in optimizers]
+    rows = 1 + len(kinds)
+    nbytes = np.zeros((rows, len(ranks)))
     for column, rank in enumerate(ranks):
-        arrays = list(lora.adapter_kind.shapes(shape, rank).values())
-        nbytes[0, column] = lora.itemsize * sum(prod(array) for array in arrays)
-        for row, name in enumerate(optimizers, start=1):
-            kind = registry.get("optimizers", name)
-            states = [kind.state_nbytes(array, lora.itemsize) for array in arrays]
+        shapes = lora.adapter_kind.shapes(shape, rank)
+        arrays = list(shapes.values())
+        numbers = sum(prod(array) for array in arrays)
+        nbytes[0, column] = itemsize * numbers
+        for row, kind in enumerate(kinds, start=1):
+            states = [kind.state_nbytes(array, itemsize) for array in arrays]
             nbytes[row, column] = sum(states)
     return nbytes

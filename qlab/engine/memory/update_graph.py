@@ -72,14 +72,19 @@ class _Update:
         """Add a batch to the batches before it, whose sums are in memory."""
         examples = [*self._trained.values(), self._number, self._number]
         earlier = [self._input(example, "gradients") for example in examples]
+        newest = [*sums.grads, sums.loss, sums.count]
         half = len(examples)
 
         def plus(*arrays: mx.array) -> list[mx.array]:
-            return [old + new for old, new in zip(arrays[:half], arrays[half:], strict=True)]
+            old_sums = arrays[:half]
+            new_sums = arrays[half:]
+            pairs = zip(old_sums, new_sums, strict=True)
+            return [old + new for old, new in pairs]
 
-        piece = unmerged(read(plus, examples * 2))
-        newest = [*sums.grads, sums.loss, sums.count]
-        *grads, loss, count = self._graph.then(piece, [*earlier, *newest], {})
+        addition = read(plus, examples * 2)
+        piece = unmerged(addition)
+        inputs = [*earlier, *newest]
+        *grads, loss, count = self._graph.then(piece, inputs, {})
         return SumIds(grads, loss, count)
 
     def _gathered(self, sums: SumIds) -> tuple[list[int], Arrays]:
@@ -89,27 +94,37 @@ class _Update:
             Ids of the joined gradients and their norm; lazy arrays like the joined gradients, by
             name.
         """
-        grads = self._example_grads(sums)
+        example_grads = self._example_grads(sums)
 
-        def gather(*grads: mx.array) -> list[mx.array]:
-            gathered = self._gather(dict(zip(self._trained, grads, strict=True)))
+        def gather(*arrays: mx.array) -> list[mx.array]:
+            pairs = zip(self._trained, arrays, strict=True)
+            grads = dict(pairs)
+            gathered = self._gather(grads)
             return [*gathered.grads.values(), gathered.norm]
 
-        joined = self._gather(grads).grads
-        piece = compiled(read(gather, list(grads.values())))
-        return self._graph.then(piece, sums.grads, {}, "gradients"), joined
+        joined = self._gather(example_grads).grads
+        examples = list(example_grads.values())
+        piece = compiled(read(gather, examples))
+        gathered_ids = self._graph.then(piece, sums.grads, {}, "gradients")
+        return gathered_ids, joined
 
     def _example_grads(self, sums: SumIds) -> Arrays:
         """Lazy arrays like the gradients: in the parameters' dtypes, or in half as many bytes."""
         grads = {}
-        for (path, array), a in zip(self._trained.items(), sums.grads, strict=True):
-            itemsize = self._graph.arrays[a].itemsize
-            dtype = array.dtype if itemsize == array.dtype.size else mx.bfloat16
+        pairs = zip(self._trained.items(), sums.grads, strict=True)
+        for (path, array), grad_id in pairs:
+            dtype = array.dtype
+            itemsize = self._graph.arrays[grad_id].itemsize
+            if itemsize != dtype.size:
+                dtype = mx.bfloat16
             grads[path] = array.astype(dtype)
         return grads
 
     def _gather(self, grads: Arrays) -> FlatGradients:
-        return self._update.gather(LossAndGradients(self._number, grads, self._number))
+        loss = self._number
+        count = self._number
+        sums = LossAndGradients(loss, grads, count)
+        return self._update.gather(sums)
 
     def _updated(
         self, parameters: Sequence[int], handed_over: list[int], joined: Arrays
@@ -135,18 +150,16 @@ class _Update:
             grads = {name: next(left) for name in joined}
             norm, loss, count, rate = left
             gathered = FlatGradients(grads, norm, loss, count)
-            new = update(update.by_path(old), moments, gathered, rate)
+            parameters = update.by_path(old)
+            new = update(parameters, moments, gathered, rate)
             new_flat = update.flat(new.parameters)
             reported = [new.loss, new.grad_norm, new.finite]
             return [*new_flat.values(), *new.state.values(), *reported]
 
         states = [self._input(array, "optimizer") for array in state.values()]
-        if flat is self._trained:
-            current = list(parameters)
-        else:
-            # vectors whose views the trained arrays are: their bytes are there once
-            views = [Array(array.shape, 0, "adapter") for array in flat.values()]
-            current = [self._graph.add(view) for view in views]
+        current = list(parameters)
+        if flat is not self._trained:
+            current = self._vectors(flat)
         rate = self._input(self._number, "batch")
         numbers = [self._number] * 4  # norm, loss, count, learning rate
         examples = [*flat.values(), *state.values(), *joined.values(), *numbers]
@@ -154,5 +167,12 @@ class _Update:
         inputs = [*current, *states, *handed_over, rate]
         return self._graph.then(piece, inputs, {}, "gradients")
 
+    def _vectors(self, flat: Arrays) -> list[int]:
+        """Add the vectors whose views the trained arrays are: their bytes are there once."""
+        views = [Array(array.shape, 0, "adapter") for array in flat.values()]
+        return [self._graph.add(view) for view in views]
+
     def _input(self, array: mx.array, role: str) -> int:
-        return self._graph.add(Array(array.shape, array.dtype.size, role))
+        itemsize = array.dtype.size
+        node = Array(array.shape, itemsize, role)
+        return self._graph.add(node)
