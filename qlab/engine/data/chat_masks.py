@@ -13,18 +13,58 @@ from __future__ import annotations
 
 import re
 from os.path import commonprefix
-from typing import Any
+from typing import Any, NamedTuple
 
 _STAND_IN = "@@qlab says this@@"  # for what the assistant says
 _QUESTION = "@@qlab asks this@@"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ADVICE = "set mask_prompt=False to train on every token, or give 'prompt' and 'completion'"
 
-Messages = list[dict[str, Any]]
+Message = dict[str, Any]
+Messages = list[Message]
+Numbers = list[int]
+TokensAndMask = tuple[Numbers, Numbers]
+Span = tuple[int, int]
 
 
 class MaskError(Exception):
     """The template refuses a conversation, or does not show where the assistant speaks."""
+
+
+class _Turn(NamedTuple):
+    """A turn that is looked for in the render of its conversation.
+
+    Attributes:
+        messages: of the whole conversation.
+        tools: for the template, or None.
+        index: number of the turn's message.
+        text: render of the whole conversation.
+    """
+
+    messages: Messages
+    tools: Any
+    index: int
+    text: str
+
+    @property
+    def earlier(self) -> Messages:
+        """The messages before the turn."""
+        return self.messages[: self.index]
+
+    @property
+    def later(self) -> Messages:
+        """The messages after the turn."""
+        return self.messages[self.index + 1 :]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no message comes after the turn."""
+        return not self.later
+
+    @property
+    def until_here(self) -> Messages:
+        """The messages up to the turn, and its own."""
+        return self.messages[: self.index + 1]
 
 
 class ChatEncoder:
@@ -37,15 +77,15 @@ class ChatEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._inner = getattr(tokenizer, "_tokenizer", tokenizer)  # transformers' own
-        ends = [tokenizer.convert_ids_to_tokens(i) for i in sorted(tokenizer.eos_token_ids)]
-        self._ends = tuple(end for end in ends if end)  # what may end a turn
-        self._special = tuple({*self._ends, *tokenizer.all_special_tokens})
+        ends = map(tokenizer.convert_ids_to_tokens, sorted(tokenizer.eos_token_ids))
+        self._ends = tuple(filter(None, ends))  # what may end a turn
+        special = set(self._ends)
+        special.update(tokenizer.all_special_tokens)
+        self._special = tuple(special)
         self._has_offsets = self._offers_offsets()
         self._opening: str | None = None
 
-    def encode(
-        self, messages: Messages, tools: Any, turns: list[int] | None
-    ) -> tuple[list[int], list[int]]:
+    def encode(self, messages: Messages, tools: Any, turns: Numbers | None) -> TokensAndMask:
         """Return tokens and mask of a conversation.
 
         Args:
@@ -64,12 +104,15 @@ class ChatEncoder:
         if turns is None:
             tokens = self._tokens(text)
             return tokens, [1] * len(tokens)
-        assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if turns == assistant:  # the template's marks know no single turns
+        if turns == _turns_of_assistant(messages):  # the template's marks know no single turns
             marked = self._marked(messages, tools, text)
             if marked is not None:
                 return marked
-        return self._located(text, [self._span(messages, tools, i, text) for i in turns])
+        spans = []
+        for index in turns:
+            turn = _Turn(messages, tools, index, text)
+            spans.append(self._span(turn))
+        return self._located(text, spans)
 
     def _render(self, messages: Messages, tools: Any, prompt: bool = False) -> str:
         try:
@@ -79,97 +122,114 @@ class ChatEncoder:
         except Exception as error:  # templates raise what they like
             raise MaskError(f"'messages': the chat template refuses them: {error}") from None
 
-    def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+    def _tokens(self, text: str) -> Numbers:
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        return list(tokens)
 
     # --- the template's own marks -----------------------------------------------------------------
 
-    def _marked(
-        self, messages: Messages, tools: Any, text: str
-    ) -> tuple[list[int], list[int]] | None:
+    def _marked(self, messages: Messages, tools: Any, text: str) -> TokensAndMask | None:
         """Tokens and mask by ``{% generation %}``; None where the template has no such marks."""
-        # mlx-lm's wrapper may render with a template of its own, in which there are no marks
-        if getattr(self.tokenizer, "_chat_template", None) is not None or not self._has_offsets:
-            return None
-        if not _GENERATION.search(self._inner.get_chat_template(None, tools)):
+        if not self._has_marks(tools):
             return None
         thinking = getattr(self.tokenizer, "_thinking_kwarg", "enable_thinking")
+        has_thinking = getattr(self.tokenizer, "has_thinking", False)
         rendered = self._inner.apply_chat_template(
             messages,
             tools=tools,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            **{thinking: getattr(self.tokenizer, "has_thinking", False)},  # as the wrapper sets it
+            **{thinking: has_thinking},  # as the wrapper sets it
         )
         tokens = list(rendered["input_ids"])
         if tokens != self._tokens(text):
             return None
-        return tokens, self._with_ends(tokens, list(rendered["assistant_masks"]))
+        mask = list(rendered["assistant_masks"])
+        return tokens, self._with_ends(tokens, mask)
 
-    def _with_ends(self, tokens: list[int], mask: list[int]) -> list[int]:
+    def _has_marks(self, tools: Any) -> bool:
+        """Whether the template that renders marks the assistant's turns."""
+        if not self._has_offsets:
+            return False
+        # mlx-lm's wrapper may render with a template of its own, in which there are no marks
+        wrapper_template = getattr(self.tokenizer, "_chat_template", None)
+        if wrapper_template is not None:
+            return False
+        template = self._inner.get_chat_template(None, tools)
+        return _GENERATION.search(template) is not None
+
+    def _with_ends(self, tokens: Numbers, mask: Numbers) -> Numbers:
         """Make the end of every turn a target: without it a model learns never to stop."""
         ends = set(self.tokenizer.eos_token_ids)
         for i in range(1, len(mask)):
-            turn_is_over = mask[i - 1] and not mask[i] and tokens[i - 1] not in ends
-            if turn_is_over and tokens[i] in ends:
+            previous = i - 1
+            turn_is_over = mask[previous] and not mask[i]
+            has_its_end = tokens[previous] in ends
+            if turn_is_over and not has_its_end and tokens[i] in ends:
                 mask[i] = 1
         return mask
 
     # --- found by comparing renders ---------------------------------------------------------------
 
-    def _span(self, messages: Messages, tools: Any, i: int, text: str) -> tuple[int, int]:
-        """Characters that the assistant says in turn ``i``, with the mark that ends it."""
-        start = self._start(messages, tools, i, text)
-        end = self._end(messages, tools, i, text)
+    def _span(self, turn: _Turn) -> Span:
+        """Characters that the assistant says in a turn, with the mark that ends it."""
+        start = self._start(turn)
+        end = self._end(turn)
         if start is None or end is None or not start < end:
             where = "does not show for certain where the assistant speaks"
-            raise MaskError(f"'messages'[{i}]: the chat template {where}; {_ADVICE}")
+            raise MaskError(f"'messages'[{turn.index}]: the chat template {where}; {_ADVICE}")
         return start, end
 
-    def _start(self, messages: Messages, tools: Any, i: int, text: str) -> int | None:
-        """First character of turn ``i``; None if nothing proves where it is.
+    def _start(self, turn: _Turn) -> int | None:
+        """First character of a turn; None if nothing proves where it is.
 
         Three ways, in order: the prompt is a prefix of the whole render; or the render with a
         stand-in for the turn parts from the prompt where the turn begins; or the template's opening
         of a turn stands right before the stand-in.
         """
-        prompt = self._render(messages[:i], tools, prompt=True) if i else ""
-        if i and text.startswith(prompt):
-            return len(prompt)
-        stand_in = self._with_stand_in(messages, tools, i)
+        prompt = ""
+        if turn.earlier:
+            prompt = self._render(turn.earlier, turn.tools, prompt=True)
+            if turn.text.startswith(prompt):
+                return len(prompt)
+        stand_in = self._with_stand_in(turn)
         if stand_in.count(_STAND_IN) != 1:
             return None
         before = stand_in.partition(_STAND_IN)[0]
-        if not i:
-            return self._start_by_opening(messages, tools, i, text, self._opened(tools), before)
-        asked = self._render(messages[:i], tools)  # without the opening of the assistant's turn
+        if not turn.earlier:
+            opening = self._opened(turn.tools)
+            return self._start_by_opening(turn, opening, before)
+        asked = self._render(turn.earlier, turn.tools)  # without the opening of the turn
         if stand_in.startswith(asked):
             # the prompt may open what the whole render leaves out, such as a thought: the turn
             # starts where they part
             start = len(commonprefix([prompt, stand_in]))
             is_in_opening = len(asked) <= start <= len(before)
-            return start if is_in_opening and text.startswith(stand_in[:start]) else None
+            common = stand_in[:start]
+            return start if is_in_opening and turn.text.startswith(common) else None
         # what came before is rendered differently now
-        has_opening = prompt.startswith(asked)
-        opening = prompt[len(asked) :] if has_opening else self._opened(tools)
-        return self._start_by_opening(messages, tools, i, text, opening, before)
+        if prompt.startswith(asked):
+            opening = prompt[len(asked) :]
+        else:
+            opening = self._opened(turn.tools)
+        return self._start_by_opening(turn, opening, before)
 
-    def _with_stand_in(self, messages: Messages, tools: Any, i: int) -> str:
-        """Render with a text in the place of turn ``i`` that stands nowhere else."""
-        turn = {"role": "assistant", "content": _STAND_IN}
-        return self._render([*messages[:i], turn, *messages[i + 1 :]], tools)
+    def _with_stand_in(self, turn: _Turn) -> str:
+        """Render with a text in the place of a turn that stands nowhere else."""
+        messages = [*turn.earlier, _says(_STAND_IN), *turn.later]
+        return self._render(messages, turn.tools)
 
-    def _start_by_opening(
-        self, messages: Messages, tools: Any, i: int, text: str, opening: str, before: str
-    ) -> int | None:
+    def _start_by_opening(self, turn: _Turn, opening: str, before: str) -> int | None:
         """Find the opening of a turn in the template's text before it."""
         at = before.rfind(opening)
         if not opening or at < 0:
             return None
-        if len(before) - at > self._literal(messages, tools, i, before):
+        distance = len(before) - at
+        if distance > self._literal(turn, before):
             return None  # it stands in what a user wrote
         start = at + len(opening)
-        return start if text.startswith(before[:start]) else None
+        opened = before[:start]
+        return start if turn.text.startswith(opened) else None
 
     def _opened(self, tools: Any) -> str:
         """What the template writes to let the assistant speak."""
@@ -177,34 +237,37 @@ class ChatEncoder:
             asked = [{"role": "user", "content": _QUESTION}]
             plain = self._render(asked, tools)
             prompt = self._render(asked, tools, prompt=True)
-            self._opening = prompt[len(plain) :] if prompt.startswith(plain) else ""
+            self._opening = ""
+            if prompt.startswith(plain):
+                self._opening = prompt[len(plain) :]
         return self._opening
 
-    def _literal(self, messages: Messages, tools: Any, i: int, before: str) -> int:
+    def _literal(self, turn: _Turn, before: str) -> int:
         """How many of the characters before a turn are the template's.
 
         Those that stay when the message before it changes.
         """
-        if not i:
+        if not turn.earlier:
             return len(before)
-        other = [
-            *messages[: i - 1],
-            {**messages[i - 1], "content": _QUESTION},
-            {"role": "assistant", "content": _STAND_IN},
-            *messages[i + 1 :],
-        ]
-        changed = self._render(other, tools).partition(_STAND_IN)[0]
+        *earlier, previous = turn.earlier
+        question = {**previous, "content": _QUESTION}
+        other = [*earlier, question, _says(_STAND_IN), *turn.later]
+        rendered = self._render(other, turn.tools)
+        changed = rendered.partition(_STAND_IN)[0]
         if _QUESTION not in changed:
             return 0
-        return len(commonprefix([before[::-1], changed[::-1]]))
+        backwards = [before[::-1], changed[::-1]]
+        return len(commonprefix(backwards))
 
-    def _end(self, messages: Messages, tools: Any, i: int, text: str) -> int | None:
-        """Character after turn ``i`` and its mark; None if nothing proves where it is."""
-        is_last = i + 1 == len(messages)
-        until_here = text if is_last else self._render(messages[: i + 1], tools)
+    def _end(self, turn: _Turn) -> int | None:
+        """Character after a turn and its mark; None if nothing proves where it is."""
+        text = turn.text
+        until_here = text
+        if not turn.is_last:
+            until_here = self._render(turn.until_here, turn.tools)
         end: int | None = len(until_here)
         if not text.startswith(until_here):
-            end = self._end_by_tail(messages, tools, i, text)
+            end = self._end_by_tail(turn)
         if end is None:
             return None
         shorter = text[:end].rstrip()
@@ -212,17 +275,23 @@ class ChatEncoder:
             return len(shorter)
         return end + _leading_mark(text[end:], self._ends)
 
-    def _end_by_tail(self, messages: Messages, tools: Any, i: int, text: str) -> int | None:
+    def _end_by_tail(self, turn: _Turn) -> int | None:
         """The end of a turn, by what follows it: as the last it would be rendered differently."""
-        rest = self._with_stand_in(messages, tools, i).partition(_STAND_IN)[2]
-        last = self._with_stand_in(messages[: i + 1], tools, i).partition(_STAND_IN)[2]
-        if not rest or not text.endswith(rest):
+        rest = self._after_stand_in(turn)
+        as_last = turn._replace(messages=turn.until_here)
+        rest_of_last = self._after_stand_in(as_last)
+        if not rest or not turn.text.endswith(rest):
             return None
-        end = len(text) - len(rest)
-        if last and rest.startswith(last):
-            return end + len(last)
+        end = len(turn.text) - len(rest)
+        if rest_of_last and rest.startswith(rest_of_last):
+            return end + len(rest_of_last)
         mark = _leading_mark(rest, self._special)
         return end + mark if mark else None
+
+    def _after_stand_in(self, turn: _Turn) -> str:
+        """What is rendered after a text in the place of a turn."""
+        stand_in = self._with_stand_in(turn)
+        return stand_in.partition(_STAND_IN)[2]
 
     # --- characters to tokens ---------------------------------------------------------------------
 
@@ -234,27 +303,49 @@ class ChatEncoder:
         if not getattr(self._inner, "is_fast", False):
             return False
         probe = "a b\n\nc"
-        encoded = self._inner(probe, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self._with_offsets(probe)
         return list(encoded["input_ids"]) == self._tokens(probe)
 
-    def _located(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    def _with_offsets(self, text: str) -> Any:
+        return self._inner(text, add_special_tokens=False, return_offsets_mapping=True)
+
+    def _located(self, text: str, spans: list[Span]) -> TokensAndMask:
         """Tokens, and which of them overlap a span of characters."""
-        if not self._has_offsets:
+        if self._has_offsets:
+            encoded = self._with_offsets(text)
+            tokens = list(encoded["input_ids"])
+            offsets = encoded["offset_mapping"]
+            ranges = [_overlapping(offsets, span) for span in spans]
+        else:
             tokens = self._tokens(text)
-            ranges = [(self._cut(text, a, tokens), self._cut(text, b, tokens)) for a, b in spans]
-            return tokens, _mask(len(tokens), ranges)
-        encoded = self._inner(text, add_special_tokens=False, return_offsets_mapping=True)
-        tokens = list(encoded["input_ids"])
-        offsets = encoded["offset_mapping"]
-        ranges = [_overlapping(offsets, start, end) for start, end in spans]
+            ranges = [self._between_cuts(text, span, tokens) for span in spans]
         return tokens, _mask(len(tokens), ranges)
 
-    def _cut(self, text: str, at: int, tokens: list[int]) -> int:
-        """Tokens before a character, for tokenizers that do not say.
+    def _between_cuts(self, text: str, span: Span, tokens: Numbers) -> Span:
+        """First token of a span of characters and the one after the last.
 
-        Those that the text up to there has in common.
+        For tokenizers that do not say where tokens begin.
         """
-        return len(commonprefix([self._tokens(text[:at]), tokens]))
+        start, end = span
+        first = self._cut(text, start, tokens)
+        stop = self._cut(text, end, tokens)
+        return first, stop
+
+    def _cut(self, text: str, at: int, tokens: Numbers) -> int:
+        """Tokens before a character: those that the text up to there has in common."""
+        tokens_before = self._tokens(text[:at])
+        return len(commonprefix([tokens_before, tokens]))
+
+
+def _says(content: str) -> Message:
+    """Return a message of the assistant."""
+    return {"role": "assistant", "content": content}
+
+
+def _turns_of_assistant(messages: Messages) -> Numbers:
+    """Return the numbers of all messages of the assistant."""
+    roles = [message["role"] for message in messages]
+    return [i for i, role in enumerate(roles) if role == "assistant"]
 
 
 def _leading_mark(text: str, marks: tuple[str, ...]) -> int:
@@ -263,24 +354,31 @@ def _leading_mark(text: str, marks: tuple[str, ...]) -> int:
     0 if there is none.
     """
     blank = len(text) - len(text.lstrip())
-    lengths = [len(mark) for mark in marks if text.startswith(mark, blank)]
-    return blank + max(lengths) if lengths else 0
+    leading = [mark for mark in marks if text.startswith(mark, blank)]
+    if not leading:
+        return 0
+    longest = max(leading, key=len)
+    return blank + len(longest)
 
 
-def _overlapping(offsets: list[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+def _overlapping(offsets: list[Span], span: Span) -> Span:
     """First token that reaches into a span of characters, and the one after the last.
 
     A token of white space may have no width, so it counts by what stands around it.
     """
-    numbers = range(len(offsets))
-    first = next((k for k in numbers if offsets[k][1] > start), len(offsets))
-    last = next((k for k in reversed(numbers) if offsets[k][0] < end), -1)
+    start, end = span
+    count = len(offsets)
+    ends_after = (k for k in range(count) if offsets[k][1] > start)
+    begins_before = (k for k in reversed(range(count)) if offsets[k][0] < end)
+    first = next(ends_after, count)
+    last = next(begins_before, -1)
     return first, last + 1
 
 
-def _mask(size: int, ranges: list[tuple[int, int]]) -> list[int]:
+def _mask(size: int, ranges: list[Span]) -> Numbers:
     """1 within ranges, else 0."""
     mask = [0] * size
     for first, stop in ranges:
-        mask[first:stop] = [1] * (stop - first)
+        count = stop - first
+        mask[first:stop] = [1] * count
     return mask
