@@ -30,7 +30,10 @@ _CANDIDATES = 512  # lengths that the search for the best groups looks at
 _ORDER_IN_GROUP = 2
 _ORDER_OF_BATCHES = 3
 
-Bins = list[tuple[int, ...]]  # numbers of the rows that share a row of a batch
+Bin = tuple[int, ...]  # numbers of the rows that share a row of a batch
+Bins = list[Bin]
+Shape = tuple[int, int]
+Arrays = tuple[np.ndarray, np.ndarray]
 
 
 class Span(NamedTuple):
@@ -44,6 +47,18 @@ class Span(NamedTuple):
 
     start: int
     end: int
+    length: int
+
+    @property
+    def shape(self) -> Shape:
+        """Bins, and the tokens of each."""
+        return self.end - self.start, self.length
+
+
+class _Members(NamedTuple):
+    """The bins of a batch, and the tokens to which they are padded."""
+
+    bins: list[int]
     length: int
 
 
@@ -81,15 +96,18 @@ class Feed:
         self.rows = rows
         self.config = config
         bins = self._all_bins()
-        sizes = np.array([sum(int(rows.lengths[i]) for i in members) for members in bins])
+        sizes = np.array(_sums(rows.lengths, bins))
         by_size = np.argsort(sizes, kind="stable")
         self._bins = [bins[i] for i in by_size]
-        self._groups = _groups(sizes[by_size], config.batch_size, self._most_lengths())
+        most = self._most_lengths()
+        self._groups = _groups(sizes[by_size], config.batch_size, most)
         self._places = self._all_places()
-        shapes = [(place.end - place.start, place.length) for place in self._places]
+        shapes = [place.shape for place in self._places]
+        distinct = sorted(set(shapes), key=_largest_first)
+        computed = sum(count * length for count, length in shapes)
         self.per_epoch = len(shapes)
-        self.shapes = tuple(sorted(set(shapes), key=_largest_first))
-        self.waste = sum(count * length for count, length in shapes) / rows.tokens
+        self.shapes = tuple(distinct)
+        self.waste = computed / rows.tokens
         self._order = lru_cache(maxsize=4)(self._shuffled)
 
     def _all_bins(self) -> Bins:
@@ -97,24 +115,28 @@ class Feed:
         lengths = self.rows.lengths
         if not self.config.pack:
             return [(i,) for i in range(len(self.rows))]
-        longest = max(self.config.max_seq_length, int(lengths.max()))
+        longest_row = int(lengths.max())
+        longest = max(self.config.max_seq_length, longest_row)
         return _packed(lengths, longest, self.config.batch_size)
 
     def _most_lengths(self) -> int:
         """Distinct lengths of batches at most; packed rows are nearly equal."""
         if self.config.pack:
             return 1
-        is_long = len(self._bins) >= _LONG_EPOCH * self.config.batch_size
+        long_epoch = _LONG_EPOCH * self.config.batch_size
+        is_long = len(self._bins) >= long_epoch
         return _MANY_LENGTHS if is_long else _FEW_LENGTHS
 
     def _all_places(self) -> list[Span]:
         """Batches of an epoch; the last of a group may be smaller."""
         size = self.config.batch_size
-        return [
-            Span(start, min(start + size, group.end), group.length)
-            for group in self._groups
-            for start in range(group.start, group.end, size)
-        ]
+        places = []
+        for group in self._groups:
+            for start in range(group.start, group.end, size):
+                end = min(start + size, group.end)
+                place = Span(start, end, group.length)
+                places.append(place)
+        return places
 
     @property
     def iters(self) -> int:
@@ -131,21 +153,30 @@ class Feed:
         Epochs follow each other, each in an order of its own.
         """
         epoch, place = divmod(number, self.per_epoch)
-        members, length = self._order(epoch)[place]
-        groups = [[self.rows.rows[i] for i in self._bins[member]] for member in members]
-        return _padded(groups, length, packed=self.config.pack)
+        members = self._order(epoch)[place]
+        groups = [self._rows_of(i) for i in members.bins]
+        return _padded(groups, members.length, packed=self.config.pack)
 
-    def _shuffled(self, epoch: int) -> list[tuple[list[int], int]]:
-        """Members (bins) and length of each batch of an epoch."""
+    def _rows_of(self, number: int) -> list[Row]:
+        """Rows that share a bin."""
+        return [self.rows.rows[i] for i in self._bins[number]]
+
+    def _shuffled(self, epoch: int) -> list[_Members]:
+        """Members and length of each batch of an epoch."""
         seed = self.config.seed
         drawn = np.empty(len(self._bins), np.int64)
         for start, end, _ in self._groups:
-            drawn[start:end] = start + order(end - start, seed, _ORDER_IN_GROUP, epoch, start)
-        batches = [(drawn[start:end].tolist(), length) for start, end, length in self._places]
-        return [batches[i] for i in order(len(batches), seed, _ORDER_OF_BATCHES, epoch)]
+            within = order(end - start, seed, _ORDER_IN_GROUP, epoch, start)
+            drawn[start:end] = start + within
+        batches = []
+        for start, end, length in self._places:
+            bins = drawn[start:end].tolist()
+            batches.append(_Members(bins, length))
+        shuffled = order(len(batches), seed, _ORDER_OF_BATCHES, epoch)
+        return [batches[i] for i in shuffled]
 
 
-def _largest_first(shape: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+def _largest_first(shape: Shape) -> tuple[int, Shape]:
     rows, length = shape
     return -rows * length, shape
 
@@ -170,13 +201,18 @@ def _padded(groups: list[list[Row]], length: int, packed: bool) -> Batch:
             mask[b, start:end] = row.mask
             segments[b, start:end] = segment
             start = end
+    is_real = segments > 0
     return Batch(
         tokens=tokens,
         mask=mask,
         segments=segments if packed else None,
-        numbers=tuple(tuple(row.number for row in group) for group in groups),
-        real=int((segments > 0).sum()),
+        numbers=tuple(_numbers(group) for group in groups),
+        real=int(is_real.sum()),
     )
+
+
+def _numbers(group: list[Row]) -> tuple[int, ...]:
+    return tuple(row.number for row in group)
 
 
 def part(batch: Batch, rank: int, size: int) -> Batch:
@@ -185,10 +221,13 @@ def part(batch: Batch, rank: int, size: int) -> Batch:
     ``real`` stays that of the whole, since the loop counts a step's tokens once for all processes.
     """
     share = slice(rank, None, size)
+    segments = batch.segments
+    if segments is not None:
+        segments = segments[share]
     return Batch(
         tokens=batch.tokens[share],
         mask=batch.mask[share],
-        segments=None if batch.segments is None else batch.segments[share],
+        segments=segments,
         numbers=batch.numbers[share],
         real=batch.real,
     )
@@ -209,34 +248,48 @@ def _groups(sizes: np.ndarray, batch_size: int, most: int) -> list[Span]:
     ends, lengths = _candidates(sizes, batch_size)
     starts = np.append(0, ends)  # (n + 1,)
     n = len(ends)
-    cost = np.append(0.0, np.full(n, np.inf))  # tokens up to each start, with no group yet
+    unreachable = np.full(n, np.inf)
+    cost = np.append(0.0, unreachable)  # tokens up to each start, with no group yet
+    # (from every start, to every end)
+    start = starts[:, None]
+    end = starts[None, :]
+    longest = np.append(0, lengths)[None, :]
+    rows = np.maximum(end - start, 0)
+    computed = rows * longest  # rows between, padded to the longest of them
+    is_backwards = start > end
     cuts = []
     for _ in range(min(most, n)):
-        # (from every start, to every end): rows between, padded to the longest of them
-        rows = np.maximum(starts[None, :] - starts[:, None], 0)
-        total = cost[:, None] + rows * np.append(0, lengths)[None, :]
-        total[starts[:, None] > starts[None, :]] = np.inf
-        cuts.append(total.argmin(0))
+        total = cost[:, None] + computed
+        total[is_backwards] = np.inf
+        cheapest = total.argmin(0)
+        cuts.append(cheapest)
         cost = total.min(0)
     groups = []
     j = n
     for cut in reversed(cuts):
         i = int(cut[j])
         if i < j:  # else this group is empty: fewer were enough
-            groups.append(Span(int(starts[i]), int(starts[j]), int(lengths[j - 1])))
+            first = int(starts[i])
+            stop = int(starts[j])
+            length = int(lengths[j - 1])
+            groups.append(Span(first, stop, length))
         j = i
     return groups[::-1]
 
 
-def _candidates(sizes: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _candidates(sizes: np.ndarray, batch_size: int) -> Arrays:
     """Rows after which a group may end, and the length that it then has."""
-    ends = np.append(np.arange(batch_size, len(sizes), batch_size), len(sizes))
+    count = len(sizes)
+    whole_batches = np.arange(batch_size, count, batch_size)
+    ends = np.append(whole_batches, count)
     lengths = sizes[ends - 1]
     # only the last batch of each length: to end within a length never pays
-    last = np.append(np.flatnonzero(np.diff(lengths)), len(lengths) - 1)
+    changes = np.flatnonzero(np.diff(lengths))
+    last = np.append(changes, len(lengths) - 1)
     if len(last) > _CANDIDATES:
         spread = np.linspace(0, len(last) - 1, _CANDIDATES)
-        last = last[np.unique(spread.round().astype(int))]
+        nearest = spread.round().astype(int)
+        last = last[np.unique(nearest)]
     return ends[last], lengths[last]
 
 
@@ -249,16 +302,28 @@ def _packed(lengths: np.ndarray, longest: int, batch_size: int) -> Bins:
     """
     fitted = _best_fit(lengths, longest)
     choices = [fitted]
-    whole_batches = min(round_up(len(fitted), batch_size), len(lengths))
-    for count in {len(fitted), whole_batches}:
+    whole_batches = round_up(len(fitted), batch_size)
+    at_most_rows = min(whole_batches, len(lengths))
+    for count in {len(fitted), at_most_rows}:
         even = _spread(lengths, count)
         if max(_sums(lengths, even)) <= longest:
             choices.append(even)
-    return min(choices, key=lambda bins: len(bins) * max(_sums(lengths, bins)))
+
+    def computed(bins: Bins) -> int:
+        longest_bin = max(_sums(lengths, bins))
+        return len(bins) * longest_bin
+
+    return min(choices, key=computed)
 
 
 def _sums(lengths: np.ndarray, bins: Bins) -> list[int]:
-    return [int(lengths[list(members)].sum()) for members in bins]
+    """Tokens in each bin."""
+    return [_sum(lengths, members) for members in bins]
+
+
+def _sum(lengths: np.ndarray, members: Bin) -> int:
+    of_members = lengths[list(members)]
+    return int(of_members.sum())
 
 
 def _best_fit(lengths: np.ndarray, longest: int) -> Bins:
@@ -266,7 +331,7 @@ def _best_fit(lengths: np.ndarray, longest: int) -> Bins:
     bins: list[list[int]] = []
     bins_with_room: dict[int, list[int]] = {}  # bins by their free tokens
     rooms: list[int] = []  # the keys, ascending
-    for i in np.argsort(-lengths, kind="stable").tolist():
+    for i in _longest_first(lengths):
         size = int(lengths[i])
         k = bisect_left(rooms, size)
         if k == len(rooms):  # fits nowhere
@@ -277,7 +342,8 @@ def _best_fit(lengths: np.ndarray, longest: int) -> Bins:
             room = rooms[k]
             bin_number = bins_with_room[room].pop()
             if not bins_with_room[room]:
-                del bins_with_room[rooms.pop(k)]
+                del bins_with_room[room]
+                del rooms[k]
             bins[bin_number].append(i)
         left = room - size
         if left not in bins_with_room:
@@ -291,8 +357,15 @@ def _spread(lengths: np.ndarray, count: int) -> Bins:
     """Longest first, each where the fewest tokens are."""
     bins: list[list[int]] = [[] for _ in range(count)]
     heap = [(0, number) for number in range(count)]
-    for i in np.argsort(-lengths, kind="stable").tolist():
+    for i in _longest_first(lengths):
         filled, number = heap[0]
         bins[number].append(i)
-        heapq.heapreplace(heap, (filled + int(lengths[i]), number))
+        now_filled = filled + int(lengths[i])
+        heapq.heapreplace(heap, (now_filled, number))
     return [tuple(members) for members in bins]
+
+
+def _longest_first(lengths: np.ndarray) -> list[int]:
+    """Numbers of all rows."""
+    by_length = np.argsort(-lengths, kind="stable")
+    return by_length.tolist()
