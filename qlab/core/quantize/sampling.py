@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
+Array = np.ndarray
+ValueAndError = tuple[Array, Array]
 
-def ratio_estimate(
-    y: np.ndarray, x: np.ndarray, x_total: np.ndarray, population: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+
+def ratio_estimate(y: Array, x: Array, x_total: Array, population: Array) -> ValueAndError:
     """Estimate the total of ``y`` from a sample, with a covariate whose total is known.
 
     The rounding error of a chunk of weights is nearly proportional to its squared ranges, and the
@@ -32,19 +33,22 @@ def ratio_estimate(
     y_sum = y.sum(1)
     x_sum = x.sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(y_sum == 0, 0.0, y_sum / x_sum)
+        ratio = y_sum / x_sum
+        ratio = np.where(y_sum == 0, 0.0, ratio)
         residual = y - ratio[:, None] * x
-        variance = (residual**2).sum(1) / max(n - 1, 1)
-        unsampled = np.clip(1 - n / population, 0, 1)
+        squares = residual**2
+        variance = squares.sum(1) / max(n - 1, 1)
+        sampled = n / population
+        unsampled = np.clip(1 - sampled, 0, 1)
+        sampled_se = np.sqrt(unsampled * n * variance)
         # from the sample's total to the population's
-        scale = np.where(x_sum == 0, 0.0, x_total / x_sum)
-        se = np.sqrt(unsampled * n * variance) * scale
+        scale = x_total / x_sum
+        scale = np.where(x_sum == 0, 0.0, scale)
+        se = sampled_se * scale
     return ratio * x_total, se
 
 
-def relative_error(
-    error_sq: np.ndarray, error_sq_se: np.ndarray, weight_sq: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def relative_error(error_sq: Array, error_sq_se: Array, weight_sq: Array) -> ValueAndError:
     """Return ‖W−Ŵ‖/‖W‖ and its standard error; both are 0 where the weights are.
 
     The standard error is the first-order one of a square root: σ(√e) = σ(e) / (2√e).
@@ -55,14 +59,18 @@ def relative_error(
         weight_sq: ‖W‖², ``(L,)``.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        value = np.sqrt(error_sq / weight_sq)
+        squared = error_sq / weight_sq
+        value = np.sqrt(squared)
         relative_se = 0.5 * value * error_sq_se / error_sq
-        se = np.where(error_sq > 0, relative_se, 0.0)
+        has_error = error_sq > 0
+        se = np.where(has_error, relative_se, 0.0)
     is_zero = weight_sq == 0
-    return np.where(is_zero, 0.0, value), np.where(is_zero, 0.0, se)
+    value = np.where(is_zero, 0.0, value)
+    se = np.where(is_zero, 0.0, se)
+    return value, se
 
 
-def sqnr_db(relative: np.ndarray | float) -> np.ndarray | float:
+def sqnr_db(relative: Array | float) -> Array | float:
     """Return the signal-to-quantization-noise ratio in dB: −20·log10(‖W−Ŵ‖/‖W‖).
 
     Infinite for no error.

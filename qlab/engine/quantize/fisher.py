@@ -25,6 +25,12 @@ from qlab.core.progress import Progress
 from qlab.engine.models.surgery import map_layers
 from qlab.nn.kinds import layer_kind
 
+Array = np.ndarray
+Pair = tuple[Array, Array]
+Totals = dict[str, Array]
+Shapes = Mapping[str, Sequence[int]]
+_Arrays = tuple[mx.array, ...]
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -45,8 +51,8 @@ class Calibration:
         text: what the text was, in words.
     """
 
-    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = field(default_factory=dict)
-    input_power: dict[str, np.ndarray] = field(default_factory=dict)
+    pairs: dict[str, list[Pair]] = field(default_factory=dict)
+    input_power: Totals = field(default_factory=dict)
     tokens: int = 0
     text: str = ""
 
@@ -69,18 +75,25 @@ def _tap(y: mx.array, x: mx.array, rows: mx.array, columns: mx.array, power: mx.
 
 
 @_tap.vjp
-def _tap_vjp(
-    primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
-) -> tuple[mx.array, ...]:
+def _tap_vjp(primals: _Arrays, cotangent: mx.array, _: mx.array) -> _Arrays:
     _, x, rows, columns, _ = primals
-    g = cotangent.astype(mx.float32).reshape(-1, rows.shape[0])  # (T, out)
-    inputs = x.astype(mx.float32).reshape(-1, columns.shape[0])  # (T, in)
+    g = _per_token(cotangent, rows)  # (T, out)
+    inputs = _per_token(x, columns)  # (T, in)
     # The margins of G² need no matrix of the weight's size:
     # Σ_i G[o,i]² = Σ_ts g[t,o]·(x·xᵀ)[t,s]·g[s,o], and the same with g and x exchanged.
-    by_row = (((inputs @ inputs.T) @ g) * g).sum(0)
-    by_column = (((g @ g.T) @ inputs) * inputs).sum(0)
-    power = mx.square(inputs).sum(0)
-    return cotangent, mx.zeros_like(x), by_row, by_column, power
+    of_inputs = inputs @ inputs.T  # (T, T)
+    by_row = (of_inputs @ g) * g
+    of_g = g @ g.T  # (T, T)
+    by_column = (of_g @ inputs) * inputs
+    power = mx.square(inputs)
+    no_gradient = mx.zeros_like(x)
+    return cotangent, no_gradient, by_row.sum(0), by_column.sum(0), power.sum(0)
+
+
+def _per_token(values: mx.array, features: mx.array) -> mx.array:
+    """Return values as float32 ``(T, features)``."""
+    count = features.shape[0]
+    return values.astype(mx.float32).reshape(-1, count)
 
 
 @mx.custom_function
@@ -97,18 +110,19 @@ def _tap_lookup(y: mx.array, tokens: mx.array, rows: mx.array, columns: mx.array
 
 
 @_tap_lookup.vjp
-def _tap_lookup_vjp(
-    primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
-) -> tuple[mx.array, ...]:
+def _tap_lookup_vjp(primals: _Arrays, cotangent: mx.array, _: mx.array) -> _Arrays:
     _, tokens, rows, columns = primals
-    g = cotangent.astype(mx.float32).reshape(-1, columns.shape[0])  # (T, in)
+    g = _per_token(cotangent, columns)  # (T, in)
     ids = tokens.reshape(-1)
     # x·xᵀ of one-hot inputs, (T, T): 1 where two positions hold the same token
-    same = (ids[:, None] == ids[None]).astype(mx.float32)
+    is_same = ids[:, None] == ids[None]
+    same = is_same.astype(mx.float32)
     product = (same @ g) * g
-    by_row = mx.zeros_like(rows).at[ids].add(product.sum(1))
+    of_token = product.sum(1)
+    by_row = mx.zeros_like(rows).at[ids].add(of_token)
     by_column = product.sum(0)
-    return cotangent, mx.zeros_like(tokens), by_row, by_column
+    no_gradient = mx.zeros_like(tokens)
+    return cotangent, no_gradient, by_row, by_column
 
 
 class _Tapped(nn.Module):
@@ -128,13 +142,15 @@ class _Tapped(nn.Module):
         self.unfreeze(recurse=False, keys=["rows", "columns", "power"])
 
     def _watch(self, y: mx.array, x: mx.array) -> mx.array:
-        outputs = _tap(y, mx.stop_gradient(x), self.rows, self.columns, self.power)
+        inputs = mx.stop_gradient(x)
+        outputs = _tap(y, inputs, self.rows, self.columns, self.power)
         return outputs  # pyright: ignore[reportReturnType]  # MLX's stub says object
 
 
 class _TappedLinear(_Tapped):
     def __call__(self, x: mx.array) -> mx.array:
-        return self._watch(self.inner(x), x)
+        outputs = self.inner(x)
+        return self._watch(outputs, x)
 
 
 class _TappedEmbedding(_Tapped):
@@ -151,12 +167,13 @@ class _TappedEmbedding(_Tapped):
 
     def as_linear(self, x: mx.array) -> mx.array:
         embedding: Any = self.inner
-        return self._watch(embedding.as_linear(x), x)
+        outputs = embedding.as_linear(x)
+        return self._watch(outputs, x)
 
 
 def calibrate(
     model: nn.Module,
-    shapes: Mapping[str, Sequence[int]],
+    shapes: Shapes,
     batches: Sequence[mx.array],
     text: str,
     seed: int = 0,
@@ -181,26 +198,29 @@ def calibrate(
 
     def score(tokens: mx.array, key: mx.array) -> mx.array:
         logits = watched(tokens).astype(mx.float32)
-        labels = mx.random.categorical(mx.stop_gradient(logits), key=key)
-        return -nn.losses.cross_entropy(logits, labels, reduction="sum")
+        prediction = mx.stop_gradient(logits)
+        labels = mx.random.categorical(prediction, key=key)
+        loss = nn.losses.cross_entropy(logits, labels, reduction="sum")
+        return -loss
 
     grad = nn.value_and_grad(watched, score)
     key = mx.random.key(seed)
-    totals: dict[str, np.ndarray] = {}
+    totals: Totals = {}
     count = 0
-    for i, tokens in enumerate(batches):
+    for done, tokens in enumerate(batches, 1):
         key, label_key = mx.random.split(key)
         _, gradients = grad(tokens, label_key)
         sums = dict(tree_flatten(gradients))
         mx.eval(sums)
         for name, value in sums.items():
-            totals[name] = totals.get(name, 0) + np.array(value, np.float64)
+            before = totals.get(name, 0)
+            totals[name] = before + np.array(value, np.float64)
         count += tokens.size
-        yield Progress("predicting ΔKL", i + 1, len(batches))
+        yield Progress("predicting ΔKL", done, len(batches))
     return _collect(totals, shapes, count, text)
 
 
-def _with_taps(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+def _with_taps(model: nn.Module, shapes: Shapes) -> nn.Module:
     """Return the model with its layers tapped; only what the taps report has gradients."""
 
     def tapped(path: str, inner: nn.Module) -> nn.Module:
@@ -215,31 +235,33 @@ def _with_taps(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Modu
     return watched
 
 
-def _collect(
-    totals: dict[str, np.ndarray], shapes: Mapping[str, Sequence[int]], count: int, text: str
-) -> Calibration:
+def _collect(totals: Totals, shapes: Shapes, count: int, text: str) -> Calibration:
     """Turn sums over all tokens, by parameter name, into a calibration."""
     calibration = Calibration(tokens=count, text=text)
     for path in shapes:
         for site in ("", "lookup_"):
             pair = _margins(totals, f"{path}.{site}", count)
-            if pair is not None:
-                calibration.pairs.setdefault(path, []).append(pair)
+            if pair is None:
+                continue
+            pairs = calibration.pairs.setdefault(path, [])
+            pairs.append(pair)
         power = totals.get(f"{path}.power")
         if power is not None and power.any():
-            calibration.input_power[path] = (power / count).astype(np.float32)
+            mean = power / count
+            calibration.input_power[path] = mean.astype(np.float32)
     return calibration
 
 
-def _margins(
-    totals: dict[str, np.ndarray], prefix: str, count: int
-) -> tuple[np.ndarray, np.ndarray] | None:
+def _margins(totals: Totals, prefix: str, count: int) -> Pair | None:
     """Return r ``(out,)`` and c ``(in,)`` of a tap, so that r ⊗ c has the margins of F."""
     rows = totals.get(f"{prefix}rows")
     columns = totals.get(f"{prefix}columns")
-    if rows is None or columns is None or not rows.sum() > 0:
+    if rows is None or columns is None:
+        return None
+    total = rows.sum()
+    if not total > 0:
         return None
     # A margin of squares is not negative; a product of float32 sums may be, by a little.
     r = np.maximum(rows, 0) / count
-    c = np.maximum(columns, 0) / rows.sum()
+    c = np.maximum(columns, 0) / total
     return r.astype(np.float32), c.astype(np.float32)

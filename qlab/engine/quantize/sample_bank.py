@@ -59,16 +59,20 @@ class SampleStack:
 
     def sums(self, values: mx.array) -> np.ndarray:
         """Sum ``(L·n, width)`` values within each chunk; return float64 ``(L, n)``."""
-        return np.array(values.sum(1), np.float64).reshape(self.rows.shape)
+        of_chunks = np.array(values.sum(1), np.float64)
+        return of_chunks.reshape(self.rows.shape)
 
     def largest(self, values: mx.array) -> np.ndarray:
         """Return the largest of ``(L·n, width)`` values of each layer, ``(L,)``."""
-        return np.array(values.reshape(len(self.columns), -1).max(1))
+        layers = len(self.columns)
+        by_layer = values.reshape(layers, -1)
+        return np.array(by_layer.max(1))
 
     @cached_property
     def energy(self) -> np.ndarray:
         """Σw² of each chunk, float64 ``(L, n)``."""
-        return self.sums(mx.square(self.chunks.astype(mx.float32)))
+        chunks = self.chunks.astype(mx.float32)
+        return self.sums(mx.square(chunks))
 
     def spans(self, group: int) -> np.ndarray:
         """Return Σ over each chunk's weights of their group's squared range, float64 ``(L, n)``.
@@ -77,7 +81,8 @@ class SampleStack:
             group: 32, 64 or 128 weights.
         """
         if group not in self._spans:
-            self._spans[group] = self.sums(self._squared_ranges(group))
+            ranges = self._squared_ranges(group)
+            self._spans[group] = self.sums(ranges)
         return self._spans[group]
 
     def weighted_spans(self, group: int) -> np.ndarray:
@@ -88,7 +93,8 @@ class SampleStack:
         assert self.weights is not None, "set_importance comes first"
         if group not in self._weighted_spans:
             ranges = self._squared_ranges(group)
-            self._weighted_spans[group] = self.sums(ranges * self.weights)
+            weighted = ranges * self.weights
+            self._weighted_spans[group] = self.sums(weighted)
         return self._weighted_spans[group]
 
     def set_importance(self, pairs: Mapping[int, ImportancePairs]) -> None:
@@ -100,22 +106,31 @@ class SampleStack:
             pairs: by table column, ``(r, c)`` vectors of lengths ``out`` and ``in``.
         """
         # (L, n, width): input feature of every sampled weight
-        features = self.starts[..., None] + np.arange(self.width)
+        within_chunk = np.arange(self.width)
+        features = self.starts[..., None] + within_chunk
         importance = np.full(features.shape, np.nan, np.float32)
         for i, column in enumerate(self.columns):
-            if column in pairs:
-                importance[i] = sum(
-                    r[self.rows[i], None] * c[features[i]]  # (n, 1) · (n, width)
-                    for r, c in pairs[column]
-                )
-        self.weights = mx.array(importance.reshape(-1, self.width))
+            if column not in pairs:
+                continue
+            rows = self.rows[i]
+            products = []
+            for r, c in pairs[column]:
+                of_row = r[rows, None]  # (n, 1)
+                of_feature = c[features[i]]  # (n, width)
+                products.append(of_row * of_feature)
+            importance[i] = sum(products)
+        by_chunk = importance.reshape(-1, self.width)
+        self.weights = mx.array(by_chunk)
         self._weighted_spans.clear()
 
     def _squared_ranges(self, group: int) -> mx.array:
         """(max − min)² of each weight's group, ``(L·n, width)``."""
-        groups = self.chunks.astype(mx.float32).reshape(-1, group)
-        squared = mx.square(groups.max(1) - groups.min(1))
-        return mx.repeat(squared, group).reshape(self.chunks.shape)
+        chunks = self.chunks.astype(mx.float32)
+        groups = chunks.reshape(-1, group)
+        ranges = groups.max(1) - groups.min(1)
+        squared = mx.square(ranges)
+        of_weights = mx.repeat(squared, group)
+        return of_weights.reshape(self.chunks.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +142,9 @@ class _LayerSample:
     rows: np.ndarray  # (n,)
     starts: np.ndarray  # (n,)
     population: int
+
+
+_Alike = tuple[int, str, int]  # width, dtype and number of the chunks of a layer
 
 
 def draw_samples(
@@ -146,14 +164,16 @@ def draw_samples(
         size: weights per layer.
     """
     rng = np.random.default_rng(seed)
-    alike: dict[tuple[int, str, int], list[_LayerSample]] = {}
+    alike: dict[_Alike, list[_LayerSample]] = {}
     for column, layer in enumerate(layers):
         if layer.obstacle:
             continue
+        # no name for the weight here: it would stay in memory while the next one is read
         sample = _draw_layer(rng, column, layer, weight_of(layer.path), size)
         count, width = sample.chunks.shape
-        key = (width, str(sample.chunks.dtype), count)
-        alike.setdefault(key, []).append(sample)
+        dtype = str(sample.chunks.dtype)
+        samples = alike.setdefault((width, dtype, count), [])
+        samples.append(sample)
     stacks = [_stacked(samples) for samples in alike.values()]
     mx.eval([stack.chunks for stack in stacks])
     return stacks
@@ -163,16 +183,21 @@ def _draw_layer(
     rng: np.random.Generator, column: int, layer: LayerSpec, weight: mx.array, size: int
 ) -> _LayerSample:
     features = layer.shape[-1]
-    width = next(w for w in WIDTHS if features % w == 0)
+    widths = (width for width in WIDTHS if features % width == 0)
+    width = next(widths)
     population = layer.size // width
-    index = np.sort(_draw(rng, population, min(size // width, population)))
+    count = min(size // width, population)
+    index = np.sort(_draw(rng, population, count))
     chunks_per_row = features // width
     rows = index // chunks_per_row
     starts = index % chunks_per_row * width
     # Taken by row and column: to take chunks of a reshaped weight would copy it whole where it is
     # not contiguous.
-    within_row = mx.array(starts)[:, None] + mx.arange(width)  # (n, width)
-    chunks = weight.reshape(-1, features)[mx.array(rows)[:, None], within_row]
+    start_in_row = mx.array(starts)[:, None]
+    within_row = start_in_row + mx.arange(width)  # (n, width)
+    matrix = weight.reshape(-1, features)
+    row_of_chunk = mx.array(rows)[:, None]
+    chunks = matrix[row_of_chunk, within_row]
     mx.eval(chunks)
     return _LayerSample(
         column=column, chunks=chunks, rows=rows, starts=starts, population=population
@@ -184,8 +209,9 @@ def _draw(rng: np.random.Generator, population: int, count: int) -> np.ndarray:
     if population < _LISTED_AT_MOST * count:
         return rng.permutation(population)[:count]
     # Twice as many are drawn, so that enough different ones are left.
-    drawn = np.unique(rng.integers(0, population, 2 * count))
-    return rng.permutation(drawn)[:count]
+    drawn = rng.integers(0, population, 2 * count)
+    different = np.unique(drawn)
+    return rng.permutation(different)[:count]
 
 
 def _stacked(samples: list[_LayerSample]) -> SampleStack:
@@ -223,10 +249,14 @@ def roundtrip_errors(stack: SampleStack, config: QuantConfig, amax: np.ndarray) 
     """
     weight = stack.chunks.astype(mx.float32)
     largest_sampled = stack.largest(mx.abs(weight))
-    amax = np.where(np.isnan(amax), largest_sampled, amax).astype(np.float32)
+    is_unknown = np.isnan(amax)
+    amax = np.where(is_unknown, largest_sampled, amax)
     # (L·n, 1): formats with one scale for a whole tensor need the tensor's largest magnitude
-    amax_of_chunk = mx.array(np.repeat(amax, stack.rows.shape[1]))[:, None]
-    dequantized = config.scheme.roundtrip(stack.chunks, config, mx.float32, amax_of_chunk)
+    chunks_of_layer = stack.rows.shape[1]
+    by_chunk = np.repeat(amax.astype(np.float32), chunks_of_layer)
+    amax_of_chunk = mx.array(by_chunk)[:, None]
+    roundtrip = config.scheme.roundtrip
+    dequantized = roundtrip(stack.chunks, config, mx.float32, amax_of_chunk)
     error = dequantized - weight
     squared = mx.square(error)
     largest = stack.largest(mx.abs(error))

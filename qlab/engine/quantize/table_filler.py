@@ -39,16 +39,18 @@ from qlab.engine.quantize.sample_bank import (
 )
 
 Events = Generator[Progress, None, None]
+Arrays = tuple[np.ndarray, np.ndarray]
 
 
 def all_configs() -> tuple[QuantConfig, ...]:
     """Return every legal config of every scheme: the rows of the table, all slider positions."""
-    return tuple(
-        QuantConfig(scheme.name, bits, group)
-        for scheme in registry.shelf("schemes").values()
-        for bits in scheme.bits
-        for group in scheme.group_sizes
-    )
+    configs = []
+    for scheme in registry.shelf("schemes").values():
+        for bits in scheme.bits:
+            for group in scheme.group_sizes:
+                config = QuantConfig(scheme.name, bits, group)
+                configs.append(config)
+    return tuple(configs)
 
 
 class TableFiller:
@@ -87,25 +89,27 @@ class TableFiller:
             yield Progress("first look", 1, 1)
         # Another job may have done a part since this one began, so each part is checked again when
         # its turn comes.
-        had_moments = self._has_moments(self._measurable())
+        measurable = self._measurable()
+        had_moments = self._has_moments(measurable)
         yield from self._read_moments()
         configs = _nearest_first(self.table.configs, first)
-        for n, config in enumerate(configs):
+        for done, config in enumerate(configs, 1):
             filled_without_moments = config == first and not had_moments
             if filled_without_moments or not self._is_filled(config):
                 self._fill_from_samples(config)
-                yield Progress("trying every scheme", n + 1, len(configs))
+                yield Progress("trying every scheme", done, len(configs))
 
     def measure_exactly(self, configs: Iterable[QuantConfig | None]) -> Events:
         """Quantize all weights: one config for each layer, None to leave a layer out."""
-        todo = [
-            (column, config)
-            for column, config in enumerate(configs)
-            if config is not None and self._needs_exact(column, config)
-        ]
-        for n, (column, config) in enumerate(todo):
+        todo = []
+        for column, config in enumerate(configs):
+            if config is None:
+                continue
+            if self._needs_exact(column, config):
+                todo.append((column, config))
+        for done, (column, config) in enumerate(todo, 1):
             self._fill_exactly(column, config)
-            yield Progress("measuring exactly", n + 1, len(todo))
+            yield Progress("measuring exactly", done, len(todo))
 
     def predict(self, calibration: Calibration) -> Events:
         """Turn every known error into predicted ΔKL, by the importance that was calibrated."""
@@ -113,26 +117,27 @@ class TableFiller:
         for measure in KL_MEASURES:
             self.table.measure(measure)[:] = np.nan
         self.table.exact[:] = False
-        pairs: dict[int, ImportancePairs] = {
-            column: calibration.pairs[layer.path]
-            for column, layer in enumerate(self.table.layers)
-            if layer.path in calibration.pairs
-        }
-        for n, column in enumerate(pairs):
+        pairs: dict[int, ImportancePairs] = {}
+        for column, layer in enumerate(self.table.layers):
+            if layer.path in calibration.pairs:
+                pairs[column] = calibration.pairs[layer.path]
+        for done, column in enumerate(pairs, 1):
             weight = self._weight(column)
-            self._weighted_ranges[column] = weighted_ranges(weight, pairs[column])
-            yield Progress("weighing the layers", n + 1, len(pairs))
+            ranges = weighted_ranges(weight, pairs[column])
+            self._weighted_ranges[column] = ranges
+            yield Progress("weighing the layers", done, len(pairs))
         for stack in self._stacks:
             stack.set_importance(pairs)
         configs = self.table.configs
-        for n, config in enumerate(configs):
+        for done, config in enumerate(configs, 1):
             self._fill_from_samples(config)
-            yield Progress("predicting ΔKL of every scheme", n + 1, len(configs))
+            yield Progress("predicting ΔKL of every scheme", done, len(configs))
 
     # --- what is known -------------------------------------------------------------------------
 
     def _weight(self, column: int) -> mx.array:
-        return self._weight_of(self.table.layers[column].path)
+        layer = self.table.layers[column]
+        return self._weight_of(layer.path)
 
     def _measurable(self) -> list[int]:
         """Columns of the layers that some scheme can store."""
@@ -143,23 +148,29 @@ class TableFiller:
 
     def _is_filled(self, config: QuantConfig) -> bool:
         row = self.table.row(config)
-        known = ~np.isnan(self.table.measure("relative_error")[row])
-        return bool((known | ~self.table.legal[row]).all())
+        errors = self.table.measure("relative_error")[row]
+        is_known = ~np.isnan(errors)
+        is_illegal = ~self.table.legal[row]
+        is_done = is_known | is_illegal
+        return bool(is_done.all())
 
     def _needs_exact(self, column: int, config: QuantConfig) -> bool:
         row = self.table.row(config)
-        return bool(self.table.legal[row, column] and not self.table.exact[row, column])
+        is_legal = self.table.legal[row, column]
+        is_exact = self.table.exact[row, column]
+        return bool(is_legal and not is_exact)
 
     def _read_moments(self) -> Events:
         """Read all weights once."""
         columns = self._measurable()
-        for n, column in enumerate(columns):
+        for done, column in enumerate(columns, 1):
             if column in self._moments:
                 continue
-            layer_moments = moments(self.table.layers[column], self._weight(column))
+            layer = self.table.layers[column]
+            layer_moments = moments(layer, self._weight(column))
             self._moments[column] = layer_moments
             self.table.kurtosis[column] = layer_moments.kurtosis
-            yield Progress("reading the weights", n + 1, len(columns))
+            yield Progress("reading the weights", done, len(columns))
 
     # --- from samples --------------------------------------------------------------------------
 
@@ -168,34 +179,38 @@ class TableFiller:
         for stack in self._stacks:
             if stack.width % config.group_size:
                 continue
-            errors = roundtrip_errors(stack, config, self._amax(stack.columns))
+            amax = self._amax(stack.columns)
+            errors = roundtrip_errors(stack, config, amax)
             self._write_sampled(row, stack, errors, config)
 
     def _amax(self, columns: Sequence[int] | np.ndarray) -> np.ndarray:
         """Largest magnitude of each whole layer, ``(L,)``; NaN where it has not been read."""
-        known = [self._moments.get(column) for column in columns]
-        return np.array([np.nan if m is None else m.amax for m in known])
+        amax = []
+        for column in columns:
+            layer_moments = self._moments.get(column)
+            amax.append(np.nan if layer_moments is None else layer_moments.amax)
+        return np.array(amax)
 
     def _write_sampled(
         self, row: int, stack: SampleStack, errors: ChunkErrors, config: QuantConfig
     ) -> None:
         """Write a row of the table for a stack's layers; exact numbers are not overwritten."""
-        value, se = self._relative(stack, errors.squared, config)
-        found = {
-            "relative_error": value,
-            "relative_error_se": se,
+        relative, relative_se = self._relative(stack, errors.squared, config)
+        measured = {
+            "relative_error": relative,
+            "relative_error_se": relative_se,
             "max_abs_error": errors.largest,
         }
         if errors.weighted is not None:
-            found["kl_nats"], found["kl_nats_se"] = self._nats(stack, errors.weighted, config)
+            nats, nats_se = self._nats(stack, errors.weighted, config)
+            measured["kl_nats"] = nats
+            measured["kl_nats_se"] = nats_se
         is_sampled = ~self.table.exact[row, stack.columns]
         columns = stack.columns[is_sampled]
-        for measure, values in found.items():
+        for measure, values in measured.items():
             self.table.measure(measure)[row, columns] = values[is_sampled]
 
-    def _relative(
-        self, stack: SampleStack, squared: np.ndarray, config: QuantConfig
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _relative(self, stack: SampleStack, squared: np.ndarray, config: QuantConfig) -> Arrays:
         """Return ‖W−Ŵ‖/‖W‖ of each layer and its standard error, ``(L,)`` each."""
         if self._has_moments(stack.columns):
             group = _covariate_group(config)
@@ -205,22 +220,23 @@ class TableFiller:
             weight_sq = np.array([m.sum_sq for m in known])
         else:  # the sample's own energy, scaled up to the layer
             covariate = stack.energy
-            covariate_total = covariate.sum(1) * stack.population / covariate.shape[1]
+            sampled = covariate.shape[1]
+            covariate_total = covariate.sum(1) * stack.population / sampled
             weight_sq = covariate_total
         error_sq, se = ratio_estimate(squared, covariate, covariate_total, stack.population)
         return relative_error(error_sq, se, weight_sq)
 
-    def _nats(
-        self, stack: SampleStack, weighted: np.ndarray, config: QuantConfig
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _nats(self, stack: SampleStack, weighted: np.ndarray, config: QuantConfig) -> Arrays:
         """Return predicted ΔKL of each layer and its standard error, in nats, ``(L,)`` each.
 
         ΔKL = ½ Σ F·E² (see ``fisher.Calibration``).
         """
         group = _covariate_group(config)
-        covariate_total = np.array(
-            [self._weighted_ranges.get(column, {}).get(group, np.nan) for column in stack.columns]
-        )
+        totals = []
+        for column in stack.columns:
+            ranges = self._weighted_ranges.get(column, {})
+            totals.append(ranges.get(group, np.nan))
+        covariate_total = np.array(totals)
         covariate = stack.weighted_spans(group)
         total, se = ratio_estimate(weighted, covariate, covariate_total, stack.population)
         return total / 2, se / 2
@@ -235,7 +251,10 @@ class TableFiller:
         full = weight.astype(mx.float32)
         error = dequantized - full
         squared = mx.square(error)
-        sums = mx.stack([squared.sum(), mx.square(full).sum(), mx.abs(error).max()])
+        squared_sum = squared.sum()
+        full_sum = mx.square(full).sum()
+        largest_error = mx.abs(error).max()
+        sums = mx.stack([squared_sum, full_sum, largest_error])
         error_sq, weight_sq, largest = np.array(sums, np.float64)
         relative = np.sqrt(error_sq / weight_sq) if weight_sq else 0.0
         self.table.exact[row, column] = True
@@ -245,14 +264,18 @@ class TableFiller:
         pairs = self._importance(column)
         if pairs:
             # Σ_oi r[o]·E²[o,i]·c[i] of each pair; layers with pairs are matrices
-            terms = [(mx.array(r) @ squared @ mx.array(c)).item() for r, c in pairs]
+            terms = []
+            for r, c in pairs:
+                term = mx.array(r) @ squared @ mx.array(c)
+                terms.append(term.item())
             self.table.measure("kl_nats")[row, column] = sum(terms) / 2
             self.table.measure("kl_nats_se")[row, column] = 0.0
 
     def _importance(self, column: int) -> ImportancePairs:
         if self.calibration is None:
             return ()
-        return self.calibration.pairs.get(self.table.layers[column].path, ())
+        layer = self.table.layers[column]
+        return self.calibration.pairs.get(layer.path, ())
 
 
 def _covariate_group(config: QuantConfig) -> int:
@@ -264,10 +287,9 @@ def _nearest_first(configs: Sequence[QuantConfig], first: QuantConfig) -> list[Q
     """Order configs by how soon a slider can reach them from the first."""
 
     def distance(config: QuantConfig) -> tuple[bool, int, int]:
-        return (
-            config.mode != first.mode,
-            abs(config.bits - first.bits),
-            abs(config.group_size - first.group_size),
-        )
+        is_other_mode = config.mode != first.mode
+        bits = abs(config.bits - first.bits)
+        group = abs(config.group_size - first.group_size)
+        return is_other_mode, bits, group
 
     return sorted(configs, key=distance)
