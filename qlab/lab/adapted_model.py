@@ -43,7 +43,7 @@ class AdaptedModel(AdapterChoice):
         self._spec = base.model.spec
         self._arrays = AdapterArrays()
         self._arrays_lock = threading.RLock()
-        self._disabled = 0  # how many ask for the bare base
+        self._disabled = 0  # how many ``disabled`` blocks are open
         self.seed = seed
         self.run = ""
 

@@ -31,7 +31,7 @@ from qlab.lab.adapter_traits import TRAITS
 from qlab.lab.model import Model
 from qlab.lab.panel import HasPanel, PanelViews
 from qlab.lab.quantizer import Quantizer
-from qlab.runtime.job import Latest, mlx_call
+from qlab.runtime.job import LatestJob, mlx_call
 from qlab.views.adapter.static import html, page, text_line
 from qlab.views.adapter.widget import AdapterPanel
 
@@ -117,7 +117,7 @@ class Adapter(HasPanel, AdaptedModel):
         )
         config = config.scaled(alpha, scale)
         super().__init__(base, seed)
-        self._jobs = Latest(self._show)
+        self._jobs = LatestJob(self._show)
         self._recovery = RecoveryCache(base.model.measurements, base.model.tokenizer, text)
         self.notes: tuple[str, ...] = ()
         self._take(config)
@@ -241,7 +241,7 @@ class Adapter(HasPanel, AdaptedModel):
     @property
     def report(self) -> AdapterReport:
         """The adapter, layer by layer, with what has been measured; ``measure`` measures it."""
-        recoveries, _ = self._recovery.found(self._storage)
+        recoveries, _ = self._recovery.latest(self._storage)
         return report_of(self._spec, self.config, recoveries)
 
     def measure(self, text: bool = True) -> AdapterReport:
@@ -273,7 +273,7 @@ class Adapter(HasPanel, AdaptedModel):
 
     def state(self) -> AdapterState:
         """What the panel shows now, as a value."""
-        recoveries, stale = self._recovery.found(self._storage)
+        recoveries, stale = self._recovery.latest(self._storage)
         return AdapterState(
             spec=self._spec,
             config=self.config,

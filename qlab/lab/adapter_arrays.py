@@ -1,7 +1,7 @@
 """The arrays of an adapter, initial or trained, and the model that runs with them.
 
-``Adapter`` keeps one ``AdapterArrays``. It decides when arrays still fit a config, and when they
-must be made anew; it does not make them itself.
+``Adapter`` has one ``AdapterArrays``, which decides whether arrays still fit a config or new ones
+are needed. A function that the adapter passes makes them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class AdapterArrays:
         self.origin = ""
         self.version = 0
         self.trained_on: TrainedOn | None = None
-        # each with what it belongs to
+        # each beside the settings that it was made for
         self._arrays: tuple[dict[str, Any], Arrays] | None = None
         self._adapted: tuple[Any, Any] | None = None
 

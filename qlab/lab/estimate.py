@@ -20,7 +20,7 @@ from qlab.lab.estimate_link import TraitLink
 from qlab.lab.estimate_source import this_machine
 from qlab.lab.panel import HasPanel, PanelViews
 from qlab.runtime.device import backend
-from qlab.runtime.job import Latest, mlx_call
+from qlab.runtime.job import LatestJob, mlx_call
 from qlab.views.estimate.static import page, state_html, text_line
 from qlab.views.estimate.widget import EstimatePanel
 
@@ -177,7 +177,7 @@ class LiveEstimate(HasPanel):
         named = [budget(name) for name in BUDGETS]
         self._budgets = _by_label([this_machine(self._forecast), *named, first.machine])
         self._findings = Findings(self._forecast, first.value)
-        self._jobs = Latest(self._show)
+        self._jobs = LatestJob(self._show)
         self._open_views = 0
 
     @property
@@ -196,7 +196,7 @@ class LiveEstimate(HasPanel):
         return Estimate.around(self._shown(value), self._forecast, self._link)
 
     def _shown(self, value: MemoryEstimate) -> MemoryEstimate:
-        """Return an estimate judged by the chosen budget."""
+        """Return an estimate compared with the chosen budget."""
         return replace(value, machine=self._machine, notes=self._notes)
 
     @property

@@ -1,4 +1,4 @@
-"""What a live estimate knows of the settings it has shown, and the job that finds out more."""
+"""Remembers the estimates of settings that a panel has shown, and computes better ones."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ class Findings:
         def at(other: Setup) -> MemoryEstimate:
             return self._forecast.estimate(other, machine)
 
-        found = changes(self._estimates[setup], at, machine)
-        self._changes = {(setup, machine): found}
+        fitting = changes(self._estimates[setup], at, machine)
+        self._changes = {(setup, machine): fitting}
 
     def look_around(self, setup: Setup) -> Events:
         """Read the kinds of step that the sliders may reach next."""

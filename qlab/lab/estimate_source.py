@@ -1,4 +1,4 @@
-"""From what a user hands to ``qlab.estimate`` to a forecast and a setup."""
+"""Turns the arguments of ``qlab.estimate`` into a forecast and a setup."""
 
 from __future__ import annotations
 

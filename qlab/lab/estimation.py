@@ -104,7 +104,7 @@ def estimate(
         train: None is ``TrainConfig()``.
         level: ``formula`` (at once), ``traced`` (seconds) or ``measured`` (runs one real step of a
             loaded model).
-        machine: budget to judge by: a name such as ``"16 GB Mac"``, bytes, or None for this
+        machine: budget to compare with: a name such as ``"16 GB Mac"``, bytes, or None for this
             machine's free memory.
 
     Returns:

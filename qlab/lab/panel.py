@@ -59,7 +59,7 @@ class HasPanel:
         super().__init__(*args, **settings)  # of the class that stands beside this one
         self._panel: LivePanel | None = None
         self._ack: int | None = None  # number of the last intent that was done
-        self._shows_held = 0  # how many ask that nothing is shown until they end
+        self._shows_paused = 0  # how many ask that nothing is shown until they end
         self._lock = threading.RLock()
 
     # --- what a subclass says of itself -----------------------------------------------------------
@@ -130,19 +130,19 @@ class HasPanel:
         Called by cells, widgets and jobs; under the lock no older state overtakes a newer one.
         """
         with self._lock:
-            if self._panel is not None and not self._shows_held:
+            if self._panel is not None and not self._shows_paused:
                 self._panel.show(self.state(), self._ack)
 
     @contextmanager
-    def _one_show(self) -> Iterator[None]:
+    def _show_once(self) -> Iterator[None]:
         """Show the state once at the end, however many changes are made within."""
         with self._lock:
-            self._shows_held += 1
+            self._shows_paused += 1
         try:
             yield
         finally:
             with self._lock:
-                self._shows_held -= 1
+                self._shows_paused -= 1
             self._show()
 
     # --- what the browser asks --------------------------------------------------------------------
@@ -150,7 +150,7 @@ class HasPanel:
     def _on_intent(self, intent: dict[str, Any]) -> None:
         """Do what the browser asks; called on a widget thread, so long work is only queued."""
         do = getattr(self, f"_do_{intent['op']}")
-        with self._one_show():
+        with self._show_once():
             do(intent)
             # only now: a state shown before this does not answer the intent
             self._ack = intent["seq"]

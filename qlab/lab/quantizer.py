@@ -1,7 +1,7 @@
-"""``Quantizer``: sliders over the storage of a model, and what it costs.
+"""``Quantizer``: sliders that choose how weights are stored, and what the choice costs.
 
-What is chosen are traits (``quantizer_traits``); what it costs is in the model's measurements, made
-on the MLX thread; what is shown is a ``QuantizerState``. This file connects the three.
+The choice is traits (``quantizer_traits``); what it costs is measured on the MLX thread
+(``ModelMeasurements``); what is shown is a ``QuantizerState``. This file connects the three.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qlab.lab.model import Model
 from qlab.lab.panel import HasPanel, PanelViews
 from qlab.lab.quantizer_traits import STORAGE_TRAITS, QuantizerChoice, quant_config
 from qlab.runtime.device import machine
-from qlab.runtime.job import Latest, mlx_call
+from qlab.runtime.job import LatestJob, mlx_call
 from qlab.views.quantizer.static import html, page, text_line
 from qlab.views.quantizer.widget import QuantizerPanel
 
@@ -38,7 +38,7 @@ Work = Generator[Progress, None, Any]
 @reject_unknown_arguments
 @reject_unknown_attributes
 class Quantizer(HasPanel, QuantizerChoice):
-    """Storage of a model's weights, with its error and its size at once.
+    """Chooses how a model's weights are stored, and shows error and size of the choice at once.
 
     As the last line of a cell it is a panel. Its traits (``bits``, ``group_size``, ``mode``,
     ``solver``, ``overrides``) and the sliders are one state, in both directions. The model itself
@@ -85,7 +85,7 @@ class Quantizer(HasPanel, QuantizerChoice):
         self._model = model
         self._spec = model.spec
         self._text = text
-        self._jobs = Latest(self._show)
+        self._jobs = LatestJob(self._show)
         self._measure: str | None = None  # what the bars show, once it was chosen
         self._machine = mlx_call(machine)
         self._take(first)
@@ -281,10 +281,10 @@ class Quantizer(HasPanel, QuantizerChoice):
         measured = self._model.measurements
         numbers = [
             (path, kl)
-            for (path, config), kl in measured.layers_judged.items()
+            for (path, config), kl in measured.true_layer_kl.items()
             if plan.config_for(path) == config
         ]
-        whole = measured.judged.get((plan, self.solver))
+        whole = measured.evaluations.get((plan, self.solver))
         if whole is not None:
             numbers += [(name, getattr(whole, name)) for name in _END_TO_END]
         return tuple(numbers)

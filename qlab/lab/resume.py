@@ -29,7 +29,7 @@ class StoredRun:
     Attributes:
         checkpoint: folder of the checkpoint to go on from.
         adapter: adapter with the parameters of the checkpoint.
-        facts: what else the run was made of.
+        facts: its settings.
         rows: rows to train on.
         held_out: rows for validation, or None.
     """
@@ -42,7 +42,7 @@ class StoredRun:
 
 
 def stored_run(path: str | Path, adapter: Adapter | None) -> StoredRun:
-    """Load a run's last checkpoint and what else it was made of; blocks.
+    """Load a run's last checkpoint with its settings and rows; blocks.
 
     Args:
         path: folder of the run, or of one of its checkpoints.

@@ -1,4 +1,4 @@
-"""What a run is made of, for its folder, for ``python -m qlab.run`` and for stock mlx-lm.
+"""Rows and settings of a run: read for training, and written for ``qlab.run`` and mlx-lm.
 
 ``Trainer`` and ``qlab.run`` call these; they connect the notebook's objects with ``engine/train``.
 """
@@ -125,7 +125,7 @@ def run_file_text(
     """Return the text of a file for ``python -m qlab.run``.
 
     Args:
-        facts: what the run is made of.
+        facts: settings of the run.
         folder: folder of the run, which holds its rows.
         seed: seed of the adapter's first values.
         start: folder of a saved adapter to start from, or None.

@@ -149,7 +149,9 @@ class TrainingRun:
             self.adapter.set_parameters(state.parameters, origin)
 
     def write_folder(self, base: Model, lora: LoRAConfig) -> RunFacts:
-        """Write what the run is made of to its folder, and return it. Runs on the MLX thread.
+        """Write the run's settings and rows to its folder; return the settings.
+
+        Runs on the MLX thread.
 
         Raises:
             SaveError: the folder cannot be written.

@@ -1,7 +1,7 @@
 """Writes files and folders whole or not at all; all that qlab writes to disk goes through here.
 
 What is new is written beside its place, brought to the disk (``fsync``), and only then renamed into
-place. So whoever reads sees the old or the new, and never half of one: not after a crash, not on a
+place. So a reader sees the old or the new, and never half of one: not after a crash, not on a
 full disk, not while another process writes the same. Calls no MLX and knows no file format.
 """
 

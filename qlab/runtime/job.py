@@ -118,7 +118,7 @@ def wait_for(future: Future) -> Any:
                 return future.result()
 
 
-def finished(work: Generator[Any, None, T]) -> T:
+def run_to_end(work: Generator[Any, None, T]) -> T:
     """Run a generator to its end on this thread; return its result."""
     while True:
         try:
@@ -143,7 +143,7 @@ def mlx_call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 class Job:
-    """A generator that runs on the MLX thread, an event at a time.
+    """A generator that runs on the MLX thread, one event after another, with short calls between.
 
     Example:
         >>> job = Job(lambda: iter_steps(model), on_event=show).start()
@@ -281,10 +281,11 @@ class Job:
             _active.discard(self)
 
 
-class Latest:
-    """One job at a time for one owner, such as a panel.
+class LatestJob:
+    """Runs the jobs of one owner, such as a panel, one at a time: a new one replaces the old one.
 
-    A newer background job stops the older, and a blocking one borrows its place.
+    A new background job stops the one before. A blocking job (``run``) stops it too, and starts it
+    again afterwards.
 
     Args:
         on_change: called, at most ten times a second while a job runs, whenever ``progress`` or

@@ -8,6 +8,6 @@ import qlab.views.adapter.report
 import qlab.views.adapter.retention
 import qlab.views.cards.compare
 import qlab.views.cards.data
-import qlab.views.cards.judged
+import qlab.views.cards.evaluation
 import qlab.views.estimate.static
 import qlab.views.quantizer.report  # noqa: F401

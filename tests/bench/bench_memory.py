@@ -20,7 +20,7 @@ from qlab.core.config.train import TrainConfig
 from qlab.engine.quantize.quantize import quantize
 from qlab.engine.memory.forecast import Forecast
 from qlab.engine.memory.measure import measured_peak
-from qlab.runtime.job import finished
+from qlab.runtime.job import run_to_end
 from qlab.runtime.job import mlx_call
 from qlab.runtime.peaks import SHIPPED
 from qlab.engine.models.skeleton import skeleton
@@ -127,7 +127,7 @@ def rows(name: str, module, pairs):
     )  # each stands elsewhere among MLX's tasks, and the worst place counts
     for storage, numbers in pairs:
         plan = QuantPlan(STORAGES[storage]) if STORAGES[storage] else None
-        made = finished(quantize(module, forecast.spec, plan, "rtn", {})) if plan else module
+        made = run_to_end(quantize(module, forecast.spec, plan, "rtn", {})) if plan else module
         for number in numbers:
             rank, batch, tokens, checkpoint, adapted, chunk = SETTINGS[number]
             adapter = LoRAConfig(rank=rank, num_layers=min(adapted, blocks))

@@ -7,7 +7,7 @@ import pytest
 
 from qlab.ops import attention
 from qlab.engine.step.patches import patched
-from qlab.engine.step.patches import users
+from qlab.engine.step.patches import call_sites
 from qlab.ops.attention_tiles import whole_tiles
 from tests.tiny import on_mlx, tiny
 
@@ -80,6 +80,6 @@ def test_a_model_on_cuda_attends_in_whole_tiles_with_the_same_result(monkeypatch
         "scaled_dot_product_attention",
         lambda q, *a, **k: met.append(q.shape[2]) or fused(q, *a, **k),
     )
-    with patched(users(module)):
+    with patched(call_sites(module)):
         assert mx.allclose(module(tokens), wanted, atol=2e-2)
     assert set(met) == {384}

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from qlab.runtime.job import Job
-from qlab.runtime.job import Latest
+from qlab.runtime.job import LatestJob
 from qlab.runtime.job import mlx_call
 from qlab.errors import BusyError
 
@@ -81,7 +81,7 @@ def test_newer_job_replaces_the_older_and_a_blocking_one_gives_the_place_back():
 
         return events
 
-    latest = Latest(lambda: None)
+    latest = LatestJob(lambda: None)
     latest.start(forever("a"))
     latest.start(forever("b"))
 
@@ -145,7 +145,7 @@ def test_a_job_that_was_stopped_is_not_begun_again_after_one_that_takes_its_plac
         yield "c"
         return "result"
 
-    latest = Latest(lambda: None)
+    latest = LatestJob(lambda: None)
     latest.start(slow)
     while not begun:
         time.sleep(0.01)

@@ -74,11 +74,11 @@ class RetentionReport(Displayed):
     """What a fuse retains of an adapter, layer by layer.
 
     Example:
-        >>> found = a.preview()
-        >>> found.retained("base")  # stored as the base stores them
+        >>> report = a.preview()
+        >>> report.retained("base")  # stored as the base stores them
         0.79
-        >>> found.worst(3)
-        >>> found.to_pandas()
+        >>> report.worst(3)
+        >>> report.to_pandas()
 
     Attributes:
         model: name of the model.

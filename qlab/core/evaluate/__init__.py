@@ -1,1 +1,1 @@
-"""Judgements with errors and intervals."""
+"""Evaluations with errors and intervals."""

@@ -1,7 +1,7 @@
 """``JudgeReport``: models side by side on the same rows and the same prompts.
 
 Such as full precision, quantized, and quantized + adapter. ``engine.evaluate.judge`` makes it,
-``t.evaluate()`` returns it, ``views.cards.judged`` draws it. Pure numpy.
+``t.evaluate()`` returns it, ``views.cards.evaluation`` draws it. Pure numpy.
 
 Every standard error treats a row as one draw, since the tokens of a row depend on one another:
 counting tokens as draws gives errors several times too small.
@@ -58,11 +58,11 @@ class Column:
 
     Attributes:
         name: such as ``quantized + adapter``.
-        nll: negative log-likelihood in nats per target.
+        nll: mean negative log-likelihood in nats/token.
         nll_se: its standard error.
         token_accuracy: share of targets that were the most likely token.
         token_accuracy_se: its standard error.
-        kl_nats: mean KL(unquantized ‖ this) in nats per target; 0 for the unquantized model, NaN
+        kl_nats: mean KL(unquantized ‖ this) in nats/token; 0 for the unquantized model, NaN
             without one.
         kl_nats_se: its standard error.
         kl_nats_p99: 99th percentile over targets.
@@ -75,7 +75,7 @@ class Column:
         golden_low: lower end of Wilson's 95 % interval.
         golden_high: upper end.
         seconds: that this model took.
-        scores: what the figures were made of, so that two columns can be compared row by row; or
+        scores: sums by row behind the figures, so that two columns can be compared row by row; or
             None.
     """
 

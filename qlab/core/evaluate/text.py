@@ -1,6 +1,6 @@
 """``EvalReport``: a quantized model against the original on held-out text.
 
-``engine.evaluate.divergence`` makes it, ``q.evaluate()`` returns it, ``views.cards.judged``
+``engine.evaluate.divergence`` makes it, ``q.evaluate()`` returns it, ``views.cards.evaluation``
 draws it. Models side by side on rows with targets are a ``JudgeReport``.
 """
 

@@ -1,1 +1,1 @@
-"""Estimates of memory, what they are asked of, and what to change."""
+"""Memory estimates, the settings they are made for, and what to change so that a step fits."""

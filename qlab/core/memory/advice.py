@@ -10,7 +10,7 @@ from qlab.core.display import Displayed, size_text
 from qlab.core.machine import Machine
 from qlab.core.memory.estimate import MemoryEstimate
 from qlab.core.memory.setup import Setup
-from qlab.core.memory.solve import At
+from qlab.core.memory.solve import Estimator
 
 _ROWS_A_STEP = 16  # rows that one optimizer step should see
 _BATCHES = (16, 8, 4, 2, 1)
@@ -49,7 +49,7 @@ class Advice(Displayed):
         return f"{text}\n{self.code}" if self.code else text
 
 
-def advise(est: MemoryEstimate, at: At, machine: Machine) -> Advice:
+def advise(est: MemoryEstimate, at: Estimator, machine: Machine) -> Advice:
     """Choose the most exact weights that let a step fit, then the largest and fastest batch.
 
     16-bit weights come first: no rounding error, and no dequantization in every product. Then 8, 6
@@ -78,7 +78,7 @@ def _plans(est: MemoryEstimate) -> Sequence[QuantPlan | None]:
     return [None, *quantized]
 
 
-def _largest_batch(setup: Setup, at: At, machine: Machine) -> Setup | None:
+def _largest_batch(setup: Setup, at: Estimator, machine: Machine) -> Setup | None:
     """Return the setup with the largest batch that surely fits, or None if not one row does."""
     for checkpoint, fewest in _CHECKPOINTS_AND_FEWEST_ROWS:
         for rows in _BATCHES:
@@ -102,7 +102,7 @@ def _smallest_step(setup: Setup, plan: QuantPlan | None) -> Setup:
     return replace(setup, plan=plan, train=train)
 
 
-def _reason(est: MemoryEstimate, advised: MemoryEstimate, at: At, machine: Machine) -> str:
+def _reason(est: MemoryEstimate, advised: MemoryEstimate, at: Estimator, machine: Machine) -> str:
     free = f"the {size_text(machine.free_nbytes)} of {machine.label}"
     place = f"{size_text(advised.total_nbytes)} of {free}"
     if advised.setup.plan is None and est.spec.storage:
@@ -118,7 +118,7 @@ def _reason(est: MemoryEstimate, advised: MemoryEstimate, at: At, machine: Machi
     )
 
 
-def _nothing_fits(est: MemoryEstimate, at: At, machine: Machine) -> str:
+def _nothing_fits(est: MemoryEstimate, at: Estimator, machine: Machine) -> str:
     smallest = _plans(est)[-1]
     need = at(_smallest_step(est.setup, smallest)).total_nbytes
     least = "the weights as stored" if est.spec.storage else "3-bit weights"

@@ -17,7 +17,7 @@ from qlab.core.display import size_text
 from qlab.core.machine import Machine
 from qlab.core.memory.estimate import MemoryEstimate
 from qlab.core.memory.setup import Setup
-from qlab.core.memory.solve import At, solve
+from qlab.core.memory.solve import Estimator, solve
 from qlab.errors import ConfigError
 
 QUALITY = ("none", "small", "some", "large")  # expected cost to quality, ascending
@@ -53,7 +53,7 @@ class Change:
         return f"{arrow}: {size_text(self.total_nbytes)}, {cost}"
 
 
-def changes(est: MemoryEstimate, at: At, machine: Machine) -> tuple[Change, ...]:
+def changes(est: MemoryEstimate, at: Estimator, machine: Machine) -> tuple[Change, ...]:
     """Return the single changes that make an estimate's setup fit; nothing if it fits already.
 
     Args:
@@ -73,7 +73,7 @@ class _Candidates:
     """Changes worth a thought. Among those of equal cost to quality, the faster one comes first."""
 
     est: MemoryEstimate
-    at: At
+    at: Estimator
     machine: Machine
 
     def __iter__(self) -> Iterator[Change]:

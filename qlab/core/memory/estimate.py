@@ -130,8 +130,8 @@ class MemoryEstimate(Displayed):
             f"  {name:<{width}}  {size_text(nbytes):>10}  {PARTS[name]}"
             for name, nbytes in self.parts.items()
         ]
-        judged = f"{self.machine.label}: {self.verdict()}"
-        return "\n".join([self._headline(), *rows, judged, *self.notes])
+        verdict_line = f"{self.machine.label}: {self.verdict()}"
+        return "\n".join([self._headline(), *rows, verdict_line, *self.notes])
 
     def _headline(self) -> str:
         train = self.setup.train

@@ -1,4 +1,4 @@
-"""``Setup``: what an estimate is of: storage of the weights, adapter and run."""
+"""``Setup``: the settings that an estimate is made for: storage of the weights, adapter and run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ADAPTER_SETTINGS = {f.name for f in fields(LoRAConfig)}
 
 @dataclass(frozen=True)
 class Setup:
-    """Storage, adapter and run that an estimate is of.
+    """The settings that an estimate is made for: storage, adapter and run.
 
     Example:
         >>> setup = Setup(qlab.QuantPlan(qlab.QuantConfig(bits=4)))

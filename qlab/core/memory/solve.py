@@ -11,13 +11,13 @@ from qlab.core.memory.setup import SOLVABLE, Setup
 from qlab.errors import ConfigError, nearest
 
 # Returns the estimate of another setup of the same model.
-At = Callable[[Setup], MemoryEstimate]
+Estimator = Callable[[Setup], MemoryEstimate]
 
 _MOST_ROWS = 4096  # largest batch that is looked at
 _MOST_TOKENS = 2**17  # longest row, where a model's config names no context
 
 
-def solve(est: MemoryEstimate, at: At, name: str, machine: Machine) -> int:
+def solve(est: MemoryEstimate, at: Estimator, name: str, machine: Machine) -> int:
     """Return the largest value of a setting whose expected peak is within a budget.
 
     Found by bisection: the peak never falls while a setting grows.

@@ -35,7 +35,7 @@ class StepEvent:
     Attributes:
         step: optimizer steps done, this one included; 0 only for the validation before the first.
         epoch: passes through the rows so far, such as 1.25.
-        loss: loss of the step's rows in nats per target token; NaN at step 0, or where it was not
+        loss: mean loss of the step's targets in nats/token; NaN at step 0, or where it was not
             finite.
         learning_rate: learning rate of the step.
         grad_norm: global norm of the gradient before clipping; NaN at step 0.
@@ -46,7 +46,7 @@ class StepEvent:
         tokens_per_second: speed of this step, padding not counted.
         active_nbytes: memory of the run after the step (other models in memory not counted).
         peak_nbytes: peak memory of the run so far.
-        val_loss: in nats per target token on rows held out, if it was measured after this step.
+        val_loss: in nats/token on rows held out, if it was measured after this step.
         marks: what else happened.
     """
 

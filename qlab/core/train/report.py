@@ -27,7 +27,7 @@ class RunReport:
         status: ``running``, ``paused``, ``stopped``, ``done`` or ``failed``.
         steps: optimizer steps done.
         iters: optimizer steps wanted.
-        loss: training loss, mean of the last tenth of the steps, nats per target.
+        loss: training loss, mean of the last tenth of the steps, nats/token.
         val_loss: last validation loss, or NaN.
         best_val_loss: lowest validation loss, or NaN.
         best_step: step of the lowest validation loss.

@@ -116,7 +116,7 @@ class Rows:
     def split(self, held: int | float, seed: int) -> tuple[Rows, Rows]:
         """Return rows to train on and rows held out.
 
-        Equal rows stay on one side, so that none is judged that was learned.
+        Equal rows stay on one side, so that no row is validated on that was trained on.
 
         Args:
             held: rows to hold out: a number, or a share below 1. It is missed by a few where
@@ -131,8 +131,8 @@ class Rows:
         """
         held_out = self._draw(self._count_of(held), seed)
         trained = tuple(row for i, row in enumerate(self.rows) if i not in held_out)
-        judged = tuple(row for i, row in enumerate(self.rows) if i in held_out)
-        return replace(self, rows=trained), replace(self, rows=judged, dropped=())
+        validation = tuple(row for i, row in enumerate(self.rows) if i in held_out)
+        return replace(self, rows=trained), replace(self, rows=validation, dropped=())
 
     def _count_of(self, held: int | float) -> int:
         """Number of rows for a number or a share."""

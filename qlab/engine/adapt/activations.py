@@ -111,7 +111,7 @@ def texts(
     cut = max(1, round(len(rows) * CALIBRATION_TOKENS / total))
     if cut == len(rows):
         raise ConfigError(
-            f"The text ({words}) is too short: one part is computed from and another judged on."
+            f"The text ({words}) is too short: one part is computed from and another measured on."
         )
     return rows[:cut], rows[cut:]
 

@@ -47,7 +47,7 @@ class RecoveryCache:
         self._by_storage: dict[Any, Recoveries] = {}
         self._last: Any = None  # storage that was asked for last, of those measured
 
-    def found(self, storage: Any) -> tuple[Recoveries, bool]:
+    def latest(self, storage: Any) -> tuple[Recoveries, bool]:
         """Return recoveries by path, and whether they belong to a storage measured earlier."""
         if self._by_storage.get(storage):
             self._last = storage

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from qlab.core.config.legal import check_whole
 from qlab.core.train.rows import outside_vocabulary
 from qlab.errors import ConfigError
-from qlab.runtime.job import finished
+from qlab.runtime.job import run_to_end
 
 _PREFILL = 512  # tokens of a prompt that pass at once
 
@@ -110,4 +110,4 @@ def reply(
         ConfigError: see ``prompt_tokens``; or ``max_tokens`` is no whole number above 0.
     """
     check_whole("max_tokens", max_tokens, 1)
-    return finished(answer(module, tokenizer, prompt, max_tokens, vocabulary))
+    return run_to_end(answer(module, tokenizer, prompt, max_tokens, vocabulary))

@@ -1,8 +1,8 @@
 """Evaluates models side by side: likelihood of targets, KL to the unquantized model, answers.
 
-``lab.evaluation`` calls ``judge`` for full precision, quantized, and quantized + adapter; the report
-is ``core.evaluate.judge.JudgeReport``. Only target tokens count: what a row says before them is
-given to the model, and it need not know it.
+``lab.evaluation`` calls ``judge`` for full precision, quantized, and quantized + adapter; the
+report is ``core.evaluate.judge.JudgeReport``. Only target tokens count: what comes before them in a
+row is context.
 
 Shapes: n targets of a row, V words in the vocabulary.
 """
@@ -220,8 +220,8 @@ def _shared_vocabulary(
     for name, predictor in running.items():
         sizes[name] = predictor.vocabulary
     if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{name} has {size}" for name, size in sizes.items())
-        raise ConfigError(f"These models do not share a vocabulary: {told}.")
+        listed = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+        raise ConfigError(f"These models do not share a vocabulary: {listed}.")
     return min(sizes.values())
 
 

@@ -87,7 +87,7 @@ class TeacherPredictions:
 
     @property
     def floor_nats(self) -> float:
-        """Mean floor in nats per target."""
+        """Mean floor in nats/token."""
         return float(self.floor.mean())
 
 

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from qlab.engine.memory.graph_pieces import Function, Outputs, Placed
 from qlab.engine.memory.split_model import SplitModel
 from qlab.engine.step.block import array_places, half_step_parameters
-from qlab.engine.step.patches import patched
+from qlab.engine.step.patches import CallSites, patched
 
 
 class BlockCall(NamedTuple):
@@ -91,7 +91,7 @@ class BlockPasses:
             arrays.append((name, like.shape, like.dtype))
         return type(self._module), tuple(arrays), tuple(self._trained)
 
-    def forward(self, call: BlockCall, users: Any) -> Function:
+    def forward(self, call: BlockCall, call_sites: CallSites) -> Function:
         """Return the forward pass: ``(x, *arrays, *other arguments)`` → output.
 
         x and output are ``(batch, length − 1, width)``.
@@ -99,12 +99,12 @@ class BlockPasses:
 
         def run(x: mx.array, *arrays: mx.array) -> Outputs:
             weights, others = self._split(arrays)
-            with patched(users, forward=True):
+            with patched(call_sites, forward=True):
                 return [self._apply(call, x, weights, others)]
 
         return run
 
-    def backward(self, call: BlockCall, users: Any) -> Function:
+    def backward(self, call: BlockCall, call_sites: CallSites) -> Function:
         """Return the backward pass: ``(x, slope, *arrays, *other arguments)`` → gradients.
 
         The output is computed again from the block's input x. Gradients are those by x and by the
@@ -122,7 +122,7 @@ class BlockPasses:
 
             trained = [weights[n] for n in self._trained]
             primals = [x, *trained]
-            with patched(users):
+            with patched(call_sites):
                 _, grads = mx.vjp(forward, primals, [slope])
             return grads
 

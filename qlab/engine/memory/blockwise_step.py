@@ -39,7 +39,7 @@ from qlab.engine.memory.split_model import SplitModel
 from qlab.engine.memory.update_graph import SumIds, add_update
 from qlab.engine.step.block import array_places, castable_parameters
 from qlab.engine.step.blockwise import half_step_window
-from qlab.engine.step.patches import users
+from qlab.engine.step.patches import call_sites
 
 
 class BlockwiseGraph:
@@ -65,7 +65,7 @@ class BlockwiseGraph:
         self._window = window
         self._pieces = PieceGraph()
         self._model = SplitModel(module, train, self._pieces)
-        self._users = users(module)
+        self._call_sites = call_sites(module)
         self._blocks = []
         stack = self._model.stack
         for i, module_of_block in enumerate(stack.blocks):
@@ -177,7 +177,7 @@ class BlockwiseGraph:
         for i, (block, call) in enumerate(pairs):
             if i >= first:
                 inputs.append(x)
-            function = block.forward(call, self._users)
+            function = block.forward(call, self._call_sites)
             key = ("forward", block.form, call.form_of_arrays)
             (x,) = self._add_block(key, function, [x], block, call)
             self._pieces.hand_over([x], self._window)
@@ -202,7 +202,7 @@ class BlockwiseGraph:
         for i in reversed(reached):
             block = self._blocks[i]
             call = calls[i]
-            function = block.backward(call, self._users)
+            function = block.backward(call, self._call_sites)
             key = ("backward", block.form, call.form_of_arrays)
             x = inputs.pop()
             outputs = self._add_block(key, function, [x, cotangent], block, call)

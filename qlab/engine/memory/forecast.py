@@ -30,7 +30,7 @@ from qlab.engine.quantize.quantize import chosen, quantize
 from qlab.errors import ConfigError, UnsupportedError
 from qlab.runtime import peaks
 from qlab.runtime.device import backend
-from qlab.runtime.job import finished
+from qlab.runtime.job import run_to_end
 
 
 class Forecast:
@@ -186,7 +186,7 @@ class Forecast:
             )
         module = self.module
         if setup.plan:
-            module = finished(quantize(module, self.spec, setup.plan, "rtn", {}))
+            module = run_to_end(quantize(module, self.spec, setup.plan, "rtn", {}))
         return measured_peak(module, setup)
 
     def _with_inputs(self, moment: str, parts: Mapping[str, float], setup: Setup) -> StepPeak:

@@ -46,16 +46,16 @@ class ModelMeasurements:
 
     Attributes:
         table: errors of every config for every layer; give away ``table.snapshot()``.
-        judged: measured end-to-end numbers, by plan and solver.
-        layers_judged: true KL of single layers in nats per token, by path and config.
+        evaluations: what was measured end to end, by plan and solver.
+        true_layer_kl: true KL of single layers in nats per token, by path and config.
     """
 
     def __init__(self, module: nn.Module, tokenizer: Any, spec: ModelSpec) -> None:
         self.module = module
         self.spec = spec
         self.table = ErrorTable.empty(spec.layers, all_configs())
-        self.judged: dict[tuple[QuantPlan, str], EvalReport] = {}
-        self.layers_judged: dict[tuple[str, QuantConfig], float] = {}
+        self.evaluations: dict[tuple[QuantPlan, str], EvalReport] = {}
+        self.true_layer_kl: dict[tuple[str, QuantConfig], float] = {}
         self._tokenizer = tokenizer
         self._filler = TableFiller(self.table, self._weight)
 
@@ -115,7 +115,7 @@ class ModelMeasurements:
         )
         report = yield from compare_on_text(full, student, rows)
         if text is None:
-            self.judged[plan, solver] = report
+            self.evaluations[plan, solver] = report
         return report
 
     def evaluate_layers(
@@ -148,7 +148,7 @@ class ModelMeasurements:
         for path, nats in kl.items():
             config = plan.config_for(path)
             if config is not None:
-                self.layers_judged[path, config] = nats
+                self.true_layer_kl[path, config] = nats
         return kl
 
     def quantize(

@@ -7,7 +7,7 @@ memory. The loss is made of the positions that count, a chunk of them at a time.
 
 The same numbers as ``WholeGraphStep``, whose file has a table of what mirrors what in this file,
 in that one and in ``memory/blockwise_step.py``: the three change together. The numbers in comments
-are those of the table. Chosen by ``make_step``; why, tells docs/adr/0006-layer-stepped.md.
+are those of the table. Chosen by ``make_step``; docs/adr/0006-layer-stepped.md says why.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qlab.engine.models.functional import Functional
 from qlab.engine.step.block import Block, array_places, castable_parameters
 from qlab.engine.step.head import Chunk, Head
 from qlab.engine.step.loss import ShiftedBatch, shifted
-from qlab.engine.step.patches import users
+from qlab.engine.step.patches import call_sites
 from qlab.engine.step.program import BlockProgram, PlannedBlock
 from qlab.engine.step.protocol import Arrays, LossAndGradients, StepBatch
 from qlab.engine.step.vectors import cast
@@ -44,7 +44,7 @@ _LAST_CHUNK_SIZES = 8  # the last chunk is padded to one of so many sizes; each 
 class BlockwiseStep:
     """Loss and gradients of a model, a block at a time. A ``TrainStep``.
 
-    Computes while it is called, so it must not be compiled or traced.
+    It evaluates arrays while it is called, so it must not be compiled or traced itself.
 
     Args:
         module: what ``attach`` returned, its arrays in memory; the step must be its only user.
@@ -57,7 +57,7 @@ class BlockwiseStep:
         how: ``stepped``.
         notes: how it is computed, in words.
         traces: functions compiled so far: a few for each kind of block and each shape.
-        users: see ``patches.users``.
+        call_sites: see ``patches.call_sites``.
         window: blocks in flight at once.
 
     Raises:
@@ -72,7 +72,7 @@ class BlockwiseStep:
         self.traces = 0
         self.window = config.window or WINDOWS[backend()][0]
         self.parameters: Arrays = dict(tree_flatten(module.trainable_parameters()))
-        self.users = users(module)
+        self.call_sites = call_sites(module)
         self._stack = BlockStack(module)
         for layer in module.modules():
             if isinstance(layer, Frozen):
@@ -89,7 +89,7 @@ class BlockwiseStep:
         self._castable = castable_parameters(places, prefix, self.parameters)
         self._head = Head(self._stack, self._outside, self._count_trace)
         self._programs: dict[Hashable, BlockProgram] = {}
-        self._different: set[int] = set()  # blocks for which it matters where they stand
+        self._different: set[int] = set()  # blocks whose output depends on their position
         self._checked = False
         self.notes = (self._note(),)
 
@@ -208,14 +208,14 @@ class BlockwiseStep:
         Args:
             i: number of the block.
             call: its other arguments.
-            x: an input to try out on whether it matters where the block stands.
+            x: an input, to try out whether the block's output depends on its position.
         """
         block = self._blocks[i]
         arguments = Functional([list(call.args), call.kwargs])
         place = i if i in self._different else None
         kind = (block.functional.form, arguments.form, place)
         if kind not in self._programs:
-            self._programs[kind] = BlockProgram(block, self.users, self._count_trace)
+            self._programs[kind] = BlockProgram(block, self.call_sites, self._count_trace)
         program = self._programs[kind]
         another = program.block is not block
         untried = another and block.functional.numbered and not self._checked
@@ -275,10 +275,7 @@ class _InFlight:
         self._unfinished: deque[mx.array] = deque()
 
     def add(self, window: int, *arrays: mx.array) -> None:
-        """Hand over arrays that belong together, and wait.
-
-        Until fewer than ``window`` such groups are unfinished.
-        """
+        """Hand over a group of arrays; wait until fewer than ``window`` groups are unfinished."""
         if arrays:
             mx.async_eval(arrays)
             self._unfinished.append(arrays[0])

@@ -17,7 +17,7 @@ from qlab.engine.step.protocol import Arrays, LossAndGradients, StepBatch, Train
 from qlab.engine.step.whole import WholeGraphStep
 from qlab.errors import UnsupportedError
 
-WAYS = ("auto", "whole", "stepped")
+CHOICES = ("auto", "whole", "stepped")
 
 
 def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto") -> TrainStep:
@@ -38,9 +38,10 @@ def make_step(module: nn.Module, config: TrainConfig, *, how: str = "auto") -> T
 
     Raises:
         ConfigError: ``how`` is none of these.
-        UnsupportedError: the model cannot be computed so, or cannot keep packed rows apart.
+        UnsupportedError: ``how`` is ``stepped`` and the model cannot be taken apart, or the model
+            cannot keep packed rows apart.
     """
-    check_choice("how", how, WAYS)
+    check_choice("how", how, CHOICES)
     note = ""
     try:
         stack = BlockStack(module)

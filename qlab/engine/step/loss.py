@@ -59,8 +59,9 @@ def nats_and_slope(
 ) -> tuple[mx.array, mx.array]:
     """Return the sum of the cross-entropy in nats, and its gradient by the logits.
 
-    The gradient is softmax(logits), less one at the target, weighted. It is spelled out, because so
-    it needs one array of the size of the logits where differentiation keeps four. On a GPU MLX has
+    The gradient by the logits is softmax(logits), less one at the target, times the weight. It is
+    computed directly, because that needs one array of the size of the logits where differentiation
+    keeps four. On a GPU MLX has
     a kernel for the loss and one for its gradient, which read the logits as they are and compute in
     float32.
 

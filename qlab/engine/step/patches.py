@@ -19,10 +19,10 @@ from qlab.ops.attention import attention
 from qlab.ops.swiglu import swiglu
 
 # Python module, name of the function there, qlab's
-Users = list[tuple[ModuleType, str, Callable[..., Any]]]
+CallSites = list[tuple[ModuleType, str, Callable[..., Any]]]
 
 
-def users(module: nn.Module) -> Users:
+def call_sites(module: nn.Module) -> CallSites:
     """Return where a model's layers call a function of mlx-lm's that qlab has, too."""
     from mlx_lm.models import activations, base
 
@@ -30,7 +30,7 @@ def users(module: nn.Module) -> Users:
         ("swiglu", activations.swiglu, swiglu),
         ("scaled_dot_product_attention", base.scaled_dot_product_attention, attention),
     ]
-    places: Users = []
+    places: CallSites = []
     for python_module in {sys.modules[type(layer).__module__] for layer in module.modules()}:
         for name, stock, own in replacements:
             if vars(python_module).get(name) is stock:
@@ -39,18 +39,18 @@ def users(module: nn.Module) -> Users:
 
 
 @contextmanager
-def patched(users: Users, forward: bool = False) -> Iterator[None]:
+def patched(call_sites: CallSites, forward: bool = False) -> Iterator[None]:
     """Let the model's layers call qlab's functions within.
 
     Args:
-        users: what the function of that name returns.
+        call_sites: what the function of that name returns.
         forward: whether no gradient is made: then qlab's are of use on a CPU only, where they are
             faster.
     """
     if forward and mx.default_device() != mx.cpu:
-        users = []
+        call_sites = []
     with ExitStack() as stack:
-        for module, name, own in users:
+        for module, name, own in call_sites:
             stack.callback(setattr, module, name, vars(module)[name])
             setattr(module, name, own)
         yield

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from qlab.engine.models.functional import ArrayValues, Functional
 from qlab.engine.step.block import Block
-from qlab.engine.step.patches import Users, patched
+from qlab.engine.step.patches import CallSites, patched
 
 
 class BlockProgram:
@@ -20,16 +20,16 @@ class BlockProgram:
 
     Args:
         block: one of its blocks, whose modules are run with the arrays of all.
-        users: see ``patches.users``.
+        call_sites: see ``patches.call_sites``.
         on_trace: called whenever a function is compiled.
 
     Attributes:
         block: that block.
     """
 
-    def __init__(self, block: Block, users: Users, on_trace: Callable[[], None]) -> None:
+    def __init__(self, block: Block, call_sites: CallSites, on_trace: Callable[[], None]) -> None:
         self.block = block
-        self._users = users
+        self._call_sites = call_sites
         self._on_trace = on_trace
         # set before each call: whatever is no array in it is the same for all calls of this kind
         self._call = Functional([])
@@ -79,7 +79,7 @@ class BlockProgram:
     def _run(self, x: mx.array, arrays: ArrayValues, others: ArrayValues) -> mx.array:
         """What ``forward`` compiles: all arrays are arguments."""
         self._on_trace()
-        with patched(self._users, forward=True):
+        with patched(self._call_sites, forward=True):
             return self._apply(x, arrays, others)
 
     def _run_backward(
@@ -96,7 +96,7 @@ class BlockProgram:
             return [self._apply(h, every, others)]
 
         primals = [x, *(arrays[n] for n in numbers)]
-        with patched(self._users):
+        with patched(self._call_sites):
             _, gradients = mx.vjp(run, primals, [cotangent])
         return gradients
 

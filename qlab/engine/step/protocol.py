@@ -1,4 +1,4 @@
-"""What goes into a training step and what comes out: the seam between the loop and the steps.
+"""What goes into a training step and what comes out; the interface of loop and steps.
 
 The loop (``engine/train/loop.py``) makes a ``StepBatch`` and calls a ``TrainStep``, which
 ``make_step`` chose; neither side knows more of the other than what stands here.
@@ -66,7 +66,7 @@ class TrainStep(Protocol):
     Example:
         >>> step = make_step(attached_module, config)
         >>> result = step(step.parameters, StepBatch(tokens, mask))
-        >>> result.loss / result.count  # nats per target
+        >>> result.loss / result.count  # nats/token
     """
 
     @property
@@ -81,7 +81,7 @@ class TrainStep(Protocol):
 
     @property
     def how(self) -> str:
-        """``whole``, ``checkpointed`` or ``stepped``."""
+        """``whole`` and ``checkpointed`` are whole-graph steps, ``stepped`` is a blockwise step."""
         ...
 
     @property

@@ -4,7 +4,7 @@ Without checkpoints the graph keeps what every block computed until the backward
 checkpoints it keeps the input of each block only, and a block is computed again when its gradient
 is due. ``blockwise.py`` does the latter a block at a time. Chosen by ``make_step``.
 
-A step with checkpoints is told in three places, which must change together, because one is a
+A step with checkpoints is written in three places, which must change together, because one is a
 graph, one runs at once and one only reads what would run:
 
 | | part of the step | ``_checkpointed`` here | ``blockwise.py`` | ``memory/blockwise_step.py`` |
@@ -30,7 +30,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from qlab.core.config.train import TrainConfig
 from qlab.engine.models.blocks import BlockCall, BlockStack, run
 from qlab.engine.step.loss import ShiftedBatch, nats, nats_and_slope, shifted
-from qlab.engine.step.patches import patched, users
+from qlab.engine.step.patches import call_sites, patched
 from qlab.engine.step.protocol import Arrays, LossAndGradients, StepBatch
 from qlab.nn.frozen import Frozen
 
@@ -76,7 +76,7 @@ class WholeGraphStep:
         ]
         every = dict(tree_flatten(module.parameters()))
         self._dropout_paths = [path for path in every if path.endswith("dropout_key")]
-        self._users = users(module)
+        self._call_sites = call_sites(module)
         self._dropout_keys: Arrays = {}  # of each layer that drops inputs, for the batch at hand
         # compiled, because a CPU computes exponentials fast only so (ops/exponential.py)
         self._compiled = mx.compile(self._trace)
@@ -117,7 +117,7 @@ class WholeGraphStep:
         self._set(dropout_keys)
         batch = shifted(StepBatch(tokens, mask, segments=segments))
         loss_and_grads = self._checkpointed if self.config.grad_checkpoint else self._whole
-        with patched(self._users):
+        with patched(self._call_sites):
             loss, grads = loss_and_grads(parameters, batch)
         return loss, grads, batch.weights.sum()
 

@@ -118,11 +118,10 @@ class Checkpoints:
                 (folder / "state.json").write_text(json.dumps(_facts(state)))
 
         write_folder(final, fill, replaceable=["*"])  # a resumed run writes the same step anew
-        found = sorted(self.folder.glob(f"{kind}-*"))
-        end = (
-            found.index(final) + 1
-        )  # what comes later is of a course that was left: it was resumed here
-        for old in [*found[: max(end - kept, 0)], *found[end:]]:
+        folders = sorted(self.folder.glob(f"{kind}-*"))
+        # later ones are of a course that was left when the run was resumed here
+        end = folders.index(final) + 1
+        for old in [*folders[: max(end - kept, 0)], *folders[end:]]:
             shutil.rmtree(old, ignore_errors=True)
         return final
 
@@ -148,8 +147,8 @@ def latest(folder: Path) -> Path:
         return folder
     if not folder.exists():
         raise LoadError(f"{folder} does not exist; give the folder of a run.")
-    found = sorted(folder.glob("step-*"), reverse=True)
-    for path in found:
+    folders = sorted(folder.glob("step-*"), reverse=True)
+    for path in folders:
         try:
             _read(path)
             return path
@@ -157,7 +156,7 @@ def latest(folder: Path) -> Path:
             continue  # cut short by something other than us; an older one will do
     raise LoadError(
         f"{folder} holds no checkpoint that opens"
-        + (f" ({len(found)} are broken)." if found else ".")
+        + (f" ({len(folders)} are broken)." if folders else ".")
     )
 
 
@@ -167,10 +166,10 @@ def best(folder: Path) -> Path:
     Raises:
         LoadError: there is none.
     """
-    found = sorted(folder.glob("best-*"))
-    if not found:
+    folders = sorted(folder.glob("best-*"))
+    if not folders:
         raise LoadError(f"{folder} holds no best adapter: no validation was made.")
-    return found[-1]
+    return folders[-1]
 
 
 def load(path: Path, parameters: Arrays) -> TrainState:
@@ -196,15 +195,15 @@ def _read(path: Path) -> tuple[dict[str, Any], Arrays]:
             raise LoadError(f"{path} has no {name}, so it is not a whole checkpoint.")
         check_safetensors(path / name)
     try:
-        found = json.loads((path / "state.json").read_text())
-        if missing := [name for name in [*_PLAIN, "history"] if name not in found]:
+        stored = json.loads((path / "state.json").read_text())
+        if missing := [name for name in [*_PLAIN, "history"] if name not in stored]:
             raise ValueError(f"it lacks {', '.join(missing)}")
         marked = [
             {**event, "marks": tuple(Mark(**mark) for mark in event["marks"])}
-            for event in found["history"]
+            for event in stored["history"]
         ]
         facts = {
-            **{name: found[name] for name in _PLAIN},
+            **{name: stored[name] for name in _PLAIN},
             "history": [StepEvent(**event) for event in marked],
         }
     except (OSError, ValueError, TypeError, KeyError) as error:

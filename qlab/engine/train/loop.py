@@ -269,7 +269,7 @@ def _skip(task: Task, state: TrainState, step: _Step) -> str:
 
 
 def _validation(task: Task, state: TrainState) -> Generator[Progress, None, float]:
-    """Return the loss on the rows held out, in nats per target."""
+    """Return the loss on the rows held out, in nats/token."""
     total = Nats()
     for i, batch in enumerate(task.held_out):
         share = task.ranks.share(batch)

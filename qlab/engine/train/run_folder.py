@@ -1,4 +1,4 @@
-"""The folder of a run: what the run was made of, so that another process can continue it.
+"""The folder of a run: its settings and rows, so that another process can continue it.
 
 ``run.json`` names the model, its storage and the two configs; ``rows.npz`` holds the tokens that
 the run is trained on, so that a resumed run sees the same rows whatever became of the data.
@@ -31,7 +31,7 @@ _new_paths: set[Path] = set()  # chosen in this kernel, though nothing may lie t
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a run is made of.
+    """All settings of a run, as its folder stores them.
 
     Attributes:
         source: what ``qlab.load`` was given.

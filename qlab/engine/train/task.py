@@ -1,4 +1,4 @@
-"""``Task``: what a run is made of once it is prepared. The loop steps it; the session steers it."""
+"""``Task``: a prepared run. The loop takes its steps; the session changes what the user asks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _ignore(state: TrainState) -> None:
 
 @dataclass(kw_only=True)
 class Task:
-    """What a run is made of.
+    """A prepared run: its step, update and batches, and what the user has asked for meanwhile.
 
     Attributes:
         step: computes loss and gradients of one batch.

@@ -23,7 +23,7 @@ class Updated(NamedTuple):
     Attributes:
         parameters: new trainable arrays by path.
         state: new arrays of the optimizer, by the names of ``Update.state``.
-        loss: loss in nats per target, float32 ``()``; 0 without any target.
+        loss: loss in nats/token, float32 ``()``; 0 without any target.
         grad_norm: global norm of the mean gradient before clipping, float32 ``()``.
         finite: whether loss, norm and every new parameter are finite, bool ``()``. Finite loss and
             norm give finite parameters except in float16, which ends at 65504: only float16

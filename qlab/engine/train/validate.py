@@ -36,7 +36,7 @@ class Nats:
 
     @property
     def mean(self) -> float:
-        """Nats per target; NaN without targets."""
+        """Mean loss in nats/token over the targets; NaN without targets."""
         return self.total / self.count if self.count else float("nan")
 
 

@@ -3,7 +3,7 @@ const NOTES = {
   weight:
     "Without data, recovered weight error near the noise curve is no structure, and says little about the output.",
   output:
-    "Output error is judged on text that the start has not seen; layers count alone, not their sum.",
+    "Output error is measured on text that the initialization has not seen; layers count alone, not their sum.",
 };
 
 function statusText({ error, progress, origin }) {

@@ -135,7 +135,7 @@ async function render({ model, el, host }) {
   // kernel → browser
   function onState() {
     panel.state = model.get("state");
-    if (kernel.heard(panel.state.ack)) adopt();
+    if (kernel.isAnswered(panel.state.ack)) adopt();
     later();
   }
   function onData() {

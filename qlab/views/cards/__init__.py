@@ -1,1 +1,1 @@
-"""Cards: comparison, data, judgement, runs."""
+"""Cards: comparison, data, evaluation, runs."""

@@ -111,7 +111,7 @@ class Runs:
         figure.update_layout(
             title="training (smoothed) and validation (dashed) loss",
             xaxis_title="step",
-            yaxis_title="nats per target token",
+            yaxis_title="loss (nats/token)",
             template="plotly_white",
             width=820,
             height=480,
@@ -212,7 +212,7 @@ class Runs:
         return image(
             tuple(lines),
             "step",
-            "loss, nats per target token; line: training, smoothed; ◇: validation",
+            "loss (nats/token); line: training, smoothed; ◇: validation",
             height=320,
         )
 

@@ -109,7 +109,7 @@ async function render({ model, el, host }) {
   let lastEstimate = null;
   let frame = 0;
   const kernel = host && model.get("controls") ? await host.getModel(model.get("controls")) : null;
-  const { send, slide, heard, stop } = line(kernel, (on) =>
+  const { send, slide, isAnswered, stop } = line(kernel, (on) =>
     root.classList.toggle("qlab-stale", on),
   );
   const same = (a, b) => Object.keys(a).every((key) => a[key] === b[key]);
@@ -275,7 +275,7 @@ async function render({ model, el, host }) {
     state = model.get("state");
     data = read(model);
     // an older answer must not move a slider back that a user is moving
-    if (heard(state.ack)) {
+    if (isAnswered(state.ack)) {
       choice = { ...state.choice };
       budget = state.budget;
       if (other.value.trim() === budget[0]) {

@@ -171,7 +171,7 @@ async function render({ model, el, host }) {
   // kernel → browser
   function onState() {
     const state = model.get("state");
-    if (kernel.heard(state.ack)) {
+    if (kernel.isAnswered(state.ack)) {
       const row = panel.rowAt(state.mode, state.bits, state.group_size);
       panel.plan = { row, overrides: { ...state.overrides } };
       shownAs = state.measure;

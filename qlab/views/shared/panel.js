@@ -1,4 +1,4 @@
-// What every panel is made of: text, DOM, sliders, and the way to the kernel. A panel's own scripts follow in the same module.
+// What every panel is made of: text, DOM, sliders, and the connection to the kernel. A panel's own scripts follow in the same module.
 const NS = "http://www.w3.org/2000/svg";
 
 /** The legal value nearest to one. */
@@ -97,7 +97,7 @@ function stepper(name, onPick) {
   };
 }
 
-/** The way to the kernel: the newest slider position at most every 100 ms, the last one always, and nothing overtakes it; `stale` is called when nobody answers. */
+/** Sends intents to the kernel: the newest slider position at most every 100 ms, the last one always, in the order in which they were made; `stale` is called when no answer comes. */
 function line(controls, stale) {
   let seq = 0; // number of the last intent that was sent
   let timer = 0;
@@ -129,7 +129,7 @@ function line(controls, stale) {
       timer ||= setTimeout(flush, 100);
     },
     /** Whether a state that answers intents up to `ack` is newer than what the user did. */
-    heard(ack) {
+    isAnswered(ack) {
       const all = (ack ?? 0) >= seq;
       if (all) {
         clearTimeout(late);

@@ -61,7 +61,7 @@ def picture(history: tuple[StepEvent, ...]) -> str:
         Line(label="training, smoothed", x=step, y=rows[:, SMOOTH]),
         Line(label="validation", x=step, y=rows[:, VAL], color=PALETTE[1], look="marked"),
     )
-    return image(lines, "step", "loss, nats per target token")
+    return image(lines, "step", "loss (nats/token)")
 
 
 def _summary_table(state: RunState) -> str:

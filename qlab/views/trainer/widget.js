@@ -17,7 +17,7 @@ async function render({ model, el, host }) {
   const stale = h("div", { className: "qlab-stale-note", role: "alert" });
   const {
     send: pass,
-    heard: isAnswered,
+    isAnswered,
     stop,
   } = line(controls, (on) => {
     stale.textContent =

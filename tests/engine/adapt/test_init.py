@@ -245,16 +245,16 @@ def test_cache_measures_the_plan_and_keeps_what_is_known(models):
     cache = RecoveryCache(ModelMeasurements(module, None, spec), None, None)
     plan = QuantPlan(QuantConfig("affine", 3, 32), {"model.layers.0.mlp.up_proj": None})
     lora = LoRAConfig(rank=4)
-    assert cache.found((plan, "rtn")) == ({}, False)
+    assert cache.latest((plan, "rtn")) == ({}, False)
     run(cache.measure((plan, "rtn"), lora, outputs=False))
-    found, stale = cache.found((plan, "rtn"))
+    found, stale = cache.latest((plan, "rtn"))
     assert (
         not stale
         and set(found) == {x.path for x in lora.targets(spec)}
         and found["model.layers.0.mlp.up_proj"] is None
     )
-    other, stale = cache.found((QuantPlan(QuantConfig("affine", 2, 32)), "rtn"))
+    other, stale = cache.latest((QuantPlan(QuantConfig("affine", 2, 32)), "rtn"))
     assert stale and set(other) == set(found)
     kept = dict(found)
     run(cache.measure((plan, "rtn"), lora, outputs=False))
-    assert all(cache.found((plan, "rtn"))[0][path] is value for path, value in kept.items())
+    assert all(cache.latest((plan, "rtn"))[0][path] is value for path, value in kept.items())

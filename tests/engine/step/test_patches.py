@@ -8,7 +8,7 @@ import pytest
 from qlab.ops import swiglu as activation
 from qlab.engine.step import patches
 from qlab.engine.step.patches import patched
-from qlab.engine.step.patches import users
+from qlab.engine.step.patches import call_sites
 from tests.tiny import on_mlx, tiny
 
 
@@ -18,7 +18,7 @@ def test_models_call_them_within_and_mlx_lms_own_again_behind_also_after_an_erro
     from mlx_lm.models.activations import swiglu as stock
 
     module, _ = tiny()
-    found = users(module)
+    found = call_sites(module)
     assert (llama, "swiglu", activation.swiglu) in found
     with pytest.raises(RuntimeError), patched(found):
         assert llama.swiglu is activation.swiglu
@@ -30,7 +30,7 @@ def test_models_call_them_within_and_mlx_lms_own_again_behind_also_after_an_erro
 
 @on_mlx
 def test_a_model_without_a_gated_activation_keeps_its_own():
-    assert "swiglu" not in [name for _, name, _ in users(tiny(model_type="gemma2")[0])]
+    assert "swiglu" not in [name for _, name, _ in call_sites(tiny(model_type="gemma2")[0])]
 
 
 @pytest.mark.parametrize("device, within", [(mx.cpu, True), (mx.gpu, False)], ids=["cpu", "gpu"])
@@ -38,7 +38,7 @@ def test_a_model_without_a_gated_activation_keeps_its_own():
 def test_without_a_gradient_they_are_of_use_on_a_cpu_only(device, within, monkeypatch):
     from mlx_lm.models import llama
 
-    found = users(tiny()[0])
+    found = call_sites(tiny()[0])
     monkeypatch.setattr(patches.mx, "default_device", lambda: device)
     with patched(found, forward=True):
         assert (llama.swiglu is activation.swiglu) == within

@@ -1,4 +1,4 @@
-"""Runs side by side, charts, and the judgement card."""
+"""Runs side by side, charts, and the evaluation card."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_ticks_are_round_and_a_chart_without_points_is_drawn():
     ElementTree.fromstring(svg((Line(label="", x=np.zeros(0), y=np.zeros(0)),), "step", "loss"))
 
 
-# --- judgement --------------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------------------
 
 
 def judged(**more) -> JudgeReport:
