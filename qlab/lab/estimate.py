@@ -52,13 +52,16 @@ class Estimate(MemoryEstimate):
     ) -> Estimate:
         """Return the estimate of a setup; see ``qlab.estimate``."""
         value: MemoryEstimate = mlx_call(forecast.estimate, setup, machine, level)
-        notes = (*value.notes, *backend_notes(machine, mlx_call(backend)))
-        return cls.around(replace(value, notes=notes), forecast, link)
+        present_backend: str = mlx_call(backend)
+        further_notes = backend_notes(machine, present_backend)
+        value = replace(value, notes=(*value.notes, *further_notes))
+        return cls.around(value, forecast, link)
 
     @classmethod
     def around(cls, value: MemoryEstimate, forecast: Forecast, link: TraitLink) -> Estimate:
         """Return a value that can be asked for other settings."""
-        return cls(**_fields_of(value), forecast=forecast, link=link)
+        of_value = _fields_of(value)
+        return cls(**of_value, forecast=forecast, link=link)
 
     @property
     def value(self) -> MemoryEstimate:
@@ -85,7 +88,8 @@ class Estimate(MemoryEstimate):
         Raises:
             ConfigError: no such setting, or not even its smallest value fits; says what that needs.
         """
-        return solve.solve(self, self.at, name, self._budget(budget_nbytes))
+        machine = self._budget(budget_nbytes)
+        return solve.solve(self, self.at, name, machine)
 
     def changes(
         self, budget_nbytes: float | str | Machine | None = None
@@ -98,7 +102,8 @@ class Estimate(MemoryEstimate):
         Returns:
             Nothing if it fits already, or if no single change is enough.
         """
-        return changes.changes(self, self.at, self._budget(budget_nbytes))
+        machine = self._budget(budget_nbytes)
+        return changes.changes(self, self.at, machine)
 
     def advise(self, budget_nbytes: float | str | Machine | None = None) -> advice.Advice:
         """Say whether to train on 16-bit weights, on quantized ones, or a smaller model.
@@ -109,10 +114,13 @@ class Estimate(MemoryEstimate):
         Returns:
             The choice with its reason and settings.
         """
-        return advice.advise(self, self.at, self._budget(budget_nbytes))
+        machine = self._budget(budget_nbytes)
+        return advice.advise(self, self.at, machine)
 
     def _budget(self, nbytes: float | str | Machine | None) -> Machine:
-        return self.machine if nbytes is None else budget(nbytes)
+        if nbytes is None:
+            return self.machine
+        return budget(nbytes)
 
     @cached_property
     def panel(self) -> LiveEstimate:
@@ -148,7 +156,8 @@ class Estimate(MemoryEstimate):
 
 
 def _fields_of(value: MemoryEstimate) -> dict[str, Any]:
-    return {field.name: getattr(value, field.name) for field in fields(MemoryEstimate)}
+    names = [field.name for field in fields(MemoryEstimate)]
+    return {name: getattr(value, name) for name in names}
 
 
 def _restored(value: MemoryEstimate) -> MemoryEstimate:
@@ -171,11 +180,14 @@ class LiveEstimate(HasPanel):
         self._link = first.link
         self._setup = first.setup
         self._machine = first.machine
-        measured = first.measured_peak is not None
-        self._band = first.at(first.setup).band if measured else first.band
+        self._band = first.band
+        if first.measured_peak is not None:
+            by_formula = first.at(first.setup)
+            self._band = by_formula.band
         self._backend: str = mlx_call(backend)
+        here = this_machine(self._forecast)
         named = [budget(name) for name in BUDGETS]
-        self._budgets = _by_label([this_machine(self._forecast), *named, first.machine])
+        self._budgets = _by_label([here, *named, first.machine])
         self._findings = Findings(self._forecast, first.value)
         self._jobs = LatestJob(self._show)
         self._open_views = 0
@@ -193,7 +205,8 @@ class LiveEstimate(HasPanel):
         if value is None:
             value = mlx_call(self._forecast.estimate, setup, self._machine)
             self._findings.learn(value)
-        return Estimate.around(self._shown(value), self._forecast, self._link)
+        shown = self._shown(value)
+        return Estimate.around(shown, self._forecast, self._link)
 
     def _shown(self, value: MemoryEstimate) -> MemoryEstimate:
         """Return an estimate compared with the chosen budget."""
@@ -201,7 +214,8 @@ class LiveEstimate(HasPanel):
 
     @property
     def _notes(self) -> tuple[str, ...]:
-        return (*self._forecast.notes, *backend_notes(self._machine, self._backend))
+        of_backend = backend_notes(self._machine, self._backend)
+        return (*self._forecast.notes, *of_backend)
 
     def state(self) -> EstimateState:
         """What the panel shows now, as a value.
@@ -289,14 +303,17 @@ class LiveEstimate(HasPanel):
         A change may drop overrides, which have no control.
         """
         blocks = self.state().blocks
-        for change in self._findings.changes_of(self._setup, self._machine) or ():
-            if Choice.of(change.setup, blocks) == choice:
+        offered = self._findings.changes_of(self._setup, self._machine)
+        for change in offered or ():
+            of_change = Choice.of(change.setup, blocks)
+            if of_change == choice:
                 return change.setup
         return choice.setup(self._setup, blocks)
 
     def _do_budget(self, intent: dict[str, Any]) -> None:
+        name = intent["name"]
         offered = {machine.label: machine for machine in self._budgets}
-        machine = offered.get(intent["name"]) or budget(intent["name"])
+        machine = offered.get(name) or budget(name)
         self._budgets = _by_label([*self._budgets, machine])
         self._machine = machine
         self._improve()
@@ -310,4 +327,5 @@ class LiveEstimate(HasPanel):
 
 def _by_label(machines: Iterable[Machine]) -> list[Machine]:
     """Return machines without repeated labels; the last one of a label counts."""
-    return list({machine.label: machine for machine in machines}.values())
+    by_label = {machine.label: machine for machine in machines}
+    return list(by_label.values())

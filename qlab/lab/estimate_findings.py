@@ -1,4 +1,4 @@
-"""Remembers the estimates of settings that a panel has shown, and computes better ones."""
+"""What a live estimate knows of the settings it has shown, and the job that finds out more."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ _AROUND_S = 20.0  # time spent at most on reading nearby settings
 _MOST_ESTIMATES = 64  # remembered
 
 Events = Generator[Progress, None, None]
+
+
+def _rank(est: MemoryEstimate) -> int:
+    return LEVELS.index(est.level)
 
 
 class Findings:
@@ -53,11 +57,13 @@ class Findings:
     def learn(self, est: MemoryEstimate) -> None:
         """Remember an estimate, unless a better level of its setup is known."""
         known = self._estimates.get(est.setup)
-        if known is not None and LEVELS.index(est.level) < LEVELS.index(known.level):
+        if known is not None and _rank(est) < _rank(known):
             return
         # a new dict, since other threads read the present one
-        recent = dict(list(self._estimates.items())[-_MOST_ESTIMATES:])
-        self._estimates = {**recent, est.setup: est}
+        estimates = list(self._estimates.items())
+        recent = dict(estimates[-_MOST_ESTIMATES:])
+        recent[est.setup] = est
+        self._estimates = recent
 
     # --- jobs, on the MLX thread ------------------------------------------------------------------
 
@@ -70,13 +76,15 @@ class Findings:
             measure: whether to run one real step.
         """
         yield Progress("reading this kind of step", 0, 1)
-        self.learn(self._forecast.estimate(setup, machine))
+        by_formula = self._forecast.estimate(setup, machine)
+        self.learn(by_formula)
         self.sweep.read(setup)
         yield from self._find_changes(setup, machine)
         if measure:
             yield Progress("running one step", 0, 1)
             here = this_machine(self._forecast)
-            self.learn(self._forecast.estimate(setup, here, "measured"))
+            measured = self._forecast.estimate(setup, here, "measured")
+            self.learn(measured)
         elif self._estimates[setup].level == "formula":
             yield from self._trace(setup, machine)
         yield from self._find_changes(setup, machine)
@@ -84,10 +92,12 @@ class Findings:
 
     def _trace(self, setup: Setup, machine: Machine) -> Events:
         rested = time.monotonic() + _REST_S
+        pause = _REST_S / 20
         while time.monotonic() < rested:
             yield Progress("tracing", 0, 1)  # here a newer job may take this one's place
-            time.sleep(_REST_S / 20)
-        self.learn(self._forecast.estimate(setup, machine, "traced"))
+            time.sleep(pause)
+        traced = self._forecast.estimate(setup, machine, "traced")
+        self.learn(traced)
 
     def _find_changes(self, setup: Setup, machine: Machine) -> Events:
         yield Progress("looking for what fits", 0, 1)
@@ -95,15 +105,17 @@ class Findings:
         def at(other: Setup) -> MemoryEstimate:
             return self._forecast.estimate(other, machine)
 
-        fitting = changes(self._estimates[setup], at, machine)
+        est = self._estimates[setup]
+        fitting = changes(est, at, machine)
         self._changes = {(setup, machine): fitting}
 
     def look_around(self, setup: Setup) -> Events:
         """Read the kinds of step that the sliders may reach next."""
         nearby = list(self.sweep.nearby(setup))
         deadline = time.monotonic() + _AROUND_S
+        count = len(nearby)
         for number, other in enumerate(nearby):
-            yield Progress("reading nearby settings", number, len(nearby))
+            yield Progress("reading nearby settings", number, count)
             if time.monotonic() > deadline:
                 return
             # settings that are illegal for this model matter only once a user asks for them

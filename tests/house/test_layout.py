@@ -32,6 +32,7 @@ TESTED_BY: dict[str, str] = {
     "core/config/solver": "solvers/test_contract.py",
     "core/config/spec": "core/config/test_train.py",
     "core/evaluate/text": "core/test_values.py",
+    "core/graph/products": "core/graph/test_formula.py",
     "core/graph/primitives": "core/graph/test_simulate.py",
     "core/panels/adapter": "views/adapter/test_widget.py",
     "core/panels/estimate": "views/estimate/test_widget.py",
