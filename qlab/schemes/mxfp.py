@@ -48,28 +48,38 @@ class MxFp(Scheme):
 
     def layout(self, shape: Shape, config: QuantConfig, dtype: str) -> Layout:
         *rows, width = shape
+        words = width * config.bits // 32
+        groups = width // _GROUP
         return {
-            "weight": ((*rows, width * config.bits // 32), "uint32"),
-            "scales": ((*rows, width // _GROUP), "uint8"),
+            "weight": ((*rows, words), "uint32"),
+            "scales": ((*rows, groups), "uint8"),
         }
 
     def quantize(self, weight: mx.array, config: QuantConfig) -> PackedArrays:
-        weight = mx.where(mx.abs(weight) < _SMALLEST, 0, weight)
+        is_tiny = mx.abs(weight) < _SMALLEST
+        weight = mx.where(is_tiny, 0, weight)
         packed, scales, *_ = mx.quantize(weight, mode=self.name)
         return {"weight": packed, "scales": scales}
 
     def dequantize(self, packed: PackedArrays, config: QuantConfig, dtype: mx.Dtype) -> mx.array:
-        return mx.dequantize(packed["weight"], packed["scales"], mode=self.name, dtype=dtype)
+        codes = packed["weight"]
+        scales = packed["scales"]
+        return mx.dequantize(codes, scales, mode=self.name, dtype=dtype)
 
     def dequantize_readable(
         self, packed: PackedArrays, config: QuantConfig, dtype: mx.Dtype
     ) -> mx.array:
         # the arrays of mlx/ops.cpp's ``dequantize`` on a CPU: elements, scales, their product
         codes = packed["weight"]
-        elements = codes.view(mx.uint8).astype(dtype).reshape(-1, _GROUP)
+        rows = codes.shape[:-1]
+        elements = codes.view(mx.uint8).astype(dtype)
+        elements = elements.reshape(-1, _GROUP)
         exponents = packed["scales"].reshape(-1, 1).astype(dtype)
-        scales = mx.power(mx.array(2.0, dtype), exponents - mx.array(_EXPONENT_BIAS, dtype))
-        return (elements * scales).reshape(*codes.shape[:-1], -1)
+        base = mx.array(2.0, dtype)
+        exponent_bias = mx.array(_EXPONENT_BIAS, dtype)
+        scales = mx.power(base, exponents - exponent_bias)
+        values = elements * scales
+        return values.reshape(*rows, -1)
 
 
 SHELF = (MxFp(4, "E2M1"), MxFp(8, "E4M3"))

@@ -56,9 +56,11 @@ class NvFp4(Scheme):
 
     def layout(self, shape: Shape, config: QuantConfig, dtype: str) -> Layout:
         *rows, width = shape
+        words = width // 8
+        groups = width // _GROUP
         arrays: Layout = {
-            "weight": ((*rows, width // 8), "uint32"),
-            "scales": ((*rows, width // _GROUP), "uint8"),
+            "weight": ((*rows, words), "uint32"),
+            "scales": ((*rows, groups), "uint8"),
         }
         if self._scaled:
             arrays["global_scale"] = ((), "float32")
@@ -68,14 +70,20 @@ class NvFp4(Scheme):
         if not self._scaled:
             packed, scales, *_ = mx.quantize(weight, mode="nvfp4")
             return {"weight": packed, "scales": scales}
-        factor = _tensor_factor(mx.abs(weight).max())
-        packed, scales, *_ = mx.quantize(weight.astype(mx.float32) * factor, mode="nvfp4")
-        return {"weight": packed, "scales": scales, "global_scale": _FULL / factor}
+        amax = mx.abs(weight).max()
+        factor = _tensor_factor(amax)
+        scaled = weight.astype(mx.float32) * factor
+        packed, scales, *_ = mx.quantize(scaled, mode="nvfp4")
+        tensor_scale = _FULL / factor
+        return {"weight": packed, "scales": scales, "global_scale": tensor_scale}
 
     def dequantize(self, packed: PackedArrays, config: QuantConfig, dtype: mx.Dtype) -> mx.array:
-        values = mx.dequantize(packed["weight"], packed["scales"], mode="nvfp4", dtype=mx.float32)
+        codes = packed["weight"]
+        scales = packed["scales"]
+        values = mx.dequantize(codes, scales, mode="nvfp4", dtype=mx.float32)
         if self._scaled:
-            values = values * (packed["global_scale"] / _FULL)
+            inverse = packed["global_scale"] / _FULL
+            values = values * inverse
         return values.astype(dtype)
 
     def dequantize_readable(
@@ -84,15 +92,21 @@ class NvFp4(Scheme):
         # the arrays of ``dequantize`` of mlx/ops.cpp on a CPU: both halves of each byte looked up,
         # scales, product
         codes = packed["weight"]
+        rows = codes.shape[:-1]
         table = mx.zeros(16, dtype)
         pairs = codes.reshape(-1, 4).view(mx.int8)
-        low = table[(pairs & 15).astype(mx.int8)]
-        high = table[(pairs >> 4).astype(mx.int8)]
-        elements = mx.concatenate([low[..., None], high[..., None]], -1).reshape(-1, _GROUP)
+        low_codes = pairs & 15
+        high_codes = pairs >> 4
+        low = table[low_codes.astype(mx.int8)]
+        high = table[high_codes.astype(mx.int8)]
+        both = [low[..., None], high[..., None]]
+        elements = mx.concatenate(both, -1).reshape(-1, _GROUP)
         scales = packed["scales"].reshape(-1, 1).astype(dtype)
-        values = (elements * scales).reshape(*codes.shape[:-1], -1)
+        products = elements * scales
+        values = products.reshape(*rows, -1)
         if self._scaled:
-            values = values * (packed["global_scale"].astype(dtype) / _FULL)
+            tensor_scale = packed["global_scale"].astype(dtype)
+            values = values * (tensor_scale / _FULL)
         return values
 
     def roundtrip(
@@ -104,17 +118,24 @@ class NvFp4(Scheme):
     ) -> mx.array:
         if not self._scaled:
             return super().roundtrip(rows, config, dtype, amax)
-        factor = _tensor_factor(mx.abs(rows).max() if amax is None else amax)
-        packed, scales, *_ = mx.quantize(rows.astype(mx.float32) * factor, mode="nvfp4")
+        if amax is None:
+            amax = mx.abs(rows).max()
+        factor = _tensor_factor(amax)
+        scaled = rows.astype(mx.float32) * factor
+        packed, scales, *_ = mx.quantize(scaled, mode="nvfp4")
         values = mx.dequantize(packed, scales, mode="nvfp4", dtype=mx.float32)
-        return (values / factor).astype(dtype)
+        unscaled = values / factor
+        return unscaled.astype(dtype)
 
 
 def _tensor_factor(amax: mx.array) -> mx.array:
     """Largest power of two that keeps ``amax`` within 448·6, float32; a tensor of zeros has 1."""
     amax = amax.astype(mx.float32)
-    ratio = _FULL / mx.where(amax == 0, _FULL, amax)
-    exponent = mx.clip(mx.floor(mx.log2(ratio)), -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    is_zero = amax == 0
+    safe = mx.where(is_zero, _FULL, amax)
+    ratio = _FULL / safe
+    exponent = mx.floor(mx.log2(ratio))
+    exponent = mx.clip(exponent, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
     return mx.power(2.0, exponent)
 
 

@@ -57,13 +57,30 @@ class Searched(Solver):
         step = max(1, _BLOCK // width)
         parts = []
         for start in range(0, rows.shape[0], step):
-            parts.append(_search(rows[start : start + step], power, config))
-            mx.eval(parts[-1])  # one block in flight: the search needs several float32 copies of it
+            block = rows[start : start + step]
+            part = _search(block, power, config)
+            mx.eval(part)  # one block in flight: the search needs several float32 copies of it
+            parts.append(part)
         packed = {}
         for name in ("weight", "scales", "biases"):
-            array = mx.concatenate([part[name] for part in parts])
+            arrays = [part[name] for part in parts]
+            array = mx.concatenate(arrays)
             packed[name] = array.reshape(*weight.shape[:-1], -1)
         return packed
+
+
+class _Groups(NamedTuple):
+    """Weights whose scales and biases are searched, and what each counts for.
+
+    Attributes:
+        weights: float32 ``(rows, groups, group_size)``.
+        importance: of the inputs, float32 ``(1, groups, group_size)``.
+        top: largest code.
+    """
+
+    weights: mx.array
+    importance: mx.array
+    top: int
 
 
 class _Candidate(NamedTuple):
@@ -91,48 +108,58 @@ def _search(rows: mx.array, power: mx.array, config: QuantConfig) -> PackedArray
     Returns:
         Packed codes, scales and biases of the rows.
     """
-    top = 2**config.bits - 1  # largest code
-    # (rows, in) → (rows, groups, group_size)
-    weights = rows.astype(mx.float32).reshape(rows.shape[0], -1, config.group_size)
-    # a little of the mean keeps groups whose inputs are all zero defined
-    importance = (power + 1e-6 * power.mean() + 1e-30).reshape(1, -1, config.group_size)
-
+    top = 2**config.bits - 1
+    groups = _grouped(rows, power, config.group_size, top)
     _, scale, *biases = mx.quantize(rows, config.group_size, config.bits)
-    best = _scored(weights, importance, scale, biases[0], top)
-    low = weights.min(-1)
-    high = weights.max(-1)
+    best = _scored(groups, scale, biases[0])
+    low = groups.weights.min(-1)
+    high = groups.weights.max(-1)
     for shrink in _SHRINKS:
         scale = (high - low) * (shrink / top)
         bias = (low + high) / 2 - (high - low) * (shrink / 2)
         for _ in range(_REFITS):
-            scale, bias = _refit(weights, importance, _codes(weights, scale, bias, top))
+            codes = _codes(groups, scale, bias)
+            scale, bias = _refit(groups, codes)
             stored_scale = scale.astype(rows.dtype)
             stored_bias = bias.astype(rows.dtype)
-            candidate = _scored(weights, importance, stored_scale, stored_bias, top)
+            candidate = _scored(groups, stored_scale, stored_bias)
             best = _better(best, candidate)
 
     scale = best.scale.astype(mx.float32)
     bias = best.bias.astype(mx.float32)
-    codes = _codes(weights, scale, bias, top).astype(mx.uint32).reshape(rows.shape)
-    return {"weight": pack(codes, config.bits), "scales": best.scale, "biases": best.bias}
+    codes = _codes(groups, scale, bias).astype(mx.uint32)
+    packed = pack(codes.reshape(rows.shape), config.bits)
+    return {"weight": packed, "scales": best.scale, "biases": best.bias}
 
 
-def _codes(weights: mx.array, scale: mx.array, bias: mx.array, top: int) -> mx.array:
+def _grouped(rows: mx.array, power: mx.array, size: int, top: int) -> _Groups:
+    """Part rows ``(rows, in)`` and the inputs' mean squares ``(in,)`` into groups."""
+    weights = rows.astype(mx.float32)
+    weights = weights.reshape(rows.shape[0], -1, size)
+    # a little of the mean keeps groups whose inputs are all zero defined
+    importance = power + 1e-6 * power.mean() + 1e-30
+    importance = importance.reshape(1, -1, size)
+    return _Groups(weights, importance, top)
+
+
+def _codes(groups: _Groups, scale: mx.array, bias: mx.array) -> mx.array:
     """Nearest codes 0…top, float32 ``(rows, groups, group_size)``."""
     safe = mx.where(scale == 0, 1.0, scale)
-    steps = (weights - bias[..., None]) / safe[..., None]
-    return mx.clip(mx.round(steps), 0, top)
+    above_bias = groups.weights - bias[..., None]
+    steps = above_bias / safe[..., None]
+    nearest = mx.round(steps)
+    return mx.clip(nearest, 0, groups.top)
 
 
-def _scored(
-    weights: mx.array, importance: mx.array, scale: mx.array, bias: mx.array, top: int
-) -> _Candidate:
+def _scored(groups: _Groups, scale: mx.array, bias: mx.array) -> _Candidate:
     """Weigh the squared error of each group, with the scale and bias that are stored."""
     scale32 = scale.astype(mx.float32)
     bias32 = bias.astype(mx.float32)
-    codes = _codes(weights, scale32, bias32, top)
-    error = codes * scale32[..., None] + bias32[..., None] - weights
-    return _Candidate((importance * mx.square(error)).sum(-1), scale, bias)
+    codes = _codes(groups, scale32, bias32)
+    stored = codes * scale32[..., None] + bias32[..., None]
+    error = stored - groups.weights
+    weighted = groups.importance * mx.square(error)
+    return _Candidate(weighted.sum(-1), scale, bias)
 
 
 def _better(old: _Candidate, new: _Candidate) -> _Candidate:
@@ -145,18 +172,26 @@ def _better(old: _Candidate, new: _Candidate) -> _Candidate:
     )
 
 
-def _refit(weights: mx.array, importance: mx.array, codes: mx.array) -> tuple[mx.array, mx.array]:
+def _refit(groups: _Groups, codes: mx.array) -> tuple[mx.array, mx.array]:
     """Weighted least squares of weights on codes, w ≈ scale·q + bias, for every group.
 
     With means weighted by the importance h: scale = Σh(q − q̄)w / Σh(q − q̄)², bias = w̄ − scale·q̄.
     """
+    weights = groups.weights
+    importance = groups.importance
     total = importance.sum(-1)
-    code_mean = (importance * codes).sum(-1) / total
-    weight_mean = (importance * weights).sum(-1) / total
+    weighted_codes = importance * codes
+    code_mean = weighted_codes.sum(-1) / total
+    weighted_weights = importance * weights
+    weight_mean = weighted_weights.sum(-1) / total
     centred = codes - code_mean[..., None]
-    spread = (importance * mx.square(centred)).sum(-1)
-    scale = (importance * centred * weights).sum(-1) / mx.where(spread == 0, 1.0, spread)
-    return scale, weight_mean - scale * code_mean
+    squares = importance * mx.square(centred)
+    spread = squares.sum(-1)
+    products = importance * centred * weights
+    safe = mx.where(spread == 0, 1.0, spread)
+    scale = products.sum(-1) / safe
+    bias = weight_mean - scale * code_mean
+    return scale, bias
 
 
 SHELF = (Searched(),)

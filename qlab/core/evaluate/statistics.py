@@ -9,7 +9,10 @@ import numpy as np
 _Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standard deviations
 
 
-def ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+Pair = tuple[float, float]
+
+
+def ratio(sums: np.ndarray, counts: np.ndarray) -> Pair:
     """Return a mean per token and its standard error, rows being the draws.
 
     The error of a ratio of sums over clusters, linearized: √(R/(R−1)·Σ(s − mean·c)²) / Σc for R
@@ -30,11 +33,14 @@ def ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     rows = len(counts)
     if rows < 2 or math.isnan(mean):
         return mean, math.nan
-    squares = np.square(sums - mean * counts).sum()
-    return mean, float(math.sqrt(rows / (rows - 1) * squares) / total)
+    residuals = sums - mean * counts
+    squares = np.square(residuals).sum()
+    correction = rows / (rows - 1)
+    spread = math.sqrt(correction * squares)
+    return mean, float(spread / total)
 
 
-def wilson(score: float, count: int) -> tuple[float, float]:
+def wilson(score: float, count: int) -> Pair:
     """Return Wilson's 95 % interval of a share.
 
     Unlike mean ± 2 errors it says something where all answers are right, or none. For scores
@@ -47,8 +53,13 @@ def wilson(score: float, count: int) -> tuple[float, float]:
     """
     if not count:
         return math.nan, math.nan
-    scale = 1 + _Z**2 / count
-    middle = (score + _Z**2 / (2 * count)) / scale
-    variance = score * (1 - score) / count + _Z**2 / (4 * count**2)
+    z_squared = _Z**2
+    scale = 1 + z_squared / count
+    shifted = score + z_squared / (2 * count)
+    middle = shifted / scale
+    of_share = score * (1 - score) / count
+    variance = of_share + z_squared / (4 * count**2)
     half = _Z * math.sqrt(variance) / scale
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    low = max(middle - half, 0.0)
+    high = min(middle + half, 1.0)
+    return low, high

@@ -18,6 +18,8 @@ import numpy as np
 from qlab.core.evaluate.text import EvalReport
 from qlab.core.progress import Progress
 
+Batches = Sequence[mx.array]
+
 
 class _TokenScores(NamedTuple):
     """What is collected at each token, ``(T,)`` each; the last token of a row has no target."""
@@ -35,8 +37,10 @@ def log_probs(model: nn.Module, tokens: mx.array) -> mx.array:
         model: an mlx-lm model.
         tokens: token ids ``(1, T)``.
     """
-    logits = model(tokens)[0].astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    outputs = model(tokens)[0]
+    logits = outputs.astype(mx.float32)
+    normalizer = mx.logsumexp(logits, axis=-1, keepdims=True)
+    return logits - normalizer
 
 
 def kl_per_token(teacher: mx.array, student: mx.array) -> mx.array:
@@ -49,11 +53,13 @@ def kl_per_token(teacher: mx.array, student: mx.array) -> mx.array:
     Returns:
         float32 ``(T,)``.
     """
-    return (mx.exp(teacher) * (teacher - student)).sum(-1)
+    probabilities = mx.exp(teacher)
+    terms = probabilities * (teacher - student)
+    return terms.sum(-1)
 
 
 def compare_on_text(
-    teacher: nn.Module, student: nn.Module, batches: Sequence[mx.array]
+    teacher: nn.Module, student: nn.Module, batches: Batches
 ) -> Generator[Progress, None, EvalReport]:
     """Compare two models on text, a row at a time, so that only two rows of logits exist at once.
 
@@ -66,10 +72,12 @@ def compare_on_text(
         Progress after each row.
     """
     rows: list[list[np.ndarray]] = []
-    for i, tokens in enumerate(batches):
-        rows.append(_row_scores(teacher, student, tokens))
-        yield Progress("comparing with the original", i + 1, len(batches))
-    kl, flips, nll, nll_before = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    for done, tokens in enumerate(batches, 1):
+        scores = _row_scores(teacher, student, tokens)
+        rows.append(scores)
+        yield Progress("comparing with the original", done, len(batches))
+    fields = zip(*rows, strict=True)
+    kl, flips, nll, nll_before = map(np.concatenate, fields)
     return EvalReport.from_tokens(kl, flips, nll, nll_before)
 
 
@@ -81,15 +89,22 @@ def _row_scores(teacher: nn.Module, student: nn.Module, tokens: mx.array) -> lis
     scores = _TokenScores(
         kl=kl_per_token(p, q),
         flips=p.argmax(-1) != q.argmax(-1),
-        nll=-mx.take_along_axis(q[:-1], targets, -1)[:, 0],
-        nll_before=-mx.take_along_axis(p[:-1], targets, -1)[:, 0],
+        nll=_losses(q, targets),
+        nll_before=_losses(p, targets),
     )
     mx.eval(scores)
     return [np.array(values, np.float64) for values in scores]
 
 
+def _losses(log_probabilities: mx.array, targets: mx.array) -> mx.array:
+    """Return the loss at every position but the last, ``(T−1,)``."""
+    before_target = log_probabilities[:-1]
+    of_targets = mx.take_along_axis(before_target, targets, -1)
+    return -of_targets[:, 0]
+
+
 def layer_kl(
-    teacher: nn.Module, students: Mapping[str, nn.Module], batches: Sequence[mx.array]
+    teacher: nn.Module, students: Mapping[str, nn.Module], batches: Batches
 ) -> Generator[Progress, None, dict[str, float]]:
     """Measure the true KL of several changed models; the teacher runs once per row.
 
@@ -114,7 +129,8 @@ def layer_kl(
         count += tokens.size
         for name, student in students.items():
             q = log_probs(student, tokens)
-            sums[name] += float(np.array(kl_per_token(p, q).sum()))
+            kl = kl_per_token(p, q).sum()
+            sums[name] += float(np.array(kl))
             done += 1
             yield Progress("true KL, layer by layer", done, total)
     return {name: nats / count for name, nats in sums.items()}
