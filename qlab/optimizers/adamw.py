@@ -41,15 +41,20 @@ class _Optimizer(optim.AdamW):
         dtype = gradient.dtype
         rate = self.learning_rate.astype(dtype)
         b1, b2 = self.betas
-        corrections = [rate / (1 - b1**self.step), mx.rsqrt(1 - b2**self.step)]
+        of_first = rate / (1 - b1**self.step)
+        of_second = mx.rsqrt(1 - b2**self.step)
+        corrections = [of_first, of_second]
         first, second = mx.depends(corrections, [self.step])  # nothing is fused across this
         m = b1 * state["m"] + (1 - b1) * gradient
         v = b2 * state["v"] + (1 - b2) * mx.square(gradient)
         state["m"] = m
         state["v"] = v
-        size = mx.sqrt(v) * second.astype(dtype) + self.eps
-        move = first.astype(dtype) * m / size
-        return parameter * (1 - rate * self.weight_decay) - move
+        second = second.astype(dtype)
+        size = mx.sqrt(v) * second + self.eps
+        first = first.astype(dtype)
+        move = first * m / size
+        decay = 1 - rate * self.weight_decay
+        return parameter * decay - move
 
 
 SHELF = (AdamW(),)

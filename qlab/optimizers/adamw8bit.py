@@ -29,6 +29,9 @@ _LEAST = 4096  # numbers in a tensor from which on its moments are rounded
 _SMALLEST = 1e-38
 
 
+State = dict[str, mx.array]
+
+
 class AdamW8bit(OptimizerKind):
     """AdamW in a quarter of the memory of float32 moments.
 
@@ -66,43 +69,55 @@ class _Optimizer(optim.Optimizer):
         self.weight_decay = weight_decay
         self._codes = {"m": _Codes(signed=True), "v": _Codes(signed=False)}
 
-    def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
+    def init_single(self, parameter: mx.array, state: State) -> None:
         whole = parameter.size < _LEAST
+        dtype = mx.float32 if whole else mx.uint8
+        blocks = ceil_div(parameter.size, _BLOCK)
         for name in ("m", "v"):
-            state[name] = mx.zeros(parameter.shape, mx.float32 if whole else mx.uint8)
+            state[name] = mx.zeros(parameter.shape, dtype)
             if not whole:
-                state[f"{name}_scale"] = mx.zeros(ceil_div(parameter.size, _BLOCK), mx.float32)
+                state[_scale_of(name)] = mx.zeros(blocks, mx.float32)
 
-    def apply_single(
-        self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
-    ) -> mx.array:
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: State) -> mx.array:
         gradient = gradient.astype(mx.float32)
         rate = self.learning_rate.astype(mx.float32)
         b1, b2 = self.betas
-        m = b1 * self._read(state, "m") + (1 - b1) * gradient
-        v = b2 * self._read(state, "v") + (1 - b2) * mx.square(gradient)
+        old_m = b1 * self._read(state, "m")
+        m = old_m + (1 - b1) * gradient
+        old_v = b2 * self._read(state, "v")
+        v = old_v + (1 - b2) * mx.square(gradient)
         # 1 − β^t by expm1: the plain difference would lose digits
         t = self.step.astype(mx.float32)
         m_share = -mx.expm1(t * math.log(b1))
         v_share = -mx.expm1(t * math.log(b2))
-        move = m / (mx.sqrt(v) / mx.sqrt(v_share) + self.eps)
-        decayed = parameter.astype(mx.float32) * (1 - rate * self.weight_decay)
+        size = mx.sqrt(v) / mx.sqrt(v_share)
+        move = m / (size + self.eps)
+        full = parameter.astype(mx.float32)
+        decayed = full * (1 - rate * self.weight_decay)
         updated = decayed - rate / m_share * move
         self._write(state, "m", m)
         self._write(state, "v", v)
         return updated.astype(parameter.dtype)
 
-    def _read(self, state: dict[str, mx.array], name: str) -> mx.array:
+    def _read(self, state: State, name: str) -> mx.array:
         moment = state[name]
         if moment.dtype == mx.float32:
             return moment
-        return self._codes[name].values(moment, state[f"{name}_scale"])
+        scale = state[_scale_of(name)]
+        return self._codes[name].values(moment, scale)
 
-    def _write(self, state: dict[str, mx.array], name: str, values: mx.array) -> None:
+    def _write(self, state: State, name: str, values: mx.array) -> None:
         if state[name].dtype == mx.float32:
             state[name] = values
-        else:
-            state[name], state[f"{name}_scale"] = self._codes[name].codes(values)
+            return
+        codes, scale = self._codes[name].codes(values)
+        state[name] = codes
+        state[_scale_of(name)] = scale
+
+
+def _scale_of(moment: str) -> str:
+    """Return the name of a moment's scales in a state."""
+    return f"{moment}_scale"
 
 
 class _Codes:
@@ -125,26 +140,39 @@ class _Codes:
 
     def values(self, codes: mx.array, scale: mx.array) -> mx.array:
         """Return float32 numbers in the shape of their codes."""
-        blocks = mx.take(self._map, _blocks(codes)) * scale[:, None]
-        return blocks.reshape(-1)[: codes.size].reshape(codes.shape)
+        scaled = mx.take(self._map, _blocks(codes))
+        blocks = scaled * scale[:, None]
+        return _shaped_like(codes, blocks)
 
     def codes(self, values: mx.array) -> tuple[mx.array, mx.array]:
         """Return uint8 codes in the shape of the numbers, and float32 scales ``(blocks,)``."""
         blocks = _blocks(values)  # (blocks, 256)
         scale = mx.abs(blocks).max(1)
-        scaled = blocks * (1 / mx.maximum(scale, _SMALLEST))[:, None]  # −1 to 1
+        divisor = mx.maximum(scale, _SMALLEST)
+        factor = 1 / divisor
+        scaled = blocks * factor[:, None]  # −1 to 1
         bucket = scaled.view(mx.uint32) >> 16
         above = scaled > mx.take(self._edge, bucket)
         codes = mx.take(self._base, bucket) + above.astype(mx.uint8)
         if not self._signed:
-            codes = mx.maximum(codes, (blocks > 0).astype(mx.uint8))
-        return codes.reshape(-1)[: values.size].reshape(values.shape), scale
+            is_above_zero = blocks > 0
+            codes = mx.maximum(codes, is_above_zero.astype(mx.uint8))
+        return _shaped_like(values, codes), scale
 
 
 def _blocks(values: mx.array) -> mx.array:
     """Return numbers, padded with zeros, as ``(blocks, 256)``."""
     flat = values.reshape(-1)
-    return mx.pad(flat, (0, -flat.size % _BLOCK)).reshape(-1, _BLOCK)
+    missing = -flat.size % _BLOCK
+    padded = mx.pad(flat, (0, missing))
+    return padded.reshape(-1, _BLOCK)
+
+
+def _shaped_like(values: mx.array, blocks: mx.array) -> mx.array:
+    """Return blocks without their padding, in the shape of ``values``."""
+    flat = blocks.reshape(-1)
+    unpadded = flat[: values.size]
+    return unpadded.reshape(values.shape)
 
 
 SHELF = (

@@ -49,11 +49,16 @@ class Ranks:
 
     def share(self, batch: Batch) -> Batch:
         """Return this process's rows of a batch; there may be none in a batch that is not full."""
-        return batch if self.size == 1 else part(batch, self.rank, self.size)
+        if self.size == 1:
+            return batch
+        return part(batch, self.rank, self.size)
 
     def key(self, key: mx.array) -> mx.array:
         """Return this process's random key of a batch: each process drops other inputs."""
-        return key if self.size == 1 else mx.random.split(key, self.size)[self.rank]
+        if self.size == 1:
+            return key
+        keys = mx.random.split(key, self.size)
+        return keys[self.rank]
 
     def total(self, sums: LossAndGradients) -> LossAndGradients:
         """Sum loss, gradients and counts over all processes; equal everywhere, bit for bit.
@@ -63,16 +68,21 @@ class Ranks:
         """
         if self.size == 1:
             return sums
-        loss, count, *grads = self._added([sums.loss, sums.count, *sums.grads.values()])
-        return LossAndGradients(loss, dict(zip(sums.grads, grads, strict=True)), count)
+        arrays = [sums.loss, sums.count, *sums.grads.values()]
+        loss, count, *totals = self._added(arrays)
+        by_path = zip(sums.grads, totals, strict=True)
+        return LossAndGradients(loss, dict(by_path), count)
 
     def all_nats(self, share: Nats) -> Nats:
         """Sum the validation losses of all processes."""
         if self.size == 1:
             return share
         texts = self.gather(f"{share.total!r} {share.count}")
-        pairs = [text.split() for text in texts]
-        return sum((Nats(float(total), int(count)) for total, count in pairs), Nats())
+        result = Nats()
+        for text in texts:
+            total, count = text.split()
+            result = result + Nats(float(total), int(count))
+        return result
 
     def from_first(self, arrays: Arrays) -> Arrays:
         """Return the first process's arrays."""
@@ -81,7 +91,9 @@ class Ranks:
         values = list(arrays.values())
         if not self.first:
             values = [mx.zeros_like(array) for array in values]
-        return dict(zip(arrays, self._added(values), strict=True))
+        totals = self._added(values)
+        by_name = zip(arrays, totals, strict=True)
+        return dict(by_name)
 
     def gather(self, text: str) -> list[str]:
         """Return every process's text, cut to 1024 bytes, by rank."""
@@ -89,10 +101,12 @@ class Ranks:
             return [text]
         # each process fills its row of (size, 1024), so that the sum has the texts of all
         table = np.zeros((self.size, _LONGEST), np.int32)
-        encoded = np.frombuffer(text.encode()[:_LONGEST], np.uint8)
+        content = text.encode()[:_LONGEST]
+        encoded = np.frombuffer(content, np.uint8)
         table[self.rank, : encoded.size] = encoded
-        texts = np.array(self._sum(mx.array(table))).astype(np.uint8)
-        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in texts]
+        total = self._sum(mx.array(table))
+        texts = np.array(total).astype(np.uint8)
+        return [_decoded(row) for row in texts]
 
     def agreed(self, text: str) -> str:
         """Return the first text that is not empty of any process; the same everywhere."""
@@ -107,11 +121,13 @@ class Ranks:
         Raises:
             RankError: names what differs, and where.
         """
-        hashes = [sha256(fact.encode()).hexdigest()[:16] for fact in facts.values()]
-        by_rank = [text.split() for text in self.gather(" ".join(hashes))]
+        hashes = [_short_hash(fact) for fact in facts.values()]
+        texts = self.gather(" ".join(hashes))
+        by_rank = [text.split() for text in texts]
         differences = []
-        for n, name in enumerate(facts):
-            others = [rank for rank, hashes in enumerate(by_rank) if hashes[n] != by_rank[0][n]]
+        for name, of_ranks in zip(facts, zip(*by_rank, strict=True), strict=True):
+            first = of_ranks[0]
+            others = [rank for rank, fact in enumerate(of_ranks) if fact != first]
             if others:
                 ranks = ", ".join(f"rank {rank}" for rank in others)
                 differences.append(f"{name} ({ranks})")
@@ -137,9 +153,10 @@ class Ranks:
     def _sent(self, bundle: list[mx.array]) -> list[mx.array]:
         flat = mx.concatenate([array.reshape(-1).astype(mx.float32) for array in bundle])
         total = self._sum(flat)
-        ends = np.cumsum([array.size for array in bundle])[:-1].tolist()
-        parts = zip(mx.split(total, ends), bundle, strict=True)
-        return [part.reshape(array.shape).astype(array.dtype) for part, array in parts]
+        sizes = [array.size for array in bundle]
+        ends = np.cumsum(sizes)[:-1].tolist()
+        parts = mx.split(total, ends)
+        return list(map(_shaped_like, parts, bundle))
 
     def _sum(self, array: mx.array) -> mx.array:
         """Sum over all processes: the one operation that every backend has (NCCL has no other)."""
@@ -151,6 +168,23 @@ class Ranks:
             raise RankError(
                 f"Rank {self.rank} of {self.size} lost another process: {error}."
             ) from None
+
+
+def _short_hash(fact: str) -> str:
+    digest = sha256(fact.encode())
+    return digest.hexdigest()[:16]
+
+
+def _decoded(row: np.ndarray) -> str:
+    """Return the text of a row of bytes that ends in zeros."""
+    content = bytes(row).rstrip(b"\0")
+    return content.decode(errors="ignore")
+
+
+def _shaped_like(total: mx.array, array: mx.array) -> mx.array:
+    """Return a flat total in the shape and dtype of what was added."""
+    shaped = total.reshape(array.shape)
+    return shaped.astype(array.dtype)
 
 
 ALONE = Ranks()
@@ -168,7 +202,8 @@ def joined() -> Ranks:
         group: Any = mx.distributed.init()
     except RuntimeError as error:
         raise RankError(f"The processes could not be joined: {error}.") from None
-    launched = max(int(os.environ.get(name) or 1) for name in _WORLDS)
+    counts = [os.environ.get(name) or 1 for name in _WORLDS]
+    launched = max(map(int, counts))
     if launched != group.size() == 1:
         raise RankError(
             f"{launched} processes were launched, but this MLX joins none of them by that backend; "

@@ -7,7 +7,8 @@ of small arrays, so whatever is done element by element is done to all of them a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
@@ -71,13 +72,16 @@ class Update:
         self._max_norm = config.max_grad_norm
         self._elementwise = config.optimizer_kind.elementwise
         self._layout = FlatLayout(parameters)
-        self._optimizer = config.optimizer_kind.make(config.learning_rate, config.weight_decay)
+        kind = config.optimizer_kind
+        self._optimizer = kind.make(config.learning_rate, config.weight_decay)
         self._scalars = dict(self._optimizer.state)  # step and learning rate
-        self._shapes = {
-            name: (array.shape, array.dtype) for name, array in self.flat(parameters).items()
-        }
+        self._shapes = {}
+        for name, array in self.flat(parameters).items():
+            self._shapes[name] = (array.shape, array.dtype)
         # names after the last path or dtype, such as ``m``; other state is one number for all
-        self._moments = sorted({name.split(".", 1)[1] for name in self.state if "." in name})
+        names = filter(_is_of_parameter, self.state)
+        moments = {name.split(".", 1)[1] for name in names}
+        self._moments = sorted(moments)
         self._gather = mx.compile(self._flat_with_norm)
         self._compiled = mx.compile(self._apply)
 
@@ -89,9 +93,11 @@ class Update:
         elementwise optimizer are vectors as long as all parameters of a dtype, and named for the
         dtype instead of a path.
         """
-        zeros = [(name, mx.zeros(shape, dtype)) for name, (shape, dtype) in self._shapes.items()]
+        zeros = {}
+        for name, (shape, dtype) in self._shapes.items():
+            zeros[name] = mx.zeros(shape, dtype)
         self._optimizer.state = dict(self._scalars)
-        self._optimizer.init(tree_unflatten(zeros))
+        self._optimizer.init(_tree(zeros))
         return self._take_state()
 
     def gather(self, sums: LossAndGradients) -> FlatGradients:
@@ -124,8 +130,10 @@ class Update:
         gathered = sums if isinstance(sums, FlatGradients) else self.gather(sums)
         flat = self.flat(parameters)
         # compiled functions return plain tuples
-        updated = Updated(*self._compiled(flat, state, gathered, learning_rate))
-        return updated._replace(parameters=self.by_path(updated.parameters))
+        fields = self._compiled(flat, state, gathered, learning_rate)
+        updated = Updated(*fields)
+        by_path = self.by_path(updated.parameters)
+        return updated._replace(parameters=by_path)
 
     def flat(self, parameters: Arrays) -> Arrays:
         """Return parameters, or their gradients, as the optimizer takes them.
@@ -138,17 +146,21 @@ class Update:
         """Return parameters by path for which ``flat`` need not copy anything."""
         if not self._elementwise:
             return flat
-        return FlatViews(self._layout.views(flat), self._layout, flat)
+        views = self._layout.views(flat)
+        return FlatViews(views, self._layout, flat)
 
     def state_by_path(self, state: Arrays) -> Arrays:
         """Return a state as it is written to disk: with arrays for every parameter."""
         if not self._elementwise:
             return state
-        stored = {name: array for name, array in state.items() if "." not in name}
+        stored = {}
+        for name, array in state.items():
+            if not _is_of_parameter(name):
+                stored[name] = array
         for moment in self._moments:
-            vectors = {name: state[f"{name}.{moment}"] for name in self._layout.dtypes}
+            vectors = _of_moment(state, moment, self._layout.dtypes)
             views = self._layout.views(vectors)
-            stored |= {f"{path}.{moment}": array for path, array in views.items()}
+            stored |= _named_for(moment, views)
         return stored
 
     def state_from_paths(self, stored: Arrays) -> Arrays:
@@ -158,14 +170,15 @@ class Update:
             return {name: stored[name] for name in names}
         state = {name: array for name, array in stored.items() if name in names}
         for moment in self._moments:
-            arrays = {path: stored[f"{path}.{moment}"] for path in self._layout.paths}
+            arrays = _of_moment(stored, moment, self._layout.paths)
             vectors = self._layout.vectors(arrays)
-            state |= {f"{name}.{moment}": vector for name, vector in vectors.items()}
+            state |= _named_for(moment, vectors)
         return {name: state[name] for name in names}
 
     def _take_state(self) -> Arrays:
         """Return the optimizer's arrays by name, and leave it without any."""
-        arrays = dict(tree_flatten(self._optimizer.state))
+        names_and_arrays = tree_flatten(self._optimizer.state)
+        arrays = dict(names_and_arrays)
         self._optimizer.state = {}
         return arrays
 
@@ -174,8 +187,9 @@ class Update:
         if self._elementwise:
             squares = [stable_sum(vector, mx.square) for vector in grads.values()]
         else:
-            squares = [mx.square(grad.astype(mx.float32)).sum() for grad in grads.values()]
-        return grads, mx.sqrt(sum(squares, mx.array(0.0)))
+            squares = [_sum_of_squares(grad) for grad in grads.values()]
+        total = sum(squares, mx.array(0.0))
+        return grads, mx.sqrt(total)
 
     def _apply(
         self, parameters: Arrays, state: Arrays, gathered: FlatGradients, learning_rate: mx.array
@@ -187,20 +201,45 @@ class Update:
         loss = loss * per_target
         factor = per_target
         if self._max_norm:
-            factor = per_target * mx.minimum(self._max_norm / mx.maximum(norm, 1e-12), 1)
-        mean = {
-            name: (grad.astype(mx.float32) * factor).astype(parameters[name].dtype)
-            for name, grad in grads.items()
-        }
+            clipping = self._max_norm / mx.maximum(norm, 1e-12)
+            factor = per_target * mx.minimum(clipping, 1)
+        mean = {}
+        for name, grad in grads.items():
+            scaled = grad.astype(mx.float32) * factor
+            mean[name] = scaled.astype(parameters[name].dtype)
         arrays = {**state, "learning_rate": learning_rate}
-        self._optimizer.state = tree_unflatten(list(arrays.items()))
-        tree = self._optimizer.apply_gradients(
-            tree_unflatten(list(mean.items())), tree_unflatten(list(parameters.items()))
-        )
+        self._optimizer.state = _tree(arrays)
+        tree = self._optimizer.apply_gradients(_tree(mean), _tree(parameters))
         updated = dict(tree_flatten(tree))
         # here the optimizer holds placeholders of the compilation, which must not stay
         new_state = self._take_state()
         narrow = [array for array in updated.values() if array.dtype == mx.float16]
         sums = [stable_sum(array.reshape(-1)) for array in narrow]
-        finite = mx.isfinite(sum(sums, loss + norm))
+        total = sum(sums, loss + norm)
+        finite = mx.isfinite(total)
         return updated, new_state, loss, norm, finite
+
+
+def _tree(arrays: Arrays) -> Any:
+    """Return arrays by path as MLX's optimizers take them."""
+    return tree_unflatten(list(arrays.items()))
+
+
+def _is_of_parameter(name: str) -> bool:
+    """Whether an array of a state belongs to one parameter; else it is one number for all."""
+    return "." in name
+
+
+def _of_moment(state: Arrays, moment: str, owners: Iterable[str]) -> Arrays:
+    """Return one moment's arrays by path or dtype."""
+    return {owner: state[f"{owner}.{moment}"] for owner in owners}
+
+
+def _named_for(moment: str, arrays: Arrays) -> Arrays:
+    """Return one moment's arrays by their names in a state."""
+    return {f"{owner}.{moment}": array for owner, array in arrays.items()}
+
+
+def _sum_of_squares(grad: mx.array) -> mx.array:
+    squares = mx.square(grad.astype(mx.float32))
+    return squares.sum()

@@ -32,12 +32,16 @@ class Nats:
     count: int = 0
 
     def __add__(self, other: Nats) -> Nats:
-        return Nats(self.total + other.total, self.count + other.count)
+        total = self.total + other.total
+        count = self.count + other.count
+        return Nats(total, count)
 
     @property
     def mean(self) -> float:
         """Mean loss in nats/token over the targets; NaN without targets."""
-        return self.total / self.count if self.count else float("nan")
+        if not self.count:
+            return float("nan")
+        return self.total / self.count
 
 
 def nats(module: nn.Module, parameters: Arrays, batch: Batch) -> Nats:
@@ -48,17 +52,24 @@ def nats(module: nn.Module, parameters: Arrays, batch: Batch) -> Nats:
         parameters: trainable arrays by path, evaluated.
         batch: padded rows ``(rows, length)``, not packed.
     """
-    module.update(tree_unflatten(list(parameters.items())))
+    tree = tree_unflatten(list(parameters.items()))
+    module.update(tree)
     tokens = mx.array(batch.tokens)
     mask = batch.mask[:, 1:]  # position i predicts token i + 1
-    positions = mx.array(mask.reshape(-1).nonzero()[0].astype("int32"))  # (targets,)
-    targets = tokens[:, 1:].reshape(-1)[positions]
+    places = mask.reshape(-1).nonzero()[0]
+    positions = mx.array(places.astype("int32"))  # (targets,)
+    predicted = tokens[:, 1:].reshape(-1)
+    targets = predicted[positions]
     predictor = Predictor(module)
-    hidden = predictor.hidden(tokens[:, :-1], positions)  # (targets, hidden size)
+    inputs = tokens[:, :-1]
+    hidden = predictor.hidden(inputs, positions)  # (targets, hidden size)
     total = mx.array(0.0)
     for start in range(0, positions.size, _CHUNK):
         chunk = slice(start, start + _CHUNK)
         logits = predictor.logits(hidden[chunk])
-        total = total + nn.losses.cross_entropy(logits, targets[chunk]).sum()
+        losses = nn.losses.cross_entropy(logits, targets[chunk])
+        total = total + losses.sum()
         mx.eval(total)
-    return Nats(cast(float, total.item()), int(mask.sum()))
+    in_nats = cast(float, total.item())
+    count = int(mask.sum())
+    return Nats(in_nats, count)
