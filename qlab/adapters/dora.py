@@ -35,14 +35,16 @@ class DoRALayer(LowRank):
     def __init__(self, base: Any, config: LoRAConfig, shapes: Shapes) -> None:
         super().__init__(base, config, shapes)
         self.base_square = mx.square(base.dense(mx.float32)).sum(-1)  # ‖W0‖², (…, out)
-        self.m = mx.sqrt(self.base_square).astype(self.lora_a.dtype)
+        lengths = mx.sqrt(self.base_square)
+        self.m = lengths.astype(self.lora_a.dtype)
         self.freeze(recurse=False, keys=["base_square"])
 
     def __call__(self, x: mx.array) -> mx.array:
         gain = self._gain_of_rows().astype(x.dtype)
         y = self.base(x)
         plain = self._without_bias(y)
-        added = self.inner(x) @ self.lora_b.astype(x.dtype)
+        b = self.lora_b.astype(x.dtype)
+        added = self.inner(x) @ b
         return _lengthened(y, plain, added, gain)
 
     def _gain_of_rows(self) -> mx.array:
@@ -64,14 +66,18 @@ class DoRALayer(LowRank):
             crossed: ⟨W0, BA⟩ of every row.
             squared: ‖BA‖² of every row.
         """
-        square = start + 2 * self.scale * crossed + self.scale**2 * squared
-        return m.astype(mx.float32) / _norm(square)
+        mixed = 2 * self.scale * crossed
+        added = self.scale**2 * squared
+        square = start + mixed + added
+        length = m.astype(mx.float32)
+        return length / _norm(square)
 
     def _without_bias(self, y: mx.array, experts: mx.array | None = None) -> mx.array:
         """Return outputs of the base less its bias; of experts, each less its expert's."""
         if "bias" not in self.base.layer:
             return y
-        bias = self.base.layer.bias.astype(y.dtype)
+        bias = self.base.layer.bias
+        bias = bias.astype(y.dtype)
         if experts is not None:
             bias = bias[experts][..., None, :]  # (…, 1, out)
         return y - bias
@@ -85,12 +91,14 @@ class DoRAEmbedding(DoRALayer):
         added = self.added_rows(tokens, y.dtype)
         start = _squared_length(y)
         # relative to the base's output here, so that its rounding is no change of length
-        longer = _squared_length(y + added) - start
+        end = _squared_length(y + added)
+        longer = end - start
         square = self.base_square[tokens] + longer
         length = self.m[tokens].astype(mx.float32)
         gain = length / _norm(square)
         gain = gain[..., None].astype(y.dtype)
-        return _lengthened(y, y, self.dropped(added), gain)
+        added = self.dropped(added)
+        return _lengthened(y, y, added, gain)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Multiply by the transposed embedding: ``(…, width)`` → ``(…, tokens)``."""
@@ -102,7 +110,8 @@ class DoRAEmbedding(DoRALayer):
         gain = self._gain(self.base_square, self.m, crossed.sum(0), squared.sum(-1))
         gain = gain.astype(x.dtype)
         y = self.base.as_linear(x)
-        added = self.inner_head(x) @ self.lora_a.T.astype(x.dtype)
+        a_transposed = self.lora_a.T.astype(x.dtype)
+        added = self.inner_head(x) @ a_transposed
         return _lengthened(y, y, added, gain)
 
 
@@ -113,10 +122,16 @@ class DoRAExperts(DoRALayer):
         count = len(self.base_square)
         # a single token reaches few experts: then the norms of these alone are computed
         is_few = indices.size < count
-        experts = indices.flatten() if is_few else mx.arange(count)
+        if is_few:
+            experts = indices.flatten()
+        else:
+            experts = mx.arange(count)
         gain = self._gain_of(experts, is_sorted=not is_few)  # (experts, out)
         gain = gain.astype(x.dtype)
-        gain = gain.reshape(*indices.shape, -1) if is_few else gain[indices]
+        if is_few:
+            gain = gain.reshape(*indices.shape, -1)
+        else:
+            gain = gain[indices]
         gain = gain[..., None, :]  # (…, 1, out)
         y = self.base(x, indices, sorted_indices=sorted_indices)  # (…, 1, out)
         plain = self._without_bias(y, indices)
@@ -131,21 +146,26 @@ class DoRAExperts(DoRALayer):
         inner = a @ a.swapaxes(-1, -2)  # (experts, rank, rank)
         squared = inner @ b * b
         start = self.base_square[experts]
-        return self._gain(start, self.m[experts], crossed.sum(-2), squared.sum(-2))
+        lengths = self.m[experts]
+        return self._gain(start, lengths, crossed.sum(-2), squared.sum(-2))
 
 
 def _constant(factor: mx.array) -> mx.array:
     """Return a factor for the norm, which gets no gradient."""
-    return mx.stop_gradient(factor.astype(mx.float32))
+    full = factor.astype(mx.float32)
+    return mx.stop_gradient(full)
 
 
 def _squared_length(rows: mx.array) -> mx.array:
     """Return the squared length of every row, float32: ``(…, width)`` → ``(…)``."""
-    return mx.square(rows.astype(mx.float32)).sum(-1)
+    full = rows.astype(mx.float32)
+    return mx.square(full).sum(-1)
 
 
 def _norm(square: mx.array) -> mx.array:
-    return mx.sqrt(mx.stop_gradient(mx.maximum(square, _TINY)))
+    positive = mx.maximum(square, _TINY)
+    constant = mx.stop_gradient(positive)
+    return mx.sqrt(constant)
 
 
 def _lengthened(y: mx.array, plain: mx.array, added: mx.array, gain: mx.array) -> mx.array:
@@ -159,7 +179,9 @@ def _lengthened(y: mx.array, plain: mx.array, added: mx.array, gain: mx.array) -
         added: output of the low-rank product.
         gain: of every row of the weight, broadcast to ``(…, out)``.
     """
-    return y + (gain - 1) * plain + gain * added
+    longer = (gain - 1) * plain
+    turned = gain * added
+    return y + longer + turned
 
 
 _MODULES = {"linear": DoRALayer, "embedding": DoRAEmbedding, "switch": DoRAExperts}
@@ -173,11 +195,15 @@ class DoRA(AdapterKind):
     adapts = ("linear", "embedding", "switch")
 
     def shapes(self, shape: tuple[int, ...], rank: int, kind: str = "linear") -> Shapes:
-        return {**factors(shape, rank, kind), "m": shape[:-1]}
+        shapes = factors(shape, rank, kind)
+        lengths = shape[:-1]
+        return {**shapes, "m": lengths}
 
     def make(self, base: Any, shape: tuple[int, ...], config: LoRAConfig) -> Any:
         kind = layer_kind(base.layer)
-        return _MODULES[kind](base, config, factors(shape, config.rank, kind))
+        module = _MODULES[kind]
+        shapes = factors(shape, config.rank, kind)
+        return module(base, config, shapes)
 
     def compensated(self, outer: Any, inner: Any, norms: Any) -> dict[str, Any]:
         return {"lora_a": outer, "lora_b": inner, "m": norms}
@@ -186,9 +212,12 @@ class DoRA(AdapterKind):
         self, arrays: Mapping[str, mx.array], weight: mx.array, config: LoRAConfig, kind: str
     ) -> mx.array:
         """Return D = m · (W + scale·BA) / ‖W + scale·BA‖ − W; see ``AdapterKind.change``."""
-        turned = weight + low_rank_change(arrays, config.scale, kind)
+        low_rank = low_rank_change(arrays, config.scale, kind)
+        turned = weight + low_rank
         square = mx.square(turned).sum(-1, keepdims=True)
-        return arrays["m"][..., None] * turned / _norm(square) - weight
+        lengths = arrays["m"][..., None]
+        adapted = lengths * turned / _norm(square)
+        return adapted - weight
 
     def mlx_obstacle(self, layer: LayerSpec) -> str | None:
         if type(self) is not DoRA:
@@ -197,8 +226,9 @@ class DoRA(AdapterKind):
             return f"it has no DoRA of experts ({layer.path!r}); kind='lora' is the nearest"
         if layer.storage and layer.kind == "embedding":
             return f"its DoRA reads no quantized embedding ({layer.path!r})"
-        if layer.storage and 32 % layer.storage.bits:
-            return f"its DoRA fails on {layer.storage.bits}-bit weights ({layer.path!r})"
+        bits = layer.storage.bits if layer.storage else 32
+        if 32 % bits:
+            return f"its DoRA fails on {bits}-bit weights ({layer.path!r})"
         return None
 
     def peft_obstacle(self, layer: LayerSpec) -> str | None:
@@ -209,7 +239,9 @@ class DoRA(AdapterKind):
         return None
 
     def peft_settings(self) -> dict[str, Any] | None:
-        return {"use_dora": True} if type(self) is DoRA else None
+        if type(self) is not DoRA:
+            return None
+        return {"use_dora": True}
 
 
 SHELF = (DoRA(),)

@@ -25,7 +25,9 @@ class LoRALayer(LowRank):
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.drops:
-            return add_product(self.base(x), self.inner(x), self.lora_b)
+            y = self.base(x)
+            inner = self.inner(x)
+            return add_product(y, inner, self.lora_b)
         a = self.lora_a.astype(x.dtype)
         b = self.lora_b.astype(x.dtype)
         return self.base.adapted(x, a, b, self.scale)
@@ -36,11 +38,14 @@ class LoRAEmbedding(LowRank):
 
     def __call__(self, tokens: mx.array) -> mx.array:
         y = self.base(tokens)
-        return y + self.dropped(self.added_rows(tokens, y.dtype))
+        added = self.added_rows(tokens, y.dtype)
+        return y + self.dropped(added)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Multiply by the transposed embedding."""
-        return add_product(self.base.as_linear(x), self.inner_head(x), self.lora_a.T)
+        y = self.base.as_linear(x)
+        inner = self.inner_head(x)
+        return add_product(y, inner, self.lora_a.T)
 
 
 class LoRAExperts(LowRank):
@@ -48,7 +53,8 @@ class LoRAExperts(LowRank):
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         y = self.base(x, indices, sorted_indices=sorted_indices)
-        return y + self.added_experts(x, indices, sorted_indices)
+        added = self.added_experts(x, indices, sorted_indices)
+        return y + added
 
 
 _MODULES = {"linear": LoRALayer, "embedding": LoRAEmbedding, "switch": LoRAExperts}
@@ -69,7 +75,9 @@ class LoRA(AdapterKind):
 
     def make(self, base: Any, shape: tuple[int, ...], config: LoRAConfig) -> Any:
         kind = layer_kind(base.layer)
-        return _MODULES[kind](base, config, factors(shape, config.rank, kind))
+        module = _MODULES[kind]
+        shapes = factors(shape, config.rank, kind)
+        return module(base, config, shapes)
 
     def compensated(self, outer: Any, inner: Any, norms: Any) -> dict[str, Any]:
         return {"lora_a": outer, "lora_b": inner}
@@ -81,13 +89,19 @@ class LoRA(AdapterKind):
         return low_rank_change(arrays, config.scale, kind)
 
     def mlx_obstacle(self, layer: LayerSpec) -> str | None:
-        return None if type(self) is LoRA else super().mlx_obstacle(layer)
+        if type(self) is LoRA:
+            return None
+        return super().mlx_obstacle(layer)
 
     def peft_obstacle(self, layer: LayerSpec) -> str | None:
-        return None if type(self) is LoRA else super().peft_obstacle(layer)
+        if type(self) is LoRA:
+            return None
+        return super().peft_obstacle(layer)
 
     def peft_settings(self) -> dict[str, Any] | None:
-        return {"use_dora": False} if type(self) is LoRA else None
+        if type(self) is not LoRA:
+            return None
+        return {"use_dora": False}
 
 
 SHELF = (LoRA(),)
