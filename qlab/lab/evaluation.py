@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 from qlab.core.config.legal import check_whole
+from qlab.core.config.lora import LoRAConfig
 from qlab.core.evaluate.judge import COLUMNS, JudgeReport
 from qlab.core.progress import Progress
 from qlab.core.train.rows import Rows
@@ -20,6 +21,7 @@ from qlab.engine.evaluate.judge import judge
 from qlab.engine.evaluate.teacher import KEEP, teacher_predictions
 from qlab.errors import ConfigError
 from qlab.lab.adapter import Adapter
+from qlab.lab.model import Model
 from qlab.runtime.job import Job
 
 _FULL, _QUANTIZED, _ADAPTED = COLUMNS
@@ -78,12 +80,7 @@ def evaluate_adapter(
             teacher = original.measurements.full_model()
             if held_out:
                 predictions = yield from teacher_predictions(teacher, held_out, keep)
-        students = {}
-        adapted = f"{_FULL} + adapter"
-        if base is not original:
-            students[_QUANTIZED] = twin_for_rows(base.module, base.spec, None, {})
-            adapted = _ADAPTED
-        students[adapted] = twin_for_rows(base.module, base.spec, config, parameters)
+        students = _students(base, original, config, parameters)
         report = yield from judge(
             teacher,
             students,
@@ -98,6 +95,19 @@ def evaluate_adapter(
         return report
 
     return Job(work).start().wait()
+
+
+def _students(
+    base: Model, original: Model | None, config: LoRAConfig, parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the models to compare with full precision, by name of column; on the MLX thread."""
+    students = {}
+    adapted = f"{_FULL} + adapter"
+    if base is not original:
+        students[_QUANTIZED] = twin_for_rows(base.module, base.spec, None, {})
+        adapted = _ADAPTED
+    students[adapted] = twin_for_rows(base.module, base.spec, config, parameters)
+    return students
 
 
 def _checked_questions(golden: Any, match: Any) -> tuple[Mapping[str, Any], ...]:
