@@ -25,6 +25,9 @@ from qlab.lab.model import Model
 from qlab.runtime.job import Job
 
 _FULL, _QUANTIZED, _ADAPTED = COLUMNS
+_NOTHING = (
+    "There is nothing to evaluate on: no rows are held out. Give rows, a golden set or prompts."
+)
 
 
 @positional_arguments
@@ -40,8 +43,7 @@ def evaluate_adapter(
 ) -> JudgeReport:
     """Evaluate an adapter on rows, on questions with answers, and by its answers to prompts.
 
-    Blocks. The unquantized model's predictions are stored on disk, so that only the other models
-    run when the same rows are evaluated again.
+    Blocks. The unquantized model's predictions on rows are cached on disk.
 
     Args:
         adapter: as it is now.
@@ -63,10 +65,7 @@ def evaluate_adapter(
     check_whole("keep", keep, 1)
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not held_out and not questions and not prompts:
-        raise ConfigError(
-            "There is nothing to evaluate on: no rows are held out. "
-            "Give rows, a golden set or prompts."
-        )
+        raise ConfigError(_NOTHING)
     # the adapter's sliders may move while the job runs
     base = adapter.base
     original = adapter.original
@@ -74,12 +73,10 @@ def evaluate_adapter(
     parameters = adapter.parameters
 
     def work() -> Generator[Progress, None, JudgeReport]:
-        teacher = None
+        teacher = original.measurements.full_model() if original is not None else None
         predictions = None
-        if original is not None:
-            teacher = original.measurements.full_model()
-            if held_out:
-                predictions = yield from teacher_predictions(teacher, held_out, keep)
+        if teacher is not None and held_out:
+            predictions = yield from teacher_predictions(teacher, held_out, keep)
         students = _students(base, original, config, parameters)
         report = yield from judge(
             teacher,
