@@ -10,7 +10,9 @@ from functools import lru_cache
 
 import numpy as np
 
-GRID = tuple(dict.fromkeys([*range(1, 17), *(round(16 * 2 ** (i / 4)) for i in range(1, 33))]))
+_EVERY = range(1, 17)
+_QUARTERS = range(1, 33)  # of an octave above 16
+GRID = (*_EVERY, *(round(16 * 2 ** (quarter / 4)) for quarter in _QUARTERS))
 """Ranks at which shares are stored: every one up to 16, then four an octave up to 4096."""
 
 
@@ -50,13 +52,17 @@ class Recovery:
             init: an initialization, measured by the output on held-out text; ``weight`` is the
                 data-free one, measured by the weights.
         """
-        curve = self.weight if init == "weight" else self.output.get(init)
+        curve = self.output.get(init)
+        if init == "weight":
+            curve = self.weight
         if curve is None:
             return float("nan")
         known = np.isfinite(curve)
         if not known.any():
             return float("nan")
-        return float(np.interp(rank, np.array(GRID)[known], curve[known]))
+        ranks = np.array(GRID)[known]
+        share = np.interp(rank, ranks, curve[known])
+        return float(share)
 
 
 def on_grid(values: np.ndarray) -> np.ndarray:
@@ -67,8 +73,9 @@ def on_grid(values: np.ndarray) -> np.ndarray:
     """
     ranks = np.array(GRID)
     known = ranks <= len(values)
+    places = ranks[known] - 1
     at_ranks = np.full(len(GRID), np.nan, np.float32)
-    at_ranks[known] = values[ranks[known] - 1]
+    at_ranks[known] = values[places]
     return at_ranks
 
 
@@ -87,10 +94,12 @@ def noise_squares(rows: int, columns: int) -> np.ndarray:
     high = (1 + beta**0.5) ** 2
     # x = low + (high − low)·sin²θ takes the roots out of the density
     theta = np.linspace(0, np.pi / 2, 4001)[1:]
-    x = low + (high - low) * np.sin(theta) ** 2
-    density = (np.sin(theta) * np.cos(theta)) ** 2 / x
+    sine = np.sin(theta)
+    x = low + (high - low) * sine**2
+    density = (sine * np.cos(theta)) ** 2 / x
     areas = (density[1:] + density[:-1]) / 2  # trapezoids
-    below = np.concatenate([[0], np.cumsum(areas)])
+    sums = np.cumsum(areas)
+    below = np.concatenate([[0], sums])
     middles = (np.arange(few) + 0.5) / few
     eigenvalues = np.interp(middles, below / below[-1], x)
     descending = eigenvalues[::-1]

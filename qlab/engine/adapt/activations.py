@@ -52,9 +52,12 @@ class Inputs:
     @cached_property
     def root(self) -> mx.array:
         """L with L·Lᵀ = E[x xᵀ] + damping, float32 ``(in, in)``."""
-        moments = np.array(self.seen.T @ self.seen, np.float64) / len(self.seen)
-        damped = moments + self.damping * np.eye(len(moments))
-        return mx.array(np.linalg.cholesky(damped), mx.float32)
+        gram = self.seen.T @ self.seen
+        moments = np.array(gram, np.float64) / len(self.seen)
+        identity = np.eye(len(moments))
+        damped = moments + self.damping * identity
+        root = np.linalg.cholesky(damped)
+        return mx.array(root, mx.float32)
 
 
 # of a layer; of a mixture by the numbers of those experts that the text reached
@@ -84,7 +87,8 @@ class _Tap(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
+            inner = super().__getattr__("inner")
+            return getattr(inner, name)
 
 
 def texts(
@@ -108,7 +112,8 @@ def texts(
         return seen, heldout
     total = CALIBRATION_TOKENS + HELDOUT_TOKENS
     rows, words = batches(tokenizer, text, "", total, vocabulary)
-    cut = max(1, round(len(rows) * CALIBRATION_TOKENS / total))
+    share = len(rows) * CALIBRATION_TOKENS / total
+    cut = max(1, round(share))
     if cut == len(rows):
         raise ConfigError(
             f"The text ({words}) is too short: one part is computed from and another measured on."
@@ -128,7 +133,11 @@ def passing(
         heldout: of the other.
     """
     calls: dict[str, list[_Call]] = {path: [] for path in paths}
-    watched = map_layers(model, paths, lambda path, inner: _Tap(inner, calls[path]))
+
+    def tapped(path: str, inner: nn.Module) -> nn.Module:
+        return _Tap(inner, calls[path])
+
+    watched = map_layers(model, paths, tapped)
     rows = seen + heldout
     try:
         stack = BlockStack(watched)
@@ -167,7 +176,9 @@ def _collected(calls: dict[str, list[_Call]], count: int) -> dict[str, LayerInpu
             continue
         key = tuple(id(array) for call in of_layer for array in call)
         if key not in by_arrays:
-            by_arrays[key] = _inputs(of_layer[:count], of_layer[count:])
+            seen = of_layer[:count]
+            heldout = of_layer[count:]
+            by_arrays[key] = _inputs(seen, heldout)
         by_path[path] = by_arrays[key]
     for of_layer in calls.values():
         of_layer.clear()
@@ -182,9 +193,11 @@ def _inputs(seen: list[_Call], heldout: list[_Call]) -> LayerInputs:
         return Inputs(rows, other_rows)
     by_expert = {}
     for expert in np.unique(experts).tolist():
-        of_expert = _rows_of(rows, experts, expert)
-        by_expert[expert] = Inputs(of_expert, _rows_of(other_rows, other_experts, expert))
-    mx.eval([(inputs.seen, inputs.heldout) for inputs in by_expert.values()])
+        seen_by_expert = _rows_of(rows, experts, expert)
+        others_of_expert = _rows_of(other_rows, other_experts, expert)
+        by_expert[expert] = Inputs(seen_by_expert, others_of_expert)
+    arrays = [(inputs.seen, inputs.heldout) for inputs in by_expert.values()]
+    mx.eval(arrays)
     return by_expert
 
 
@@ -198,16 +211,21 @@ def _rows(calls: list[_Call]) -> tuple[mx.array, np.ndarray | None]:
     for x, *indices in calls:
         for numbers in indices:
             # x (…, 1, in) or (…, k, in) and numbers (…): every row with the expert that it went to
+            count, width = x.shape[-2:]
             shape = np.broadcast_shapes(x.shape[:-2], numbers.shape)
-            x = mx.broadcast_to(x, (*shape, *x.shape[-2:]))
-            of_rows = mx.broadcast_to(numbers[..., None], (*shape, x.shape[-2]))
-            experts.append(np.array(of_rows).reshape(-1))
-        rows.append(x.reshape(-1, x.shape[-1]).astype(mx.float32))
+            x = mx.broadcast_to(x, (*shape, count, width))
+            of_rows = mx.broadcast_to(numbers[..., None], (*shape, count))
+            flat_numbers = np.array(of_rows).reshape(-1)
+            experts.append(flat_numbers)
+        flat = x.reshape(-1, x.shape[-1])
+        rows.append(flat.astype(mx.float32))
+    all_rows = mx.concatenate(rows)
     if not experts:
-        return mx.concatenate(rows), None
-    return mx.concatenate(rows), np.concatenate(experts)
+        return all_rows, None
+    return all_rows, np.concatenate(experts)
 
 
 def _rows_of(rows: mx.array, experts: np.ndarray, expert: int) -> mx.array:
-    places = np.flatnonzero(experts == expert).astype(np.int32)
-    return rows[mx.array(places)]
+    places = np.flatnonzero(experts == expert)
+    indices = mx.array(places.astype(np.int32))
+    return rows[indices]

@@ -42,8 +42,10 @@ def error_of(path: str, original: WeightOf, stored: WeightOf) -> tuple[mx.array,
         WeightsError: a weight is NaN or infinite.
     """
     weight = original(path).astype(mx.float32)
-    error = weight - stored(path).astype(mx.float32)
-    if not mx.isfinite(error).all().item():
+    stored_weight = stored(path).astype(mx.float32)
+    error = weight - stored_weight
+    is_finite = mx.isfinite(error).all()
+    if not is_finite.item():
         raise WeightsError(
             f"Layer {path!r} holds NaN or infinite weights; its quantization error is no number."
         )
@@ -69,14 +71,18 @@ def directions(
     if init == "residual" or inputs is None:
         return leading(error, rank)
     if init == "diagonal":
-        return leading(error * mx.sqrt(inputs.power), rank)
+        scales = mx.sqrt(inputs.power)
+        return leading(error * scales, rank)
     out, width = error.shape
     if width <= out:
         return leading(error @ inputs.root, rank)
     # [E·Xᵀ/√n, E·√damping] has the Gram matrix E·(E[x xᵀ] + damping)·Eᵀ, but no array of the
     # input's width squared is made
-    seen = (error @ inputs.seen.T) * len(inputs.seen) ** -0.5  # (out, tokens)
-    return leading(mx.concatenate([seen, error * inputs.damping**0.5], axis=1), rank)
+    outputs = error @ inputs.seen.T  # (out, tokens)
+    of_text = outputs * len(inputs.seen) ** -0.5
+    of_damping = error * inputs.damping**0.5
+    product = mx.concatenate([of_text, of_damping], axis=1)
+    return leading(product, rank)
 
 
 def leading(product: mx.array, rank: int) -> tuple[mx.array, np.ndarray]:
@@ -98,25 +104,35 @@ def leading(product: mx.array, rank: int) -> tuple[mx.array, np.ndarray]:
     if narrow > ALL_UP_TO and 4 * rank < narrow:
         return _by_iteration(product, rank)
     if out <= width:
-        squares, vectors = _eigen(product @ product.T)
+        gram = product @ product.T
+        squares, vectors = _eigen(gram)
         return vectors, squares
-    squares, right = _eigen(product.T @ product)
+    gram = product.T @ product
+    squares, right = _eigen(gram)
     smallest = max(squares[0] * _TINY_SHARE, _TINY)
     lengths = np.sqrt(np.maximum(squares, smallest))
-    return (product @ right) / mx.array(lengths, mx.float32), squares
+    left = product @ right
+    left = left / mx.array(lengths, mx.float32)
+    return left, squares
 
 
 def _by_iteration(product: mx.array, rank: int) -> tuple[mx.array, np.ndarray]:
     """Return ``rank`` left singular vectors and squares by subspace iteration."""
     more = max(16, rank // 4)  # directions beyond the rank, which steady the last of it
-    basis = mx.random.normal((product.shape[0], rank + more), key=mx.random.key(0))
+    shape = (product.shape[0], rank + more)
+    key = mx.random.key(0)
+    basis = mx.random.normal(shape, key=key)
     for _ in range(_ROUNDS):
+        turned = product.T @ basis
+        turned = product @ turned
         # mlx's stub leaves out that qr takes a stream by keyword
-        basis = mx.linalg.qr(product @ (product.T @ basis), stream=mx.cpu)[0]  # type: ignore
+        basis, _ = mx.linalg.qr(turned, stream=mx.cpu)  # type: ignore
         mx.eval(basis)
     inner = basis.T @ product
-    squares, turn = _eigen(inner @ inner.T)
-    return (basis @ turn)[:, :rank], squares[:rank]
+    gram = inner @ inner.T
+    squares, turn = _eigen(gram)
+    vectors = basis @ turn
+    return vectors[:, :rank], squares[:rank]
 
 
 def _eigen(gram: mx.array) -> tuple[np.ndarray, mx.array]:
@@ -124,4 +140,5 @@ def _eigen(gram: mx.array) -> tuple[np.ndarray, mx.array]:
     # mlx's stub takes no device for a stream
     values, vectors = mx.linalg.eigh(gram, stream=mx.cpu)  # type: ignore
     descending = np.array(values, np.float64)[::-1]
-    return np.maximum(descending, 1e-300), vectors[:, ::-1]
+    positive = np.maximum(descending, 1e-300)
+    return positive, vectors[:, ::-1]

@@ -48,13 +48,16 @@ def start(
     def add(path: str, inputs: LayerInputs | None) -> Progress:
         layer = todo.pop(path)
         error, weight = error_of(path, original, stored)
-        for name, array in _arrays(lora, layer, error, weight, inputs).items():
+        of_layer = _arrays(lora, layer, error, weight, inputs)
+        for name, array in of_layer.items():
             arrays[f"{path}.{name}"] = array
-        return Progress("compensating for the quantization error", count - len(todo), count)
+        done = count - len(todo)
+        return Progress("compensating for the quantization error", done, count)
 
     if lora.init != "residual":
         for group in groups:
-            for path in [path for path in todo if path in group]:
+            paths = [path for path in todo if path in group]
+            for path in paths:
                 yield add(path, group[path])
     for path in list(todo):
         yield add(path, None)
@@ -71,15 +74,23 @@ def _arrays(
     """Return the trainable arrays of one layer by name, evaluated."""
     if layer.kind == "switch":
         by_expert = inputs if isinstance(inputs, dict) else {}
-        pairs = [_factors(lora, own, by_expert.get(e)) for e, own in enumerate(error)]
-        outer = mx.stack([right for _, right in pairs])  # A, (experts, rank, in)
-        inner = mx.stack([left for left, _ in pairs])  # B, (experts, out, rank)
+        lefts = []
+        rights = []
+        for expert, of_expert in enumerate(error):
+            left, right = _factors(lora, of_expert, by_expert.get(expert))
+            lefts.append(left)
+            rights.append(right)
+        outer = mx.stack(rights)  # A, (experts, rank, in)
+        inner = mx.stack(lefts)  # B, (experts, out, rank)
     else:
         of_layer = None if isinstance(inputs, dict) else inputs
         left, right = _factors(lora, error, of_layer)
         # a linear layer stores factors of its transposed weight, an embedding of the weight itself
-        outer = left if layer.kind == "embedding" else right.T
-        inner = right if layer.kind == "embedding" else left.T
+        outer = right.T
+        inner = left.T
+        if layer.kind == "embedding":
+            outer = left
+            inner = right
     norms = mx.linalg.norm(weight, axis=-1)
     arrays = lora.adapter_kind.compensated(outer, inner, norms)
     dtype = getattr(mx, lora.dtype)
@@ -102,13 +113,19 @@ def _factors(lora: LoRAConfig, error: mx.array, inputs: Inputs | None) -> tuple[
     out, width = error.shape
     if not mx.any(error).item():
         # nothing to compensate for: no effect at first, and a slope to learn along
-        drawn = mx.random.uniform(-1, 1, (lora.rank, width), key=mx.random.key(0))
-        return mx.zeros((out, lora.rank)), drawn * width**-0.5
+        left = mx.zeros((out, lora.rank))
+        shape = (lora.rank, width)
+        key = mx.random.key(0)
+        drawn = mx.random.uniform(-1, 1, shape, key=key)
+        return left, drawn * width**-0.5
     vectors, _ = directions(lora.init, error, inputs, lora.rank)
     left = vectors[:, : lora.rank]
     right = left.T @ error
     # both factors get rows of equal length, and the scale is divided out of them
-    length = mx.sqrt(mx.maximum(mx.linalg.norm(right, axis=1), 1e-20))
+    norms = mx.linalg.norm(right, axis=1)
+    lengths = mx.sqrt(mx.maximum(norms, 1e-20))
     part = abs(lora.scale) ** -0.5
     signed = part if lora.scale > 0 else -part
-    return left * length * part, right / length[:, None] * signed
+    left = left * lengths * part
+    right = right / lengths[:, None] * signed
+    return left, right

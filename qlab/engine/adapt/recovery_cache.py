@@ -49,10 +49,13 @@ class RecoveryCache:
 
     def latest(self, storage: Any) -> tuple[Recoveries, bool]:
         """Return recoveries by path, and whether they belong to a storage measured earlier."""
-        if self._by_storage.get(storage):
+        present = self._by_storage.get(storage)
+        if present:
             self._last = storage
-            return dict(self._by_storage[storage]), False
-        return dict(self._by_storage.get(self._last, {})), self._last is not None
+            return dict(present), False
+        earlier = self._by_storage.get(self._last, {})
+        is_earlier = self._last is not None
+        return dict(earlier), is_earlier
 
     def measure(
         self, storage: Storage, lora: LoRAConfig, outputs: bool
@@ -67,15 +70,18 @@ class RecoveryCache:
             outputs: whether also on the layers' outputs, for which two texts pass the model.
         """
         plan, solver = storage
+        measurements = self._measurements
         needs_inputs = registry.get("solvers", solver).needs_inputs
-        if needs_inputs and self._measurements.calibration is None:
-            yield from self._measurements.predict(self._text)
-        layers = lora.targets(self._measurements.spec)
+        if needs_inputs and measurements.calibration is None:
+            yield from measurements.predict(self._text)
+        layers = lora.targets(measurements.spec)
         into = self._by_storage.setdefault(storage, {})
         groups: Iterable[dict[str, LayerInputs]] = ()
-        if outputs and not all(_is_known(layer.path, into) for layer in layers):
+        all_known = all(_is_known(layer.path, into) for layer in layers)
+        if outputs and not all_known:
             groups = self._inputs(layers)
-        yield from recoveries(layers, self._original, self._stored(plan, solver), groups, into)
+        stored = self._stored(plan, solver)
+        yield from recoveries(layers, self._original, stored, groups, into)
 
     def compensate(
         self, base: nn.Module, lora: LoRAConfig
@@ -92,12 +98,15 @@ class RecoveryCache:
             groups = self._inputs(layers)
 
         def stored(path: str) -> mx.array:
-            return weight_of(module_at(base, path))
+            layer = module_at(base, path)
+            return weight_of(layer)
 
-        return (yield from start(lora, layers, self._original, stored, groups))
+        arrays = yield from start(lora, layers, self._original, stored, groups)
+        return arrays
 
     def _original(self, path: str) -> mx.array:
-        return weight_of(module_at(self._measurements.module, path))
+        layer = module_at(self._measurements.module, path)
+        return weight_of(layer)
 
     def _stored(self, plan: QuantPlan, solver: str) -> WeightOf:
         """Return a function that gives the dequantized weight of a layer under a plan."""
@@ -109,15 +118,19 @@ class RecoveryCache:
             config = configs.get(path)
             if config is None:
                 return weight
-            packed = solve(weight, config, solver, power.get(path))
-            return config.scheme.dequantize(packed, config, mx.float32)
+            of_layer = power.get(path)
+            packed = solve(weight, config, solver, of_layer)
+            scheme = config.scheme
+            return scheme.dequantize(packed, config, mx.float32)
 
         return stored
 
     def _inputs(self, layers: Iterable[LayerSpec]) -> Iterator[dict[str, LayerInputs]]:
-        seen, heldout = texts(self._tokenizer, self._text, self._measurements.spec.vocabulary)
+        vocabulary = self._measurements.spec.vocabulary
+        seen, heldout = texts(self._tokenizer, self._text, vocabulary)
         paths = [layer.path for layer in layers]
-        yield from passing(self._measurements.full_model(), paths, seen, heldout)
+        model = self._measurements.full_model()
+        yield from passing(model, paths, seen, heldout)
 
 
 def _is_known(path: str, recoveries: Recoveries) -> bool:

@@ -25,7 +25,8 @@ def mlx_targets(lora: LoRAConfig, spec: ModelSpec) -> tuple[int, list[str]]:
     model; so any set of layers can be said, by full paths if it must be.
     """
     paths = [layer.path for layer in lora.targets(spec)]
-    return _names_within_blocks(paths, spec) or (-1, paths)
+    short = _names_within_blocks(paths, spec)
+    return short or (-1, paths)
 
 
 def _names_within_blocks(paths: Iterable[str], spec: ModelSpec) -> tuple[int, list[str]] | None:
@@ -36,14 +37,17 @@ def _names_within_blocks(paths: Iterable[str], spec: ModelSpec) -> tuple[int, li
     layers = [spec[path] for path in paths]
     inside = [layer for layer in layers if layer.block is not None]
     outside = [layer.path for layer in layers if layer.block is None]
-    keys = list(dict.fromkeys([*(layer.role for layer in inside), *outside]))
+    roles = [layer.role for layer in inside]
+    unique = dict.fromkeys([*roles, *outside])
+    keys = list(unique)
     count = -1
     if inside:
         first = min(layer.block for layer in inside if layer.block is not None)
         count = len(spec.blocks) - spec.blocks.index(first)
     if count == len(spec.blocks):
         count = -1
-    if mlx_targets_of(count, keys, spec) != {layer.path for layer in layers}:
+    wanted = {layer.path for layer in layers}
+    if mlx_targets_of(count, keys, spec) != wanted:
         return None
     return count, keys
 
@@ -62,11 +66,12 @@ def mlx_targets_of(num_layers: int, keys: Iterable[str] | None, spec: ModelSpec)
     if keys is None:
         return {layer.path for layer in spec.layers if layer.block in blocks}
     names = set(keys)
-    return {
-        layer.path
-        for layer in spec.layers
-        if layer.path in names or (layer.block in blocks and layer.role in names)
-    }
+    paths = set()
+    for layer in spec.layers:
+        is_named = layer.block in blocks and layer.role in names
+        if is_named or layer.path in names:
+            paths.add(layer.path)
+    return paths
 
 
 def why_not_mlx(lora: LoRAConfig, spec: ModelSpec) -> str | None:
@@ -75,8 +80,11 @@ def why_not_mlx(lora: LoRAConfig, spec: ModelSpec) -> str | None:
     for layer in spec.layers:
         if layer.storage and layer.storage.scheme.stock_mode is None:
             return f"it cannot read the base ({layer.storage_label})"
-    obstacles = (kind.mlx_obstacle(layer) for layer in lora.targets(spec))
-    return next((obstacle for obstacle in obstacles if obstacle), None)
+    for layer in lora.targets(spec):
+        obstacle = kind.mlx_obstacle(layer)
+        if obstacle:
+            return obstacle
+    return None
 
 
 def layers_of(arrays: Iterable[str], names: set[str], spec: ModelSpec) -> list[str]:
@@ -94,15 +102,11 @@ def layers_of(arrays: Iterable[str], names: set[str], spec: ModelSpec) -> list[s
     for key in arrays:
         path, _, name = key.rpartition(".")
         if name not in names:
-            raise ConfigError(
-                f"{key!r} is no array of such an adapter; "
-                f"they are called {', '.join(sorted(names))}."
-            )
+            known = ", ".join(sorted(names))
+            raise ConfigError(f"{key!r} is no array of such an adapter; they are called {known}.")
         if path not in spec.by_path:
-            raise ConfigError(
-                f"{key!r} belongs to a layer that the model does not have."
-                f"{nearest(path, spec.by_path)}"
-            )
+            hint = nearest(path, spec.by_path)
+            raise ConfigError(f"{key!r} belongs to a layer that the model does not have.{hint}")
         paths.add(path)
     return [layer.path for layer in spec.layers if layer.path in paths]
 
@@ -125,6 +129,7 @@ def shortest_keys(lora: LoRAConfig, paths: list[str], spec: ModelSpec) -> LoRACo
         attempts = [(num_layers, None), (num_layers, tuple(keys)), *attempts]
     for num_layers, keys in attempts:
         config = replace(lora, num_layers=num_layers, keys=keys)
-        if [layer.path for layer in config.targets(spec)] == paths:
+        adapted = [layer.path for layer in config.targets(spec)]
+        if adapted == paths:
             return config
     raise ConfigError(f"kind={lora.kind!r} does not adapt all of its layers, such as {paths[0]!r}.")
