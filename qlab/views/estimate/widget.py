@@ -20,9 +20,8 @@ from qlab.core.graph.formula import PHASES, Formula
 from qlab.core.graph.parts import INPUTS, PARTS
 from qlab.core.graph.sizes import CHUNKS
 from qlab.core.machine import Machine
-from qlab.core.memory.changes import Change
 from qlab.core.memory.estimate import MemoryEstimate
-from qlab.core.panels.estimate import Choice, EstimateState, Reach
+from qlab.core.panels.estimate import Choice, EstimateState
 from qlab.views.shared.panel import LivePanel
 from qlab.views.shared.wire import CSS, source
 
@@ -67,11 +66,9 @@ def choice(state: EstimateState, ack: int | None) -> dict[str, Any]:
     The settings, what is known of them, the running job, the last error.
     """
     plan = state.setup.plan
-    known = _known(state.estimate) if state.estimate else None
-    progress = list(astuple(state.progress)) if state.progress else None
     return {
         "choice": asdict(state.choice),
-        "known": known,
+        "known": _known(state.estimate) if state.estimate else None,
         "band": list(state.band),
         "budget": _budget(state.machine),
         "budgets": [_budget(machine) for machine in state.budgets],
@@ -79,7 +76,7 @@ def choice(state: EstimateState, ack: int | None) -> dict[str, Any]:
         "own": _overrides(plan) if plan else [],
         "scale": state.setup.adapter.scale,
         "notes": list(state.notes),
-        "progress": progress,
+        "progress": list(astuple(state.progress)) if state.progress else None,
         "error": state.error,
         "ack": ack or 0,
     }
@@ -102,20 +99,18 @@ def _changes(state: EstimateState) -> list[dict[str, Any]] | None:
     """Return the changes that would make it fit; None if not looked for yet."""
     if state.changes is None:
         return None
-    return [_change(change, state.blocks) for change in state.changes]
-
-
-def _change(change: Change, blocks: int) -> dict[str, Any]:
-    of_change = Choice.of(change.setup, blocks)
-    return {
-        "name": change.name,
-        "now": str(change.now),
-        "then": str(change.then),
-        "total": change.total_nbytes,
-        "quality": change.quality,
-        "remark": change.remark,
-        "choice": asdict(of_change),
-    }
+    return [
+        {
+            "name": change.name,
+            "now": str(change.now),
+            "then": str(change.then),
+            "total": change.total_nbytes,
+            "quality": change.quality,
+            "remark": change.remark,
+            "choice": asdict(Choice.of(change.setup, state.blocks)),
+        }
+        for change in state.changes
+    ]
 
 
 def _triple(config: QuantConfig) -> list[Any]:
@@ -124,28 +119,22 @@ def _triple(config: QuantConfig) -> list[Any]:
 
 def _overrides(plan: QuantPlan) -> list[list[Any]]:
     """Return path and storage of every override; None stands for 16 bits."""
-    rows = []
-    for path, config in plan.overrides.items():
-        storage = _triple(config) if config else None
-        rows.append([path, storage])
-    return rows
+    return [[path, _triple(config) if config else None] for path, config in plan.overrides.items()]
 
 
 def _meta(state: EstimateState) -> dict[str, Any]:
     """Return what stays for the life of a panel."""
     lora = state.setup.adapter
-    schemes = registry.shelf("schemes")
-    parts = [[name, text, name in INPUTS] for name, text in PARTS.items()]
     return {
         "name": state.spec.name,
         "params": state.spec.size,
         "blocks": state.blocks,
         "context": state.context,
         "stored": bool(state.spec.storage),
-        "parts": parts,
+        "parts": [[name, text, name in INPUTS] for name, text in PARTS.items()],
         "phases": list(PHASES),
         "chunks": CHUNKS,
-        "modes": [_mode(scheme) for scheme in schemes.values()],
+        "modes": [_mode(scheme) for scheme in registry.shelf("schemes").values()],
         "adapter": _fields(lora),
         "train": _fields(state.setup.train),
         "rslora": lora.rslora,
@@ -163,65 +152,37 @@ def _fields(config: LoRAConfig | TrainConfig) -> list[list[Any]]:
     """Return name, present value and default of every field, as Python writes them."""
     rows = []
     for field in fields(config):
-        value = getattr(config, field.name)
-        row = [field.name, repr(value), repr(field.default)]
-        rows.append(row)
+        rows.append([field.name, repr(getattr(config, field.name)), repr(field.default)])
     return rows
 
 
 def _reach(state: EstimateState) -> dict[str, Any]:
     """Return what the sliders reach; it is large, and grows while nearby settings are read."""
     reach = state.reach
-    adapters = reach.adapter_nbytes.astype("<f8")
-    states = reach.optimizer_nbytes.astype("<f8")
-    formulas = {}
-    for name, formula in reach.formulas.items():
-        formulas[name] = _formula(formula)
     return {
-        "tables": _tables(reach),
-        "adapters": adapters.tobytes(),
-        "states": states.tobytes(),
-        "formulas": formulas,
-    }
-
-
-def _tables(reach: Reach) -> dict[str, Any]:
-    configs = [_triple(config) if config else ["", 0, 0] for config in reach.configs]
-    kinds = {}
-    for row, of_row in reach.kinds.items():
-        kinds[str(row)] = _kinds(of_row)
-    return {
-        "configs": configs,
-        "weights": reach.weights_nbytes.tolist(),
-        "ranks": list(reach.ranks),
-        "optimizers": list(reach.optimizers),
-        "kinds": kinds,
+        "tables": {
+            "configs": [_triple(config) if config else ["", 0, 0] for config in reach.configs],
+            "weights": reach.weights_nbytes.tolist(),
+            "ranks": list(reach.ranks),
+            "optimizers": list(reach.optimizers),
+            "kinds": {str(row): _kinds(kinds) for row, kinds in reach.kinds.items()},
+        },
+        "adapters": reach.adapter_nbytes.astype("<f8").tobytes(),
+        "states": reach.optimizer_nbytes.astype("<f8").tobytes(),
+        "formulas": {name: _formula(formula) for name, formula in reach.formulas.items()},
     }
 
 
 def _kinds(kinds: tuple[tuple[int, tuple[int, ...]] | None, ...]) -> list[Any]:
     """Return the number of the kind of step and its blocks, for each number of adapted blocks."""
-    rows: list[Any] = []
-    for kind in kinds:
-        if kind is None:
-            rows.append(None)
-            continue
-        number, counts = kind
-        rows.append([number, list(counts)])
-    return rows
+    return [[kind[0], list(kind[1])] if kind else None for kind in kinds]
 
 
 def _formula(formula: Formula) -> dict[str, Any]:
-    products = [list(row) for row in formula.products]
-    phases = [rows.tolist() for rows in formula.phases]
-    slopes = []
-    for kind in formula.slopes:
-        of_kind = [phase.tolist() for phase in kind]
-        slopes.append(of_kind)
     return {
-        "products": products,
-        "phases": phases,
-        "slopes": slopes,
+        "products": [list(row) for row in formula.products],
+        "phases": [rows.tolist() for rows in formula.phases],
+        "slopes": [[phase.tolist() for phase in kind] for kind in formula.slopes],
         "blocks": list(formula.blocks),
     }
 
@@ -236,10 +197,7 @@ class EstimatePanel(LivePanel[EstimateState]):
         return payload(state)
 
     def large(self, before: EstimateState, state: EstimateState, ended: bool) -> dict[str, Any]:
-        has_grown = state.reach is not before.reach
-        if ended or has_grown:
-            return _reach(state)
-        return {}
+        return _reach(state) if ended or state.reach is not before.reach else {}
 
     def small(self, state: EstimateState, ack: int) -> dict[str, Any]:
         return choice(state, ack)
