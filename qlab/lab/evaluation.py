@@ -48,12 +48,11 @@ def evaluate_adapter(
     Args:
         adapter: as it is now.
         rows: tokens that it was not trained on; None for none.
-        golden: questions with expected answers: dicts with ``prompt`` and ``expected``.
+        golden: questions: dicts with ``prompt`` and ``expected``.
         match: ``exact``, ``contains`` or a function of answer and expected answer.
         prompts: answered by every model.
         max_tokens: tokens of the longest answer.
-        keep: number of the unquantized model's predictions stored for each target, the likeliest;
-            the whole vocabulary is exact.
+        keep: likeliest predictions of the unquantized model that are cached for each target.
 
     Raises:
         ConfigError: there is nothing to evaluate on, or ``keep`` is no whole number above 0.
@@ -73,8 +72,8 @@ def evaluate_adapter(
     parameters = adapter.parameters
 
     def work() -> Generator[Progress, None, JudgeReport]:
-        teacher = original.measurements.full_model() if original is not None else None
         predictions = None
+        teacher = original.measurements.full_model() if original is not None else None
         if teacher is not None and held_out:
             predictions = yield from teacher_predictions(teacher, held_out, keep)
         students = _students(base, original, config, parameters)
