@@ -15,15 +15,11 @@ from typing import Any
 from qlab.core.config.code import train_code
 from qlab.core.config.train import TrainConfig
 from qlab.core.evaluate.judge import JudgeReport
-from qlab.core.memory.estimate import MemoryEstimate
 from qlab.core.panels.trainer import RunState
-from qlab.core.train.data_report import DataReport
 from qlab.core.train.events import StepEvent
 from qlab.core.train.report import RunReport, seconds_left
-from qlab.core.train.rows import Rows
 from qlab.deprecated import deprecated_name
 from qlab.engine.data.batches import Feed
-from qlab.engine.data.preview import report
 from qlab.engine.evaluate.generate import checked_prompts
 from qlab.engine.evaluate.teacher import KEEP
 from qlab.engine.train import checkpoint, run_folder
@@ -40,6 +36,7 @@ from qlab.lab.adapter import Adapter
 from qlab.lab.evaluation import evaluate_adapter
 from qlab.lab.panel import HasPanel, PanelViews
 from qlab.lab.resume import stored_run
+from qlab.lab.run_results import RunResults
 from qlab.lab.training_run import TrainingRun
 from qlab.runtime.job import mlx_call
 from qlab.views.trainer.static import html, page, text_line
@@ -61,7 +58,7 @@ def _accept_old_class_call(resume: Callable[[Any], None]) -> Callable[[Any], Non
 
 @reject_unknown_arguments
 @reject_unknown_attributes
-class Trainer(HasPanel):
+class Trainer(HasPanel, RunResults):
     """A training run. As the last line of a cell it is a panel.
 
     Example:
@@ -213,27 +210,6 @@ class Trainer(HasPanel):
         self._show()
 
     @property
-    def held(self) -> Rows | None:
-        """Deprecated: the same as ``held_out``."""
-        deprecated_name("Trainer.held", "held_out")
-        return self.held_out
-
-    @property
-    def path(self) -> Path:
-        """Folder of the run."""
-        return self._training.folder
-
-    @property
-    def config(self) -> TrainConfig:
-        """Config of the run; its repr pastes back."""
-        return self._training.session.config
-
-    @property
-    def status(self) -> str:
-        """``idle``, ``running``, ``paused``, ``stopped``, ``done`` or ``failed``."""
-        return self._training.session.status
-
-    @property
     def learning_rate(self) -> float:
         """Base rate, before warm-up and schedule; a new one counts from the next step on."""
         return self._training.session.learning_rate
@@ -244,44 +220,6 @@ class Trainer(HasPanel):
         self._show()
 
     # --- what comes of it -------------------------------------------------------------------------
-
-    @property
-    def data(self) -> DataReport:
-        """What is trained on, token by token: targets, masked, cut, padding, duplicates."""
-        return report(self.feed, self.adapter.model.tokenizer, self.held_out)
-
-    @property
-    def events(self) -> tuple[StepEvent, ...]:
-        """Every event so far."""
-        return self._training.session.events
-
-    @property
-    def history(self) -> Any:
-        """Every step as a data frame."""
-        import pandas as pd
-
-        return pd.DataFrame([event.record() for event in self.events])
-
-    @property
-    def report(self) -> RunReport:
-        """The run so far."""
-        return self._training.report
-
-    @property
-    def estimate(self) -> MemoryEstimate:
-        """Memory of a step with the largest batch, by formula or as ``probe`` measured it."""
-        return self._training.memory.estimate(self.config)
-
-    def probe(self) -> MemoryEstimate:
-        """Run one step with the largest batch and return the memory that it took; blocks.
-
-        Neither adapter nor run are changed by it.
-
-        Raises:
-            BusyError: the run is under way.
-        """
-        self._training.check_not_active()
-        return self._training.memory.measure(self.config)
 
     def generate(self, prompt: str, max_tokens: int = 64) -> str:
         """Return the model's answer as it is now; between two steps if the run is under way."""
