@@ -14,7 +14,7 @@ QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def launch(
-    arguments: list[list], folder: Path, timeout_s: float = 60
+    arguments: list[list], folder: Path, timeout_s: float = 240
 ) -> list[tuple[int, str, str]]:
     """Run Python in several processes, with arguments for each; return exit code, output and errors of each."""
     free = [socket.create_server(("127.0.0.1", 0)) for _ in arguments]
