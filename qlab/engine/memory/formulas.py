@@ -21,7 +21,6 @@ from qlab.engine.memory.step_graphs import StepGraphs
 from qlab.engine.memory.step_kind import SAMPLE_BLOCKS, StepKind, step_kind
 from qlab.engine.memory.trace import runahead
 from qlab.errors import UnsupportedError
-from qlab.runtime.collection import paused_collection
 from qlab.runtime.device import backend
 
 _MOST_FORMULAS = 48  # remembered
@@ -70,8 +69,7 @@ class Formulas:
         kind = step_kind(self._spec, setup)
         key = _key(kind, setup)
         if key not in self._formulas:
-            with paused_collection():
-                self._formulas[key] = self._read(kind, setup)
+            self._formulas[key] = self._read(kind, setup)
             if len(self._formulas) > _MOST_FORMULAS:
                 self._formulas.popitem(last=False)
         self._formulas.move_to_end(key)
