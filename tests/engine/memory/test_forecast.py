@@ -16,7 +16,7 @@ from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.train import TrainConfig
 from qlab.engine.memory import trace
 from qlab.runtime import peaks as record
-from qlab.engine.memory import whole_step as traces
+from qlab.engine.memory import read_graph
 from qlab.engine.memory.forecast import Forecast
 from qlab.engine.memory.measure import measured_peak
 from qlab.engine.models.skeleton import skeleton
@@ -29,6 +29,11 @@ TRAIN = dict(batch_size=2, max_seq_length=96, loss_chunk=64)
 BIG = """
 import resource, sys, time
 import qlab
+start = time.process_time()  # what this machine, busy as it is, takes for plain Python
+table = {}
+for number in range(3_000_000):
+    table[number % 1000] = number
+print(time.process_time() - start)
 config = dict(
     model_type="llama", hidden_size=8192, num_hidden_layers=80, intermediate_size=28672, num_attention_heads=64,
     num_key_value_heads=8, rms_norm_eps=1e-5, vocab_size=128256, max_position_embeddings=8192, tie_word_embeddings=False,
@@ -150,12 +155,14 @@ def test_formulas_are_made_once_for_a_kind_of_step():
 def test_a_70b_model_is_predicted_within_seconds_and_in_little_memory():
     done = subprocess.run([sys.executable, "-c", BIG], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-1000:]
-    *levels, memory = done.stdout.splitlines()
+    yardstick_s, *levels, memory = done.stdout.splitlines()
     (one, first, formula_s), (two, second, traced_s) = (line.split() for line in levels)
     assert (first, second) == ("formula", "traced") and int(one) == pytest.approx(
         int(two), rel=0.01
     )
-    assert float(formula_s) < 3 and float(traced_s) < 15  # the first formula imports mlx-lm, too
+    # 0.3 s on two quiet cores, so 3 and 15 s there; the first formula imports mlx-lm, too
+    assert float(formula_s) < 10 * float(yardstick_s)
+    assert float(traced_s) < 50 * float(yardstick_s)
     assert int(memory) < 500e6
 
 
@@ -173,7 +180,7 @@ def test_without_a_compiler_nothing_is_fused(monkeypatch):
     forecast = Forecast(skeleton(settings("llama")), "tiny")
     setup = Setup(None, LoRAConfig(rank=4), TrainConfig(**TRAIN, grad_checkpoint=True))
     fused = forecast.graph(setup)
-    monkeypatch.setattr(traces.shutil, "which", lambda _: None)
+    monkeypatch.setattr(read_graph.shutil, "which", lambda _: None)
     plain = forecast.graph(setup)
     assert any(node.name == "Compiled" for node in fused.nodes)
     assert not any(node.name == "Compiled" for node in plain.nodes)
