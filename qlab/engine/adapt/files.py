@@ -28,6 +28,7 @@ from qlab.engine.adapt.peft import to_peft
 from qlab.engine.adapt.peft_read import from_peft
 from qlab.engine.adapt.targets import SettingError, why_not_mlx
 from qlab.engine.io.loaded import check_safetensors
+from qlab.engine.io.source import read_settings
 from qlab.errors import ConfigError, LoadError, QlabError, nearest
 from qlab.runtime.atomic import write_folder
 
@@ -154,7 +155,7 @@ def load_adapter(path: Path, spec: ModelSpec) -> LoadedAdapter:
     """
     path = Path(path).expanduser()
     _check_folder(path)
-    settings = _settings(path / SETTINGS_FILE)
+    settings = read_settings(path / SETTINGS_FILE, "an adapter")
     is_peft = "peft_type" in settings
     file = path / _WEIGHTS["peft" if is_peft else "mlx"]
     arrays, header = _arrays(file, path)
@@ -182,18 +183,6 @@ def _check_folder(path: Path) -> None:
     beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     what = "is a file" if path.exists() else "does not exist"
     raise LoadError(f"{path} {what}; an adapter is a folder.{nearest(path.name, beside)}")
-
-
-def _settings(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise LoadError(f"{file.parent} has no {file.name}, so it is not an adapter.") from None
-    except (ValueError, OSError) as error:
-        raise LoadError(f"{file} is not JSON: {error}.") from None
-    if not isinstance(settings, dict):
-        raise LoadError(f"{file} holds no settings, but a {type(settings).__name__}.")
-    return settings
 
 
 def _arrays(file: Path, folder: Path) -> tuple[Arrays, Any]:
