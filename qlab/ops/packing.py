@@ -1,8 +1,31 @@
-"""Packs codes of any width into words, as MLX stores them; used by schemes and solvers."""
+"""MLX's affine format: its arrays, and codes of any width packed into words.
+
+Used by the schemes and solvers that fill it.
+"""
 
 from __future__ import annotations
 
 from typing import Any
+
+from qlab.core.config.quant import Layout, QuantConfig, Shape
+
+
+def affine_layout(shape: Shape, config: QuantConfig, dtype: str) -> Layout:
+    """Return shape and dtype of the arrays that MLX's affine format stores.
+
+    Args:
+        shape: of the weight, ``(…, out, in)``.
+        config: bits and group size.
+        dtype: of the weight, which scales and biases take.
+    """
+    *rows, width = shape
+    words = (*rows, width * config.bits // 32)
+    groups = (*rows, width // config.group_size)
+    return {
+        "weight": (words, "uint32"),
+        "scales": (groups, dtype),
+        "biases": (groups, dtype),
+    }
 
 
 def pack(codes: Any, bits: int) -> Any:

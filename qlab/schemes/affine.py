@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qlab.core.config.quant import Layout, PackedArrays, QuantConfig, Scheme, Shape
+from qlab.ops.packing import affine_layout
 from qlab.registry import LazyModule
 
 if TYPE_CHECKING:
@@ -37,14 +38,7 @@ class Affine(Scheme):
     stock_mode = "affine"
 
     def layout(self, shape: Shape, config: QuantConfig, dtype: str) -> Layout:
-        *rows, width = shape
-        words = (*rows, width * config.bits // 32)
-        groups = (*rows, width // config.group_size)
-        return {
-            "weight": (words, "uint32"),
-            "scales": (groups, dtype),
-            "biases": (groups, dtype),
-        }
+        return affine_layout(shape, config, dtype)
 
     def quantize(self, weight: mx.array, config: QuantConfig) -> PackedArrays:
         packed, scales, biases = mx.quantize(weight, config.group_size, config.bits)

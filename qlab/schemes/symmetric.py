@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qlab.core.config.quant import Layout, PackedArrays, QuantConfig, Scheme, Shape
-from qlab.ops.packing import pack
+from qlab.ops.packing import affine_layout, pack
 from qlab.registry import LazyModule
 
 if TYPE_CHECKING:
@@ -36,14 +36,7 @@ class Symmetric(Scheme):
     stock_mode = "affine"
 
     def layout(self, shape: Shape, config: QuantConfig, dtype: str) -> Layout:
-        *rows, width = shape
-        words = (*rows, width * config.bits // 32)
-        groups = (*rows, width // config.group_size)
-        return {
-            "weight": (words, "uint32"),
-            "scales": (groups, dtype),
-            "biases": (groups, dtype),
-        }
+        return affine_layout(shape, config, dtype)
 
     def quantize(self, weight: mx.array, config: QuantConfig) -> PackedArrays:
         # (…, out, in) → (…, out, groups, group_size)

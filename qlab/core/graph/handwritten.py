@@ -8,8 +8,8 @@ and the halves put in their places. Knows no framework.
 How a stand-in is found. Every array that the function reads is summed to one number, which is
 spread over ``(call, array, 1, …)``, 12 axes: as long on the first as the number of the call, on the
 second as the number of the array. It is then turned round, to ``(1, …, array, call)``, and the
-stand-in's output is made of the sum of all. The gradient of turning round is turning round; so a
-slope on its way back to an array passes a turn from ``(1, …, array, call)`` to ``(call, array, 1,
+stand-in's output is made of the sum of all. The gradient of turning round is turning round; so
+in the backward pass a slope passes a turn from ``(1, …, array, call)`` to ``(call, array, 1,
 …)``. No model has arrays of 12 axes, so each such turn names a call and an array, and its direction
 tells forward from backward:
 
