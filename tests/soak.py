@@ -131,9 +131,13 @@ def storm(rng: random.Random, t: Any, q: Any, held: Any, free: Any) -> None:
     elif kind == "adapter":
         for _ in range(8):
             intend(free, op="set", config={"rank": rng.choice((1, 4, 8, 32, 10_000))})
+        intend(t, op="pause")  # so that the run cannot end meanwhile, and the adapter be free
+        mlx_call(lambda: None)  # waits for the step under way
+        if t.status == "paused":
             intend(held, op="set", config={"rank": 8})  # is refused: it is being trained
             intend(held, op="set", config={"scale": rng.choice((1.0, 2.0))})
             intend(held, op="reset")  # is refused, too
+        intend(t, op="resume")
     else:
         q.set("model.layers.0.*", bits=rng.choice((None, 4, 8)), mode="affine")
         q.unset()

@@ -22,7 +22,7 @@ from qlab.deprecated import deprecated_name
 from qlab.engine.data.batches import Feed
 from qlab.engine.evaluate.generate import checked_prompts
 from qlab.engine.evaluate.teacher import KEEP
-from qlab.engine.train import checkpoint, run_folder
+from qlab.engine.train import run_folder
 from qlab.engine.train.session import Session
 from qlab.engine.train.setup import describe
 from qlab.errors import (
@@ -173,6 +173,7 @@ class Trainer(HasPanel, RunResults):
 
         Raises:
             BusyError: it runs already, all steps are done, or another run trains on the same base.
+            ConfigError: it has begun, and the adapter or its base was changed since.
         """
         self._training.start()
         self._show()
@@ -222,7 +223,7 @@ class Trainer(HasPanel, RunResults):
     # --- what comes of it -------------------------------------------------------------------------
 
     def generate(self, prompt: str, max_tokens: int = 64) -> str:
-        """Return the model's answer as it is now; between two steps if the run is under way."""
+        """Return the adapter's answer as it is now; between two steps if the run is under way."""
         text = self._training.generate(prompt, max_tokens)
         self._show()
         return text
@@ -259,7 +260,7 @@ class Trainer(HasPanel, RunResults):
             ConfigError: there is nothing to evaluate on, or a setting is unknown or not legal.
             DataError: rows or golden set have faults.
         """
-        mlx_call(self._training.hand_over)
+        self._training.update_adapter()
         held_out = self.held_out
         if rows is not None:
             held_out = run_setup.read_rows(rows, self.adapter, self.config)
@@ -313,10 +314,7 @@ class Trainer(HasPanel, RunResults):
             BusyError: the run is under way.
             LoadError: there was no validation.
         """
-        self._training.check_not_active()
-        best = checkpoint.best(self.path)
-        parameters = mlx_call(checkpoint.read_parameters, best)
-        self.adapter.set_parameters(parameters, f"best of {self.path.name}, {best.name}")
+        self._training.load_best()
         return self.adapter
 
     # --- the panel --------------------------------------------------------------------------------

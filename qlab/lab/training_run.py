@@ -15,14 +15,15 @@ from qlab.core.config.lora import LoRAConfig
 from qlab.core.train.events import StepEvent
 from qlab.core.train.report import RunReport
 from qlab.core.train.rows import Rows
-from qlab.engine.train import run_folder
+from qlab.engine.train import checkpoint, run_folder
 from qlab.engine.train.checkpoint import TrainState
 from qlab.engine.train.inputs import RunInputs
 from qlab.engine.train.run_folder import RunFacts
 from qlab.engine.train.session import Session
 from qlab.engine.train.setup import PreparedRun, prepare_run
-from qlab.errors import BusyError
+from qlab.errors import BusyError, ConfigError
 from qlab.lab.adapter import Adapter
+from qlab.lab.adapter_arrays import SHAPED_BY
 from qlab.lab.kernel_runs import claim_base, release_base, remember_ended, remember_started
 from qlab.lab.model import Model
 from qlab.lab.run_memory import RunMemory
@@ -66,6 +67,8 @@ class TrainingRun:
         self._starting = threading.Lock()
         self._start_from: Path | None = None
         self._base: Model | None = None
+        self._lora: LoRAConfig | None = None
+        self._steps_behind: dict[str, int] = {}  # of parameters that the adapter got, by origin
 
     @property
     def events(self) -> tuple[StepEvent, ...]:
@@ -103,12 +106,14 @@ class TrainingRun:
 
         Raises:
             BusyError: it runs already, all steps are done, or another run trains on the same base.
+            ConfigError: it has begun, and the adapter or its base was changed since.
         """
         with self._starting:
             self.session.check_idle()
             adapter = self.adapter
             base = adapter.base
             lora = adapter.config
+            self._check_unchanged(base, lora)
             parameters = adapter.parameters
             claim_base(base, self.folder.name)
             try:
@@ -120,6 +125,7 @@ class TrainingRun:
                 raise
             adapter.run = self.folder.name
             self._base = base
+            self._lora = lora
             remember_started(self.folder, self)
             self.session.start(lambda: self._prepare(base, lora, parameters), self._on_end)
 
@@ -136,17 +142,70 @@ class TrainingRun:
 
     def generate(self, prompt: str, max_tokens: int) -> str:
         """Return the answer to a prompt as the model is now; between two steps of the run."""
-        mlx_call(self.hand_over)
-        return self.generations.ask(prompt, self.session.step, max_tokens)
+        self.update_adapter()
+        step = self._steps_behind.get(self.adapter.origin, 0)
+        return self.generations.ask(prompt, step, max_tokens)
+
+    def update_adapter(self) -> None:
+        """Give the adapter the present parameters of a run under way.
+
+        The adapter of one that is over is the user's: it may be reset by now, or hold the best.
+        """
+
+        def update() -> None:
+            if self.session.active:
+                self._hand_over()
+
+        mlx_call(update)
+
+    def load_best(self) -> None:
+        """Give the adapter the parameters with the best validation loss.
+
+        Raises:
+            BusyError: the run is under way.
+            LoadError: there was no validation.
+        """
+        self.check_not_active()
+        best = checkpoint.best(self.folder)
+        parameters = mlx_call(checkpoint.read_parameters, best)
+        steps = int(best.name.removeprefix("best-"))
+        self._give(parameters, f"best of {self.folder.name}, {best.name}", steps)
+
+    def _check_unchanged(self, base: Model, lora: LoRAConfig) -> None:
+        """Refuse to go on with another adapter or base than the run has trained on.
+
+        Raises:
+            ConfigError: names the first setting that was changed.
+        """
+        if self.session.task is None or self._base is None or self._lora is None:
+            return
+        advice = "set it back, or train it in a new Trainer"
+        for name in SHAPED_BY:
+            then = getattr(self._lora, name)
+            now = getattr(lora, name)
+            if now != then:
+                raise ConfigError(
+                    f"The run {self.folder.name!r} trains {name}={then!r}, and the adapter has "
+                    f"{name}={now!r} now; {advice}."
+                )
+        if base.plan != self._base.plan:
+            raise ConfigError(
+                f"The run {self.folder.name!r} trains on {self._base.storage_label}, and the "
+                f"adapter's base is stored otherwise now ({base.storage_label}); {advice}."
+            )
 
     # --- on the MLX thread ------------------------------------------------------------------------
 
-    def hand_over(self) -> None:
+    def _hand_over(self) -> None:
         """Give the adapter the run's present parameters. Runs on the MLX thread."""
         state = self.session.state
         if state is not None and state.step:
-            origin = f"{self.folder.name}, step {state.step}"
-            self.adapter.set_parameters(state.parameters, origin)
+            self._give(state.parameters, f"{self.folder.name}, step {state.step}", state.step)
+
+    def _give(self, parameters: dict[str, Any], origin: str, steps: int) -> None:
+        """Give the adapter parameters, and note how many steps are behind them."""
+        self.adapter.set_parameters(parameters, origin)
+        self._steps_behind[origin] = steps
 
     def write_folder(self, base: Model, lora: LoRAConfig) -> RunFacts:
         """Write the run's settings and rows to its folder; return the settings.
@@ -184,7 +243,7 @@ class TrainingRun:
 
     def _on_good(self, state: TrainState) -> None:
         """Hand the parameters over and ask the prompts, after a validation or a checkpoint."""
-        self.hand_over()
+        self._hand_over()
         if self.session.active:
             self.generations.ask_all(self.session.step)
 

@@ -147,6 +147,51 @@ def test_pause_holds_resume_goes_on_stop_keeps_and_start_goes_on(adapter, tmp_pa
     assert adapter.origin.startswith("best of")
 
 
+def test_the_adapter_is_the_users_once_the_run_is_over(adapter, tmp_path):
+    config = qlab.TrainConfig(
+        iters=6, batch_size=2, max_seq_length=24, steps_per_eval=2, learning_rate=0.3
+    )
+    trainer = qlab.Trainer(adapter, ROWS, config, val=ROWS[:2], path=tmp_path)
+    trainer.run()
+    losses = {event.step: event.val_loss for event in trainer.events if event.val_loss}
+    best = min(losses, key=losses.get)
+    trainer.load_best()
+    trainer.evaluate()
+    trainer.generate("The", max_tokens=2)
+    assert adapter.origin == f"best of {tmp_path.name}, best-{best:06d}"
+    assert trainer.state().generations[-1].step == best
+    adapter.reset()
+    trainer.generate("The", max_tokens=2)
+    assert not adapter.trained and trainer.state().generations[-1].step == 0
+    adapter.rank = 2
+    assert isinstance(trainer.generate("The", max_tokens=2), str)
+
+
+def test_a_stopped_run_does_not_go_on_with_another_adapter_or_base(demo, tmp_path):
+    q = qlab.Quantizer(demo, bits=4)
+    adapter = qlab.Adapter(q, **SMALL)
+    trainer = qlab.Trainer(
+        adapter,
+        ROWS,
+        qlab.TrainConfig(iters=6, batch_size=2, max_seq_length=24),
+        val=0,
+        path=tmp_path,
+        callbacks=[lambda event: event.step == 2 and trainer.stop()],
+    )
+    trainer.run()
+    adapter.reset()
+    adapter.rank = 8
+    with pytest.raises(ConfigError, match="trains rank=4, and the adapter has rank=8 now"):
+        trainer.start()
+    adapter.rank = 4
+    q.bits = 3
+    with pytest.raises(ConfigError, match="trains on affine 4-bit g64, .*affine 3-bit g64"):
+        trainer.start()
+    q.bits = 4
+    assert trainer.run().status == "done"
+    q.close()
+
+
 def test_the_panel_of_a_paused_run_shows_its_last_step(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr("qlab.engine.train.session._TICK_S", 1e9)
     config = qlab.TrainConfig(iters=400, batch_size=2, max_seq_length=24)
