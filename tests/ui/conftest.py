@@ -29,6 +29,7 @@ FLAGS = [
 ]
 KERNEL = "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel"
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
+EXPECT_TIMEOUT_MS = 120_000  # one for all files, as Playwright has one: slow machines take a minute
 MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 
 
@@ -46,8 +47,9 @@ def chromium():
         if os.environ.get("CI") == "true":
             pytest.fail("Chromium is missing: the browser tests cannot run")
         pytest.skip("CHROMIUM IS MISSING: BROWSER TESTS SKIPPED")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=EXPECT_TIMEOUT_MS)
     SHOTS.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)

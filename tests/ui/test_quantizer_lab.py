@@ -6,7 +6,6 @@ from playwright.sync_api import expect
 
 from tests.ui.conftest import KERNEL, SHOTS, run_cell
 
-expect.set_options(timeout=20_000)
 OPEN = "import qlab\nmodel = qlab.load('demo')\nq = qlab.Quantizer(model, bits=4, group_size=64)\nq"
 
 

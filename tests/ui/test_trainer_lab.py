@@ -6,7 +6,6 @@ from playwright.sync_api import expect
 
 from tests.ui.conftest import KERNEL, SHOTS, run_cell
 
-expect.set_options(timeout=60_000)
 OPEN = """
 import pydoc_data.topics as manual, qlab
 q = qlab.Quantizer(qlab.load("demo"), bits=4)

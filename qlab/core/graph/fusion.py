@@ -34,7 +34,7 @@ def _merged(graph: Graph) -> Graph:
     known: dict[Hashable, Node] = {}
     for node in graph.nodes:
         inputs = tuple(new.get(a, a) for a in node.inputs)
-        node = replace(node, inputs=inputs)
+        node = node._replace(inputs=inputs)
         if inputs and node.name not in _NEVER_EQUAL:
             form = _form(graph, node)
             equal = known.setdefault(form, node)
@@ -120,7 +120,7 @@ class _Fusion:
         copy = len(self._arrays)
         maker = len(self._nodes)
         self._arrays[copy] = self._arrays[a]
-        copy_node = replace(original, outputs=(copy,))
+        copy_node = original._replace(outputs=(copy,))
         self._nodes.append(copy_node)
         self._makers[copy] = maker
         for x in original.inputs:
@@ -132,7 +132,7 @@ class _Fusion:
         for reader in set(self._readers[copy]):
             node = self.node(reader)
             inputs = tuple(copy if x == a else x for x in node.inputs)
-            self._nodes[reader] = replace(node, inputs=inputs)
+            self._nodes[reader] = node._replace(inputs=inputs)
         return copy
 
     def _replace(self, root: int, nodes: set[int]) -> None:

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Array:
+class Array(NamedTuple):
     """One array.
+
+    A tuple, as ``Node`` is: a step has a hundred thousand of them, and a dataclass that cannot be
+    changed takes three times as long to make.
 
     Attributes:
         shape: its shape.
@@ -40,8 +42,7 @@ class Array:
         return self.size * self.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """One operation.
 
     Attributes:
@@ -149,6 +150,6 @@ class Graph:
         for node in piece.nodes:
             for a in node.outputs:
                 array = piece.arrays[a]
-                new[a] = self.add(array if array.role == role else replace(array, role=role))
+                new[a] = self.add(array if array.role == role else array._replace(role=role))
             self.nodes.append(node.renamed(new))
         return [new[a] for a in piece.outputs]

@@ -46,7 +46,7 @@ class _Unmerging:
         nodes = self._new.nodes
         for n, node in enumerate(self._graph.nodes):
             inputs = tuple(self._input(n, node, a) for a in node.inputs)
-            unshared = replace(node, inputs=inputs)
+            unshared = node._replace(inputs=inputs)
             nodes.append(unshared)
         return self._new
 
@@ -108,7 +108,7 @@ class _Unmerging:
         array = self._graph.arrays[a]
         copy = Array(array.shape, array.itemsize)
         copy_id = self._new.add(copy)
-        node = replace(maker, inputs=inputs, outputs=(copy_id,))
+        node = maker._replace(inputs=inputs, outputs=(copy_id,))
         self._new.nodes.append(node)
         return copy_id
 
