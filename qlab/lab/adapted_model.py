@@ -141,11 +141,19 @@ class AdaptedModel(AdapterChoice):
         Raises:
             BusyError: a run trains it.
         """
-        if self.run:
-            raise BusyError(f"The run {self.run!r} trains this adapter; stop it first.")
+        self.check_not_in_training()
         with self._arrays_lock:
             self._arrays.drop()
         self._parameters_changed()
+
+    def check_not_in_training(self) -> None:
+        """Refuse what would take the parameters from under a run.
+
+        Raises:
+            BusyError: a run trains it.
+        """
+        if self.run:
+            raise BusyError(f"The run {self.run!r} trains this adapter; stop it first.")
 
     def remove(self) -> Model:
         """Drop the adapter's arrays and return the base, which never changed."""

@@ -13,7 +13,7 @@ from qlab.core.config.lora import LoRAConfig
 from qlab.errors import ConfigError
 
 # settings on which the shapes or the values of the arrays depend
-SHAPED_BY = ("kind", "rank", "keys", "num_layers", "init", "dtype")
+_SHAPED_BY = ("kind", "rank", "keys", "num_layers", "init", "dtype")
 
 Arrays = dict[str, Any]  # mlx arrays by path, such as model.layers.0.self_attn.q_proj.lora_a
 
@@ -93,7 +93,7 @@ class AdapterArrays:
         if not self.origin or self._arrays is None:
             return
         identity = self._arrays[0]
-        for name in SHAPED_BY:
+        for name in _SHAPED_BY:
             if getattr(config, name) != identity[name]:
                 raise ConfigError(
                     f"Another {name} would lose the parameters ({self.origin}); call reset() first."
@@ -101,7 +101,7 @@ class AdapterArrays:
 
     def _identity(self, config: LoRAConfig, storage: Any) -> dict[str, Any]:
         """Return all that the arrays depend on."""
-        shaped = {name: getattr(config, name) for name in SHAPED_BY}
+        shaped = {name: getattr(config, name) for name in _SHAPED_BY}
         if self.origin or config.init == "default":
             return shaped
         # an error-compensating initialization follows the base's error, and divides by the scale

@@ -12,14 +12,11 @@ from qlab.core.config.lora import LoRAConfig
 from qlab.core.train.rows import Rows
 from qlab.engine.models.fingerprint import fingerprint
 from qlab.engine.train import checkpoint, run_folder
-from qlab.errors import BusyError, ConfigError
+from qlab.errors import ConfigError
 from qlab.lab.adapter import Adapter
 from qlab.lab.model import Model, load
 from qlab.lab.quantizer import Quantizer
 from qlab.runtime.job import mlx_call
-
-# LoRAConfig fields that must match the stored run (``init`` need not: the adapter is trained)
-_MUST_MATCH = ("kind", "rank", "scale", "dropout", "num_layers", "keys", "dtype", "rslora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +53,7 @@ def stored_run(path: str | Path, adapter: Adapter | None) -> StoredRun:
     folder = checkpoint.latest(Path(path).expanduser())
     facts, rows, held_out = run_folder.read(folder.parent)
     adapter = adapter or _adapter(facts)
-    if adapter.run:
-        raise BusyError(f"The run {adapter.run!r} trains this adapter; stop it first.")
+    adapter.check_not_in_training()
     _check_same_config(adapter.config, facts.lora, folder.parent)
     if mlx_call(fingerprint, adapter.base.module) != facts.base:
         raise ConfigError(
@@ -69,13 +65,13 @@ def stored_run(path: str | Path, adapter: Adapter | None) -> StoredRun:
 
 
 def _check_same_config(config: LoRAConfig, stored: LoRAConfig, folder: Path) -> None:
-    for name in _MUST_MATCH:
+    name = config.first_difference(stored, but=("init",))  # the adapter is trained by now
+    if name:
         present = getattr(config, name)
         wanted = getattr(stored, name)
-        if present != wanted:
-            raise ConfigError(
-                f"The adapter has {name}={present!r}, and the run in {folder} {name}={wanted!r}."
-            )
+        raise ConfigError(
+            f"The adapter has {name}={present!r}, and the run in {folder} {name}={wanted!r}."
+        )
 
 
 def _adapter(facts: run_folder.RunFacts) -> Adapter:

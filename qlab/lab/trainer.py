@@ -311,7 +311,7 @@ class Trainer(HasPanel, RunResults):
         """Give the adapter the parameters with the best validation loss; return it.
 
         Raises:
-            BusyError: the run is under way.
+            BusyError: the run is under way, or another one trains the adapter.
             LoadError: there was no validation.
         """
         self._training.load_best()

@@ -23,7 +23,6 @@ from qlab.engine.train.session import Session
 from qlab.engine.train.setup import PreparedRun, prepare_run
 from qlab.errors import BusyError, ConfigError
 from qlab.lab.adapter import Adapter
-from qlab.lab.adapter_arrays import SHAPED_BY
 from qlab.lab.kernel_runs import claim_base, release_base, remember_ended, remember_started
 from qlab.lab.model import Model
 from qlab.lab.run_memory import RunMemory
@@ -68,7 +67,7 @@ class TrainingRun:
         self._start_from: Path | None = None
         self._base: Model | None = None
         self._lora: LoRAConfig | None = None
-        self._steps_behind: dict[str, int] = {}  # of parameters that the adapter got, by origin
+        self._given = ("", 0)  # origin of the parameters that the adapter got last, and their step
 
     @property
     def events(self) -> tuple[StepEvent, ...]:
@@ -143,8 +142,9 @@ class TrainingRun:
     def generate(self, prompt: str, max_tokens: int) -> str:
         """Return the answer to a prompt as the model is now; between two steps of the run."""
         self.update_adapter()
-        step = self._steps_behind.get(self.adapter.origin, 0)
-        return self.generations.ask(prompt, step, max_tokens)
+        origin, step = self._given
+        holds_them = self.adapter.origin == origin
+        return self.generations.ask(prompt, step if holds_them else 0, max_tokens)
 
     def update_adapter(self) -> None:
         """Give the adapter the present parameters of a run under way.
@@ -162,14 +162,15 @@ class TrainingRun:
         """Give the adapter the parameters with the best validation loss.
 
         Raises:
-            BusyError: the run is under way.
+            BusyError: the run is under way, or another one trains the adapter.
             LoadError: there was no validation.
         """
         self.check_not_active()
+        self.adapter.check_not_in_training()
         best = checkpoint.best(self.folder)
         parameters = mlx_call(checkpoint.read_parameters, best)
-        steps = int(best.name.removeprefix("best-"))
-        self._give(parameters, f"best of {self.folder.name}, {best.name}", steps)
+        origin = f"best of {self.folder.name}, {best.name}"
+        self._give(parameters, origin, checkpoint.step_of(best))
 
     def _check_unchanged(self, base: Model, lora: LoRAConfig) -> None:
         """Refuse to go on with another adapter or base than the run has trained on.
@@ -180,14 +181,14 @@ class TrainingRun:
         if self.session.task is None or self._base is None or self._lora is None:
             return
         advice = "set it back, or train it in a new Trainer"
-        for name in SHAPED_BY:
+        name = self._lora.first_difference(lora)
+        if name:
             then = getattr(self._lora, name)
             now = getattr(lora, name)
-            if now != then:
-                raise ConfigError(
-                    f"The run {self.folder.name!r} trains {name}={then!r}, and the adapter has "
-                    f"{name}={now!r} now; {advice}."
-                )
+            raise ConfigError(
+                f"The run {self.folder.name!r} trains {name}={then!r}, and the adapter has "
+                f"{name}={now!r} now; {advice}."
+            )
         if base.plan != self._base.plan:
             raise ConfigError(
                 f"The run {self.folder.name!r} trains on {self._base.storage_label}, and the "
@@ -202,10 +203,10 @@ class TrainingRun:
         if state is not None and state.step:
             self._give(state.parameters, f"{self.folder.name}, step {state.step}", state.step)
 
-    def _give(self, parameters: dict[str, Any], origin: str, steps: int) -> None:
+    def _give(self, parameters: dict[str, Any], origin: str, step: int) -> None:
         """Give the adapter parameters, and note how many steps are behind them."""
         self.adapter.set_parameters(parameters, origin)
-        self._steps_behind[origin] = steps
+        self._given = (origin, step)
 
     def write_folder(self, base: Model, lora: LoRAConfig) -> RunFacts:
         """Write the run's settings and rows to its folder; return the settings.

@@ -167,6 +167,31 @@ def test_the_adapter_is_the_users_once_the_run_is_over(adapter, tmp_path):
     assert isinstance(trainer.generate("The", max_tokens=2), str)
 
 
+def test_a_run_that_is_over_leaves_the_adapter_to_the_next_one(adapter, tmp_path):
+    config = qlab.TrainConfig(iters=2, batch_size=2, max_seq_length=24, steps_per_eval=1)
+    first = qlab.Trainer(adapter, ROWS, config, val=ROWS[:2], path=tmp_path / "first")
+    first.run()
+    seen = []
+
+    def ask(event):
+        if event.step == 1:
+            for act in (first.load_best, adapter.reset):
+                with pytest.raises(BusyError, match="The run 'second' trains this adapter"):
+                    act()
+            before = adapter.version
+            first.generate("The", max_tokens=2)
+            seen.append(adapter.version - before)
+
+    second = qlab.Trainer(
+        adapter, ROWS, config, val=ROWS[:2], path=tmp_path / "second", callbacks=[ask]
+    )
+    second.run()
+    assert seen == [0]  # empty if the callback failed
+    first.evaluate()
+    first.generate("The", max_tokens=2)
+    assert adapter.origin == "second, step 2"
+
+
 def test_a_stopped_run_does_not_go_on_with_another_adapter_or_base(demo, tmp_path):
     q = qlab.Quantizer(demo, bits=4)
     adapter = qlab.Adapter(q, **SMALL)
@@ -184,6 +209,11 @@ def test_a_stopped_run_does_not_go_on_with_another_adapter_or_base(demo, tmp_pat
     with pytest.raises(ConfigError, match="trains rank=4, and the adapter has rank=8 now"):
         trainer.start()
     adapter.rank = 4
+    scale = adapter.scale
+    adapter.scale = scale * 2
+    with pytest.raises(ConfigError, match=f"trains scale={scale}, .* scale={scale * 2} now"):
+        trainer.start()
+    adapter.scale = scale
     q.bits = 3
     with pytest.raises(ConfigError, match="trains on affine 4-bit g64, .*affine 3-bit g64"):
         trainer.start()

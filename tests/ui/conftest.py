@@ -29,7 +29,6 @@ FLAGS = [
 ]
 KERNEL = "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel"
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
-EXPECT_TIMEOUT_MS = 120_000  # one for all files, as Playwright has one: slow machines take a minute
 MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 
 
@@ -47,14 +46,23 @@ def chromium():
         if os.environ.get("CI") == "true":
             pytest.fail("Chromium is missing: the browser tests cannot run")
         pytest.skip("CHROMIUM IS MISSING: BROWSER TESTS SKIPPED")
-    from playwright.sync_api import expect, sync_playwright
+    from playwright.sync_api import sync_playwright
 
-    expect.set_options(timeout=EXPECT_TIMEOUT_MS)
     SHOTS.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
         browser.close()
+
+
+@pytest.fixture(autouse=True)
+def own_timeout(request):
+    """Playwright has one timeout for all files; the present file's ``EXPECT_TIMEOUT_MS`` goes in."""
+    own = getattr(request.module, "EXPECT_TIMEOUT_MS", None)
+    if own is not None:
+        from playwright.sync_api import expect
+
+        expect.set_options(timeout=own)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import qlab
 from qlab.views.estimate.static import page as page_of
 from tests.ui.conftest import KERNEL, SHOTS, run_cell
 
+EXPECT_TIMEOUT_MS = 120_000
 CLEAN = "import os, tempfile\nos.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp()\n"  # bands as where nothing was measured yet
 OPEN = CLEAN + "import qlab\nmodel = qlab.load('demo')\nq = qlab.Quantizer(model)\nq.close()\n"
 OPEN += "est = qlab.estimate(q, train=qlab.TrainConfig(max_seq_length=128))\nest"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tests.ui.conftest import run_cell
 
 TRIVIAL = """
@@ -32,3 +34,8 @@ def test_a_request_to_the_network_is_blocked_and_listed(notebook):
     page.wait_for_selector(".jp-OutputArea-output img", state="attached", timeout=30_000)
     page.wait_for_timeout(500)
     assert set(page.foreign) == {"http://example.invalid/x.png"}
+
+
+def test_no_file_sets_the_timeout_of_all_others():
+    files = Path(__file__).parent.glob("test_*.py")
+    assert not [f.name for f in files if "\nexpect.set_options" in f.read_text(encoding="utf-8")]

@@ -6,6 +6,7 @@ from playwright.sync_api import expect
 
 from tests.ui.conftest import KERNEL, SHOTS, run_cell
 
+EXPECT_TIMEOUT_MS = 20_000
 OPEN = "import qlab\nmodel = qlab.load('demo')\nq = qlab.Quantizer(model, bits=4, group_size=64)\nq"
 
 

@@ -6,6 +6,7 @@ from playwright.sync_api import expect
 
 from tests.ui.conftest import KERNEL, SHOTS, run_cell
 
+EXPECT_TIMEOUT_MS = 60_000
 OPEN = """
 import pydoc_data.topics as manual, qlab
 q = qlab.Quantizer(qlab.load("demo"), bits=4)

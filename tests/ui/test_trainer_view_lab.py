@@ -12,6 +12,7 @@ from qlab.views.trainer.static import page as page_of
 from tests.ui.conftest import KERNEL, SHOTS, run_cell
 from tests.views.runs import GENERATIONS, events, run_state
 
+EXPECT_TIMEOUT_MS = 20_000
 PRETEND = f"""
 import sys, threading, time
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from math import prod, sqrt
 from typing import Any
@@ -244,6 +244,19 @@ class LoRAConfig:
         if scale is not None:
             return replace(self, scale=scale)
         return self
+
+    def first_difference(self, other: LoRAConfig, but: tuple[str, ...] = ()) -> str:
+        """Return the first setting in which another config differs; empty if none does.
+
+        Args:
+            other: the other.
+            but: settings that may differ.
+        """
+        for field in fields(self):
+            name = field.name
+            if name not in but and getattr(self, name) != getattr(other, name):
+                return name
+        return ""
 
     @property
     def itemsize(self) -> int:

@@ -18,7 +18,7 @@ class Array(NamedTuple):
     """One array.
 
     A tuple, as ``Node`` is: a step has a hundred thousand of them, and a dataclass that cannot be
-    changed takes three times as long to make.
+    changed takes twice as long to make.
 
     Attributes:
         shape: its shape.

@@ -172,6 +172,11 @@ def best(folder: Path) -> Path:
     return folders[-1]
 
 
+def step_of(folder: Path) -> int:
+    """Return the optimizer steps behind a checkpoint or a best adapter, from its folder's name."""
+    return int(folder.name.rpartition("-")[2])
+
+
 def load(path: Path, parameters: Arrays) -> TrainState:
     """Read a checkpoint.
 
