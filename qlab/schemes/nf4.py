@@ -21,9 +21,10 @@ from qlab.registry import LazyModule
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from qlab.ops import unpack
+    from qlab.ops import sums, unpack
 else:
     mx = LazyModule("mlx.core")
+    sums = LazyModule("qlab.ops.sums")
     unpack = LazyModule("qlab.ops.unpack")
 
 # bitsandbytes' ``get_4bit_type("nf4")``: appendix E of the paper, to the last digit
@@ -189,7 +190,7 @@ def _quantized_scales(absmax: mx.array) -> PackedArrays:
     Returns:
         Codes, second-level scales and mean, by parameter name.
     """
-    offset = absmax.mean()
+    offset = sums.stable_sum(absmax) / absmax.size
     flat = (absmax - offset).reshape(-1)
     padded = mx.pad(flat, (0, -flat.size % _SCALE_BLOCK)).reshape(-1, _SCALE_BLOCK)
     second = mx.abs(padded).max(1)

@@ -22,6 +22,7 @@ from qlab.engine.adapt.fuse import change, dense_dtype, fused_storage
 from qlab.engine.adapt.parameters import arrays_of, checked, expected
 from qlab.engine.models.surgery import module_at
 from qlab.nn.linear import weight_of
+from qlab.ops.sums import stable_norm
 
 _SAMPLE = 2**20  # weights of a layer from which on a sample of its rows speaks for all
 
@@ -221,5 +222,5 @@ def _differing(a: mx.array, b: mx.array, bits: int) -> float:
 
 
 def _norm(array: mx.array) -> float:
-    norm: Any = mx.sqrt(mx.square(array).sum()).item()
+    norm: Any = stable_norm(array).item()
     return norm

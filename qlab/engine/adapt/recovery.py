@@ -22,6 +22,7 @@ from qlab.engine.adapt.directions import (
     error_of,
     leading,
 )
+from qlab.ops.sums import stable_sum
 
 _LEADING = 256  # singular values computed of a wide layer, for a spectrum
 _EXPERTS = 8  # of a mixture, which speak for all of a layer's
@@ -44,7 +45,8 @@ def recovery(
     """
     error, weight = error_of(path, original, stored)
     stack = error.reshape(-1, *error.shape[-2:])  # (1, out, in), or one of each expert
-    energies = np.array(mx.square(stack).sum((1, 2)), np.float64)
+    energies_of_each = mx.stack([stable_sum(matrix, mx.square) for matrix in stack])
+    energies = np.array(energies_of_each, np.float64)
     if not energies.any():
         return None
     chosen = _evenly(np.flatnonzero(energies))
@@ -61,7 +63,7 @@ def recovery(
     noise = noise_squares(*error.shape[-2:])
     return Recovery(
         path=path,
-        relative_error=(energies.sum() / mx.square(weight).sum().item()) ** 0.5,
+        relative_error=(energies.sum() / stable_sum(weight, mx.square).item()) ** 0.5,
         singular=on_grid(np.sqrt(squares / energy)),
         noise=on_grid(np.sqrt(noise)),
         weight=on_grid(np.minimum(np.cumsum(squares) / energy, 1)),
@@ -87,7 +89,7 @@ class _OutputShares:
             rank: how many directions to look at.
         """
         wrong = error @ inputs.heldout.T  # error of the outputs, (out, tokens)
-        self._total += mx.square(wrong).sum().item()
+        self._total += stable_sum(wrong, mx.square).item()
         for init in STARTS:
             left = vectors
             if init != "residual":

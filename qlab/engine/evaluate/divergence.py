@@ -17,6 +17,7 @@ import numpy as np
 
 from qlab.core.evaluate.text import EvalReport
 from qlab.core.progress import Progress
+from qlab.ops.sums import logsumexp
 
 Batches = Sequence[mx.array]
 
@@ -39,7 +40,7 @@ def log_probs(model: nn.Module, tokens: mx.array) -> mx.array:
     """
     outputs = model(tokens)[0]
     logits = outputs.astype(mx.float32)
-    normalizer = mx.logsumexp(logits, axis=-1, keepdims=True)
+    normalizer = logsumexp(logits, keepdims=True)
     return logits - normalizer
 
 

@@ -34,6 +34,7 @@ from qlab.engine.evaluate.teacher import (
     target_positions,
 )
 from qlab.errors import ConfigError
+from qlab.ops.sums import logsumexp
 
 FULL = COLUMNS[0]
 _FLOOR_NOTE = 0.5  # share of a KL that its floor may be before the report warns
@@ -304,7 +305,7 @@ def _kl_to_stored(log_probs: mx.array, stored: TeacherPredictions) -> mx.array:
     if stored.is_exact:
         return kl
     without_likeliest = mx.put_along_axis(log_probs, tokens, mx.array(-mx.inf), -1)
-    student_tail = mx.logsumexp(without_likeliest, -1)
+    student_tail = logsumexp(without_likeliest)
     teacher_tail = mx.array(stored.tail)
     return kl + mx.exp(teacher_tail) * (teacher_tail - student_tail)
 

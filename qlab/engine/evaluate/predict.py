@@ -17,6 +17,7 @@ import mlx.nn as nn
 from qlab.engine.models.blocks import BlockStack
 from qlab.engine.models.surgery import twin
 from qlab.errors import UnsupportedError
+from qlab.ops.sums import logsumexp
 
 CHUNK_NBYTES = 64e6  # of float32 logits that exist at once, for each model
 _LOGIT_NBYTES = 4
@@ -66,7 +67,7 @@ class Predictor:
     def log_probs(self, hidden: mx.array) -> mx.array:
         """Return log-probabilities of the next token, float32 ``(n, vocabulary)``, lazily."""
         logits = self.logits(hidden)
-        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return logits - logsumexp(logits, keepdims=True)
 
     def _rows(self, tokens: mx.array, after_block: Callable[[mx.array], None]) -> mx.array:
         """Return hidden states ``(batch · length, …)``, or logits where blocks are unknown."""

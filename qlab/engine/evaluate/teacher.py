@@ -29,6 +29,7 @@ from qlab.core.progress import Progress
 from qlab.engine.evaluate.predict import Predictor, chunk_length
 from qlab.engine.models.fingerprint import fingerprint
 from qlab.errors import DataError
+from qlab.ops.sums import logsumexp
 from qlab.runtime.atomic import write_file
 from qlab.runtime.paths import cache_folder
 
@@ -243,7 +244,7 @@ def _likeliest(log_probs: mx.array, targets: mx.array, keep: int) -> _Stored:
     tokens = mx.take_along_axis(unsorted, ranks, -1)  # (n, keep), the most likely first
     likely = mx.take_along_axis(log_probs, tokens, -1)
     others = mx.take_along_axis(log_probs, order[:, keep:], -1)  # (n, V − keep)
-    tail = mx.logsumexp(others, -1)
+    tail = logsumexp(others)
     floor = _tail_floor(others, tail)
     return _Stored(tokens.astype(mx.int32), likely, tail, nll, floor)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from qlab.ops.sums import stable_norm
+
 
 def relative_distance(result: mx.array, expected: mx.array) -> float:
     """Return ‖result − expected‖ / ‖expected‖, computed at once; NaN if a number is none.
@@ -12,5 +14,5 @@ def relative_distance(result: mx.array, expected: mx.array) -> float:
     """
     difference = (result - expected).astype(mx.float32)
     expected = expected.astype(mx.float32)
-    distance = mx.linalg.norm(difference) / mx.linalg.norm(expected)
+    distance = stable_norm(difference) / stable_norm(expected)
     return float(distance)

@@ -24,6 +24,7 @@ from mlx.utils import tree_flatten
 from qlab.core.progress import Progress
 from qlab.engine.models.surgery import map_layers
 from qlab.nn.kinds import layer_kind
+from qlab.ops.sums import cross_entropy
 
 Array = np.ndarray
 Pair = tuple[Array, Array]
@@ -200,7 +201,7 @@ def calibrate(
         logits = watched(tokens).astype(mx.float32)
         prediction = mx.stop_gradient(logits)
         labels = mx.random.categorical(prediction, key=key)
-        loss = nn.losses.cross_entropy(logits, labels, reduction="sum")
+        loss = cross_entropy(logits, labels).sum()
         return -loss
 
     grad = nn.value_and_grad(watched, score)

@@ -15,6 +15,7 @@ import numpy as np
 
 from qlab.core.config.spec import LayerSpec
 from qlab.errors import WeightsError
+from qlab.ops.sums import stable_sum
 
 _BLOCK_WEIGHTS = 1 << 24  # read at once
 GROUPS = (32, 64, 128)  # each a multiple of the one before
@@ -57,11 +58,10 @@ def moments(layer: LayerSpec, weight: mx.array) -> LayerMoments:
     squared_ranges = {group: 0.0 for group in GROUPS if layer.shape[-1] % group == 0}
     for _, rows in _row_blocks(weight):
         square = mx.square(rows)
-        block_sums = mx.stack(
-            [rows.sum(), square.sum(), (square * rows).sum(), mx.square(square).sum()]
-        )
+        powers = [rows, square, square * rows, mx.square(square)]
+        block_sums = mx.stack([stable_sum(power) for power in powers])
         block_amax = mx.abs(rows).max()
-        ranges = {group: squared.sum() for group, squared in _squared_ranges(rows)}
+        ranges = {group: stable_sum(squared) for group, squared in _squared_ranges(rows)}
         mx.eval(block_sums, block_amax, ranges)
         power_sums += np.array(block_sums, np.float64)
         if not np.isfinite(power_sums).all():
@@ -97,8 +97,8 @@ def weighted_ranges(weight: mx.array, pairs: ImportancePairs) -> dict[int, float
         for group, squared in _squared_ranges(rows):  # (rows, groups)
             for r, c in pairs:
                 importance_of_group = mx.array(c.reshape(-1, group).sum(1))
-                part = mx.array(r[start:stop]) @ squared @ importance_of_group
-                total[group] = total.get(group, 0.0) + _number(part)
+                of_rows = np.array(squared @ importance_of_group, np.float64)
+                total[group] = total.get(group, 0.0) + float(r[start:stop] @ of_rows)
     return total
 
 

@@ -37,6 +37,7 @@ from qlab.engine.quantize.sample_bank import (
     draw_samples,
     roundtrip_errors,
 )
+from qlab.ops.sums import stable_sum
 
 Events = Generator[Progress, None, None]
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -251,8 +252,8 @@ class TableFiller:
         full = weight.astype(mx.float32)
         error = dequantized - full
         squared = mx.square(error)
-        squared_sum = squared.sum()
-        full_sum = mx.square(full).sum()
+        squared_sum = stable_sum(squared)
+        full_sum = stable_sum(full, mx.square)
         largest_error = mx.abs(error).max()
         sums = mx.stack([squared_sum, full_sum, largest_error])
         error_sq, weight_sq, largest = np.array(sums, np.float64)
@@ -266,8 +267,8 @@ class TableFiller:
             # Σ_oi r[o]·E²[o,i]·c[i] of each pair; layers with pairs are matrices
             terms = []
             for r, c in pairs:
-                term = mx.array(r) @ squared @ mx.array(c)
-                terms.append(term.item())
+                of_rows = np.array(squared @ mx.array(c), np.float64)
+                terms.append(r @ of_rows)
             self.table.measure("kl_nats")[row, column] = sum(terms) / 2
             self.table.measure("kl_nats_se")[row, column] = 0.0
 

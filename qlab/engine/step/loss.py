@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from qlab.engine.step.protocol import StepBatch
+from qlab.ops.sums import cross_entropy, logsumexp
 
 
 class ShiftedBatch(NamedTuple):
@@ -50,7 +50,7 @@ def nats(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
         targets: ``(batch, length)``.
         weights: ``(batch, length)``.
     """
-    losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets)
+    losses = cross_entropy(logits, targets)
     return (losses * weights).sum()
 
 
@@ -81,7 +81,7 @@ def nats_and_slope(
         (losses,), (slope,) = mx.vjp(kernel, [logits], [weights])
         return (losses * weights).sum(), slope
     full = logits.astype(mx.float32)
-    log_sum = mx.logsumexp(full, -1, keepdims=True)  # (batch, length, 1)
+    log_sum = logsumexp(full, keepdims=True)  # (batch, length, 1)
     target_logit = mx.take_along_axis(full, targets[..., None], -1)
     losses = (log_sum - target_logit)[..., 0]  # (batch, length)
     total = (losses * weights).sum()

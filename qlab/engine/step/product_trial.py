@@ -22,6 +22,7 @@ from qlab.core.config.quant import QuantConfig
 from qlab.core.config.spec import LayerSpec, ModelSpec
 from qlab.engine.models.surgery import module_at
 from qlab.nn.frozen import Compute, Frozen, usual_compute
+from qlab.ops.sums import stable_norm
 from qlab.runtime import blas
 from qlab.runtime.atomic import write_file
 from qlab.runtime.device import backend
@@ -212,8 +213,8 @@ def _agree(
     x = mx.random.normal((_FEW, shape[-1]), key=key).astype(x_dtype)
     kernel = Frozen(layer, dtype, dequantize=False)(x).astype(mx.float32)
     dense = Frozen(layer, dtype, dequantize=True)(x).astype(mx.float32)
-    distance = mx.linalg.norm(kernel - dense)
-    return bool((distance <= _TOLERANCE * mx.linalg.norm(dense)).item())
+    distance = stable_norm(kernel - dense)
+    return bool((distance <= _TOLERANCE * stable_norm(dense)).item())
 
 
 def _product(layer: Frozen, shape: tuple[int, ...], dtype: mx.Dtype) -> Callable[[int], None]:

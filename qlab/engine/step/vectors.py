@@ -6,9 +6,9 @@ vectors, and hands them out by path as views of these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from itertools import accumulate
-from math import isqrt, prod
+from math import prod
 from typing import Any, NoReturn
 
 import mlx.core as mx
@@ -151,26 +151,3 @@ def cast(arrays: Arrays, dtype: mx.Dtype, paths: Collection[str]) -> Arrays:
         vectors = {name: vector.astype(dtype) for name, vector in arrays.vectors.items()}
         arrays = arrays.layout.views(vectors)
     return {path: arrays[path].astype(dtype) for path in paths}
-
-
-def stable_sum(
-    vector: mx.array, of: Callable[[mx.array], mx.array] = lambda part: part
-) -> mx.array:
-    """Return the sum of what a function makes of a vector's numbers, float32 ``()``.
-
-    Not finite if any of them is not. In two stages, because MLX's CPU adds one number after the
-    other: a float32 sum of ones stops growing at 2²⁴ (measured; the next number is lost to
-    rounding).
-
-    Args:
-        vector: ``(size,)``.
-        of: from numbers to numbers, such as ``mx.square``.
-    """
-    rows = isqrt(vector.size)
-    # at least two numbers are left over, so that every length takes the same operations
-    even = max(vector.size - 2, 0) // rows * rows
-    most = vector[:even].reshape(rows, even // rows)
-    rest = vector[even:]
-    sum_of_most = of(most.astype(mx.float32)).sum(1).sum()
-    sum_of_rest = of(rest.astype(mx.float32)).sum()
-    return sum_of_most + sum_of_rest

@@ -15,7 +15,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from qlab.core.config.train import TrainConfig
 from qlab.engine.step.protocol import Arrays, LossAndGradients
-from qlab.engine.step.vectors import FlatLayout, FlatViews, stable_sum
+from qlab.engine.step.vectors import FlatLayout, FlatViews
+from qlab.ops.sums import stable_sum
 
 
 class Updated(NamedTuple):
@@ -184,10 +185,7 @@ class Update:
 
     def _flat_with_norm(self, grads: Arrays) -> tuple[Arrays, mx.array]:
         grads = self.flat(grads)
-        if self._elementwise:
-            squares = [stable_sum(vector, mx.square) for vector in grads.values()]
-        else:
-            squares = [_sum_of_squares(grad) for grad in grads.values()]
+        squares = [stable_sum(grad, mx.square) for grad in grads.values()]
         total = sum(squares, mx.array(0.0))
         return grads, mx.sqrt(total)
 
@@ -214,7 +212,7 @@ class Update:
         # here the optimizer holds placeholders of the compilation, which must not stay
         new_state = self._take_state()
         narrow = [array for array in updated.values() if array.dtype == mx.float16]
-        sums = [stable_sum(array.reshape(-1)) for array in narrow]
+        sums = [stable_sum(array) for array in narrow]
         total = sum(sums, loss + norm)
         finite = mx.isfinite(total)
         return updated, new_state, loss, norm, finite
@@ -238,8 +236,3 @@ def _of_moment(state: Arrays, moment: str, owners: Iterable[str]) -> Arrays:
 def _named_for(moment: str, arrays: Arrays) -> Arrays:
     """Return one moment's arrays by their names in a state."""
     return {f"{owner}.{moment}": array for owner, array in arrays.items()}
-
-
-def _sum_of_squares(grad: mx.array) -> mx.array:
-    squares = mx.square(grad.astype(mx.float32))
-    return squares.sum()

@@ -15,6 +15,7 @@ from mlx.utils import tree_unflatten
 from qlab.core.train.rows import Batch
 from qlab.engine.evaluate.predict import Predictor
 from qlab.engine.step.protocol import Arrays
+from qlab.ops.sums import cross_entropy
 
 _CHUNK = 512  # positions whose logits exist at once
 
@@ -67,7 +68,7 @@ def nats(module: nn.Module, parameters: Arrays, batch: Batch) -> Nats:
     for start in range(0, positions.size, _CHUNK):
         chunk = slice(start, start + _CHUNK)
         logits = predictor.logits(hidden[chunk])
-        losses = nn.losses.cross_entropy(logits, targets[chunk])
+        losses = cross_entropy(logits, targets[chunk])
         total = total + losses.sum()
         mx.eval(total)
     in_nats = cast(float, total.item())

@@ -48,3 +48,16 @@ def test_weighted_ranges_count_each_weight_by_its_importance():
 def test_a_weight_that_is_no_number_is_refused_by_the_name_of_its_layer():
     with pytest.raises(WeightsError, match="'head' holds NaN"):
         on_mlx(lambda: moments(LAYER, mx.array(WEIGHT) * mx.nan))()
+
+
+def test_sums_of_a_large_layer_are_those_of_float64():
+    shape = (1 << 15, 640)  # more than one block; added one by one the squares would be 3 % low
+    weight = np.random.default_rng(0).standard_normal(shape, np.float32)
+    layer = LayerSpec(path="embed", kind="embedding", shape=shape)
+    found = on_mlx(lambda: moments(layer, mx.array(weight)))()
+    exact = weight.astype(np.float64)
+    assert found.sum_sq == pytest.approx(np.square(exact).sum(), rel=1e-6)
+    kurtosis = ((exact - exact.mean()) ** 4).mean() / exact.var() ** 2
+    assert found.kurtosis == pytest.approx(kurtosis, rel=1e-5)
+    ranges = np.ptp(exact.reshape(-1, 64), axis=-1)
+    assert found.squared_ranges[64] == pytest.approx(64 * np.square(ranges).sum(), rel=1e-6)

@@ -13,6 +13,7 @@ from qlab.nn.linear import weight_of
 from qlab.runtime.job import Job
 from qlab.runtime.job import mlx_call
 from qlab.engine.quantize.measurements import ModelMeasurements
+from tests.tiny import tiny
 
 CONFIGS = [
     QuantConfig(m, b)
@@ -93,3 +94,28 @@ def test_stopped_job_keeps_what_it_has_measured_and_goes_on_later(demo):
     assert known > 0
     run(lambda: made.sample(CONFIGS[1]))
     assert np.isfinite(made.table.measure("relative_error")).sum() > known
+
+
+def test_the_error_of_a_large_embedding_is_that_of_float64():
+    """The sampled estimate agrees, too: added one by one, both would be off by percents."""
+    module, spec = mlx_call(lambda: tiny("llama", vocab_size=1 << 18, hidden_size=64))
+    made = ModelMeasurements(module, None, spec)
+    layer = next(layer for layer in spec.layers if layer.kind == "embedding")
+    column = spec.layers.index(layer)
+    config = QuantConfig("affine", 4, 64)
+    row = made.table.row(config)
+    run(lambda: made.sample(config))
+    sampled = made.table.measure("relative_error")[row, column]
+    standard_error = made.table.measure("relative_error_se")[row, column]
+    run(lambda: made.measure_exactly(qlab.QuantPlan(config)))
+
+    def exact() -> float:
+        weight = weight_of(module_at(module, layer.path)).astype(mx.float32)
+        packed = config.scheme.quantize(weight, config)
+        dequantized = np.array(config.scheme.dequantize(packed, config, mx.float32), np.float64)
+        full = np.array(weight, np.float64)
+        return float(np.linalg.norm(full - dequantized) / np.linalg.norm(full))
+
+    true = mlx_call(exact)
+    assert made.table.measure("relative_error")[row, column] == pytest.approx(true, rel=1e-5)
+    assert abs(sampled - true) < 4 * standard_error

@@ -13,7 +13,6 @@ from qlab.core.config.train import TrainConfig
 from qlab.engine.step.vectors import FlatViews
 from qlab.engine.step.vectors import FlatLayout
 from qlab.engine.step.vectors import cast
-from qlab.engine.step.vectors import stable_sum
 from qlab.engine.step.protocol import LossAndGradients
 from qlab.engine.memory.read_graph import read
 from qlab.engine.train.update import Update
@@ -116,29 +115,6 @@ def test_views_are_cast_by_one_operation():
 
     assert [node.name for node in read(run, [vector]).nodes].count("AsType") == 1
     assert cast(given, mx.bfloat16, ()) == {}
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 10, 4096, 4097])
-@on_mlx
-def test_a_sum_of_any_length_is_right(size):
-    vector = mx.random.uniform(shape=(size,), key=mx.random.key(0))
-    assert stable_sum(vector).item() == pytest.approx(sum(vector.tolist()), rel=1e-6)
-    assert not mx.isfinite(stable_sum(mx.concatenate([vector, mx.array([mx.inf])]))).item()
-
-
-@on_mlx
-def test_a_sum_takes_the_same_operations_whatever_divides_its_length():
-    operations = [
-        [node.name for node in read(lambda v: [stable_sum(v)], [mx.zeros(n)]).nodes]
-        for n in range(4090, 4102)
-    ]
-    assert all(names == operations[0] for names in operations)
-
-
-@on_mlx
-def test_small_numbers_are_not_lost_beside_a_large_one():
-    vector = mx.concatenate([mx.array([2.0**24]), mx.ones(4096)])  # one more than 2²⁴ is no float32
-    assert stable_sum(vector).item() == pytest.approx(2**24 + 4096, abs=100)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
