@@ -22,7 +22,7 @@ from qlab.engine.memory.blockwise_step import BlockwiseGraph
 from qlab.engine.memory.inputs import chosen_storage
 from qlab.engine.memory.whole_step import whole
 from qlab.engine.models.blocks import BlockStack
-from qlab.engine.models.lazy_storage import stored
+from qlab.engine.models.lazy_storage import readable, stored
 from qlab.engine.models.skeleton import describe
 from qlab.engine.models.surgery import put_module, twin
 from qlab.engine.step.blockwise import WINDOWS
@@ -99,7 +99,8 @@ class StepGraphs:
 
     def _read(self, module: nn.Module, storage: dict[str, QuantConfig], setup: Setup) -> Graph:
         """Return the step of a module whose layers are stored as chosen."""
-        quantized = stored(module, storage)
+        came = describe(module, self._spec.name)
+        quantized = stored(readable(module, came), storage)
         train = setup.train
         if self.must_be_whole(setup):  # engine/step/choose.py makes the same step then
             train = replace(train, grad_checkpoint=False, loss_chunk=0)

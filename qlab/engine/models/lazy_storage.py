@@ -6,7 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qlab.core.config.quant import QuantConfig
+from qlab.core.config.spec import ModelSpec
 from qlab.engine.models.surgery import map_layers
+from qlab.nn.experts import PackedExperts
 from qlab.nn.kinds import layer_kind
 from qlab.nn.linear import LayerKind, Packed, PackedEmbedding, PackedLinear, weight_of
 from qlab.nn.stored import stored_layer
@@ -39,16 +41,37 @@ def stored(module: nn.Module, configs: dict[str, QuantConfig]) -> nn.Module:
     return map_layers(module, list(configs), make)
 
 
+def readable(module: nn.Module, spec: ModelSpec) -> nn.Module:
+    """Return a twin of a model whose operations can be exported as a graph; nothing is computed.
+
+    Layers that came quantized by a scheme that cannot be read on this back end are replaced, as
+    ``stored`` does for layers that are to be quantized.
+
+    Args:
+        module: the model.
+        spec: its layers.
+    """
+    unreadable = {
+        layer.path: layer.storage
+        for layer in spec.layers
+        if layer.storage is not None and backend() in layer.storage.scheme.unreadable_on
+    }
+    return stored(module, unreadable)
+
+
 def _layer(
     packed: dict[str, mx.array], config: QuantConfig, weight: mx.array, kind: LayerKind
 ) -> nn.Module:
     """Return a layer around packed arrays whose operations can be exported as a graph."""
-    readable: dict[LayerKind, type[Packed]] = {
+    kinds: dict[LayerKind, type[Packed]] = {
         "linear": _ReadableLinear,
         "embedding": _ReadableEmbedding,
     }
-    if backend() in config.scheme.unreadable_on and kind in readable:
-        return readable[kind](packed, config, weight.shape, weight.dtype)
+    scheme = config.scheme
+    if scheme.stock_mode is None:  # MLX's own experts are one operation, which can be exported
+        kinds["switch"] = _ReadableExperts
+    if backend() in scheme.unreadable_on and kind in kinds:
+        return kinds[kind](packed, config, weight.shape, weight.dtype)
     return stored_layer(packed, config, weight.shape, weight.dtype, kind)
 
 
@@ -68,5 +91,11 @@ class _ReadableEmbedding(PackedEmbedding):
         # MLX's own quantized embedding gives bfloat16
         dtype = mx.bfloat16 if scheme.stock_mode else self._dtype
         return scheme.dequantize_readable(scheme.take(self.packed, tokens), self.config, dtype)
+
+    dense = _ReadableLinear.dense
+
+
+class _ReadableExperts(PackedExperts):
+    """The same for the experts of a mixture."""
 
     dense = _ReadableLinear.dense
