@@ -82,7 +82,6 @@ TESTED_BY: dict[str, str] = {
     "engine/step/program": "engine/step/test_blockwise.py",
     "engine/step/protocol": "engine/step/test_whole.py",
     "engine/train/callbacks": "engine/train/test_reporters.py",
-    "engine/train/checkpoint": "engine/train/test_loop.py",
     "engine/train/inputs": "engine/train/test_loop.py",
     "engine/train/meter": "engine/train/test_loop.py",
     "engine/train/run_file": "test_run.py",

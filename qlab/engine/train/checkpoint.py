@@ -10,12 +10,13 @@ rate) follows from the config and the step's number.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 
@@ -25,6 +26,9 @@ from qlab.engine.step.protocol import Arrays
 from qlab.errors import LoadError
 from qlab.runtime.atomic import write_folder
 
+Kind = Literal["step", "best"]
+
+_ADAPTER = "adapters.safetensors"
 _KEPT = 2  # of the checkpoints to go on from; the best one is kept besides
 
 
@@ -65,9 +69,9 @@ def read_parameters(path: Path) -> Arrays:
     Raises:
         LoadError: the file is missing or cut short.
     """
-    file = path / "adapters.safetensors"
+    file = path / _ADAPTER
     if not file.is_file():
-        raise LoadError(f"{path} has no adapters.safetensors.")
+        raise LoadError(f"{path} has no {_ADAPTER}.")
     check_safetensors(file)
     parameters = cast(Arrays, mx.load(str(file)))
     mx.eval(parameters)
@@ -108,7 +112,7 @@ class Checkpoints:
         """
         return self._write("best", state, whole=False, kept=1)
 
-    def _write(self, kind: str, state: TrainState, whole: bool, kept: int) -> Path:
+    def _write(self, kind: Kind, state: TrainState, whole: bool, kept: int) -> Path:
         final = self.folder / f"{kind}-{state.step:06d}"
 
         def fill(folder: Path) -> None:
@@ -118,12 +122,31 @@ class Checkpoints:
                 (folder / "state.json").write_text(json.dumps(_facts(state)))
 
         write_folder(final, fill, replaceable=["*"])  # a resumed run writes the same step anew
-        folders = sorted(self.folder.glob(f"{kind}-*"))
+        folders = folders_of(self.folder, kind)
         # later ones are of a course that was left when the run was resumed here
         end = folders.index(final) + 1
         for old in [*folders[: max(end - kept, 0)], *folders[end:]]:
-            shutil.rmtree(old, ignore_errors=True)
+            if (old / _ADAPTER).is_file():  # else it is the user's, by a name of ours
+                shutil.rmtree(old, ignore_errors=True)
         return final
+
+
+def folders_of(folder: Path, kind: Kind) -> list[Path]:
+    """Return the folders in a run's folder that have a checkpoint's name, by ascending step.
+
+    A name of the user's, such as ``step-000004-good``, is none, nor is a link.
+
+    Args:
+        folder: of the run.
+        kind: ``step`` to go on from, ``best`` for the best adapter.
+    """
+    name = re.compile(rf"{kind}-[0-9]{{6,}}")
+    folders = [
+        path
+        for path in folder.glob(f"{kind}-*")
+        if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
+    return sorted(folders, key=step_of)
 
 
 def _facts(state: TrainState) -> dict[str, Any]:
@@ -147,8 +170,8 @@ def latest(folder: Path) -> Path:
         return folder
     if not folder.exists():
         raise LoadError(f"{folder} does not exist; give the folder of a run.")
-    folders = sorted(folder.glob("step-*"), reverse=True)
-    for path in folders:
+    folders = folders_of(folder, "step")
+    for path in reversed(folders):
         try:
             _read(path)
             return path
@@ -166,7 +189,7 @@ def best(folder: Path) -> Path:
     Raises:
         LoadError: there is none.
     """
-    folders = sorted(folder.glob("best-*"))
+    folders = folders_of(folder, "best")
     if not folders:
         raise LoadError(f"{folder} holds no best adapter: no validation was made.")
     return folders[-1]
@@ -195,7 +218,7 @@ def load(path: Path, parameters: Arrays) -> TrainState:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Arrays]:
-    for name in ("adapters.safetensors", "optimizer.safetensors"):
+    for name in (_ADAPTER, "optimizer.safetensors"):
         if not (path / name).is_file():
             raise LoadError(f"{path} has no {name}, so it is not a whole checkpoint.")
         check_safetensors(path / name)

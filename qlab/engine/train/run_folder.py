@@ -22,6 +22,7 @@ from qlab.core.config.lora import LoRAConfig
 from qlab.core.config.quant import QuantConfig, QuantPlan
 from qlab.core.config.train import TrainConfig
 from qlab.core.train.rows import Row, Rows
+from qlab.engine.train.checkpoint import folders_of
 from qlab.errors import BusyError, ConfigError, LoadError, SaveError
 from qlab.runtime.atomic import write_file
 
@@ -228,4 +229,4 @@ def _holds_run(path: Path) -> bool:
 
 
 def _has_checkpoints(path: Path) -> bool:
-    return any(path.glob("step-*")) or any(path.glob("best-*"))
+    return bool(folders_of(path, "step") or folders_of(path, "best"))
