@@ -45,6 +45,7 @@ from qlab.lab.resume import source_of
 from qlab.lab.run_setup import run_facts
 from qlab.lab.trainer import Trainer
 from qlab.runtime.job import mlx_call
+from qlab.runtime.paths import users_path
 from qlab.views.trainer import words
 
 _EVERY_S = 1.0  # between lines, unless there is something to tell
@@ -74,7 +75,7 @@ def main(arguments: list[str], out: TextIO = sys.stdout, err: TextIO = sys.stder
         return 2
     try:
         ranks = mlx_call(joined)
-        _run(Path(arguments[0]).expanduser(), ranks, _speaker(out if ranks.first else None))
+        _run(users_path(arguments[0]), ranks, _speaker(out if ranks.first else None))
         return 0
     except QlabError as error:
         err.write(f"qlab.run: {error}\n")
@@ -199,7 +200,7 @@ def _new_run(file: run_file.RunFile, size: int) -> Trainer:
     """Return a new run as a file describes it."""
     facts = file.facts
     check_shared(facts.train, size)
-    if file.path and (Path(file.path).expanduser() / "run.json").exists():
+    if file.path and (users_path(file.path) / "run.json").exists():
         raise ConfigError(
             f"path={file.path!r} holds a run: python -m qlab.run {file.path} goes on; or give "
             "another path."
@@ -217,7 +218,7 @@ def _new_run(file: run_file.RunFile, size: int) -> Trainer:
 
 def _data_and_val(file: run_file.RunFile) -> tuple[Any, Any]:
     """Return what to train on and what to validate with, as ``Trainer`` takes them."""
-    folder = Path(file.data).expanduser()
+    folder = users_path(file.data)
     if not (folder / "rows.npz").is_file():
         return file.data, file.val
     if file.val is not None:

@@ -17,6 +17,7 @@ from qlab.lab.adapter import Adapter
 from qlab.lab.model import Model, load
 from qlab.lab.quantizer import Quantizer
 from qlab.runtime.job import mlx_call
+from qlab.runtime.paths import users_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def stored_run(path: str | Path, adapter: Adapter | None) -> StoredRun:
         ConfigError: base or adapter are not those that the run was made with.
         BusyError: another run trains the adapter.
     """
-    folder = checkpoint.latest(Path(path).expanduser())
+    folder = checkpoint.latest(users_path(path))
     facts, rows, held_out = run_folder.read(folder.parent)
     adapter = adapter or _adapter(facts)
     adapter.check_not_in_training()

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from qlab.errors import SaveError
+from qlab.runtime.paths import users_path
 
 _MOST_NAMED = 3  # names of foreign files that a message lists
 _NOT_COUNTED = ".DS_Store"  # the Finder puts one into every folder that it shows
@@ -38,7 +39,7 @@ def write_file(path: str | Path, fill: Callable[[Path], object]) -> Path:
     Example:
         >>> write_file("notes/today.txt", lambda new: new.write_text("one"))
     """
-    path = Path(path).expanduser().absolute()
+    path = users_path(path, SaveError).absolute()
     with _room_beside(path) as room:
         new = room / path.name
         fill(new)
@@ -68,7 +69,7 @@ def write_folder(
     Example:
         >>> write_folder("model", lambda new: (new / "config.json").write_text("{}"), ["*.json"])
     """
-    path = Path(path).expanduser().absolute()
+    path = users_path(path, SaveError).absolute()
     _refuse_foreign_files(path, tuple(replaceable))
     with _room_beside(path) as room:
         new = room / "new"
@@ -89,7 +90,7 @@ def write_page(path: str | Path, text: str) -> str:
         SaveError: it cannot be written, or its folder does not exist.
     """
     path = Path(path)
-    folder = path.expanduser().parent
+    folder = users_path(path, SaveError).parent
     if not folder.is_dir():  # a new folder would hide a typo in the path of a page
         raise SaveError(f"{path} cannot be written: No such file or directory ({folder}).")
     write_file(path, lambda new: new.write_text(text, encoding="utf-8"))

@@ -5,8 +5,38 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from reprlib import Repr
+
+from qlab.errors import LoadError, QlabError
 
 ASSETS = Path(__file__).parent.parent / "assets"  # the demo, texts, scripts
+
+_SHORT = Repr()
+_SHORT.maxstring = 80
+
+
+def users_path(given: str | Path, error: type[QlabError] = LoadError) -> Path:
+    """Return the path that a user gives, ``~`` expanded; it may exist or not.
+
+    Args:
+        given: by the user; a text may be no path at all.
+        error: to raise, of the kind that the caller promises.
+
+    Raises:
+        QlabError: the system cannot even look for it: a name is too long, a folder on the way is
+            closed, or there is no user ``~name``.
+    """
+    try:
+        path = Path(given).expanduser()
+        path.stat()
+    except FileNotFoundError:
+        return path
+    except NotADirectoryError:
+        return path
+    except (OSError, RuntimeError, ValueError) as reason:
+        why = reason.strerror if isinstance(reason, OSError) else str(reason)
+        raise error(f"{_SHORT.repr(str(given))} cannot be a path here: {why}.") from None
+    return path
 
 
 def cache_folder() -> Path:

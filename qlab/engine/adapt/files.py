@@ -31,6 +31,7 @@ from qlab.engine.io.loaded import check_safetensors
 from qlab.engine.io.source import read_settings
 from qlab.errors import ConfigError, LoadError, QlabError, nearest
 from qlab.runtime.atomic import write_folder
+from qlab.runtime.paths import users_path
 
 FORMATS = ("mlx", "peft")
 _WEIGHTS = {"mlx": "adapters.safetensors", "peft": "adapter_model.safetensors"}
@@ -153,7 +154,7 @@ def load_adapter(path: Path, spec: ModelSpec) -> LoadedAdapter:
             wrong shape or no number, or the settings ask for what qlab does not have; names file
             and key.
     """
-    path = Path(path).expanduser()
+    path = users_path(path)
     _check_folder(path)
     settings = read_settings(path / SETTINGS_FILE, "an adapter")
     is_peft = "peft_type" in settings

@@ -16,6 +16,7 @@ from typing import Any
 
 from qlab.engine.data.conversation import Fault, type_name
 from qlab.errors import DataError, nearest
+from qlab.runtime.paths import users_path
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -65,9 +66,9 @@ def rows_of(data: Any, plain: bool = False) -> Iterable[Any] | Text:
 def path_of(data: Any) -> Path | None:
     """Return the path that data is read from, if it is one."""
     if isinstance(data, Path):
-        return data.expanduser()
+        return users_path(data, DataError)
     if isinstance(data, str) and _is_path(data):
-        return Path(data).expanduser()
+        return users_path(data, DataError)
     return None
 
 
@@ -76,7 +77,7 @@ def _is_path(text: str) -> bool:
     if "\n" in text or not text.strip() or len(text) > _LONGEST_PATH:
         return False
     path = Path(text)
-    if path.suffix.lower() in KINDS or path.expanduser().exists():
+    if path.suffix.lower() in KINDS or _exists(path):
         return True
     if _HUB_ID.fullmatch(text) and not text.startswith((".", "/")):
         hint = f"If it is a set on the hub, give datasets.load_dataset({text!r})"
@@ -84,6 +85,14 @@ def _is_path(text: str) -> bool:
     is_one_word = not re.search(r"\s", text)
     has_path_marks = "/" in text or "\\" in text or "." in text.strip(".")
     return is_one_word and has_path_marks
+
+
+def _exists(path: Path) -> bool:
+    """Whether a file stands there; a long line of text cannot be the name of one."""
+    try:
+        return users_path(path, DataError).exists()
+    except DataError:
+        return False
 
 
 def _columns(data: Mapping[Any, Any]) -> list[dict[Any, Any]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlab.errors import LoadError, nearest
-from qlab.runtime.paths import ASSETS
+from qlab.runtime.paths import ASSETS, users_path
 
 DEMO = "demo"
 _WEIGHTS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
@@ -59,7 +59,7 @@ def find(source: str | Path) -> Source:
     text = str(source)
     if text == DEMO:
         return Source(text, ASSETS / "demo", DEMO)
-    path = Path(text).expanduser()
+    path = users_path(text)
     if path.exists():
         return Source(text, path, path.resolve().name)
     return Source(text, None, text)
@@ -93,7 +93,7 @@ def fetch_model(repository: str) -> Path:
         LoadError: not a hub id, no such model, or the hub cannot be reached.
     """
     if not _may_be_hub_id(repository):
-        folder = Path(repository).expanduser().parent
+        folder = users_path(repository).parent
         neighbours = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         hint = nearest(Path(repository).name, [*neighbours, DEMO])
         choices = "neither a folder, a .gguf file, nor a hub id (owner/name)"

@@ -25,6 +25,7 @@ from qlab.core.train.rows import Row, Rows
 from qlab.engine.train.checkpoint import folders_of
 from qlab.errors import BusyError, ConfigError, LoadError, SaveError
 from qlab.runtime.atomic import write_file
+from qlab.runtime.paths import users_path
 
 _NO_TOKENS = np.zeros(0, np.int32)
 _new_paths: set[Path] = set()  # chosen in this kernel, though nothing may lie there yet
@@ -190,7 +191,7 @@ def unused_path(path: str | Path) -> Path:
     """
     if not isinstance(path, (str, Path)):
         raise ConfigError(f"path={path!r} is not legal; it is the path of a folder.")
-    return next(path for path in _numbered(Path(path).expanduser()) if not _holds_run(path))
+    return next(path for path in _numbered(users_path(path, SaveError)) if not _holds_run(path))
 
 
 def new_run_path(model: str) -> Path:
