@@ -15,7 +15,8 @@ from math import isqrt
 
 import mlx.core as mx
 
-_LONGEST_STRETCH = 1024  # of a row whose exponentials are added
+# Of a row whose exponentials are added. The shorter they are, the larger the array of their sums.
+_STRETCHES = range(2048, 15, -1)
 
 
 def stable_sum(array: mx.array, of: Callable[[mx.array], mx.array] = lambda part: part) -> mx.array:
@@ -45,13 +46,15 @@ def logsumexp(x: mx.array, keepdims: bool = False) -> mx.array:
     """Return the logarithm of the sum of exponentials over the last axis, in the array's dtype.
 
     Args:
-        x: ``(…, n)``. A row whose length is a prime number is added in one stretch.
+        x: ``(…, n)``. A short row, and one that no stretch parts evenly, is added at once.
         keepdims: whether the last axis stays, of length 1.
 
     Returns:
         ``(…)`` or ``(…, 1)``.
     """
     stretch = _even_stretch(x.shape[-1])
+    if not stretch:
+        return mx.logsumexp(x, -1, keepdims=keepdims)
     stretches = x.reshape(*x.shape[:-1], -1, stretch)
     of_stretches = mx.logsumexp(stretches, -1)  # (…, n / stretch)
     return mx.logsumexp(of_stretches, -1, keepdims=keepdims)
@@ -83,6 +86,7 @@ def _sums_of_stretches(
 
 @cache
 def _even_stretch(length: int) -> int:
-    """Return the longest stretch that parts a row evenly."""
-    lengths = range(min(length, _LONGEST_STRETCH), 0, -1)
-    return next((stretch for stretch in lengths if length % stretch == 0), 1)
+    """Return the longest stretch that parts a row evenly; 0 if there is none, or no need."""
+    if length in _STRETCHES:
+        return 0
+    return next((stretch for stretch in _STRETCHES if length % stretch == 0), 0)

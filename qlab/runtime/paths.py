@@ -29,9 +29,7 @@ def users_path(given: str | Path, error: type[QlabError] = LoadError) -> Path:
     try:
         path = Path(given).expanduser()
         path.stat()
-    except FileNotFoundError:
-        return path
-    except NotADirectoryError:
+    except (FileNotFoundError, NotADirectoryError):
         return path
     except (OSError, RuntimeError, ValueError) as reason:
         why = reason.strerror if isinstance(reason, OSError) else str(reason)
