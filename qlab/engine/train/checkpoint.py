@@ -121,14 +121,20 @@ class Checkpoints:
                 mx.save_safetensors(str(folder / "optimizer.safetensors"), state.optimizer)
                 (folder / "state.json").write_text(json.dumps(_facts(state)))
 
-        write_folder(final, fill, replaceable=["*"])  # a resumed run writes the same step anew
+        # a resumed run writes the same step anew
+        write_folder(final, fill, replaceable=["*"] if _is_ours(final) else [])
         folders = folders_of(self.folder, kind)
         # later ones are of a course that was left when the run was resumed here
         end = folders.index(final) + 1
         for old in [*folders[: max(end - kept, 0)], *folders[end:]]:
-            if (old / _ADAPTER).is_file():  # else it is the user's, by a name of ours
+            if _is_ours(old):
                 shutil.rmtree(old, ignore_errors=True)
         return final
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder with a checkpoint's name is one; else it is the user's."""
+    return (folder / _ADAPTER).is_file()
 
 
 def folders_of(folder: Path, kind: Kind) -> list[Path]:

@@ -9,7 +9,7 @@ import pytest
 
 from qlab.engine.train import checkpoint
 from qlab.engine.train.checkpoint import Checkpoints, TrainState, folders_of
-from qlab.errors import LoadError
+from qlab.errors import LoadError, SaveError
 from tests.tiny import on_mlx
 
 THE_USERS = [
@@ -59,6 +59,11 @@ def test_what_is_the_users_stays_beside_checkpoints(tmp_path):
     assert [path.name for path in folders_of(folder, "best")] == ["best-000005"]
     steps = [path.name for path in folders_of(folder, "step")]
     assert steps == ["step-000004", "step-000005", "step-000009"]
+    with pytest.raises(SaveError, match="holds other files too .notes.txt."):
+        checkpoints.save(state(9))
+    assert (folder / "step-000009" / "notes.txt").read_text() == "keep me"
+    checkpoints.save(state(5))  # as a resumed run does
+    assert not (folder / "step-000001").exists()
 
 
 @pytest.mark.parametrize("name", ["best-of-all", "best-zzz", "best-"])
