@@ -40,7 +40,7 @@ class StepGraphs:
     """
 
     def __init__(self, module: nn.Module, spec: ModelSpec) -> None:
-        self._module = module
+        self._module = readable(module, spec)
         self._spec = spec
 
     @cached_property
@@ -99,8 +99,7 @@ class StepGraphs:
 
     def _read(self, module: nn.Module, storage: dict[str, QuantConfig], setup: Setup) -> Graph:
         """Return the step of a module whose layers are stored as chosen."""
-        came = describe(module, self._spec.name)
-        quantized = stored(readable(module, came), storage)
+        quantized = stored(module, storage)
         train = setup.train
         if self.must_be_whole(setup):  # engine/step/choose.py makes the same step then
             train = replace(train, grad_checkpoint=False, loss_chunk=0)
